@@ -1,0 +1,38 @@
+"""Seconds per hop: latency + bytes / bandwidth + queue + blocks × per-block time.
+
+Owns the formula. Round trips are known only between this node and each peer, so a trip between two peers is taken as
+the way over this node would be: half of each one's round trip. That makes every term belong to one peer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from routing.estimates import PeerEstimate
+
+
+class HopCost(NamedTuple):
+    """A hop of n blocks costs `enter_s + n × per_block_s`, and `leave_s` more when the route ends there.
+
+    A tuple, because plans make thousands.
+    """
+
+    enter_s: float
+    per_block_s: float
+    leave_s: float
+
+
+def hop_cost(estimate: PeerEstimate, *, tokens: int, bytes_per_token: int) -> HopCost:
+    """What one step of `tokens` positions costs at a peer, with `bytes_per_token` of hidden state into and out of it.
+
+    A frame takes half a round trip into the peer, and the last hop's answer takes half of one back to this node; both
+    carry the whole step.
+    """
+    one_way_s = estimate.rtt_s / 2 + tokens * bytes_per_token / estimate.bandwidth_bytes_per_s
+    per_block_s = block_s(estimate.decode_s_per_block, estimate.prefill_s_per_token_block, tokens)
+    return HopCost(one_way_s + estimate.queue_s, per_block_s, one_way_s)
+
+
+def block_s(decode_s_per_block: float, prefill_s_per_token_block: float, tokens: int) -> float:
+    """One step through one block: a decode, and a prefill increment for every position after the first."""
+    return decode_s_per_block + (tokens - 1) * prefill_s_per_token_block

@@ -1,0 +1,65 @@
+"""Every error of the project hangs from SwarmError.
+
+The second level says who must act; each package defines its own leaves below it.
+
+    SwarmError
+    ├── CallerError            our own caller erred: fix the argument and call again
+    │   ├── InvalidAddress         (routing) a multiaddr, peer id or invite that cannot be read
+    │   ├── InvalidSpan            (routing) a block range that does not exist
+    │   └── …                      leaves in peers.errors and swarm.errors
+    ├── PeerError              one remote peer erred: avoid it, say so, carry on
+    │   ├── InvalidRecord          (routing) an announcement that is malformed, forged or expired
+    │   └── …
+    └── Unavailable            nobody can serve this now: wait, retry, or add peers
+        └── NoRoute                (routing) blocks that no reachable peer holds
+
+The text says what is wrong; `hint` says what to do next. The command line prints both, on one line each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SwarmError(Exception):
+    """Root of the tree. `str(error)` is one clear sentence; `hint` names the next step, or is empty."""
+
+    default_hint = ""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint or self.default_hint
+
+
+class CallerError(SwarmError):
+    """The caller of this process erred; repeating the call unchanged cannot succeed."""
+
+
+class PeerError(SwarmError):
+    """One remote peer misbehaved or failed; another peer may succeed."""
+
+
+class Unavailable(SwarmError):
+    """Nobody can serve this now; waiting or adding peers may help."""
+
+
+class InvalidAddress(CallerError):
+    """A multiaddr, peer id or invite that cannot be read."""
+
+
+class InvalidSpan(CallerError):
+    """A block range that is empty, reversed or outside the model."""
+
+
+class InvalidRecord(PeerError):
+    """An announcement that is malformed, forged, expired or stored under the wrong key."""
+
+
+class NoRoute(Unavailable):
+    """No chain of reachable peers covers every block; `missing` lists the uncovered `(start, end)` ranges."""
+
+    default_hint = "start a peer that hosts the missing blocks (`swarm join MODEL --blocks A:B`) or wait for one"
+
+    def __init__(self, message: str, *, missing: Sequence[tuple[int, int]] = (), hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.missing = tuple(missing)

@@ -1,0 +1,136 @@
+"""What this node measured about its peers, smoothed and aged: round trip, step time, queue, bandwidth.
+
+Owns the smoothing. Measurements outrank what a peer announces, and fade back to it when they grow old. Knows neither
+routes nor costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from routing.ids import PeerId
+from routing.records import Announcement
+
+DEFAULT_RTT_S: Final = 0.1
+"""For a peer never measured: neither attractive nor out of the question."""
+DEFAULT_BANDWIDTH_BYTES_PER_S: Final = 12.5e6
+"""100 Mbit/s."""
+
+SMOOTHING: Final = 1 / 8
+"""RFC 6298 section 2.3, alpha."""
+HALF_LIFE_S: Final = 300.0
+QUEUE_HALF_LIFE_S: Final = 10.0
+"""A queue empties in seconds; last minute's says nothing."""
+MAX_PEERS: Final = 20_000
+
+
+@dataclass(slots=True)
+class Smoothed:
+    """An exponentially weighted mean that fades towards a prior with the age of its last sample."""
+
+    half_life_s: float = HALF_LIFE_S
+    _mean: float = 0.0
+    _updated_at_s: float | None = None
+
+    @property
+    def known(self) -> bool:
+        return self._updated_at_s is not None
+
+    def add(self, sample: float, now_s: float) -> None:
+        """Take one sample; after a long silence it counts as the first one.
+
+        Negative and non-finite samples are dropped: peers report their own step times, and one NaN would stay for ever.
+        """
+        if not 0 <= sample < math.inf:
+            return
+        age_s = math.inf if self._updated_at_s is None else max(0.0, now_s - self._updated_at_s)
+        weight = max(SMOOTHING, 1 - 0.5 ** (age_s / self.half_life_s))
+        self._mean += weight * (sample - self._mean)
+        self._updated_at_s = now_s
+
+    def value(self, prior: float, now_s: float) -> float:
+        if self._updated_at_s is None:
+            return prior
+        age_s = now_s - self._updated_at_s
+        return prior + 0.5 ** (age_s / self.half_life_s) * (self._mean - prior) if age_s > 0 else self._mean
+
+
+@dataclass(slots=True)
+class _Measured:
+    rtt_s: Smoothed = field(default_factory=Smoothed)
+    decode_s_per_block: Smoothed = field(default_factory=Smoothed)
+    prefill_s_per_token_block: Smoothed = field(default_factory=Smoothed)
+    queue_s: Smoothed = field(default_factory=lambda: Smoothed(half_life_s=QUEUE_HALF_LIFE_S))
+    bandwidth_bytes_per_s: Smoothed = field(default_factory=Smoothed)
+
+
+class PeerEstimate(NamedTuple):
+    """Everything `routing.cost` wants to know about one peer. A tuple, because plans make thousands."""
+
+    rtt_s: float
+    bandwidth_bytes_per_s: float
+    queue_s: float
+    decode_s_per_block: float
+    prefill_s_per_token_block: float
+
+
+class Estimates:
+    """Guards the measurements of at most MAX_PEERS peers; the one measured longest ago is forgotten first."""
+
+    def __init__(self, max_peers: int = MAX_PEERS) -> None:
+        self._max_peers = max_peers
+        self._measured: dict[PeerId, _Measured] = {}
+
+    def on_rtt(self, peer: PeerId, rtt_s: float, now_s: float) -> None:
+        """A round trip of a small message."""
+        self._touch(peer).rtt_s.add(rtt_s, now_s)
+
+    def on_step(self, peer: PeerId, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
+        """A peer ran `tokens` positions through `blocks` blocks in `compute_s`, after waiting `queue_s`."""
+        measured = self._touch(peer)
+        measured.queue_s.add(queue_s, now_s)
+        per_block_s = compute_s / blocks
+        if tokens == 1:
+            measured.decode_s_per_block.add(per_block_s, now_s)
+        else:
+            # A block takes decode + (tokens - 1) × prefill; the first term is known, or small beside a long prompt.
+            first_s = min(per_block_s, measured.decode_s_per_block.value(0.0, now_s))
+            measured.prefill_s_per_token_block.add((per_block_s - first_s) / (tokens - 1), now_s)
+
+    def on_transfer(self, peer: PeerId, num_bytes: int, elapsed_s: float, now_s: float) -> None:
+        """A bulk transfer of `num_bytes` took `elapsed_s` (more than zero)."""
+        self._touch(peer).bandwidth_bytes_per_s.add(num_bytes / elapsed_s, now_s)
+
+    def rtt_s(self, peer: PeerId, now_s: float) -> float | None:
+        """The smoothed round trip, or None when it was never measured."""
+        measured = self._measured.get(peer)
+        return measured.rtt_s.value(DEFAULT_RTT_S, now_s) if measured is not None and measured.rtt_s.known else None
+
+    @property
+    def measured(self) -> Set[PeerId]:
+        """Peers of which anything was ever measured; a live view."""
+        return self._measured.keys()
+
+    def of(self, announcement: Announcement, now_s: float) -> PeerEstimate:
+        """Measured where measured, announced or assumed where not."""
+        measured = self._measured.get(announcement.peer_id, _NOTHING)
+        return PeerEstimate(
+            measured.rtt_s.value(DEFAULT_RTT_S, now_s),
+            measured.bandwidth_bytes_per_s.value(DEFAULT_BANDWIDTH_BYTES_PER_S, now_s),
+            measured.queue_s.value(0.0, now_s),
+            measured.decode_s_per_block.value(announcement.decode_s_per_block, now_s),
+            measured.prefill_s_per_token_block.value(announcement.prefill_s_per_token_block, now_s),
+        )
+
+    def _touch(self, peer: PeerId) -> _Measured:
+        measured = self._measured.pop(peer, None) or _Measured()
+        if len(self._measured) >= self._max_peers:
+            del self._measured[next(iter(self._measured))]
+        self._measured[peer] = measured
+        return measured
+
+
+_NOTHING: Final = _Measured()

@@ -1,0 +1,173 @@
+"""The cheapest chain of peers over block boundaries; a hop may use any part of a peer's span.
+
+Owns the search. Knows blocks and costs, not why a peer costs what it does or may not be used. Deterministic: the
+result depends on the set of candidates, not on their order.
+
+    boundary   0         1         2         3
+               ├─ block 0 ┼─ block 1 ┼─ block 2 ┤
+    A [0, 2)   ●─────────▶●─────────▶●              an edge is one block on one peer: staying costs `per_block_s`,
+    B [1, 3)              ●─────────▶●─────────▶●   changing (or starting) at a boundary costs `enter_s` more
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from routing.cost import HopCost
+from routing.ids import BlockSpan, PeerId
+
+
+class Candidate(NamedTuple):
+    """A peer that may be used for any part of its span at this cost. A tuple, because plans make thousands."""
+
+    peer_id: PeerId
+    span: BlockSpan
+    cost: HopCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Path:
+    """Hops `(peer, blocks)` that cover every block once and in order."""
+
+    hops: tuple[tuple[PeerId, BlockSpan], ...]
+    cost_s: float
+    relaxed: int
+    """Edges looked at: what the search cost, independent of the machine."""
+
+
+def gaps(spans: Iterable[BlockSpan], num_blocks: int) -> tuple[BlockSpan, ...]:
+    """Maximal runs of blocks in `[0, num_blocks)` that no span covers."""
+    uncovered = []
+    reached = 0
+    for span in sorted(spans):
+        if span.start >= num_blocks:
+            break
+        if span.start > reached:
+            uncovered.append(BlockSpan(reached, span.start))
+        reached = max(reached, span.end)
+    if reached < num_blocks:
+        uncovered.append(BlockSpan(reached, num_blocks))
+    return tuple(uncovered)
+
+
+def path_cost_s(hops: Sequence[tuple[HopCost, int]]) -> float:
+    """What a chain of `(cost, number of blocks)` takes from the first frame out to the last answer back."""
+    return sum(cost.enter_s + blocks * cost.per_block_s for cost, blocks in hops) + hops[-1][0].leave_s
+
+
+def cheapest_path(candidates: Collection[Candidate], num_blocks: int) -> Path | None:
+    """The cheapest path over blocks `[0, num_blocks)`, or None when `gaps` of the candidates' spans is not empty.
+
+    No peer serves two hops, because a session has one place at each peer. Where the cheapest walk would return to a
+    peer, the answer is the cheapest way that the search meets without the return: valid, but not always the best.
+
+    Every hop pays its entry. So a path through the peers with the cheapest entries alone, where there is one, bounds
+    the entries that can be part of a better path, and most of a large swarm is never searched.
+    """
+    if not candidates:
+        return None
+    cutoff_s = sorted(candidate.cost.enter_s for candidate in candidates)[len(candidates) // 8]
+    near = [candidate for candidate in candidates if candidate.cost.enter_s <= cutoff_s]
+    first = _search(near, num_blocks)
+    bound_s = math.inf if first is None else first.cost_s
+    worth_a_look = [candidate for candidate in candidates if candidate.cost.enter_s <= bound_s]
+    if len(worth_a_look) <= len(near):
+        return first
+    second = _search(worth_a_look, num_blocks)
+    if first is None or second is None:
+        return second
+    return replace(min(second, first, key=_cost_s), relaxed=first.relaxed + second.relaxed)
+
+
+def _search(candidates: Iterable[Candidate], num_blocks: int) -> Path | None:
+    """Dynamic programming over boundaries (Bellman 1957) with one running cost per peer.
+
+    In front of each block a peer either goes on, or takes over from the cheapest way to that boundary: O(blocks) per
+    peer. Ties go to the span that starts first, then to the longer one, the cheaper entry and the smaller peer id.
+    """
+    starting: list[list[_Running]] = [[] for _ in range(num_blocks)]
+    for candidate in _undominated(candidates):
+        if candidate.span.start < num_blocks:
+            starting[candidate.span.start].append(_Running(candidate))
+
+    running: list[_Running] = []
+    reached = [_Reached(cost_s=0.0, hops=(), peers=frozenset())]
+    relaxed = 0
+    for block in range(num_blocks):
+        running = [run for run in running if run.end > block]
+        running += sorted(starting[block], key=lambda run: (-run.end, run.enter_s, run.peer_id))
+        if not running:
+            return None
+        relaxed += len(running)
+        before = reached[block]
+        for run in running:
+            taken_over_s = before.cost_s + run.enter_s
+            if taken_over_s < run.cost_s and run.peer_id not in before.peers:
+                run.cost_s, run.began = taken_over_s, block
+            run.cost_s += run.per_block_s
+        if block == num_blocks - 1:
+            for run in running:
+                run.cost_s += run.leave_s
+        best = min(running, key=_cost_s)
+        way = reached[best.began]
+        reached.append(
+            _Reached(
+                cost_s=best.cost_s,
+                hops=(*way.hops, (best.peer_id, BlockSpan(best.began, block + 1))),
+                peers=way.peers | {best.peer_id},
+            )
+        )
+    return Path(hops=reached[-1].hops, cost_s=reached[-1].cost_s, relaxed=relaxed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reached:
+    """The cheapest way found to a boundary."""
+
+    cost_s: float
+    hops: tuple[tuple[PeerId, BlockSpan], ...]
+    peers: frozenset[PeerId]
+
+
+class _Running:
+    """A candidate while the search passes its span: the cheapest way that ends on it, and where it took over."""
+
+    __slots__ = ("began", "cost_s", "end", "enter_s", "leave_s", "peer_id", "per_block_s")
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.peer_id = candidate.peer_id
+        self.end = candidate.span.end
+        self.enter_s = candidate.cost.enter_s
+        self.per_block_s = candidate.cost.per_block_s
+        self.leave_s = candidate.cost.leave_s
+        self.cost_s = math.inf
+        self.began = candidate.span.start
+
+
+_cost_s = operator.attrgetter("cost_s")
+
+
+def _undominated(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+    """All candidates but those that another one with the same span beats; of equals, the smallest peer id stays."""
+    fronts: dict[tuple[int, int], list[Candidate]] = {}
+    for candidate in candidates:
+        peer_id, span, cost = candidate
+        enter_s, per_block_s, leave_s = cost
+        key = (span.start, span.end)
+        front = fronts.get(key)
+        if front is None:
+            fronts[key] = [candidate]
+            continue
+        for other_id, _, other in front:
+            no_worse = other[0] <= enter_s and other[1] <= per_block_s and other[2] <= leave_s
+            if no_worse and (other != cost or other_id < peer_id):
+                break
+        else:
+            fronts[key] = [c for c in front if enter_s > c[2][0] or per_block_s > c[2][1] or leave_s > c[2][2]]
+            fronts[key].append(candidate)
+    return itertools.chain.from_iterable(fronts.values())

@@ -1,0 +1,331 @@
+"""Announcements and the exact signed bytes in which they travel.
+
+Owns the layout, the bounds of every field, the DHT keys and the verdict on a value that a stranger hands over. Knows
+no network and no clock: the time is an argument.
+
+Layout of a value, at most MAX_RECORD_BYTES:
+
+    byte 0        format, 1
+    bytes 1-64    Ed25519 signature by the announcing peer
+    bytes 65-     body: a MessagePack array in the order of `_Body` (later versions append fields)
+
+The signature's domain is `hive/record/1`; its message is the length of the key (2 bytes, big-endian), the key, the
+length of the subkey (2 bytes), the subkey, and the body with sequence and expiry in it. So a value is worthless under
+another key, another subkey or another expiry, and an old one cannot be given a later expiry by whoever stores it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import msgpack
+import msgspec
+
+from routing.addresses import peer_id_in, validate_multiaddr
+from routing.errors import CallerError, InvalidRecord
+from routing.identity import SIGNATURE_BYTES, SigningKey, public_key_of, verify
+from routing.ids import BlockSpan, ModelId, PeerId
+
+RECORD_LIFETIME_S: Final = 20.0
+RECORD_RENEW_S: Final = 6.0
+"""Three chances to renew before a record expires."""
+MAX_EXPIRY_AHEAD_S: Final = 300.0
+CLOCK_SLACK_S: Final = 10.0
+
+MAX_RECORD_BYTES: Final = 1024
+KEYS_PER_MODEL: Final = 16
+MAX_RECORDS_PER_KEY: Final = 800
+"""With subkey, expiry and framing a record takes up to 1.2 KB in an answer: 800 of them stay below 1 MiB."""
+
+MAX_BLOCKS: Final = 4096
+MAX_ADDRESSES: Final = 8
+MAX_CACHE_TOKENS: Final = 2**40
+MAX_SECONDS_PER_BLOCK: Final = 3600.0
+
+_FORMAT: Final = 1
+_DOMAIN: Final = b"hive/record/1"
+_HEADER_BYTES: Final = 1 + SIGNATURE_BYTES
+_NETWORK: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}", re.ASCII)
+_KEY: Final = re.compile(rf"hive/1/({_NETWORK.pattern})/(?:model/([0-9a-f]{{64}})|index)/(?:0|[1-9][0-9]?)", re.ASCII)
+
+
+class PeerState(StrEnum):
+    """What a peer says about itself; only ONLINE peers are given new work."""
+
+    JOINING = "joining"
+    ONLINE = "online"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What one peer serves, as the peer itself says. Speeds and free space are claims, not facts.
+
+    Raises CallerError (also InvalidSpan, InvalidAddress) when a field is out of bounds.
+    """
+
+    peer_id: PeerId
+    model: ModelId
+    model_name: str
+    """For people; what decides is `model`."""
+    num_blocks: int
+    """Blocks of the whole model."""
+    span: BlockSpan
+    state: PeerState
+    dtype: str
+    quantization: str = "none"
+    version: str
+    """Of the software."""
+    protocol: int
+    """Of the wire."""
+    name: str = ""
+    addresses: tuple[str, ...]
+    """Canonical and dialable, each ending in this peer's id; none while the peer cannot be reached."""
+    decode_s_per_block: float
+    """One token through one block."""
+    prefill_s_per_token_block: float
+    """One more token of a long step through one block."""
+    cache_tokens: int
+    """KV positions this peer has room for in all."""
+    free_tokens: int
+    sequence: int
+    """Grows with every record of this peer; the highest wins."""
+    expires_at_s: float
+    """Seconds since the epoch."""
+
+    def __post_init__(self) -> None:
+        public_key_of(self.peer_id)
+        _check_text("model name", self.model_name, max_chars=96, min_chars=1)
+        _check_text("dtype", self.dtype, max_chars=16, min_chars=1)
+        _check_text("quantization", self.quantization, max_chars=32, min_chars=1)
+        _check_text("version", self.version, max_chars=32, min_chars=1)
+        _check_text("peer name", self.name, max_chars=48)
+        _check_number("number of blocks", self.num_blocks, 1, MAX_BLOCKS)
+        _check_number("end of the span", self.span.end, 1, self.num_blocks)
+        _check_number("protocol", self.protocol, 0, 2**16 - 1)
+        _check_number("seconds per block", self.decode_s_per_block, 0, MAX_SECONDS_PER_BLOCK)
+        _check_number("seconds per token and block", self.prefill_s_per_token_block, 0, MAX_SECONDS_PER_BLOCK)
+        _check_number("cache size", self.cache_tokens, 0, MAX_CACHE_TOKENS)
+        _check_number("free cache", self.free_tokens, 0, self.cache_tokens)
+        _check_number("sequence", self.sequence, 0, 2**63 - 1)
+        _check_number("expiry", self.expires_at_s, 0, 2**53)
+        _check_number("number of addresses", len(self.addresses), 0, MAX_ADDRESSES)
+        for address in self.addresses:
+            if validate_multiaddr(address, need_peer_id=True) != address or peer_id_in(address) != self.peer_id:
+                raise CallerError(f"{address!r} is not a canonical address of peer {self.peer_id}")
+
+
+class _Body(msgspec.Struct, frozen=True, array_like=True):
+    """The typed form of the signed array. The peer id is the subkey and ends every address: not repeated here."""
+
+    sequence: int
+    expires_at_s: float
+    model: bytes
+    model_name: str
+    num_blocks: int
+    start: int
+    end: int
+    state: PeerState
+    dtype: str
+    quantization: str
+    version: str
+    protocol: int
+    name: str
+    addresses: tuple[str, ...]
+    decode_s_per_block: float
+    prefill_s_per_token_block: float
+    cache_tokens: int
+    free_tokens: int
+
+
+def check_network(network: str) -> str:
+    """The name itself, when it may stand in a key: 1 to 32 of `a-z 0-9 . _ -`. Raises CallerError."""
+    if not _NETWORK.fullmatch(network):
+        raise CallerError(
+            f"{network[:64]!r} is not a network name", hint="use 1 to 32 lower-case letters, digits, '.', '_' and '-'"
+        )
+    return network
+
+
+def model_keys(network: str, model: ModelId) -> tuple[str, ...]:
+    """Every key under which peers of this model announce. Raises CallerError on a bad network name."""
+    return tuple(_key(network, f"model/{model.hex}", bucket) for bucket in range(KEYS_PER_MODEL))
+
+
+def model_key(network: str, model: ModelId, peer_id: PeerId) -> str:
+    """The one key under which this peer announces this model; it cannot choose its bucket."""
+    return _key(network, f"model/{model.hex}", _bucket(peer_id))
+
+
+def index_keys(network: str) -> tuple[str, ...]:
+    """Every key under which all peers of the network announce, whatever they serve."""
+    return tuple(_key(network, "index", bucket) for bucket in range(KEYS_PER_MODEL))
+
+
+def index_key(network: str, peer_id: PeerId) -> str:
+    """Where this peer announces a second time, so that readers learn which models exist."""
+    return _key(network, "index", _bucket(peer_id))
+
+
+def sign_record(announcement: Announcement, key: str, signing_key: SigningKey) -> bytes:
+    """The value to store under `key` with the peer id as subkey, until `announcement.expires_at_s`.
+
+    Raises CallerError when the key is not the announcing peer's, or the record would pass MAX_RECORD_BYTES.
+    """
+    _check_key(key, announcement)
+    if signing_key.peer_id != announcement.peer_id:
+        raise CallerError(f"peer {signing_key.peer_id} cannot sign for peer {announcement.peer_id}")
+    body = _encode(announcement)
+    size = _HEADER_BYTES + len(body)
+    if size > MAX_RECORD_BYTES:
+        raise CallerError(f"the record has {size} bytes, above {MAX_RECORD_BYTES}", hint="announce fewer addresses")
+    signature = signing_key.sign(_DOMAIN, _message(key, announcement.peer_id, body))
+    return bytes([_FORMAT]) + signature + body
+
+
+def verify_record(value: bytes, *, key: str, subkey: str, stored_expiry_s: float, now_s: float) -> Announcement:
+    """The announcement inside a value found under `key` and `subkey`, proven to be the subkey's owner's.
+
+    Raises InvalidRecord, and nothing else, whatever the bytes; clock skew is named where it may be the reason.
+    """
+    if len(value) > MAX_RECORD_BYTES:
+        raise InvalidRecord(f"the record has {len(value)} bytes, above {MAX_RECORD_BYTES}")
+    if len(value) <= _HEADER_BYTES or value[0] != _FORMAT:
+        raise InvalidRecord(f"not a record of format {_FORMAT}")
+    signature, body = value[1:_HEADER_BYTES], value[_HEADER_BYTES:]
+    try:
+        message = _message(key, subkey, body)
+        if not verify(subkey, _DOMAIN, message, signature):
+            raise InvalidRecord(f"the record is not signed by peer {subkey} for this key")
+        announcement = _decode(PeerId(subkey), body)
+        _check_key(key, announcement)
+    except CallerError as error:
+        raise InvalidRecord(f"the record is malformed: {error}") from error
+    if announcement.expires_at_s != stored_expiry_s:
+        raise InvalidRecord(f"the record of peer {subkey} is stored with another expiry than the signed one")
+    ahead_s = announcement.expires_at_s - now_s
+    if not ahead_s <= MAX_EXPIRY_AHEAD_S:
+        raise InvalidRecord(
+            f"the record of peer {subkey} expires {ahead_s:.0f} s ahead, above {MAX_EXPIRY_AHEAD_S:.0f} s",
+            hint="clock skew? check the time synchronisation on both machines",
+        )
+    if ahead_s < -CLOCK_SLACK_S:
+        raise InvalidRecord(
+            f"the record of peer {subkey} expired {-ahead_s:.0f} s ago",
+            hint="the peer is gone, or clock skew: check the time synchronisation on both machines",
+        )
+    return announcement
+
+
+def _encode(announcement: Announcement) -> bytes:
+    suffix = f"/p2p/{announcement.peer_id}"
+    body = _Body(
+        sequence=announcement.sequence,
+        expires_at_s=float(announcement.expires_at_s),
+        model=announcement.model.digest,
+        model_name=announcement.model_name,
+        num_blocks=announcement.num_blocks,
+        start=announcement.span.start,
+        end=announcement.span.end,
+        state=announcement.state,
+        dtype=announcement.dtype,
+        quantization=announcement.quantization,
+        version=announcement.version,
+        protocol=announcement.protocol,
+        name=announcement.name,
+        addresses=tuple(address.removesuffix(suffix) for address in announcement.addresses),
+        decode_s_per_block=announcement.decode_s_per_block,
+        prefill_s_per_token_block=announcement.prefill_s_per_token_block,
+        cache_tokens=announcement.cache_tokens,
+        free_tokens=announcement.free_tokens,
+    )
+    packed: bytes = msgpack.packb(msgspec.to_builtins(body, builtin_types=(bytes,)))
+    return packed
+
+
+def _decode(peer_id: PeerId, body: bytes) -> Announcement:
+    unpacker = msgpack.Unpacker(
+        max_buffer_size=MAX_RECORD_BYTES,
+        max_str_len=512,
+        max_bin_len=64,
+        max_array_len=64,
+        max_map_len=16,
+        max_ext_len=0,
+    )
+    unpacker.feed(body)
+    try:
+        fields = msgspec.convert(unpacker.unpack(), _Body)
+    except (msgpack.UnpackException, ValueError, msgspec.ValidationError) as error:
+        raise CallerError(f"the body cannot be read ({type(error).__name__})") from error
+    if unpacker.tell() != len(body):
+        raise CallerError("bytes follow the body")
+    return Announcement(
+        peer_id=peer_id,
+        model=ModelId(fields.model),
+        model_name=fields.model_name,
+        num_blocks=fields.num_blocks,
+        span=BlockSpan(fields.start, fields.end),
+        state=fields.state,
+        dtype=fields.dtype,
+        quantization=fields.quantization,
+        version=fields.version,
+        protocol=fields.protocol,
+        name=fields.name,
+        addresses=tuple(f"{address}/p2p/{peer_id}" for address in fields.addresses),
+        decode_s_per_block=fields.decode_s_per_block,
+        prefill_s_per_token_block=fields.prefill_s_per_token_block,
+        cache_tokens=fields.cache_tokens,
+        free_tokens=fields.free_tokens,
+        sequence=fields.sequence,
+        expires_at_s=fields.expires_at_s,
+    )
+
+
+def _message(key: str, subkey: str, body: bytes) -> bytes:
+    public_key_of(subkey)
+    _parse_key(key)
+    key_raw, subkey_raw = key.encode("ascii"), subkey.encode("ascii")
+    return len(key_raw).to_bytes(2, "big") + key_raw + len(subkey_raw).to_bytes(2, "big") + subkey_raw + body
+
+
+def _key(network: str, topic: str, bucket: int) -> str:
+    return f"hive/1/{check_network(network)}/{topic}/{bucket}"
+
+
+def _bucket(peer_id: PeerId) -> int:
+    return int.from_bytes(hashlib.sha256(peer_id.encode("ascii")).digest()[:8], "big") % KEYS_PER_MODEL
+
+
+def _parse_key(key: str) -> tuple[str, str | None]:
+    """The network, and the model's hex digits unless the key is the index's."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise CallerError(f"{key[:128]!r} is not a key of this network")
+    return match[1], match[2]
+
+
+def _check_key(key: str, announcement: Announcement) -> None:
+    network, model_hex = _parse_key(key)
+    expected = (
+        index_key(network, announcement.peer_id)
+        if model_hex is None
+        else model_key(network, announcement.model, announcement.peer_id)
+    )
+    if key != expected:
+        raise CallerError(f"peer {announcement.peer_id} announces under {expected}, not under {key}")
+
+
+def _check_text(what: str, text: str, *, max_chars: int, min_chars: int = 0) -> None:
+    # `isprintable` is false for control characters, line separators and the marks that reverse a terminal's text.
+    if not (min_chars <= len(text) <= max_chars and text.isprintable()):
+        raise CallerError(f"the {what} must have {min_chars} to {max_chars} printable characters")
+
+
+def _check_number(what: str, value: float, least: float, most: float) -> None:
+    if not (math.isfinite(value) and least <= value <= most):
+        raise CallerError(f"the {what} must be between {least} and {most}")

@@ -1,0 +1,97 @@
+"""Failures turned into back-off: twice as long each time, forgotten in time, never for ever.
+
+Owns which peers to leave alone for now, and why. A busy peer has not failed: it is left alone for as long as it asked,
+within reason, and keeps its good name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from routing.ids import PeerId
+
+BACKOFF_S_MIN: Final = 2.0
+"""After the first failure: shorter than a client waits for missing blocks, so that one blip of an only holder heals."""
+BACKOFF_S_MAX: Final = 300.0
+STRIKE_HALF_LIFE_S: Final = 300.0
+BUSY_S_MAX: Final = 30.0
+"""A peer that asks for a longer pause than this gets this."""
+MAX_PEERS: Final = 20_000
+_STRIKES_MAX: Final = 16.0
+_STRIKES_MIN: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Record:
+    strikes: float = 0.0
+    updated_at_s: float = 0.0
+    backed_off_until_s: float = 0.0
+    busy_until_s: float = 0.0
+    reason: str = ""
+
+    def strikes_at(self, now_s: float) -> float:
+        age_s = max(0.0, now_s - self.updated_at_s)
+        return float(self.strikes * 0.5 ** (age_s / STRIKE_HALF_LIFE_S))
+
+
+class Reputation:
+    """Guards the verdicts on at most MAX_PEERS peers; the one heard of longest ago is forgotten first."""
+
+    def __init__(self, max_peers: int = MAX_PEERS) -> None:
+        self._max_peers = max_peers
+        self._records: dict[PeerId, _Record] = {}
+
+    def on_failure(self, peer: PeerId, now_s: float, reason: str) -> None:
+        """Back off from a peer that erred, died or kept silent; `reason` is for people.
+
+        What fails while the peer is left alone already (its other sessions, say) is the same failure.
+        """
+        known = self._records.get(peer, _CLEAN)
+        if known.backed_off_until_s > now_s:
+            return
+        strikes = min(known.strikes_at(now_s) + 1, _STRIKES_MAX)
+        backoff_s = min(BACKOFF_S_MIN * 2.0 ** (strikes - 1), BACKOFF_S_MAX)
+        failed = replace(
+            known,
+            strikes=strikes,
+            updated_at_s=now_s,
+            backed_off_until_s=now_s + backoff_s,
+            # It may quote the peer, and ends up on somebody's terminal.
+            reason="".join(c if c.isprintable() else "?" for c in reason[:200]),
+        )
+        self._put(peer, failed)
+
+    def on_busy(self, peer: PeerId, retry_after_s: float, now_s: float) -> None:
+        """A healthy peer without room asks to be left alone for a while."""
+        known = self._records.get(peer, _CLEAN)
+        pause_s = min(max(retry_after_s, 0.0), BUSY_S_MAX)
+        self._put(peer, replace(known, busy_until_s=now_s + pause_s))
+
+    def on_success(self, peer: PeerId, now_s: float) -> None:
+        """The peer did its work: any pause ends, and half of what it did wrong is forgiven."""
+        known = self._records.pop(peer, _CLEAN)
+        strikes = known.strikes_at(now_s) / 2
+        if strikes >= _STRIKES_MIN:
+            self._records[peer] = _Record(strikes=strikes, updated_at_s=now_s)
+
+    def backed_off(self, now_s: float) -> dict[PeerId, str]:
+        """Peers that must not be used now because they failed, each with the reason and the seconds left."""
+        return {
+            peer: f"backed off for {record.backed_off_until_s - now_s:.0f} s after: {record.reason}"
+            for peer, record in self._records.items()
+            if record.backed_off_until_s > now_s
+        }
+
+    def busy(self, now_s: float) -> frozenset[PeerId]:
+        """Peers that said that they have no room now."""
+        return frozenset(peer for peer, record in self._records.items() if record.busy_until_s > now_s)
+
+    def _put(self, peer: PeerId, record: _Record) -> None:
+        self._records.pop(peer, None)
+        if len(self._records) >= self._max_peers:
+            del self._records[next(iter(self._records))]
+        self._records[peer] = record
+
+
+_CLEAN: Final = _Record()

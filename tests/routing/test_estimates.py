@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from routing.cost import hop_cost
+from routing.estimates import (
+    DEFAULT_BANDWIDTH_BYTES_PER_S,
+    DEFAULT_RTT_S,
+    HALF_LIFE_S,
+    SMOOTHING,
+    Estimates,
+    PeerEstimate,
+    Smoothed,
+)
+from tests.routing.swarms import NOW_S, announcement, peer
+
+SAID = announcement(peer(1), decode_s_per_block=0.002, prefill_s_per_token_block=0.0002)
+
+
+def test_without_measurements_the_announcement_and_the_defaults_count() -> None:
+    assert Estimates().of(SAID, NOW_S) == PeerEstimate(
+        rtt_s=DEFAULT_RTT_S,
+        bandwidth_bytes_per_s=DEFAULT_BANDWIDTH_BYTES_PER_S,
+        queue_s=0.0,
+        decode_s_per_block=0.002,
+        prefill_s_per_token_block=0.0002,
+    )
+
+
+def test_the_first_sample_counts_in_full_and_later_ones_by_an_eighth() -> None:
+    estimates = Estimates()
+    estimates.on_rtt(peer(1), 0.010, NOW_S)
+    assert estimates.rtt_s(peer(1), NOW_S) == pytest.approx(0.010)
+    estimates.on_rtt(peer(1), 0.090, NOW_S)
+    assert estimates.rtt_s(peer(1), NOW_S) == pytest.approx(0.010 + SMOOTHING * 0.080)
+
+
+def test_measurements_outrank_claims_and_fade_back_to_them() -> None:
+    estimates = Estimates()
+    estimates.on_step(peer(1), blocks=10, tokens=1, compute_s=0.1, queue_s=0.0, now_s=NOW_S)
+    assert estimates.of(SAID, NOW_S).decode_s_per_block == pytest.approx(0.01)
+    assert estimates.of(SAID, NOW_S + HALF_LIFE_S).decode_s_per_block == pytest.approx(0.006)
+    assert estimates.of(SAID, NOW_S + 1e9).decode_s_per_block == pytest.approx(0.002)
+
+
+def test_a_sample_after_a_long_silence_replaces_what_was_known() -> None:
+    smoothed = Smoothed()
+    smoothed.add(1.0, NOW_S)
+    smoothed.add(5.0, NOW_S + 100 * HALF_LIFE_S)
+    assert smoothed.value(0.0, NOW_S + 100 * HALF_LIFE_S) == pytest.approx(5.0)
+
+
+def test_prefill_is_what_a_block_takes_beyond_its_first_token() -> None:
+    estimates = Estimates()
+    estimates.on_step(peer(1), blocks=10, tokens=1, compute_s=0.05, queue_s=0.0, now_s=NOW_S)
+    estimates.on_step(peer(1), blocks=10, tokens=101, compute_s=0.05 + 100 * 10 * 0.0003, queue_s=0.0, now_s=NOW_S)
+    estimate = estimates.of(SAID, NOW_S)
+    assert estimate.decode_s_per_block == pytest.approx(0.005)
+    assert estimate.prefill_s_per_token_block == pytest.approx(0.0003)
+
+
+def test_a_queue_is_forgotten_within_a_minute() -> None:
+    estimates = Estimates()
+    estimates.on_step(peer(1), blocks=10, tokens=1, compute_s=0.1, queue_s=3.0, now_s=NOW_S)
+    assert estimates.of(SAID, NOW_S).queue_s == pytest.approx(3.0)
+    assert estimates.of(SAID, NOW_S + 60).queue_s < 0.05
+
+
+def test_bandwidth_is_measured_from_transfers() -> None:
+    estimates = Estimates()
+    estimates.on_transfer(peer(1), num_bytes=2_000_000, elapsed_s=2.0, now_s=NOW_S)
+    assert estimates.of(SAID, NOW_S).bandwidth_bytes_per_s == pytest.approx(1e6)
+    assert estimates.rtt_s(peer(1), NOW_S) is None
+
+
+@given(st.lists(st.tuples(st.floats(), st.floats(0, 1e6)), max_size=20), st.floats(0, 10))
+def test_no_sequence_of_samples_leaves_the_range_of_sane_ones(samples: list[tuple[float, float]], prior: float) -> None:
+    smoothed = Smoothed()
+    for sample, after_s in samples:
+        smoothed.add(sample, NOW_S + after_s)
+    sane = [s for s, _ in samples if 0 <= s < float("inf")]
+    value = smoothed.value(prior, NOW_S + 1e6)
+    slack = 1e-9 * max([prior, *sane])
+    assert min([prior, *sane]) - slack <= value <= max([prior, *sane]) + slack
+
+
+def test_the_peer_measured_longest_ago_is_forgotten_first() -> None:
+    estimates = Estimates(max_peers=2)
+    for number in (1, 2, 1, 3):
+        estimates.on_rtt(peer(number), 0.01, NOW_S)
+    assert [estimates.rtt_s(peer(n), NOW_S) is None for n in (1, 2, 3)] == [False, True, False]
+
+
+def test_a_hop_costs_latency_plus_bytes_over_bandwidth_plus_queue_plus_blocks() -> None:
+    estimate = PeerEstimate(
+        rtt_s=0.04,
+        bandwidth_bytes_per_s=1e6,
+        queue_s=0.003,
+        decode_s_per_block=0.002,
+        prefill_s_per_token_block=0.0001,
+    )
+    one = hop_cost(estimate, tokens=1, bytes_per_token=1000)
+    assert one == pytest.approx((0.02 + 0.001 + 0.003, 0.002, 0.021))
+    many = hop_cost(estimate, tokens=101, bytes_per_token=1000)
+    assert many == pytest.approx((0.02 + 0.101 + 0.003, 0.002 + 0.01, 0.121))

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from routing.cost import hop_cost
+from routing.errors import NoRoute
+from routing.estimates import Estimates
+from routing.path import Candidate, cheapest_path
+from routing.records import Announcement, PeerState
+from routing.router import HYSTERESIS, Hop, Route, Router, RouteRequest
+from tests.routing.swarms import MODEL, NOW_S, OTHER_MODEL, announcement, peer
+
+REQUEST = RouteRequest(model=MODEL, num_blocks=30, bytes_per_token=1152)
+THREE = (announcement(peer(0), 0, 10), announcement(peer(1), 10, 20), announcement(peer(2), 20, 30))
+
+
+def router_with(*announcements: Announcement) -> Router:
+    router = Router()
+    router.on_announcements(announcements, NOW_S)
+    return router
+
+
+def peers_of(route: Route) -> list[str]:
+    return [hop.peer_id for hop in route.hops]
+
+
+def test_three_peers_of_ten_blocks_make_a_route_with_their_addresses() -> None:
+    route = router_with(*THREE).plan(REQUEST, NOW_S)
+    assert route.hops == tuple(Hop(peer_id=a.peer_id, span=a.span, addresses=a.addresses) for a in THREE)
+    assert route.cost_s > 0
+
+
+def test_the_nearer_peer_is_taken_and_a_failed_one_replaced() -> None:
+    router = router_with(*THREE, announcement(peer(3), 10, 20))
+    router.on_rtt(peer(1), 0.010, NOW_S)
+    router.on_rtt(peer(3), 0.050, NOW_S)
+    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(1)
+    router.on_failure(peer(1), NOW_S, "stream closed")
+    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(3)
+    assert peers_of(router.plan(REQUEST, NOW_S + 10))[1] == peer(1)
+
+
+def test_a_success_ends_the_back_off() -> None:
+    router = router_with(*THREE)
+    router.on_failure(peer(1), NOW_S, "stream closed")
+    router.on_success(peer(1), NOW_S)
+    assert len(router.plan(REQUEST, NOW_S).hops) == 3
+
+
+def test_a_measured_slow_peer_loses_to_one_that_promised_less() -> None:
+    boaster = announcement(peer(1), 10, 20, decode_s_per_block=0.0)
+    honest = announcement(peer(3), 10, 20, decode_s_per_block=0.005)
+    router = router_with(THREE[0], boaster, honest, THREE[2])
+    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(1)
+    router.on_step(peer(1), blocks=10, tokens=1, compute_s=0.5, queue_s=0.0, now_s=NOW_S)
+    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(3)
+
+
+def test_a_slow_link_matters_for_long_prompts_only() -> None:
+    router = router_with(THREE[0], THREE[1], announcement(peer(3), 10, 20), THREE[2])
+    router.on_rtt(peer(1), 0.010, NOW_S)
+    router.on_rtt(peer(3), 0.030, NOW_S)
+    router.on_transfer(peer(1), num_bytes=100_000, elapsed_s=1.0, now_s=NOW_S)
+    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(3)
+    fast_enough = replace(REQUEST, bytes_per_token=16)
+    assert peers_of(router.plan(fast_enough, NOW_S))[1] == peer(1)
+
+
+def test_avoided_peers_are_not_used() -> None:
+    router = router_with(*THREE, announcement(peer(3), 10, 20))
+    for avoided in (peer(1), peer(3)):
+        assert avoided not in peers_of(router.plan(replace(REQUEST, avoid=frozenset({avoided})), NOW_S))
+
+
+def test_a_gap_is_named() -> None:
+    with pytest.raises(NoRoute, match="10:20") as raised:
+        router_with(THREE[0], THREE[2]).plan(REQUEST, NOW_S)
+    assert raised.value.missing == ((10, 20),)
+    assert "nobody holds 10:20" in str(raised.value)
+    assert "cannot be used" not in str(raised.value)
+    assert raised.value.hint
+
+
+def test_a_swarm_without_the_model_says_so() -> None:
+    with pytest.raises(NoRoute, match="no peer serves") as raised:
+        router_with(announcement(peer(1), model=OTHER_MODEL)).plan(REQUEST, NOW_S)
+    assert raised.value.missing == ((0, 30),)
+
+
+@pytest.mark.parametrize(
+    ("state", "word"), [(PeerState.DRAINING, "draining"), (PeerState.JOINING, "joining"), (PeerState.ONLINE, "avoided")]
+)
+def test_blocks_that_only_unusable_peers_hold_are_told_from_blocks_that_nobody_holds(
+    state: PeerState, word: str
+) -> None:
+    held = announcement(peer(1), 10, 20, state=state, name="attic")
+    request = replace(REQUEST, avoid=frozenset({peer(1)}) if state is PeerState.ONLINE else frozenset())
+    with pytest.raises(NoRoute) as raised:
+        router_with(THREE[0], held).plan(request, NOW_S)
+    assert raised.value.missing == ((10, 30),)
+    assert "nobody holds 20:30" in str(raised.value)
+    assert f"attic (10:20, {word})" in str(raised.value)
+
+
+def test_a_backed_off_holder_is_named_with_the_reason() -> None:
+    router = router_with(*THREE)
+    router.on_failure(peer(1), NOW_S, "connection refused")
+    with pytest.raises(NoRoute, match=r"backed off for 2 s after: connection refused") as raised:
+        router.plan(REQUEST, NOW_S)
+    assert raised.value.missing == ((10, 20),)
+    assert "nobody" not in str(raised.value)
+
+
+def test_the_message_stays_short_however_many_peers_are_unusable() -> None:
+    many = [announcement(peer(n), state=PeerState.JOINING) for n in range(500)]
+    with pytest.raises(NoRoute) as raised:
+        router_with(*many).plan(REQUEST, NOW_S)
+    assert len(str(raised.value)) < 500
+
+
+def test_a_peer_without_an_address_is_not_used() -> None:
+    with pytest.raises(NoRoute, match="without an address"):
+        router_with(THREE[0], announcement(peer(1), 10, 20, addresses=()), THREE[2]).plan(REQUEST, NOW_S)
+
+
+def test_a_peer_that_claims_another_number_of_blocks_is_ignored() -> None:
+    with pytest.raises(NoRoute, match="nobody holds 10:20"):
+        router_with(THREE[0], announcement(peer(1), 10, 20, num_blocks=31), THREE[2]).plan(REQUEST, NOW_S)
+
+
+def test_busy_peers_serve_only_where_nobody_else_does() -> None:
+    router = router_with(*THREE, announcement(peer(3), 10, 20, decode_s_per_block=1.0))
+    router.on_busy(peer(1), 2.0, NOW_S)
+    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(3)
+    assert peers_of(router.plan(REQUEST, NOW_S + 2))[1] == peer(1)
+    router.on_busy(peer(0), 2.0, NOW_S)
+    route = router.plan(REQUEST, NOW_S)
+    assert peers_of(route)[0] == peer(0)
+    assert route.cost_s < 100
+
+
+def test_a_route_enters_as_few_peers_without_room_for_the_session_as_it_can() -> None:
+    cramped = announcement(peer(1), 10, 20, free_tokens=100)
+    slow = announcement(peer(3), 12, 20, decode_s_per_block=1.0)
+    router = router_with(THREE[0], cramped, slow, THREE[2])
+    needs_room = replace(REQUEST, cache_tokens=101)
+    # Blocks 10 and 11 are nowhere else: once entered, the cramped peer may as well serve its whole span.
+    assert peers_of(router.plan(needs_room, NOW_S)) == [peer(0), peer(1), peer(2)]
+    router.on_announcements([announcement(peer(4), 10, 12, decode_s_per_block=1.0)], NOW_S)
+    assert peers_of(router.plan(needs_room, NOW_S)) == [peer(0), peer(4), peer(3), peer(2)]
+    assert peers_of(router.plan(replace(REQUEST, cache_tokens=100), NOW_S)) == [peer(0), peer(1), peer(2)]
+
+
+def test_a_session_does_not_leave_a_peer_because_its_own_cache_filled_it() -> None:
+    router = router_with(
+        THREE[0], announcement(peer(1), 10, 20, free_tokens=0), announcement(peer(3), 10, 20), THREE[2]
+    )
+    request = replace(REQUEST, cache_tokens=100)
+    previous = Route(
+        hops=tuple(Hop(peer_id=peer(n), span=THREE[n].span, addresses=THREE[n].addresses) for n in range(3)), cost_s=1.0
+    )
+    assert peers_of(router.plan(request, NOW_S))[1] == peer(3)
+    assert peers_of(router.plan(replace(request, previous=previous), NOW_S))[1] == peer(1)
+
+
+def test_the_previous_route_stays_unless_another_is_clearly_better() -> None:
+    router = router_with(announcement(peer(1), 0, 30), announcement(peer(2), 0, 30))
+    router.on_rtt(peer(1), 0.100, NOW_S)
+    router.on_rtt(peer(2), 0.200, NOW_S)
+    first = router.plan(REQUEST, NOW_S)
+    assert peers_of(first) == [peer(1)]
+
+    router.on_rtt(peer(2), 0.0, NOW_S)
+    for _ in range(100):
+        held = router.plan(replace(REQUEST, previous=first), NOW_S)
+        fresh = router.plan(REQUEST, NOW_S)
+        if held.hops != first.hops:
+            break
+        assert fresh.cost_s > (1 - HYSTERESIS) * first.cost_s
+        router.on_rtt(peer(2), 0.0, NOW_S)
+    assert held.hops == fresh.hops != first.hops
+    assert fresh.cost_s <= (1 - HYSTERESIS) * first.cost_s
+
+
+def test_a_kept_route_carries_fresh_addresses_and_cost() -> None:
+    router = router_with(*THREE)
+    previous = router.plan(REQUEST, NOW_S)
+    moved = replace(THREE[1], sequence=2, addresses=(f"/ip4/198.51.100.9/tcp/9/p2p/{peer(1)}",))
+    router.on_announcements([moved], NOW_S)
+    router.on_rtt(peer(0), 0.001, NOW_S)
+    kept = router.plan(replace(REQUEST, previous=previous), NOW_S)
+    assert kept.hops[1].addresses == moved.addresses
+    assert kept.cost_s < previous.cost_s
+
+
+@pytest.mark.parametrize("loss", ["draining", "shrunk", "expired", "failed", "avoided"])
+def test_a_previous_route_that_lost_a_hop_is_not_kept(loss: str) -> None:
+    spare = announcement(peer(3), 10, 20, decode_s_per_block=1.0, expires_at_s=NOW_S + 300)
+    router = router_with(*THREE, spare)
+    previous = router.plan(REQUEST, NOW_S)
+    assert peers_of(previous)[1] == peer(1)
+    request, now_s = replace(REQUEST, previous=previous), NOW_S
+    if loss == "draining":
+        router.on_announcements([replace(THREE[1], sequence=2, state=PeerState.DRAINING)], NOW_S)
+    elif loss == "shrunk":
+        router.on_announcements([announcement(peer(1), 12, 20, sequence=2)], NOW_S)
+        request = replace(request, avoid=frozenset({peer(0)}))
+        router.on_announcements([announcement(peer(4), 0, 10)], NOW_S)
+    elif loss == "expired":
+        now_s += 21
+        router.on_announcements([replace(a, sequence=2, expires_at_s=now_s + 20) for a in (THREE[0], THREE[2])], now_s)
+    elif loss == "failed":
+        router.on_failure(peer(1), NOW_S, "died")
+    else:
+        request = replace(request, avoid=frozenset({peer(1)}))
+    route = router.plan(request, now_s)
+    assert route.hops != previous.hops
+    assert peer(3) in peers_of(route)
+
+
+SAYINGS = st.lists(
+    st.tuples(st.integers(0, 8), st.integers(0, 9), st.integers(1, 10), st.sampled_from(PeerState), st.integers(0, 3)),
+    max_size=25,
+)
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["rtt", "step", "failure", "busy", "success"]), st.integers(0, 8), st.floats(0, 2)),
+    max_size=25,
+)
+
+
+@given(SAYINGS, EVENTS, st.frozensets(st.integers(0, 8), max_size=4), st.randoms(use_true_random=False))
+def test_whatever_happens_a_plan_covers_each_block_once_with_usable_peers_or_names_what_is_missing(
+    sayings: list[tuple[int, int, int, PeerState, int]],
+    events: list[tuple[str, int, float]],
+    avoided: frozenset[int],
+    rng: random.Random,
+) -> None:
+    said = [
+        announcement(peer(n), start, min(10, start + length), num_blocks=10, state=state, sequence=i, free_tokens=room)
+        for i, (n, start, length, state, room) in enumerate(sayings)
+    ]
+
+    def build(announcements: list[Announcement]) -> Router:
+        router = router_with(*announcements)
+        for event, number, amount in events:
+            if event == "rtt":
+                router.on_rtt(peer(number), amount, NOW_S)
+            elif event == "step":
+                router.on_step(peer(number), 3, 1, amount, amount / 3, NOW_S)
+            elif event == "failure":
+                router.on_failure(peer(number), NOW_S, "died")
+            elif event == "busy":
+                router.on_busy(peer(number), amount, NOW_S)
+            else:
+                router.on_success(peer(number), NOW_S)
+        return router
+
+    request = replace(REQUEST, num_blocks=10, cache_tokens=2, avoid=frozenset(map(peer, avoided)))
+    live = {a.peer_id: a for a in said}
+    try:
+        route = build(said).plan(request, NOW_S)
+    except NoRoute:
+        with pytest.raises(NoRoute) as raised:
+            build(rng.sample(said, len(said))).plan(request, NOW_S)
+        missing = {block for start, end in raised.value.missing for block in range(start, end)}
+        assert missing
+        online = [a for a in live.values() if a.state is PeerState.ONLINE]
+        assert missing >= {block for block in range(10) if not any(block in a.span for a in online)}
+        return
+    assert [block for hop in route.hops for block in hop.span] == list(range(10))
+    assert len(set(peers_of(route))) == len(route.hops)
+    for hop in route.hops:
+        assert live[hop.peer_id].span.covers(hop.span)
+        assert live[hop.peer_id].state is PeerState.ONLINE
+        assert hop.peer_id not in request.avoid
+    # The same events in another order of announcements give the same route, and the route survives its own hysteresis.
+    assert build(rng.sample(said, len(said))).plan(request, NOW_S) == route
+    assert build(said).plan(replace(request, previous=route), NOW_S).hops == route.hops
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(1, 10), st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=25
+    ),
+    st.integers(1, 3),
+)
+def test_strangers_that_are_not_priced_would_not_have_made_a_route_cheaper(
+    sayings: list[tuple[int, int, int, int]], tokens: int
+) -> None:
+    said = [
+        announcement(
+            peer(n), start, min(10, start + length), num_blocks=10,
+            decode_s_per_block=float(decode_s), prefill_s_per_token_block=float(prefill_s),
+        )
+        for n, (start, length, decode_s, prefill_s) in enumerate(sayings)
+    ]  # fmt: skip
+    nobody_measured = Estimates()
+    priced = [
+        Candidate(a.peer_id, a.span, hop_cost(nobody_measured.of(a, NOW_S), tokens=tokens, bytes_per_token=1000))
+        for a in said
+    ]
+    cheapest = cheapest_path(priced, 10)
+    request = replace(REQUEST, num_blocks=10, tokens=tokens, bytes_per_token=1000)
+    if cheapest is None:
+        with pytest.raises(NoRoute):
+            router_with(*said).plan(request, NOW_S)
+    else:
+        assert router_with(*said).plan(request, NOW_S).cost_s == pytest.approx(cheapest.cost_s)
+
+
+def test_the_snapshot_and_the_measured_round_trip_are_there_for_status() -> None:
+    router = router_with(*THREE)
+    router.on_rtt(peer(1), 0.02, NOW_S)
+    assert len(router.snapshot(NOW_S).of_model(MODEL)) == 3
+    assert router.rtt_s(peer(1), NOW_S) == pytest.approx(0.02)
+    assert router.rtt_s(peer(2), NOW_S) is None
