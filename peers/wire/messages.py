@@ -1,0 +1,195 @@
+"""The messages of protocol version 1: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
+
+A frame carries one message and, for `Step`, `Relay` and `Result`, the raw rows of one tensor (`peers.wire.codec`).
+
+    client                    hop 0            hop 1            hop 2
+      │ Open ─────────────────►│                │                │      one to each hop, together
+      │ ◄──────────────────────┴─ Opened ───────┴────────────────┤
+      │ Step ─────────────────►│ Step ─────────►│ Step ─────────►│      each hop pushes to the next one
+      │ ◄──────────────────────────────────────────────── Result │      on the stream that the client opened
+      │ ◄── Relay ─────────────┤                                        only when hop 0 cannot reach hop 1
+      │ ◄── Failed ────────────┴────────────────┴────────────────┤      any hop, straight to the client
+      │ Close ────────────────►│ … every hop
+
+Field bounds are part of the type: a message outside them cannot be decoded, and so never reaches a session.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+MAX_POSITIONS = 1 << 24
+MAX_HOPS = 64
+MAX_CLOSED_SESSIONS = 512
+
+Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Count = Annotated[int, Meta(ge=0, le=MAX_POSITIONS)]
+Block = Annotated[int, Meta(ge=0, le=65_536)]
+Epoch = Annotated[int, Meta(ge=0, le=1 << 32)]
+Counter = Annotated[int, Meta(ge=0, le=1 << 62)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+PeerText = Annotated[str, Meta(min_length=1, max_length=128)]
+Address = Annotated[str, Meta(min_length=1, max_length=512)]
+Addresses = Annotated[tuple[Address, ...], Meta(max_length=8)]
+ShortText = Annotated[str, Meta(max_length=64)]
+Sentence = Annotated[str, Meta(max_length=1024)]
+Timings = Annotated[tuple[tuple[Seconds, Seconds], ...], Meta(max_length=MAX_HOPS)]
+"""For each hop passed so far: seconds in its queue, seconds of compute."""
+
+
+class Code:
+    """Why a hop declined; `Failed.code`. Strings, so that a later version may add some."""
+
+    BUSY = "busy"  # healthy, no room: wait `retry_after_s`
+    PREEMPTED = "preempted"  # the session's pages went to another: release, wait, replay from position 0
+    DRAINING = "draining"  # leaving: choose another peer, no blame
+    UNKNOWN_SESSION = "unknown_session"  # lease expired or the peer restarted: open again and replay
+    STALE_EPOCH = "stale_epoch"  # this route was replaced
+    GAP = "gap"  # the step starts behind the positions held: replay
+    FORBIDDEN = "forbidden"  # the sender is not the predecessor that the client named
+    WRONG_MODEL = "wrong_model"  # this peer serves other weights or other blocks
+    TOO_LONG = "too_long"  # more positions than the model or the whole pool has
+    MALFORMED = "malformed"  # NaN, wrong dtype, impossible shape
+    INTERNAL = "internal"  # the computation itself failed here
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t"):
+    """Base of all messages: immutable and compared by value."""
+
+
+class Hello(Message, tag="hello", frozen=True, kw_only=True):
+    """First frame on every stream, in both directions. Its fields never change between versions."""
+
+    version: int
+    network: ShortText
+    software: ShortText
+    lane: ShortText
+    """"small" or "bulk": a pair of nodes keeps small frames apart from large ones."""
+    instance: Bytes16
+    """Random per process: joins the lanes of one link."""
+    time_s: float
+    """The sender's clock (Unix seconds), so that skew can be named."""
+
+
+class Open(Message, tag="open", frozen=True, kw_only=True):
+    """Install one hop of a route. A higher epoch replaces the older route and keeps only the session's age."""
+
+    session: Bytes16
+    epoch: Epoch
+    model: Bytes32
+    start: Block
+    end: Block
+    previous: PeerText | None
+    """Who may push steps under this epoch; None: only the client itself."""
+    next: PeerText | None
+    """Where outputs go; None: back to the client, on its own stream."""
+    next_addresses: Addresses = ()
+
+
+class Opened(Message, tag="opened", frozen=True, kw_only=True):
+    """The hop is installed; it is released `lease_s` after the last step, or when the client's link closes."""
+
+    session: Bytes16
+    epoch: Epoch
+    lease_s: Seconds
+
+
+class Step(Message, tag="step", frozen=True, kw_only=True):
+    """One forward of a session over `count` positions from the absolute position `first`; carries [count, hidden].
+
+    A hop that holds more than `first` positions truncates. A repeated `step` id returns the stored answer. With a
+    `parent`, `session` is new and forks from the parent's first `first` positions in this same step.
+    """
+
+    session: Bytes16
+    epoch: Epoch
+    step: Counter
+    first: Count
+    count: Count
+    want_from: Count
+    """Rows `want_from:` of the last hop's output go back to the client; `count` means none."""
+    regime_length: Count = 0
+    """Length of the forward that the user asked for, for rotary variants that depend on it."""
+    parent: Bytes16 | None = None
+    dtype: ShortText
+    hidden: Count
+    bulk: bool = False
+    hops: Timings = ()
+
+
+class Relay(Message, tag="relay", frozen=True, kw_only=True):
+    """A hop could not reach `next`: the client carries the enclosed step there itself."""
+
+    next: PeerText
+    reason: Sentence
+    step: Step
+
+
+class Result(Message, tag="result", frozen=True, kw_only=True):
+    """The last hop's answer: [count, hidden], the rows that the step wanted."""
+
+    session: Bytes16
+    epoch: Epoch
+    step: Counter
+    count: Count
+    dtype: ShortText
+    hidden: Count
+    hops: Timings = ()
+
+
+class Failed(Message, tag="failed", frozen=True, kw_only=True):
+    """A hop could not do what the session asked; `code` from `Code`."""
+
+    peer: PeerText
+    """The hop that declined; differs from the sender when a predecessor passes the message on."""
+    session: Bytes16
+    epoch: Epoch
+    step: Counter | None = None
+    code: ShortText
+    message: Sentence
+    retry_after_s: Seconds = 0.0
+
+
+class Close(Message, tag="close", frozen=True, kw_only=True):
+    """Free these sessions of the sender. Needs no answer."""
+
+    sessions: Annotated[tuple[Bytes16, ...], Meta(max_length=MAX_CLOSED_SESSIONS)]
+
+
+class Ping(Message, tag="ping", frozen=True, kw_only=True):
+    """Answered by Pong at once, also by a peer whose engine is busy."""
+
+    nonce: Counter
+
+
+class Pong(Message, tag="pong", frozen=True, kw_only=True):
+    """Answer to Ping, with what a reader of the swarm's health wants to know now rather than from the last record."""
+
+    nonce: Counter
+    free_tokens: Count = 0
+    queued_tokens: Count = 0
+    sessions: Count = 0
+
+
+class DialBack(Message, tag="dial_back", frozen=True, kw_only=True):
+    """Please open a fresh connection to these addresses of mine and say how it went."""
+
+    nonce: Counter
+    addresses: Addresses
+
+
+class DialBackReply(Message, tag="dial_back_reply", frozen=True, kw_only=True):
+    """For each address asked: the address, and what went wrong ("" when it was reached)."""
+
+    nonce: Counter
+    results: Annotated[tuple[tuple[Address, Sentence], ...], Meta(max_length=8)]
+
+
+AnyMessage: TypeAlias = (
+    Hello | Open | Opened | Step | Relay | Result | Failed | Close | Ping | Pong | DialBack | DialBackReply
+)

@@ -1,0 +1,45 @@
+"""Hidden states ⇄ bytes. Owns dtypes, byte order and the checks that stand before every cache.
+
+Rows travel as little-endian raw values of shape [count, hidden] in float32, bfloat16 or float16.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from peers.errors import ProtocolError
+from peers.wire.codec import Buffer
+
+assert sys.byteorder == "little", "rows travel little-endian; a big-endian machine needs a byte swap here"
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def pack(rows: torch.Tensor, dtype: str) -> memoryview:
+    """Bytes of `rows` [count, hidden] in `dtype`; shares memory with `rows` when nothing has to be converted."""
+    wire = rows.detach().to(device="cpu", dtype=DTYPES[dtype]).contiguous()
+    return wire.view(torch.uint8).numpy().data.cast("B") if wire.numel() else memoryview(b"")
+
+
+def unpack(payload: Buffer, *, dtype: str, count: int, hidden: int) -> torch.Tensor:
+    """Rows [count, hidden] from a stranger's bytes.
+
+    Raises ProtocolError for an unknown dtype, a length that does not match, or values that are not finite.
+    The result may share memory with a writable `payload`.
+    """
+    if dtype not in DTYPES:
+        raise ProtocolError(f"unknown dtype {dtype!r}; this version knows {', '.join(DTYPES)}")
+    torch_dtype = DTYPES[dtype]
+    expected_bytes = count * hidden * torch_dtype.itemsize
+    view = memoryview(payload)
+    if len(view) != expected_bytes:
+        raise ProtocolError(f"{len(view)} bytes for {count} x {hidden} {dtype} values, which take {expected_bytes}")
+    if not expected_bytes:
+        return torch.empty(count, hidden, dtype=torch_dtype)
+    rows = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch_dtype).view(count, hidden)
+    if not torch.isfinite(rows).all():
+        raise ProtocolError("hidden states that are not finite (NaN or infinity)")
+    return rows

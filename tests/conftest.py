@@ -1,0 +1,14 @@
+"""Settings for all tests, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# One thread per process: with several processes on a few cores, OpenMP's waiting threads burn what others need.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A busy machine is no failure. A failing example is printed with what reproduces it.
+settings.register_profile("swarm", deadline=None, print_blob=True)
+settings.load_profile("swarm")

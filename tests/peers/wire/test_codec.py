@@ -1,0 +1,140 @@
+"""The decoder meets strangers' bytes: every message survives the trip, everything else is a ProtocolError."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+
+import msgpack
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peers.errors import ProtocolError
+from peers.wire import codec, tensors
+from peers.wire.messages import (
+    AnyMessage,
+    Close,
+    DialBack,
+    DialBackReply,
+    Failed,
+    Hello,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Relay,
+    Result,
+    Step,
+)
+
+SESSION = bytes(range(16))
+STEP = Step(
+    session=SESSION, epoch=3, step=7, first=10, count=2, want_from=1, dtype="float32", hidden=4, hops=((0.5, 0.25),)
+)
+MESSAGES: list[AnyMessage] = [
+    Hello(version=1, network="n", software="x", lane="small", instance=SESSION, time_s=1.5),
+    Open(
+        session=SESSION, epoch=1, model=bytes(32), start=0, end=3, previous=None, next="p", next_addresses=("/a",),
+    ),
+    Opened(session=SESSION, epoch=1, lease_s=30.0),
+    STEP,
+    Relay(next="p", reason="no way", step=STEP),
+    Result(session=SESSION, epoch=1, step=7, count=1, dtype="bfloat16", hidden=4),
+    Failed(peer="p", session=SESSION, epoch=1, step=None, code="busy", message="later", retry_after_s=0.5),
+    Close(sessions=(SESSION,)),
+    Ping(nonce=1),
+    Pong(nonce=1, free_tokens=5),
+    DialBack(nonce=2, addresses=("/ip4/127.0.0.1/tcp/1",)),
+    DialBackReply(nonce=2, results=(("/ip4/127.0.0.1/tcp/1", ""),)),
+]  # fmt: skip
+
+
+def frame_of(fields: object, payload: bytes = b"") -> bytes:
+    header = msgpack.packb(fields)
+    return struct.pack(">I", len(header)) + header + payload
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_every_message_survives_the_trip(message: AnyMessage) -> None:
+    decoded, payload = codec.decode(codec.encode(message))
+    assert decoded == message
+    assert len(payload) == 0
+
+
+def test_a_payload_comes_back_whole() -> None:
+    _, payload = codec.decode(codec.encode(STEP) + b"12345678")
+    assert bytes(payload) == b"12345678"
+
+
+def test_unknown_fields_are_ignored_so_that_later_versions_may_add_some() -> None:
+    assert codec.decode(frame_of({"t": "ping", "nonce": 1, "later": [1, 2]}))[0] == Ping(nonce=1)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\x00\x00",
+        struct.pack(">I", 1 << 31),
+        struct.pack(">I", 50) + b"short",
+        frame_of([1, 2]),
+        frame_of({"t": "nothing"}),
+        frame_of({"t": "ping"}),
+        frame_of({"t": "ping", "nonce": -1}),
+        frame_of({"t": "ping", "nonce": True}),
+        frame_of({"t": "close", "sessions": [b"short"]}),
+        frame_of({"t": "close", "sessions": [SESSION] * 600}),
+        frame_of({"t": "ping", "nonce": 1}, b"payload"),
+        frame_of({1: 2}),
+    ],
+)
+def test_what_no_encoder_would_write_is_refused(frame: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        codec.decode(frame)
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_raise_only_protocol_errors(junk: bytes) -> None:
+    for frame in (junk, struct.pack(">I", len(junk)) + junk):
+        with contextlib.suppress(ProtocolError):
+            codec.decode(frame)
+
+
+@given(st.sampled_from(MESSAGES), st.data())
+def test_a_damaged_message_raises_only_protocol_errors(message: AnyMessage, data: st.DataObject) -> None:
+    frame = bytearray(codec.encode(message))
+    frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ProtocolError):
+        codec.decode(frame)
+
+
+@given(
+    st.sampled_from(sorted(tensors.DTYPES)),
+    st.integers(0, 5),
+    st.integers(1, 7),
+    st.integers(0, 1 << 16),
+    st.booleans(),
+)
+def test_rows_survive_the_trip_in_every_dtype(dtype: str, count: int, hidden: int, seed: int, writable: bool) -> None:
+    rows = torch.randn(count, hidden, generator=torch.Generator().manual_seed(seed)).to(tensors.DTYPES[dtype])
+    payload = bytes(tensors.pack(rows, dtype))
+    back = tensors.unpack(bytearray(payload) if writable else payload, dtype=dtype, count=count, hidden=hidden)
+    assert back.dtype == rows.dtype
+    assert torch.equal(back, rows)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", sorted(tensors.DTYPES))
+def test_values_that_are_not_finite_are_refused(dtype: str, poison: float) -> None:
+    rows = torch.zeros(2, 3)
+    rows[1, 2] = poison
+    with pytest.raises(ProtocolError, match="not finite"):
+        tensors.unpack(bytes(tensors.pack(rows, dtype)), dtype=dtype, count=2, hidden=3)
+
+
+@pytest.mark.parametrize(("dtype", "count", "hidden"), [("float64", 1, 2), ("float32", 2, 2), ("float32", 1 << 24, 1)])
+def test_a_wrong_dtype_or_length_is_refused(dtype: str, count: int, hidden: int) -> None:
+    with pytest.raises(ProtocolError):
+        tensors.unpack(bytes(8), dtype=dtype, count=count, hidden=hidden)
