@@ -1,0 +1,152 @@
+"""How much of a model this machine can host: device, dtype, blocks and cache from what memory allows.
+
+Owns the arithmetic; reads sizes from the checkpoint's headers, so nothing is downloaded or loaded for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from peers.errors import PeerTooSmall
+from peers.model.catalog import Checkpoint
+from peers.model.loading import span_tensors
+from peers.wire.tensors import DTYPES, NAMES
+from routing.errors import CallerError, InvalidSpan
+from routing.ids import BlockSpan
+
+PROCESS_BYTES = 700 << 20
+"""What a peer's process needs besides weights and KV pool."""
+MEMORY_SHARE = 0.8
+"""Of the memory that is free now, what a peer takes unless told otherwise."""
+CACHE_TOKENS_DEFAULT = 16_384
+CACHE_TOKENS_MIN = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What this peer will be."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_blocks: int
+    """Of the whole model."""
+    max_blocks: int
+    """That this peer can host."""
+    cache_tokens: int
+
+    @property
+    def dtype_name(self) -> str:
+        return NAMES[self.dtype]
+
+
+def plan_capacity(
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_memory_bytes: int | None = None,
+    cache_tokens: int | None = None,
+    blocks: BlockSpan | None = None,
+    num_blocks: int | None = None,
+) -> Plan:
+    """Raises CallerError for a device or dtype that is not here, InvalidSpan for blocks that the model does not have,
+    PeerTooSmall when memory does not hold what is asked, or not even one block."""
+    text_config = config.get_text_config()
+    total_blocks: int = text_config.num_hidden_layers
+    if blocks is not None and blocks.end > total_blocks:
+        raise InvalidSpan(f"blocks {blocks}, but this model has {total_blocks}", hint=f"choose within 0:{total_blocks}")
+    if num_blocks is not None and not 0 < num_blocks <= total_blocks:
+        raise InvalidSpan(f"{num_blocks} blocks, but this model has {total_blocks}", hint=f"choose 1 to {total_blocks}")
+    chosen_device = _device(device)
+    chosen_dtype = _dtype(dtype, chosen_device, text_config)
+    budget = max_memory_bytes if max_memory_bytes is not None else int(_free_bytes(chosen_device) * MEMORY_SHARE)
+    budget -= PROCESS_BYTES if chosen_device.type == "cpu" else 0
+    block_bytes = max(
+        _loaded_bytes(checkpoint, config, BlockSpan(i, i + 1), chosen_dtype)
+        for i in {0, total_blocks // 2, total_blocks - 1}
+    )
+    token_bytes = kv_bytes_per_token(text_config, chosen_dtype)
+    wanted = len(blocks) if blocks is not None else num_blocks
+    if cache_tokens is None:
+        affordable = int((budget / (wanted or 1) - block_bytes) / token_bytes)
+        cache_tokens = max(CACHE_TOKENS_MIN, min(CACHE_TOKENS_DEFAULT, affordable))
+    max_blocks = min(total_blocks, int(budget // (block_bytes + cache_tokens * token_bytes)))
+    if max_blocks < (wanted or 1):
+        raise PeerTooSmall(
+            f"{wanted or 1} block(s) of {checkpoint.name} with a cache of {cache_tokens} tokens take "
+            f"{_mib((wanted or 1) * (block_bytes + cache_tokens * token_bytes) + PROCESS_BYTES)}, "
+            f"this peer may use {_mib(budget + PROCESS_BYTES)}",
+            hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, or allow more --max-memory",
+        )
+    return Plan(
+        device=chosen_device,
+        dtype=chosen_dtype,
+        num_blocks=total_blocks,
+        max_blocks=wanted or max_blocks,
+        cache_tokens=cache_tokens,
+    )
+
+
+def kv_bytes_per_token(text_config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Of one block; an estimate from the configuration's usual names, the hidden size where it has none of them."""
+    heads = getattr(text_config, "num_attention_heads", None) or 1
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
+    return int(2 * kv_heads * head_dim * dtype.itemsize)
+
+
+def _loaded_bytes(checkpoint: Checkpoint, config: PretrainedConfig, span: BlockSpan, dtype: torch.dtype) -> int:
+    stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    on_disk = checkpoint.num_bytes(span_tensors(checkpoint, config, span))
+    return int(on_disk * max(1.0, dtype.itemsize / stored.itemsize))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CallerError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise CallerError(
+            f"device {name} is not here ({torch.cuda.device_count()} CUDA devices)", hint="use --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise CallerError("device mps is not here", hint="use --device cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device, text_config: PretrainedConfig) -> torch.dtype:
+    if name != "auto":
+        if name not in DTYPES:
+            raise CallerError(f"unknown dtype {name!r}", hint=f"use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    stored: torch.dtype = getattr(text_config, "dtype", None) or torch.float32
+    if stored not in NAMES:
+        return torch.float32
+    # half precision without hardware for it is slower on a CPU than float32, and float16 loses range
+    if device.type == "cpu" and (stored == torch.float16 or not _fast_bfloat16()):
+        return torch.float32
+    return stored
+
+
+def _fast_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / (1 << 20):,.0f} MiB"

@@ -1,0 +1,158 @@
+"""Drives `routing.router` from the network: reads records, measures round trips, and waits for a route to appear.
+
+Owns the rhythm of looking; what to make of it is the router's. Used by clients (to plan routes) and by joining peers
+(to see which blocks need holders).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+
+from peers.transport.links import Links
+from peers.transport.tasks import Tasks
+from routing.errors import InvalidRecord, NoRoute, PeerError
+from routing.ids import ModelId, PeerId
+from routing.records import RECORD_RENEW_S, Announcement, index_keys, model_keys, verify_record
+from routing.router import Route, Router, RouteRequest
+from routing.store import RecordStore, StoredRecord
+
+logger = logging.getLogger(__name__)
+
+READ_TIMEOUT_S = 10.0
+NO_ROUTE_PATIENCE_S = 4.0
+"""How long a client waits for missing blocks to be announced before it names them."""
+LOOK_AGAIN_S = 0.5
+PING_TIMEOUT_S = 3.0
+PING_EVERY_S = 30.0
+MAX_PINGS_PER_ROUND = 8
+
+
+class Discovery:
+    """The node's view of the swarm, kept fresh while `run` runs."""
+
+    def __init__(
+        self,
+        *,
+        store: RecordStore,
+        router: Router,
+        links: Links,
+        network: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.router = router
+        self._store = store
+        self._links = links
+        self._network = network
+        self._clock = clock
+        self._watched: set[ModelId] = set()
+        self._pinged_at_s: dict[PeerId, float] = {}
+        self._tasks = Tasks()
+        self._reading: asyncio.Task[None] | None = None
+
+    def watch(self, model: ModelId) -> None:
+        """Follow this model's peers from the next look on."""
+        self._watched.add(model)
+
+    def now_s(self) -> float:
+        """The clock that records expire by and the router is told (Unix seconds)."""
+        return self._clock()
+
+    async def read(self, keys: Sequence[str]) -> list[Announcement]:
+        """Verified announcements under `keys`; bad records are dropped one by one, and logged."""
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                records = await self._store.get(keys)
+        except TimeoutError:
+            logger.warning("the DHT did not answer within %.0f s", READ_TIMEOUT_S)
+            return []
+        # a fifth of a millisecond each: thousands of them must not hold up the event loop
+        return await asyncio.to_thread(_verified, records, self._clock())
+
+    async def read_index(self) -> list[Announcement]:
+        """Every peer of the network, of whatever model."""
+        return await self.read(index_keys(self._network))
+
+    async def refresh(self) -> None:
+        """Look once at all watched models. Callers at the same time share one look."""
+        if self._reading is None or self._reading.done():
+            self._reading = self._tasks.spawn(self._refresh(), name="read records")
+        await asyncio.shield(self._reading)
+
+    async def _refresh(self) -> None:
+        for model in tuple(self._watched):
+            self.router.on_announcements(await self.read(model_keys(self._network, model)), self._clock())
+
+    async def run(self) -> None:
+        """Look and measure until cancelled."""
+        try:
+            while True:
+                await self.refresh()
+                await self.measure(self.router.snapshot(self._clock()).peers)
+                await asyncio.sleep(RECORD_RENEW_S)
+        finally:
+            await self._tasks.close()
+
+    async def measure(self, peers: Iterable[Announcement]) -> None:
+        """Ping the peers whose round trip is unknown or old, a few at a time."""
+        now_s = self._clock()
+        due = [
+            peer
+            for peer in peers
+            if peer.peer_id != self._links.transport.peer_id
+            and now_s - self._pinged_at_s.get(peer.peer_id, 0.0) >= PING_EVERY_S
+        ]
+        known = {peer.peer_id for peer in peers}
+        self._pinged_at_s = {peer: at_s for peer, at_s in self._pinged_at_s.items() if peer in known}
+        due.sort(key=lambda peer: self._pinged_at_s.get(peer.peer_id, 0.0))
+        await asyncio.gather(*(self._ping(peer) for peer in due[:MAX_PINGS_PER_ROUND]))
+
+    async def _ping(self, peer: Announcement) -> None:
+        self._pinged_at_s[peer.peer_id] = self._clock()
+        try:
+            rtt_s, _ = await self._links.ping(peer.peer_id, peer.addresses, timeout_s=PING_TIMEOUT_S)
+        except PeerError as error:
+            logger.info("peer %s: %s", peer.peer_id, error)
+            self.router.on_failure(peer.peer_id, self._clock(), "does not answer pings")
+        else:
+            self.router.on_rtt(peer.peer_id, rtt_s, self._clock())
+
+    async def route(self, request: RouteRequest, *, patience_s: float = NO_ROUTE_PATIENCE_S) -> Route:
+        """A route now, or as soon as the missing blocks are announced. Raises NoRoute after `patience_s`."""
+        self.watch(request.model)
+        clock_s = asyncio.get_running_loop().time
+        deadline_s = clock_s() + patience_s
+        looked = False
+        while True:
+            try:
+                return self.router.plan(request, self._clock())
+            except NoRoute:
+                if clock_s() >= deadline_s:
+                    raise
+            with suppress(TimeoutError):  # a DHT that does not answer must not hide what is missing
+                async with asyncio.timeout_at(deadline_s):
+                    if looked:
+                        await asyncio.sleep(LOOK_AGAIN_S)
+                    await self.refresh()
+            looked = True
+
+
+def _verified(records: Iterable[StoredRecord], now_s: float) -> list[Announcement]:
+    announcements = []
+    for record in records:
+        try:
+            announcements.append(
+                verify_record(
+                    record.value,
+                    key=record.key,
+                    subkey=record.subkey,
+                    stored_expiry_s=record.expires_at_s,
+                    now_s=now_s,
+                )
+            )
+        except InvalidRecord as error:
+            logger.info("dropped a record of %s: %s", record.subkey[:64], error)
+    return announcements

@@ -1,0 +1,405 @@
+"""The composition root of a node: builds the parts, wires them, runs them, takes them down in order.
+
+Two kinds of node: a bootstrap (DHT and dial-back only, no model) and a server peer. Owns the order of events and what
+is told to people (`Event`); every decision is made elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peers.capacity import Plan, plan_capacity
+from peers.discovery import Discovery
+from peers.errors import AddressInUse
+from peers.identity import load_identity
+from peers.model.catalog import Checkpoint, resolve
+from peers.model.loading import check_folder, load_config, load_span
+from peers.model.progress import Progress
+from peers.runtime.engine import Engine, EngineConfig
+from peers.runtime.probe import Speed, measure_speed
+from peers.serving.admission import Admission, AdmissionLimits
+from peers.serving.announce import Announcer
+from peers.serving.handler import Handler, Served
+from peers.serving.ledger import Ledger, LedgerLimits
+from peers.serving.push import Delivery
+from peers.serving.reachability import DialBackService, ask_to_dial_back
+from peers.transport.base import Transport
+from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
+from peers.transport.links import Link, Links
+from peers.transport.tasks import Tasks
+from peers.wire.messages import PROTOCOL_VERSION
+from routing.addresses import peer_id_in
+from routing.errors import PeerError
+from routing.identity import SigningKey
+from routing.ids import BlockSpan, PeerId
+from routing.placement import choose_span
+from routing.records import Announcement, PeerState
+from routing.router import Router
+from routing.store import RecordStore
+from routing.version import SOFTWARE, VERSION
+
+logger = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT_S = 20.0
+LOOK_AROUND_S = 3.0
+"""How long a joining peer without `--blocks` looks for others before it chooses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that people or programs want to know: printed as one line, or as one JSON object."""
+
+    kind: str
+    fields: dict[str, object] = field(default_factory=dict)
+
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootstrapConfig:
+    """A DHT entry node."""
+
+    network: str
+    identity: Path
+    listen: tuple[str, ...] = ()
+    """Multiaddrs; empty: all interfaces, on the port used last time."""
+    announce: tuple[str, ...] = ()
+    """Addresses that others reach this node by, where they differ from those it listens on."""
+    initial_peers: tuple[str, ...] = ()
+    """Other bootstraps of the same network."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerConfig:
+    """A server peer."""
+
+    model: str
+    network: str
+    identity: Path
+    initial_peers: tuple[str, ...] = ()
+    """Empty: this peer starts a swarm of its own."""
+    blocks: BlockSpan | None = None
+    num_blocks: int | None = None
+    """With neither `blocks` nor `num_blocks`, as many as memory holds, where they are missing most."""
+    dtype: str = "auto"
+    device: str = "auto"
+    listen: tuple[str, ...] = ()
+    announce: tuple[str, ...] = ()
+    name: str = ""
+    max_memory_bytes: int | None = None
+    threads: int | None = None
+    cache_tokens: int | None = None
+    token: str | None = None
+    """Access token of the model hub."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError("threads is at least 1")
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise ValueError("cache_tokens is at least 1")
+
+
+async def run_bootstrap(config: BootstrapConfig, *, emit: Emit, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set. Raises SwarmError when the node cannot start."""
+    async with AsyncExitStack() as stack:
+        node, _ = await _start_node(config, stack)
+        links = Links(node.transport, network=config.network, software=SOFTWARE)
+        stack.push_async_callback(links.close)
+        DialBackService(links)
+        await links.serve()
+        emit(
+            Event(
+                "ready",
+                {
+                    "peer_id": node.transport.peer_id,
+                    "addresses": list(node.transport.addresses),
+                    "network": config.network,
+                },
+            )
+        )
+        await stop.wait()
+        emit(Event("stopped"))
+
+
+async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progress: Progress | None = None) -> None:
+    """Join, serve until `stop` is set, drain, leave. Raises SwarmError when joining fails."""
+    checkpoint = await asyncio.to_thread(
+        resolve, config.model, token=config.token, progress=progress, accept=check_folder
+    )
+    model_config = await asyncio.to_thread(load_config, checkpoint)
+    plan = await asyncio.to_thread(
+        plan_capacity,
+        checkpoint,
+        model_config,
+        dtype=config.dtype,
+        device=config.device,
+        max_memory_bytes=config.max_memory_bytes,
+        cache_tokens=config.cache_tokens,
+        blocks=config.blocks,
+        num_blocks=config.num_blocks,
+    )
+    async with AsyncExitStack() as stack:
+        node, key = await _start_node(config, stack)
+        peer = ServerPeer(node.transport, node.store, key=key, network=config.network, name=config.name)
+        stack.push_async_callback(peer.close)
+        emit(Event("connected", {"peer_id": key.peer_id, "addresses": list(node.transport.addresses)}))
+        span = config.blocks or await peer.choose_span(checkpoint, plan)
+        emit(Event("loading", {"model": checkpoint.name, "span": [span.start, span.end], "dtype": plan.dtype_name}))
+        await peer.load(checkpoint, span, plan, threads=config.threads, progress=progress)
+        serving = asyncio.create_task(peer.serve(), name="serve")
+        stack.push_async_callback(_cancelled, serving)
+        await _unless_ended(serving, peer.announced())
+        emit(
+            Event(
+                "ready",
+                {
+                    "peer_id": key.peer_id,
+                    "addresses": list(node.transport.addresses),
+                    "model": checkpoint.name,
+                    "model_id": checkpoint.model_id.hex,
+                    "span": [span.start, span.end],
+                    "dtype": plan.dtype_name,
+                    "device": str(plan.device),
+                    "cache_tokens": peer.cache_tokens,
+                    "decode_ms_per_block": round(peer.speed.decode_s_per_block * 1000, 3),
+                },
+            )
+        )
+        if config.initial_peers:
+            peer.tasks.spawn(_check_reachability(peer, config.initial_peers, emit), name="reachability")
+        await _unless_ended(serving, stop.wait())
+        emit(Event("draining"))
+        await peer.drain(timeout_s=DRAIN_TIMEOUT_S)
+    emit(Event("stopped"))
+
+
+class ServerPeer:
+    """One serving node over any transport: the real one in a process, the memory twin in tests."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        store: RecordStore,
+        *,
+        key: SigningKey,
+        network: str,
+        name: str = "",
+        lease_s: float = 60.0,
+    ) -> None:
+        self.tasks = Tasks()
+        self.links = Links(transport, network=network, software=SOFTWARE)
+        self.router = Router()
+        self.discovery = Discovery(store=store, router=self.router, links=self.links, network=network)
+        self.state = PeerState.JOINING
+        self.handler: Handler
+        self.engine: Engine
+        self.speed: Speed
+        self.cache_tokens = 0
+        self._transport = transport
+        self._store = store
+        self._key = key
+        self._network = network
+        self._name = name
+        self._lease_s = lease_s
+        self._first_announcement = asyncio.Event()
+        self._describe_static: Announcement
+        self._closers = AsyncExitStack()
+        self._announcer = Announcer(store, key, network=network, describe=self._describe, unheard=self._unheard)
+        DialBackService(self.links)
+
+    async def choose_span(self, checkpoint: Checkpoint, plan: Plan) -> BlockSpan:
+        """The least-covered span that fits. Looks around for a moment first."""
+        self.discovery.watch(checkpoint.model_id)
+        deadline_s = time.monotonic() + LOOK_AROUND_S
+        while True:
+            await self.discovery.refresh()
+            others = self.router.snapshot(self.discovery.now_s()).of_model(checkpoint.model_id)
+            if others or time.monotonic() >= deadline_s:
+                return choose_span(others, plan.num_blocks, plan.max_blocks, self.discovery.now_s())
+            await asyncio.sleep(0.5)
+
+    async def load(
+        self,
+        checkpoint: Checkpoint,
+        span: BlockSpan,
+        plan: Plan,
+        *,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        page_size: int | None = None,
+        speed: Speed | None = None,
+    ) -> None:
+        """Load the weights, start the engine, measure its speed unless it is given. Raises SwarmError."""
+        model = await asyncio.to_thread(
+            load_span, checkpoint, span, dtype=plan.dtype, device=plan.device, progress=progress
+        )
+        engine_config = EngineConfig(cache_tokens=plan.cache_tokens, threads=threads or torch.get_num_threads())
+        if page_size is not None:
+            engine_config = replace(engine_config, page_size=page_size)
+        self.engine = Engine(model, engine_config)
+        await self.engine.start()
+        self._closers.push_async_callback(self.engine.stop)
+        self.speed = speed or await measure_speed(self.engine)
+        self.cache_tokens = self.engine.stats().total_tokens
+        max_positions = min(self.cache_tokens, model.max_positions)
+        ledger: Ledger[Delivery, Link] = Ledger(LedgerLimits(max_positions=max_positions, lease_s=self._lease_s))
+        served = Served(model=checkpoint.model_id, span=span, hidden_size=model.hidden_size)
+        self.handler = Handler(
+            links=self.links,
+            engine=self.engine,
+            served=served,
+            ledger=ledger,
+            admission=Admission(AdmissionLimits()),
+        )
+        self._describe_static = Announcement(
+            peer_id=self._transport.peer_id,
+            model=checkpoint.model_id,
+            model_name=checkpoint.name[-64:],
+            num_blocks=plan.num_blocks,
+            span=span,
+            state=self.state,
+            dtype=plan.dtype_name,
+            version=VERSION,
+            protocol=PROTOCOL_VERSION,
+            name=self._name,
+            addresses=(),
+            decode_s_per_block=self.speed.decode_s_per_block,
+            prefill_s_per_token_block=self.speed.prefill_s_per_token_block,
+            cache_tokens=self.cache_tokens,
+            free_tokens=self.cache_tokens,
+            sequence=0,
+            expires_at_s=0.0,
+        )
+
+    async def serve(self) -> None:
+        """Accept sessions and announce until cancelled; raises what no part expected."""
+        await self.links.serve()
+        self.state = PeerState.ONLINE
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.handler.run(), name="handler")
+                group.create_task(self.engine.broken(), name="engine")
+                group.create_task(self._announce(), name="announce")
+                group.create_task(self.tasks.failed(), name="background")
+        finally:
+            await self.tasks.close()
+
+    async def announced(self) -> None:
+        """Wait until the first announcement has been put."""
+        await self._first_announcement.wait()
+
+    async def drain(self, *, timeout_s: float) -> None:
+        """Tell the swarm that this peer leaves, take nothing new, let running steps finish."""
+        self.state = PeerState.DRAINING
+        await self._announcer.announce()
+        await self.handler.drain(timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        """End links and engine. The transport belongs to the caller."""
+        await self.tasks.close()
+        await self.links.close()
+        await self._closers.aclose()
+
+    async def _announce(self) -> None:
+        await self._announcer.announce()
+        self._first_announcement.set()
+        await self._announcer.run()
+
+    def _describe(self, sequence: int, expires_at_s: float) -> Announcement:
+        return replace(
+            self._describe_static,
+            state=self.state,
+            addresses=self._transport.addresses[:4],
+            free_tokens=self.engine.stats().free_tokens,
+            sequence=sequence,
+            expires_at_s=expires_at_s,
+        )
+
+    def _unheard(self) -> None:
+        logger.warning("no other node keeps this peer's record now; still trying")
+
+
+async def _check_reachability(peer: ServerPeer, helpers: Sequence[str], emit: Emit) -> None:
+    own = peer.links.transport.addresses
+    for address in helpers:
+        helper = peer_id_in(address)
+        if helper is None or helper == peer.links.transport.peer_id:
+            continue
+        try:
+            results = await ask_to_dial_back(peer.links, PeerId(helper), [address], own)
+        except PeerError as error:
+            logger.info("could not ask %s to dial back: %s", helper, error)
+            continue
+        reached = [address for address, problem in results.items() if not problem]
+        problems = {address: problem for address, problem in results.items() if problem}
+        if reached:
+            emit(Event("reachable", {"addresses": reached}))
+        else:
+            emit(
+                Event(
+                    "unreachable",
+                    {
+                        "problems": problems,
+                        "hint": "forward the TCP port to this machine and give --announce /ip4/PUBLIC_IP/tcp/PORT; "
+                        "until then others cannot send work here",
+                    },
+                )
+            )
+        return
+
+
+async def _unless_ended(serving: asyncio.Task[None], event: Coroutine[Any, Any, object]) -> None:
+    """Wait for `event`; raises what ended `serving`, should that come first."""
+    waiting = asyncio.create_task(event)
+    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if not waiting.done():
+        waiting.cancel()
+        await serving
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _start_node(config: BootstrapConfig | PeerConfig, stack: AsyncExitStack) -> tuple[HivemindNode, SigningKey]:
+    """The transport and DHT under the node's remembered identity and port."""
+    key = load_identity(config.identity)
+    port_file = config.identity.with_suffix(".port")
+    remembered = port_file.read_text().strip() if not config.listen and port_file.exists() else "0"
+    listen = config.listen or (f"/ip4/0.0.0.0/tcp/{remembered if remembered.isdecimal() else 0}",)
+
+    def node_config(listen: tuple[str, ...]) -> NodeConfig:
+        return NodeConfig(
+            signing_key=key,
+            listen=listen,
+            announce=config.announce,
+            initial_peers=config.initial_peers,
+            network=config.network,
+        )
+
+    try:
+        node = await HivemindNode.create(node_config(listen))
+    except AddressInUse:
+        if config.listen or remembered == "0":
+            raise
+        logger.warning("port %s of last time is taken; choosing another", remembered)
+        node = await HivemindNode.create(node_config(("/ip4/0.0.0.0/tcp/0",)))
+    stack.push_async_callback(node.close)
+    if not config.listen and (port := _port_of(node.transport.addresses)):
+        port_file.write_text(port)
+    return node, key
+
+
+def _port_of(addresses: Sequence[str]) -> str:
+    return next((address.split("/tcp/")[1].split("/")[0] for address in addresses if "/tcp/" in address), "")

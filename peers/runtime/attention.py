@@ -1,0 +1,317 @@
+"""Attention over a ragged batch, registered with transformers under the name `swarm_ragged`.
+
+Owns what happens between the projections of a layer: new keys and values go to their sessions' slots, every session
+attends to its own past. Knows no sessions, only segments of the packed forward; everything else in a layer (norms,
+projections, rotary embedding, MLP, experts) is the model's own and batched by construction.
+
+Names: T packed positions · n positions of one segment · L positions a segment can see · H query heads · J key/value
+heads · G = H / J query heads per key/value head · K, V width of a key and of a value · S slots of the pool.
+
+The model hands over a mask as a function of absolute positions (`transformers.masking_utils`); it is asked, never
+guessed, so that full, sliding, chunked and combined patterns all hold. Two shortcuts, both exact: a plain causal mask
+is recognised by identity, and keys in front of the first visible one are not read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+RAGGED = "swarm_ragged"
+SCORES_LIMIT = 1 << 24
+"""Scores held at once where they are written out (soft-capping, sinks, keys wider than values): 64 MiB in float32."""
+
+MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pattern:
+    """One mask of one forward: which keys a query sees, as a function of absolute positions."""
+
+    function: MaskFunction
+    views: dict[int, View] = field(default_factory=dict)
+    """What each segment reads under this pattern; filled by the first layer that uses it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPool:
+    """The cache of one layer, for all sessions."""
+
+    keys_1JSK: Tensor
+    values_1JSV: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """`tokens` new positions of one session, from absolute position `start` on, somewhere in the packed forward."""
+
+    start: int
+    tokens: int
+    runs: Sequence[tuple[int, int]]
+    """Slots of positions `[0, start + tokens)`, as `(first slot, count)` in order."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The slots a segment reads, and an additive mask over them where it does not see all."""
+
+    runs: Sequence[tuple[int, int]]
+    mask_nL: Tensor | None
+
+
+class Attender(Protocol):
+    """What a forward under `attending` does with each layer's queries, keys and values."""
+
+    def attend(
+        self,
+        q_1HTK: Tensor,
+        k_1JTK: Tensor,
+        v_1JTV: Tensor,
+        pattern: Pattern,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        """Called once per layer, in order. Returns [1, T, H, V]."""
+
+
+class NotPluggable(Exception):
+    """A layer wants something of its attention function that this one does not know how to do."""
+
+
+class RaggedBatch:
+    """The segments of one forward, packed in order, over the pools of the layers it runs through, in their order."""
+
+    def __init__(self, segments: Sequence[Segment], pools: Iterable[LayerPool], device: torch.device) -> None:
+        self.segments = segments
+        self.positions_T = torch.tensor([p for s in segments for p in range(s.start, s.end)], device=device)
+        self._slots_T = torch.tensor([slot for s in segments for slot in _last_slots(s)], device=device)
+        self._sizes = [segment.tokens for segment in segments]
+        self._pools = iter(pools)
+
+    def attend(
+        self,
+        q_1HTK: Tensor,
+        k_1JTK: Tensor,
+        v_1JTV: Tensor,
+        pattern: Pattern,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        pool = next(self._pools)
+        keys, values = pool.keys_1JSK, pool.values_1JSV
+        keys.index_copy_(2, self._slots_T, k_1JTK)
+        values.index_copy_(2, self._slots_T, v_1JTV)
+        _, H, T, K = q_1HTK.shape
+        J = keys.shape[1]
+        q_TJGK = q_1HTK[0].transpose(0, 1).reshape(T, J, H // J, K)
+        outputs = []
+        for index, q_nJGK in enumerate((q_TJGK,) if len(self._sizes) == 1 else torch.split(q_TJGK, self._sizes)):
+            view = pattern.views.get(index)
+            if view is None:
+                view = pattern.views[index] = see(self.segments[index], pattern.function, q_1HTK)
+            if len(view.runs) == 1:
+                first, count = view.runs[0]
+                k_1JLK, v_1JLV = keys.narrow(2, first, count), values.narrow(2, first, count)
+            else:
+                k_1JLK = torch.cat([keys.narrow(2, first, count) for first, count in view.runs], 2)
+                v_1JLV = torch.cat([values.narrow(2, first, count) for first, count in view.runs], 2)
+            outputs.append(attend_one(q_nJGK, k_1JLK, v_1JLV, view.mask_nL, scale, softcap, sinks_H))
+        out_TJGV = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return out_TJGV.reshape(1, T, H, -1)
+
+
+def attend_one(
+    q_nJGK: Tensor,
+    k_1JLK: Tensor,
+    v_1JLV: Tensor,
+    mask_nL: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Attention of one segment, [n, J, G, V]. No key or value is repeated for the heads that share it."""
+    n, J, G, K = q_nJGK.shape
+    if softcap is not None or sinks_H is not None or v_1JLV.shape[3] != K:
+        return _attend_written_out(q_nJGK, k_1JLK, v_1JLV, mask_nL, scale, softcap, sinks_H)
+    if n == 1 and mask_nL is None:  # heads that share keys stand where queries stand
+        return F.scaled_dot_product_attention(q_nJGK, k_1JLK, v_1JLV, scale=scale)
+    out_JGnV = F.scaled_dot_product_attention(
+        q_nJGK.permute(1, 2, 0, 3),
+        k_1JLK.transpose(0, 1).expand(J, G, -1, -1),
+        v_1JLV.transpose(0, 1).expand(J, G, -1, -1),
+        attn_mask=mask_nL,
+        scale=scale,
+    )
+    return out_JGnV.permute(2, 0, 1, 3)
+
+
+def _attend_written_out(
+    q_nJGK: Tensor,
+    k_1JLK: Tensor,
+    v_1JLV: Tensor,
+    mask_nL: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """The definition, a few queries at a time: scale, cap, mask, sinks, softmax in float32."""
+    n, J, G, K = q_nJGK.shape
+    k_JKL, v_JLV = k_1JLK[0].transpose(1, 2), v_1JLV[0]
+    step = max(1, SCORES_LIMIT // (J * G * k_JKL.shape[2]))
+    outputs = []
+    for first in range(0, n, step):
+        q_mJGK = q_nJGK[first : first + step]
+        m = q_mJGK.shape[0]
+        scores = torch.bmm(q_mJGK.permute(1, 2, 0, 3).reshape(J, G * m, K), k_JKL).float().view(J, G, m, -1)
+        scores *= scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if mask_nL is not None:
+            scores += mask_nL[first : first + step]
+        if sinks_H is None:
+            weights = torch.softmax(scores, -1)
+        else:
+            sinks = sinks_H.float().view(J, G, 1, 1).expand(-1, -1, m, -1)
+            weights = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+        out = torch.bmm(weights.to(v_JLV.dtype).reshape(J, G * m, -1), v_JLV)
+        outputs.append(out.view(J, G, m, -1).permute(2, 0, 1, 3))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def see(segment: Segment, function: MaskFunction, like: Tensor) -> View:
+    """What `segment` reads under a mask: the runs from the first key that any of its queries sees, and the holes.
+
+    The mask is additive, of the dtype and on the device of `like`.
+    """
+    plain = function is causal_mask_function
+    if plain and segment.tokens == 1:
+        return View(segment.runs, None)
+    queries_n1 = torch.arange(segment.start, segment.end, device=like.device)[:, None]
+    keys_1L = torch.arange(segment.end, device=like.device)[None, :]
+    if plain:
+        seen_nL, first = keys_1L <= queries_n1, 0
+    else:
+        seen_nL = function(0, 0, queries_n1, keys_1L).expand(segment.tokens, segment.end)
+        first = int(seen_nL.any(0).int().argmax())
+        seen_nL = seen_nL[:, first:]
+    if seen_nL.all():
+        return View(_skip(segment.runs, first), None)
+    mask_nL = torch.zeros_like(seen_nL, dtype=like.dtype).masked_fill_(~seen_nL, float("-inf"))
+    return View(_skip(segment.runs, first), mask_nL)
+
+
+class PassThrough(Cache):  # type: ignore[misc]
+    """A cache that keeps nothing: the pages do. It stands in the model's way of building masks from its own cache.
+
+    Without one, transformers takes restarting `position_ids` for packed training samples and wraps every mask function
+    in a lookup of the packed row, which cannot be asked about absolute positions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        return k, v
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+_active = threading.local()
+
+
+@contextmanager
+def attending(attender: Attender) -> Iterator[PassThrough]:
+    """Every forward of this thread inside the block attends through `attender`; pass it the yielded cache."""
+    _active.attender = attender
+    try:
+        yield PassThrough()
+    finally:
+        del _active.attender
+
+
+_HARMLESS = frozenset(
+    {"dropout", "position_ids", "use_cache", "sliding_window", "is_causal"}
+    | {"output_attentions", "output_hidden_states", "output_router_logits"}
+)
+"""Arguments that say nothing new: inference has no dropout, and positions and windows are in the pattern."""
+
+
+def ragged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function; [1, heads, T, width] in, [1, T, H, V] out. Raises NotPluggable."""
+    if not isinstance(attention_mask, Pattern):
+        raise NotPluggable(f"{type(module).__name__} does not hand on the mask that the model made")
+    unknown = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
+    if unknown:
+        raise NotPluggable(f"{type(module).__name__} passes {', '.join(unknown)} to its attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attender: Attender = _active.attender
+    return attender.attend(query, key, value, attention_mask, scale, softcap, s_aux), None
+
+
+def ragged_mask(
+    *, mask_function: MaskFunction, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any
+) -> Pattern:
+    """transformers' mask function: no mask yet, only the question it answers. Raises NotPluggable."""
+    if attention_mask is not None or use_vmap:
+        raise NotPluggable("the model makes a mask that is not a function of positions alone")
+    return Pattern(mask_function)
+
+
+def register() -> None:
+    """Make `swarm_ragged` known to transformers; harmless when repeated."""
+    AttentionInterface.register(RAGGED, ragged_attention)
+    AttentionMaskInterface.register(RAGGED, ragged_mask)
+
+
+def _last_slots(segment: Segment) -> list[int]:
+    """The slots of a segment's new positions."""
+    slots: list[int] = []
+    for first, count in reversed(segment.runs):
+        missing = segment.tokens - len(slots)
+        slots[:0] = range(first + max(0, count - missing), first + count)
+        if len(slots) == segment.tokens:
+            break
+    return slots
+
+
+def _skip(runs: Sequence[tuple[int, int]], positions: int) -> list[tuple[int, int]]:
+    """The runs without their first `positions` slots."""
+    kept = []
+    for first, count in runs:
+        if positions < count:
+            kept.append((first + positions, count - positions))
+        positions = max(0, positions - count)
+    return kept

@@ -1,0 +1,298 @@
+"""Keys and values of every session on the device, and the forward of a span that reads and writes them.
+
+Owns the tensors; knows neither queues nor users. Two kinds stand behind one interface:
+
+- `PagedCache`: one pool per layer, any mixture of sessions in one forward, attention by `attention`.
+- `SoloCache`: for architectures whose attention cannot be replaced (ALiBi families, GPT-J, Falcon, …): every session
+  alone, with the model's own attention and a cache of its own. The same pages are counted, so limits hold all the same.
+
+Which kind a model gets is found out, not looked up: `open_cache` runs a few random positions through both and takes the
+paged one only if it understands every layer and says the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from peers.errors import UnsupportedModel
+from peers.model.cutting import SpanModel
+from peers.runtime.attention import (
+    RAGGED,
+    LayerPool,
+    NotPluggable,
+    Pattern,
+    RaggedBatch,
+    Segment,
+    attend_one,
+    attending,
+    register,
+    see,
+)
+from peers.runtime.pages import PagePool, SlotCopy
+from routing.ids import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """`tokens` new positions of a session from `start` on; the session's pages already reach to their end."""
+
+    session: int
+    start: int
+    tokens: int
+
+
+class SpanCache(Protocol):
+    """What the engine needs of the device. Sessions are the integers of the `PagePool`."""
+
+    shares_pages: bool
+    """Whether a forked session really uses its parent's memory."""
+    packs_sessions: bool
+    """Whether one forward may hold several sessions."""
+
+    def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
+        """Run the chunks, packed in order, through `span`. [T, H] on the model's device in and out."""
+
+    def copy(self, copies: Iterable[SlotCopy]) -> None:
+        """Move slots as `PagePool.grow` asks, before the next forward."""
+
+    def fork(self, parent: int, child: int, length: int) -> None:
+        """May be called while a forward is running, whoever is in it."""
+
+    def truncate(self, session: int, length: int) -> None: ...
+
+    def release(self, session: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """What one layer keeps per position."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+
+
+class PagedCache:
+    """One pool of slots per layer, shared by all sessions of `pages`."""
+
+    shares_pages = True
+    packs_sessions = True
+
+    def __init__(self, model: SpanModel, shapes: Sequence[LayerShape], pages: PagePool) -> None:
+        slots = pages.num_pages * pages.page_size
+        self._model = model
+        self._pages = pages
+        self._pools = [_allocate(shape, slots, model.device) for shape in shapes]
+
+    def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
+        segments = [
+            Segment(
+                start=chunk.start, tokens=chunk.tokens, runs=self._pages.runs(chunk.session, chunk.start + chunk.tokens)
+            )
+            for chunk in chunks
+        ]
+        batch = RaggedBatch(segments, self._pools, self._model.device)
+        with attending(batch) as cache:
+            return self._model.forward(
+                hidden_TH[None], batch.positions_T[None], span=span, past_key_values=cache, regime_length=regime_length
+            )[0]
+
+    def copy(self, copies: Iterable[SlotCopy]) -> None:
+        for move in copies:
+            for pool in self._pools:
+                for tensor in (pool.keys_1JSK, pool.values_1JSV):
+                    tensor.narrow(2, move.target, move.slots).copy_(tensor.narrow(2, move.source, move.slots))
+
+    def fork(self, parent: int, child: int, length: int) -> None:
+        pass  # the block table says it all
+
+    def truncate(self, session: int, length: int) -> None:
+        pass
+
+    def release(self, session: int) -> None:
+        pass
+
+
+class SoloCache:
+    """A cache of its own for every session, as transformers would keep it.
+
+    transformers' layers never write into a tensor that they hold, they replace it; so copies of a cache share tensors,
+    and a forward works on a copy that becomes the session's cache when it has ended well.
+    """
+
+    shares_pages = False
+    packs_sessions = False
+
+    def __init__(self, model: SpanModel) -> None:
+        self._model = model
+        self._caches: dict[int, DynamicCache] = {}
+
+    def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
+        (chunk,) = chunks
+        model, end = self._model, chunk.start + chunk.tokens
+        if chunk.session in self._caches:
+            cache = _copy(self._caches[chunk.session], chunk.start)
+        else:
+            cache = model.new_cache(span)
+            # a sliding layer would forget what a rollback needs
+            cache.layers = [DynamicLayer() if layer.is_sliding else layer for layer in cache.layers]
+        output_1TH = model.forward(
+            hidden_TH[None],
+            torch.arange(chunk.start, end, device=model.device)[None],
+            span=span,
+            past_key_values=cache,
+            attention_mask=torch.ones(1, end, dtype=torch.long, device=model.device),  # ALiBi is built from it
+            regime_length=regime_length,
+        )
+        self._caches[chunk.session] = cache
+        return output_1TH[0]
+
+    def copy(self, copies: Iterable[SlotCopy]) -> None:
+        pass
+
+    def fork(self, parent: int, child: int, length: int) -> None:
+        self._caches[child] = _copy(self._caches[parent], length)
+
+    def truncate(self, session: int, length: int) -> None:
+        if length == 0:
+            self.release(session)
+        elif session in self._caches:
+            self._caches[session] = _copy(self._caches[session], length)
+
+    def release(self, session: int) -> None:
+        self._caches.pop(session, None)
+
+    def bytes_per_token(self, session: int) -> int:
+        """What the session keeps per position. Raises UnsupportedModel when that is nothing or cannot be cut short."""
+        cache = self._caches[session]
+        if not cache.is_croppable or not all(layer.get_seq_length() for layer in cache.layers):
+            raise UnsupportedModel("some of its layers keep no keys and values that a rollback could shorten")
+        tensors = [part for layer in cache.layers for part in vars(layer).values() if isinstance(part, Tensor)]
+        return -(-sum(tensor.nbytes for tensor in tensors) // int(cache.get_seq_length()))
+
+
+def _copy(cache: DynamicCache, length: int) -> DynamicCache:
+    """The first `length` positions; shares tensors with `cache`."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    copied.crop(length - copied.get_seq_length())
+    return copied
+
+
+def open_cache(model: SpanModel, pages: PagePool) -> SpanCache:
+    """The cache that this model can have, over these pages. Selects the model's attention to go with it."""
+    shapes = _observe(model)
+    if shapes is not None:
+        if _agrees(model, shapes):
+            return PagedCache(model, shapes, pages)
+        logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
+        model.set_attention(None)
+    return SoloCache(model)
+
+
+def bytes_per_token(model: SpanModel) -> int:
+    """What one position costs at all layers of the span. Raises UnsupportedModel when nothing is kept."""
+    shapes = _observe(model)
+    if shapes is not None:
+        return sum(shape.kv_heads * (shape.key_width + shape.value_width) * shape.dtype.itemsize for shape in shapes)
+    cache = SoloCache(model)
+    with torch.inference_mode():
+        cache.forward([Chunk(session=0, start=0, tokens=4)], _random_hidden(model, 4), model.span, 4)
+    return cache.bytes_per_token(0)
+
+
+class _Observer:
+    """Attends over the forward's own keys and notes what each layer keeps."""
+
+    def __init__(self) -> None:
+        self.shapes: list[LayerShape] = []
+
+    def attend(
+        self,
+        q_1HTK: Tensor,
+        k_1JTK: Tensor,
+        v_1JTV: Tensor,
+        pattern: Pattern,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        _, H, T, K = q_1HTK.shape
+        _, J, _, V = v_1JTV.shape
+        self.shapes.append(LayerShape(kv_heads=J, key_width=K, value_width=V, dtype=k_1JTK.dtype))
+        mask_nL = see(Segment(start=0, tokens=T, runs=[(0, T)]), pattern.function, q_1HTK).mask_nL
+        q_TJGK = q_1HTK[0].transpose(0, 1).reshape(T, J, H // J, K)
+        return attend_one(q_TJGK, k_1JTK, v_1JTV, mask_nL, scale, softcap, sinks_H).reshape(1, T, H, V)
+
+
+@torch.inference_mode()
+def _observe(model: SpanModel) -> list[LayerShape] | None:
+    """Shapes per layer, and ragged attention selected; None, and the model's own, where it does not understand them."""
+    if model.pluggable:
+        register()
+        model.set_attention(RAGGED)
+        observer = _Observer()
+        positions_1T = torch.arange(4, device=model.device)[None]
+        try:
+            with attending(observer) as cache:
+                model.forward(_random_hidden(model, 4)[None], positions_1T, past_key_values=cache, regime_length=4)
+            if len(observer.shapes) == len(model.span):
+                return observer.shapes
+            logger.warning("%s attends otherwise than once per block: sessions run alone", model.config.model_type)
+        except NotPluggable as error:
+            logger.warning("%s: sessions run alone: %s", model.config.model_type, error)
+    model.set_attention(None)
+    return None
+
+
+@torch.inference_mode()
+def _agrees(model: SpanModel, shapes: Sequence[LayerShape]) -> bool:
+    """Whether two sessions packed together, piece by piece, come out as each of them alone and at once.
+
+    A position agrees when it differs by less than 2 % of what the span adds to it, or by a few roundings of its dtype.
+    Two of the six that have a past need not: in low precision a token may go to another expert.
+    """
+    given_2LH = _random_hidden(model, 12).unflatten(0, (2, 6))
+    pages = PagePool(8, 2)
+    paged, solo = PagedCache(model, shapes, pages), SoloCache(model)
+    packed = []
+    for session in (0, 1):
+        pages.open(session)
+    for start, end in ((0, 3), (3, 5), (5, 6)):
+        for session in (0, 1):
+            pages.grow(session, end)
+        chunks = [Chunk(session=session, start=start, tokens=end - start) for session in (0, 1)]
+        output_TH = paged.forward(chunks, given_2LH[:, start:end].flatten(0, 1), model.span, 6)
+        packed.append(output_TH.unflatten(0, (2, end - start)))
+    model.set_attention(None)
+    chunk_of = [Chunk(session=session, start=0, tokens=6) for session in (0, 1)]
+    alone_2LH = torch.stack([solo.forward([chunk_of[i]], given_2LH[i], model.span, 6) for i in (0, 1)])
+    model.set_attention(RAGGED)
+    allowed_2L = 0.02 * (alone_2LH - given_2LH).float().norm(dim=2)
+    allowed_2L += 4 * torch.finfo(model.dtype).eps * alone_2LH.float().norm(dim=2)
+    distance_2L = (torch.cat(packed, 1) - alone_2LH).float().norm(dim=2)
+    return int((distance_2L < allowed_2L)[:, 3:].sum()) >= 4
+
+
+def _random_hidden(model: SpanModel, tokens: int) -> Tensor:
+    hidden_TH = torch.randn(tokens, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    return hidden_TH.to(model.device, model.dtype)
+
+
+def _allocate(shape: LayerShape, slots: int, device: torch.device) -> LayerPool:
+    """Not zeroed: slots are written before they are read, and untouched memory costs nothing until then."""
+    return LayerPool(
+        keys_1JSK=torch.empty(1, shape.kv_heads, slots, shape.key_width, dtype=shape.dtype, device=device),
+        values_1JSV=torch.empty(1, shape.kv_heads, slots, shape.value_width, dtype=shape.dtype, device=device),
+    )

@@ -1,0 +1,523 @@
+"""The one place where a peer computes: a thread that runs works of many sessions, several to a forward.
+
+Owns the sessions' positions, the queue and the thread; decisions are taken by `scheduler`, `pages` and `pressure`, the
+forward is `cache`'s. Knows no network, no step ids and no leases.
+
+The event loop posts works and awaits them; the thread takes what is queued, runs it, and posts the results back. Both
+sides touch the books only under one lock, which is never held while the model runs, so that a release or a cancellation
+takes effect at once, or, for what is in the running forward, when that ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peers.errors import Busy, Preempted
+from peers.model.cutting import SpanModel
+from peers.runtime.cache import Chunk, SpanCache, open_cache
+from peers.runtime.pages import PagePool
+from peers.runtime.pressure import grow_or_preempt
+from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Scheduler
+from routing.errors import CallerError, PeerError, SwarmError, Unavailable
+from routing.ids import BlockSpan, PeerId, SessionId
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S_MIN = 0.05
+RETRY_AFTER_S_MAX = 5.0
+
+
+class PositionGap(CallerError):
+    """The work starts behind what its session (or parent) holds here; send the positions from `held` on first."""
+
+    def __init__(self, start: int, held: int) -> None:
+        super().__init__(f"position gap: the step starts at {start}, this peer holds {held}")
+        self.held = held
+
+
+class SessionReleased(CallerError):
+    """The session was released while this work was queued or running."""
+
+
+class CacheTooSmall(PeerError):
+    """The whole cache of this peer does not hold a session of that length; another peer's may."""
+
+
+class ComputeFailed(PeerError):
+    """The forward raised; the sessions in it keep the positions that they held before."""
+
+
+class NonFiniteOutput(ComputeFailed):
+    """The model made NaN or infinity of this session's input; other sessions are unharmed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    cache_tokens: int
+    """Positions that all sessions together may hold, rounded down to whole pages."""
+    page_size: int = 16
+    """Positions per page. Small pages waste little per session; contiguous runs make their number cheap."""
+    token_budget: int = 256
+    """Positions per forward: how long a prompt may delay everybody else's next token."""
+    threads: int = 1
+    """CPU threads of the forward."""
+    max_queued_tokens: int = 16384
+    """Bound of the queue: beyond it callers are told to come back, before their tensors pile up in memory."""
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.cache_tokens < self.page_size:
+            raise ValueError(f"{self.cache_tokens} cache tokens do not make one page of {self.page_size}")
+        if self.token_budget < MIN_TOKEN_BUDGET:
+            raise ValueError(f"token_budget is at least {MIN_TOKEN_BUDGET}, not {self.token_budget}")
+        if self.threads < 1 or self.max_queued_tokens < 1:
+            raise ValueError("threads and max_queued_tokens are at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Work:
+    """Run `hidden` (positions `start`, `start + 1`, …) of one session through `span`."""
+
+    session: SessionId
+    owner: PeerId
+    start: int
+    hidden: Tensor
+    """[n, hidden_size], on the CPU, any floating dtype."""
+    span: BlockSpan
+    """Blocks to run; within the span of the model."""
+    regime_length: int = 0
+    """Total length of the user's forward that this work is a part of; 0 when it is the whole."""
+    parent: tuple[SessionId, int] | None = None
+    """Begin the (new) session with that many positions of another one, as it is when this work is submitted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Done:
+    hidden: Tensor
+    """[n, hidden_size], on the CPU, in the model's dtype; nobody else's memory."""
+    queue_s: float
+    """From submission to completion, less `compute_s`."""
+    compute_s: float
+    """Length of the forwards that this work took part in, whoever else was in them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    total_tokens: int
+    free_tokens: int
+    queued_tokens: int
+    sessions: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Session:
+    number: int
+    """Counts first arrivals: the session's age, and its name in pages, cache and scheduler."""
+    owner: PeerId
+    span: BlockSpan | None = None
+    """The blocks for which positions are held."""
+    held: int = 0
+    preempted: bool = False
+    """Its positions were taken away and it has not begun again."""
+    released: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Ticket:
+    number: int
+    work: Work
+    session: _Session
+    future: asyncio.Future[Done]
+    submitted_s: float
+    compute_s: float = 0.0
+    result: Tensor | None = None
+    begun: bool = False
+    settled: bool = False
+    """Nobody waits for it any more: answered, failed or cancelled."""
+
+    @property
+    def end(self) -> int:
+        return self.work.start + len(self.work.hidden)
+
+    @property
+    def regime_length(self) -> int:
+        return max(self.work.regime_length, self.end)
+
+
+_Batch = list[tuple[_Ticket, Pick]]
+
+
+class Engine:
+    """Runs works of many sessions over one span. All methods are called on the event loop of `start`."""
+
+    def __init__(self, model: SpanModel, config: EngineConfig) -> None:
+        self.model = model
+        self.config = config
+        self._pages = PagePool(config.cache_tokens // config.page_size, config.page_size)
+        self._scheduler = Scheduler(config.token_budget)
+        self._sessions: dict[SessionId, _Session] = {}
+        self._by_number: dict[int, _Session] = {}
+        self._tickets: dict[int, _Ticket] = {}
+        self._running: set[int] = set()
+        self._count = 0
+        self._token_s = 0.0
+        self._stopping = False
+        self._wake = threading.Condition()  # guards everything above
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._broken: asyncio.Future[None]
+        self._cache: SpanCache
+
+    async def start(self) -> None:
+        """Probe the model's attention, allocate the cache and start the thread. Raises what the probe raises."""
+        assert self._thread is None
+        self._loop = asyncio.get_running_loop()
+        self._broken = self._loop.create_future()
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(target=self._main, args=(ready,), name="engine", daemon=True)
+        self._thread.start()
+        await ready
+
+    async def broken(self) -> None:
+        """Never returns; raises what ended the thread. A forward that fails does not: see ComputeFailed."""
+        await asyncio.shield(self._broken)
+
+    async def stop(self, *, deadline_s: float = 10.0) -> None:
+        """Refuse new works, finish queued ones for up to `deadline_s`, fail the rest, end the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+            waiting = [ticket.future for ticket in self._tickets.values()]
+        if waiting:
+            await asyncio.wait(waiting, timeout=deadline_s)
+        with self._wake:
+            for ticket in list(self._tickets.values()):
+                self._fail(ticket, Unavailable("this peer is shutting down"))
+            self._wake.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, deadline_s)
+
+    async def run(self, work: Work) -> Done:
+        """Run one work and return its output.
+
+        Works of one session run in submission order. A work that starts before the held length rolls the session back
+        first. Cancelling leaves the session with what was computed until then.
+
+        Raises Busy (queue full), Preempted (replay from position 0), PositionGap, SessionReleased, CacheTooSmall,
+        ComputeFailed, NonFiniteOutput, Unavailable (stopping), CallerError (a work that makes no sense).
+        """
+        self._check(work)
+        with self._wake:
+            ticket = self._submit(work)
+            self._wake.notify()
+        try:
+            return await ticket.future
+        except asyncio.CancelledError:
+            with self._wake:
+                self._retire(ticket)
+            raise
+
+    def release(self, session: SessionId) -> None:
+        """Forget a session and its age, fail its works, free its pages (after the running forward, if it is in it)."""
+        with self._wake:
+            state = self._sessions.pop(session, None)
+            if state is not None:
+                state.released = True
+                self._fail_all(state, SessionReleased(f"session {session} was released"))
+                self._reap(state)
+
+    def held(self, session: SessionId) -> int:
+        """Positions that this session holds here; 0 for an unknown one."""
+        with self._wake:
+            state = self._sessions.get(session)
+            return 0 if state is None else state.held
+
+    def stats(self) -> EngineStats:
+        with self._wake:
+            size = self.config.page_size
+            return EngineStats(
+                total_tokens=self._pages.num_pages * size,
+                free_tokens=self._pages.free_pages * size,
+                queued_tokens=self._scheduler.queued_tokens,
+                sessions=len(self._sessions),
+            )
+
+    # On the event loop, under the lock
+
+    def _check(self, work: Work) -> None:
+        if work.hidden.dim() != 2 or len(work.hidden) == 0 or work.hidden.shape[1] != self.model.hidden_size:
+            raise CallerError(f"hidden states are [n, {self.model.hidden_size}], not {list(work.hidden.shape)}")
+        if work.start < 0 or not self.model.span.covers(work.span):
+            raise CallerError(f"position {work.start} of blocks {work.span} is not served here")
+        if work.parent is not None and (work.parent[0] == work.session or work.parent[1] < 0):
+            raise CallerError(f"session {work.session} cannot begin as session {work.parent[0]} up to {work.parent[1]}")
+        end = work.start + len(work.hidden)
+        if self._pages.pages_for(end) > self._pages.num_pages:
+            capacity = self._pages.num_pages * self._pages.page_size
+            raise CacheTooSmall(f"a session of {end} positions does not fit this peer's cache of {capacity}")
+
+    def _submit(self, work: Work) -> _Ticket:
+        if self._stopping:
+            raise Unavailable("this peer is shutting down")
+        queued = self._scheduler.queued_tokens
+        if queued and queued + len(work.hidden) > self.config.max_queued_tokens:
+            raise Busy(f"{queued} positions are queued here", retry_after_s=self._retry_after_s())
+        session = self._sessions.get(work.session)
+        if work.parent is not None:
+            self._check_fork(session, *work.parent)
+        if session is None:
+            session = self._sessions[work.session] = _Session(number=self._next(), owner=work.owner)
+            self._by_number[session.number] = session
+        if work.parent is not None:
+            self._fork(self._sessions[work.parent[0]], session, work.parent[1])
+        ticket = _Ticket(
+            number=self._next(),
+            work=work,
+            session=session,
+            future=self._loop.create_future(),
+            submitted_s=time.perf_counter(),
+        )
+        self._tickets[ticket.number] = ticket
+        regime = self.model.regime.key(ticket.regime_length)
+        self._scheduler.submit(
+            Item(
+                work=ticket.number,
+                session=session.number,
+                owner=work.owner,
+                tokens=len(work.hidden),
+                group=(work.span, regime, None if self._cache.packs_sessions else session.number),
+            )
+        )
+        return ticket
+
+    def _check_fork(self, child: _Session | None, parent_id: SessionId, position: int) -> None:
+        if child is not None and (child.held or self._scheduler.works_of(child.number)):
+            raise CallerError("only a new session can begin as a fork of another")
+        parent = self._sessions.get(parent_id)
+        if parent is None:
+            raise PositionGap(position, 0)
+        if parent.preempted:
+            raise self._preemption()
+        queued = [self._tickets[number] for number in self._scheduler.works_of(parent.number)]
+        kept = min([parent.held, *(ticket.work.start for ticket in queued if not ticket.begun)])
+        if position > kept:  # also when the parent is about to be rolled back further
+            raise PositionGap(position, kept)
+
+    def _fork(self, parent: _Session, child: _Session, position: int) -> None:
+        """Needs no page and touches nothing that a running forward reads or writes, so it is done at once."""
+        self._drop_pages(child)
+        if position:
+            if self._cache.shares_pages:
+                self._pages.fork(parent.number, child.number, position)
+            self._cache.fork(parent.number, child.number, position)
+        child.span, child.held, child.preempted = parent.span, position, False
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
+
+    # On either side, under the lock
+
+    def _retry_after_s(self) -> float:
+        """About when today's queue will have been worked off."""
+        return min(max(self._token_s * self._scheduler.queued_tokens, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
+
+    def _retire(self, ticket: _Ticket) -> None:
+        """Take a work off the books. Its session keeps the positions that were computed, and no pages beyond them."""
+        if ticket.settled:
+            return
+        ticket.settled = True
+        del self._tickets[ticket.number]
+        self._scheduler.remove(ticket.number)
+        if ticket.begun and ticket.session.number not in self._running:
+            self._shorten(ticket.session)
+        self._reap(ticket.session)
+
+    def _fail(self, ticket: _Ticket, error: SwarmError) -> None:
+        self._retire(ticket)
+        self._loop.call_soon_threadsafe(_answer, ticket.future, error)
+
+    def _fail_all(self, session: _Session, error: SwarmError) -> None:
+        for number in self._scheduler.works_of(session.number):
+            self._fail(self._tickets[number], error)
+
+    def _shorten(self, session: _Session) -> None:
+        """Give back what is reserved or half-written beyond the held positions."""
+        if session.number in self._pages.sessions:
+            self._pages.truncate(session.number, min(session.held, self._pages.length(session.number)))
+            self._cache.truncate(session.number, session.held)
+
+    def _reap(self, session: _Session) -> None:
+        """Free a released session, once it is in no forward."""
+        if session.released and session.number not in self._running:
+            self._drop_pages(session)
+            self._by_number.pop(session.number, None)
+
+    def _drop_pages(self, session: _Session) -> None:
+        if session.number in self._pages.sessions:
+            self._pages.release(session.number)
+        self._cache.release(session.number)
+
+    # In the engine's thread
+
+    def _main(self, ready: asyncio.Future[None]) -> None:
+        torch.set_num_threads(self.config.threads)
+        try:
+            self._cache = open_cache(self.model, self._pages)
+        except Exception as error:  # whatever it is, `start` raises it
+            logger.debug("the engine does not start", exc_info=True)
+            self._loop.call_soon_threadsafe(ready.set_exception, error)
+            return
+        self._loop.call_soon_threadsafe(ready.set_result, None)
+        try:
+            with torch.inference_mode():
+                while batch := self._wait_for_batch():
+                    self._run_batch(batch)
+        except (
+            Exception
+        ) as error:  # the books are wrong and an assertion says so: whoever awaits `broken` ends the peer
+            logger.exception("the engine's thread ended")
+            with self._wake:
+                self._stopping = True
+                for ticket in self._tickets.values():
+                    self._loop.call_soon_threadsafe(_answer, ticket.future, Unavailable("this peer is shutting down"))
+            self._loop.call_soon_threadsafe(self._broken.set_exception, error)
+
+    def _run_batch(self, batch: _Batch) -> None:
+        began_s = time.perf_counter()
+        try:
+            output_TH = self._forward(batch)
+        except Exception:  # its works fail, the thread lives on
+            logger.exception("a forward of %s works failed", len(batch))
+            with self._wake:
+                self._running = set()
+                for ticket, _ in batch:
+                    self._fail_late(ticket, ComputeFailed("this peer failed to compute the step"))
+        else:
+            self._settle(batch, output_TH, time.perf_counter() - began_s)
+
+    def _wait_for_batch(self) -> _Batch:
+        """The next forward's works; empty when the engine is stopping and nothing is left to do."""
+        with self._wake:
+            while self._tickets or not self._stopping:
+                if not (picks := self._scheduler.next_batch()):
+                    self._wake.wait()
+                elif batch := self._begin_all([(self._tickets[pick.work], pick) for pick in picks]):
+                    self._running = {ticket.session.number for ticket, _ in batch}
+                    return batch
+            return []
+
+    def _begin_all(self, chosen: _Batch) -> _Batch:
+        """What can run of the scheduler's choice: not what cannot begin, nor whose pages an older session took."""
+        for ticket, _ in sorted(chosen, key=lambda pair: pair[0].session.number):
+            if not (ticket.begun or ticket.settled):
+                try:
+                    self._begin(ticket)
+                except SwarmError as error:
+                    self._fail(ticket, error)
+        return [(ticket, pick) for ticket, pick in chosen if not ticket.settled]
+
+    def _begin(self, ticket: _Ticket) -> None:
+        """Roll back and reserve pages for the whole work. Raises PositionGap or Preempted."""
+        work, session = ticket.work, ticket.session
+        held = session.held if session.span == work.span else 0
+        if work.start > held:
+            if session.preempted:
+                raise self._preemption()
+            raise PositionGap(work.start, held)
+        ticket.begun = True
+        session.span, session.held, session.preempted = work.span, work.start, False
+        if session.number not in self._pages.sessions:
+            self._pages.open(session.number)
+        self._shorten(session)
+        owners = {number: self._by_number[number].owner for number in self._pages.sessions}
+        copies, victims = grow_or_preempt(self._pages, session.number, ticket.end, owners)
+        for victim in victims:
+            self._preempt(self._by_number[victim])
+        if copies is not None:
+            self._cache.copy(copies)
+
+    def _preempt(self, session: _Session) -> None:
+        """Its pages are gone already; tell those who wait for it. Its age stays until it is released."""
+        self._cache.release(session.number)
+        session.held, session.preempted = 0, True
+        self._fail_all(session, self._preemption())
+
+    def _preemption(self) -> Preempted:
+        return Preempted("the session's cache was given to another", retry_after_s=self._retry_after_s())
+
+    def _forward(self, batch: _Batch) -> Tensor:
+        chunks, inputs = [], []
+        for ticket, pick in batch:
+            start = ticket.work.start + pick.offset
+            chunks.append(Chunk(session=ticket.session.number, start=start, tokens=pick.tokens))
+            inputs.append(ticket.work.hidden[pick.offset : pick.offset + pick.tokens].to(self.model.dtype))
+        hidden_TH = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        return self._cache.forward(
+            chunks,
+            hidden_TH.to(self.model.device, non_blocking=True),
+            batch[0][0].work.span,
+            max(ticket.regime_length for ticket, _ in batch),
+        ).cpu()
+
+    def _settle(self, batch: _Batch, output_TH: Tensor, compute_s: float) -> None:
+        outputs = torch.split(output_TH, [pick.tokens for _, pick in batch])
+        all_finite = bool(output_TH.isfinite().all())
+        answers: list[tuple[asyncio.Future[Done], Done]] = []
+        with self._wake:
+            self._running = set()
+            self._token_s += 0.1 * (compute_s / len(output_TH) - self._token_s)
+            now_s = time.perf_counter()
+            for (ticket, pick), output in zip(batch, outputs, strict=True):
+                if not all_finite and not output.isfinite().all():
+                    self._fail_late(ticket, NonFiniteOutput("the model made NaN or infinity of this session's input"))
+                    continue
+                ticket.compute_s += compute_s
+                result = ticket.result = _filled(ticket.result, pick.offset, output, len(ticket.work.hidden))
+                ticket.session.held = ticket.work.start + pick.offset + pick.tokens
+                if ticket.settled:  # cancelled or released meanwhile
+                    self._shorten(ticket.session)
+                    self._reap(ticket.session)
+                elif self._scheduler.advance(ticket.number, pick.tokens):
+                    ticket.settled = True
+                    del self._tickets[ticket.number]
+                    queue_s = max(0.0, now_s - ticket.submitted_s - ticket.compute_s)
+                    done = Done(hidden=result, queue_s=queue_s, compute_s=ticket.compute_s)
+                    answers.append((ticket.future, done))
+        if answers:
+            self._loop.call_soon_threadsafe(_answer_all, answers)
+
+    def _fail_late(self, ticket: _Ticket, error: SwarmError) -> None:
+        """Fail a work of the forward that just ended, unless it was settled meanwhile."""
+        self._shorten(ticket.session)
+        if ticket.settled:
+            self._reap(ticket.session)
+        else:
+            self._fail(ticket, error)
+
+
+def _filled(result: Tensor | None, offset: int, output: Tensor, length: int) -> Tensor:
+    """`result` with `output` at `offset`; a tensor like any other, not one of inference mode, as others will use it."""
+    if result is None:
+        with torch.inference_mode(False):
+            result = torch.empty(length, output.shape[1], dtype=output.dtype)
+    result[offset : offset + len(output)] = output
+    return result
+
+
+def _answer(future: asyncio.Future[Done], error: SwarmError) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _answer_all(answers: Sequence[tuple[asyncio.Future[Done], Done]]) -> None:
+    for future, done in answers:
+        if not future.done():
+            future.set_result(done)

@@ -1,0 +1,49 @@
+"""Who gives way when the pages run out. Pure decisions over `pages.PagePool`.
+
+Owns one policy and its promise. A session that cannot grow takes pages from a session younger than itself, or goes
+itself; it never waits while it holds pages. Sessions are numbered by first arrival and keep their number through any
+number of preemptions, so nobody can take pages from the oldest one: it runs to its end, then the next is the oldest,
+and a pool that holds any single session finishes all of them.
+
+Among the younger ones the heaviest user pays first, so that a flood of sessions costs mostly the one who sent it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peers.runtime.pages import PagePool, SlotCopy
+from routing.ids import PeerId
+
+
+def grow_or_preempt(
+    pool: PagePool, session: int, length: int, owners: Mapping[int, PeerId]
+) -> tuple[list[SlotCopy] | None, list[int]]:
+    """Grow `session` to `length`, releasing others' pages, or in the end its own, until it fits.
+
+    `owners` names the owner of every session of the pool. Returns the copies to make, or None when `session` itself had
+    to give way, and the sessions whose pages were released, in that order.
+    """
+    victims: list[int] = []
+    while (copies := pool.grow(session, length)) is None:
+        victim = choose_victim(pool, session, owners)
+        pool.release(victim)
+        victims.append(victim)
+        if victim == session:
+            return None, victims
+    return copies, victims
+
+
+def choose_victim(pool: PagePool, session: int, owners: Mapping[int, PeerId]) -> int:
+    """The youngest session of the owner with the most pages among those younger than `session`, else `session`."""
+    younger: dict[PeerId, list[int]] = {}
+    for candidate in sorted(pool.sessions):
+        if candidate > session and pool.length(candidate):
+            younger.setdefault(owners[candidate], []).append(candidate)
+    if not younger:
+        return session
+    held: dict[PeerId, list[int]] = {}
+    for candidate in pool.sessions:
+        held.setdefault(owners[candidate], []).append(candidate)
+    heaviest = max(younger, key=lambda owner: (pool.distinct_pages(held[owner]), younger[owner][-1]))
+    return younger[heaviest][-1]

@@ -1,0 +1,83 @@
+"""What one remote peer may have in flight here: bytes received and not yet computed, and the accounts of what it used.
+
+Pure bookkeeping. Sessions are bounded by the ledger, pages by the engine's pressure policy; both answer "busy", never
+"failed", because a full peer is a healthy peer.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from peers.errors import Busy
+from routing.ids import PeerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionLimits:
+    """Bounds on memory held for strangers' frames."""
+
+    max_bytes_in_flight: int = 512 << 20
+    max_bytes_in_flight_per_peer: int = 128 << 20
+    max_accounts: int = 4096
+    """At this number a new account replaces the one that was idle longest; those with bytes in flight stay."""
+
+
+@dataclass(slots=True)
+class Account:
+    """What one remote peer used since this node first heard of it."""
+
+    bytes_in_flight: int = 0
+    steps: int = 0
+    positions: int = 0
+    bytes_received: int = 0
+    compute_s: float = 0.0
+    refused: int = 0
+
+
+class Admission:
+    """Accounts by remote peer id, and the gate that reads them."""
+
+    def __init__(self, limits: AdmissionLimits) -> None:
+        self.limits = limits
+        self.accounts: OrderedDict[PeerId, Account] = OrderedDict()
+        self._bytes_in_flight = 0
+
+    def account(self, peer: PeerId) -> Account:
+        """The peer's account, created when new."""
+        account = self.accounts.get(peer)
+        if account is None:
+            self._forget_idle()
+            account = self.accounts[peer] = Account()
+        self.accounts.move_to_end(peer)
+        return account
+
+    def admit(self, peer: PeerId, payload_bytes: int) -> None:
+        """Take `payload_bytes` in; `finish` gives them back. Raises Busy when the peer or the node holds too much."""
+        account = self.account(peer)
+        total = self._bytes_in_flight + payload_bytes
+        mine = account.bytes_in_flight + payload_bytes
+        if total > self.limits.max_bytes_in_flight or mine > self.limits.max_bytes_in_flight_per_peer:
+            account.refused += 1
+            raise Busy(f"{mine >> 20} MiB of yours, {total >> 20} MiB in all are waiting here", retry_after_s=0.5)
+        self._bytes_in_flight = total
+        account.bytes_in_flight = mine
+        account.bytes_received += payload_bytes
+
+    def finish(self, peer: PeerId, payload_bytes: int) -> None:
+        """The step that brought `payload_bytes` has ended, whatever its outcome."""
+        self.account(peer).bytes_in_flight -= payload_bytes
+        self._bytes_in_flight -= payload_bytes
+
+    def charge(self, peer: PeerId, *, positions: int, compute_s: float) -> None:
+        """One step was computed for the client `peer`."""
+        account = self.account(peer)
+        account.steps += 1
+        account.positions += positions
+        account.compute_s += compute_s
+
+    def _forget_idle(self) -> None:
+        if len(self.accounts) >= self.limits.max_accounts:
+            idle = next((peer for peer, account in self.accounts.items() if not account.bytes_in_flight), None)
+            if idle is not None:
+                del self.accounts[idle]

@@ -1,0 +1,264 @@
+"""One peer's side of every session: messages in, engine works out, answers pushed on.
+
+The thin driver around `ledger` (who may do what), `admission` (how much) and the engine (the computation). Owns no
+decision of its own but the translation of errors into codes, and no tensor longer than a step lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from peers.errors import Busy, Preempted, ProtocolError, Refused
+from peers.runtime.engine import CacheTooSmall, Done, Engine, PositionGap, SessionReleased, Work
+from peers.serving.admission import Admission
+from peers.serving.ledger import Entry, Ledger, Repeat, Run
+from peers.serving.push import Delivery, Pusher
+from peers.transport.base import MAX_FRAME_BYTES
+from peers.transport.links import Link, Links
+from peers.transport.tasks import Tasks
+from peers.wire import tensors
+from peers.wire.codec import MAX_HEADER_BYTES
+from peers.wire.messages import MAX_HOPS, MAX_POSITIONS, Close, Code, Failed, Open, Opened, Pong, Result, Step
+from routing.errors import CallerError, PeerError, SwarmError, Unavailable
+from routing.ids import BlockSpan, ModelId, SessionId
+
+logger = logging.getLogger(__name__)
+
+SWEEP_S = 5.0
+"""How often leases are looked at."""
+MAX_PAYLOAD_BYTES = MAX_FRAME_BYTES - MAX_HEADER_BYTES
+"""What came in must also go out, under a header that has grown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What this peer serves, as far as a handler has to check requests against it."""
+
+    model: ModelId
+    span: BlockSpan
+    hidden_size: int
+
+
+class Handler:
+    """Serves `Open`, `Step`, `Close` and forwards a successor's `Failed` to the client."""
+
+    def __init__(
+        self,
+        *,
+        links: Links,
+        engine: Engine,
+        served: Served,
+        ledger: Ledger[Delivery, Link],
+        admission: Admission,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.served = served
+        self.ledger = ledger
+        self.admission = admission
+        self.pusher = Pusher(links, clock)
+        self._peer = links.transport.peer_id
+        self._engine = engine
+        self._clock = clock
+        self._steps = Tasks()
+        self._tasks = Tasks()
+        self._draining = False
+        links.handle(Open, self._open)
+        links.handle(Step, self._step)
+        links.handle(Close, self._close)
+        links.handle(Failed, self._forward_failure)
+        links.on_lost(self._link_lost)
+        links.pong = self._pong
+
+    async def run(self) -> None:
+        """Sweep expired leases until cancelled; raises what no message handler expected."""
+        self._tasks.spawn(self._sweep(), name="sweep leases")
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._tasks.failed())
+                group.create_task(self._steps.failed())
+        finally:
+            await self._steps.close()
+            await self._tasks.close()
+
+    async def drain(self, *, timeout_s: float) -> None:
+        """Take no new session, let running steps finish, at most `timeout_s`."""
+        self._draining = True
+        await self._steps.settled(timeout_s=timeout_s)
+
+    # --- messages ---
+
+    async def _open(self, link: Link, message: Open, _: memoryview) -> None:
+        try:
+            self._check_open(message)
+            entry = self.ledger.open(link.remote, link, message, self._clock())
+        except (Busy, Refused) as error:
+            await link.send(self._failure(error, message.session, message.epoch))
+            return
+        self._engine.release(entry.session)  # a new route starts from nothing
+        if entry.next is not None:
+            self._tasks.spawn(self.pusher.warm(entry), name=f"warm {entry.session}")
+        await link.send(Opened(session=message.session, epoch=message.epoch, lease_s=self.ledger.limits.lease_s))
+
+    async def _step(self, link: Link, message: Step, payload: memoryview) -> None:
+        payload_bytes = len(payload)
+        try:
+            if message.hidden != self.served.hidden_size:
+                raise ProtocolError(f"rows of {message.hidden}, this model's hidden size is {self.served.hidden_size}")
+            if payload_bytes > MAX_PAYLOAD_BYTES or len(message.hops) >= MAX_HOPS:
+                raise ProtocolError("a step too large, or with too many hops behind it, to be passed on from here")
+            rows = tensors.unpack(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
+            self.admission.admit(link.remote, payload_bytes)
+            try:
+                entry, verdict = self.ledger.step(link.remote, message, self._clock())
+            except SwarmError:
+                self.admission.finish(link.remote, payload_bytes)
+                raise
+        except (ProtocolError, Busy, Refused) as error:
+            logger.info("step %s of %s from %s: %s", message.step, message.session.hex()[:12], link.remote, error)
+            # to whoever sent it: the client itself, or the predecessor, which tells its client
+            await link.send(self._failure(error, message.session, message.epoch, message.step))
+            return
+        if isinstance(verdict, Run):
+            work = Work(
+                session=entry.session,
+                owner=entry.owner,
+                start=message.first,
+                hidden=rows,
+                span=entry.span,
+                regime_length=message.regime_length,
+                parent=(SessionId(message.parent), message.first) if verdict.forks and message.parent else None,
+            )
+            work_on = self._compute(link, entry, message, verdict, work, payload_bytes)
+            self._steps.spawn(work_on, name=f"step {entry.session}")
+            return
+        self.admission.finish(link.remote, payload_bytes)
+        if isinstance(verdict, Repeat):
+            await self.pusher.deliver(entry, verdict.answer)
+
+    async def _compute(
+        self, link: Link, entry: Entry[Delivery, Link], step: Step, run: Run, work: Work, payload_bytes: int
+    ) -> None:
+        try:
+            if self.ledger.get(entry.session) is not entry:
+                return  # closed or on another route before it began: the engine must not hear of it again
+            done = await self._engine.run(work)
+        except (CallerError, PeerError, Unavailable) as error:
+            logger.info("step %s of %s: %s", step.step, entry.session, error)
+            if self.ledger.failed(entry, run):
+                await _tell(entry.owner_link, self._failure(error, step.session, step.epoch, step.step))
+            return
+        finally:
+            self.admission.finish(link.remote, payload_bytes)
+            if self.ledger.get(entry.session) is None:
+                self._engine.release(entry.session)
+        self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
+        delivery = _delivery(entry, step, done)
+        if self.ledger.completed(entry, run, delivery, len(delivery.payload), self._clock()):
+            await self.pusher.deliver(entry, delivery)
+
+    async def _close(self, link: Link, message: Close, _: memoryview) -> None:
+        for session in self.ledger.close(link.remote, map(SessionId, message.sessions)):
+            self._engine.release(session)
+
+    async def _forward_failure(self, link: Link, message: Failed, _: memoryview) -> None:
+        entry = self.ledger.get(SessionId(message.session))
+        if entry is not None and entry.next == link.remote == message.peer and entry.epoch == message.epoch:
+            await _tell(entry.owner_link, message)
+
+    def _link_lost(self, link: Link) -> None:
+        for session in self.ledger.link_lost(link):
+            logger.info("session %s: its client went away", session)
+            self._engine.release(session)
+
+    # --- the rest ---
+
+    def _failure(self, error: SwarmError, session: bytes, epoch: int, step: int | None = None) -> Failed:
+        return Failed(
+            peer=self._peer,
+            session=session,
+            epoch=epoch,
+            step=step,
+            code=_code(error),
+            message=str(error)[:1000],
+            retry_after_s=getattr(error, "retry_after_s", 0.0),
+        )
+
+    def _check_open(self, message: Open) -> None:
+        if self._draining:
+            raise Refused("this peer is leaving", code=Code.DRAINING)
+        if message.model != self.served.model.digest:
+            raise Refused(
+                f"this peer serves model {self.served.model}, not {ModelId(message.model)}", code=Code.WRONG_MODEL
+            )
+        if not (message.start < message.end and self.served.span.covers(BlockSpan(message.start, message.end))):
+            raise Refused(
+                f"this peer serves blocks {self.served.span}, not {message.start}:{message.end}", code=Code.WRONG_MODEL
+            )
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            for session in self.ledger.expire(self._clock()):
+                logger.info("session %s: lease expired", session)
+                self._engine.release(session)
+
+    def _pong(self, nonce: int) -> Pong:
+        stats = self._engine.stats()
+        return Pong(
+            nonce=nonce,
+            free_tokens=min(stats.free_tokens, MAX_POSITIONS),
+            queued_tokens=stats.queued_tokens,
+            sessions=len(self.ledger),
+        )
+
+
+def _delivery(entry: Entry[Delivery, Link], step: Step, done: Done) -> Delivery:
+    hops = (*step.hops, (done.queue_s, done.compute_s))
+    if entry.next is not None:
+        return Delivery(replace(step, hops=hops), tensors.pack(done.hidden, step.dtype), step.bulk)
+    rows = done.hidden[step.want_from :].clone()  # the answer is kept; the rows that nobody wants are not
+    result = Result(
+        session=step.session,
+        epoch=step.epoch,
+        step=step.step,
+        count=len(rows),
+        dtype=step.dtype,
+        hidden=step.hidden,
+        hops=hops,
+    )
+    return Delivery(result, tensors.pack(rows, step.dtype), step.bulk)
+
+
+def _code(error: SwarmError) -> str:
+    match error:
+        case Preempted():
+            return Code.PREEMPTED
+        case Busy():
+            return Code.BUSY
+        case Unavailable():
+            return Code.DRAINING
+        case Refused():
+            return error.code
+        case ProtocolError():
+            return Code.MALFORMED
+        case PositionGap():
+            return Code.GAP
+        case SessionReleased():
+            return Code.UNKNOWN_SESSION
+        case CacheTooSmall():
+            return Code.TOO_LONG
+        case _:
+            return Code.INTERNAL
+
+
+async def _tell(link: Link, message: Failed) -> None:
+    try:
+        await link.send(message)
+    except PeerError as error:
+        logger.debug("could not tell %r: %s", link, error)  # its sessions go with the link

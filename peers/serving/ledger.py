@@ -1,0 +1,304 @@
+"""The session table of one peer: who may do what to which session, and what was answered already.
+
+Sans-IO: messages and the time go in, verdicts come out. Knows sessions, epochs, positions and step ids; knows no
+tensors (an answer is an opaque object with a size), no pages (the engine's), no network.
+
+A session passes through these states; every other event in a state is refused with the code in the last column.
+
+    state     event                                      next      otherwise
+    (none)    Open                                       installed unknown_session
+    (none)    Step with a parent that is installed       installed unknown_session
+    installed Open, higher epoch, same owner             installed stale_epoch / forbidden
+    installed Step, this epoch, allowed sender, no gap   installed stale_epoch / forbidden / gap
+    installed its first step fails, where it was a fork  (none): the repeated step forks again
+    installed Close by its owner, lease expiry, owner's link lost → (none)
+
+A step that starts below the positions held undoes what reached further: repeated, those steps run again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from peers.errors import Busy, Refused
+from peers.wire.messages import Code, Open, Step
+from routing.ids import BlockSpan, PeerId, SessionId, StepId
+
+Answer = TypeVar("Answer")
+OwnerLink = TypeVar("OwnerLink")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerLimits:
+    """Bounds of the table; every one protects the peer from one greedy or broken client."""
+
+    lease_s: float = 60.0
+    """A session that takes no step for this long is released."""
+    max_positions: int
+    """The most positions one session may hold: the model's context, and no more than the whole pool."""
+    max_sessions: int = 4096
+    max_sessions_per_owner: int = 512
+    answers_per_session: int = 4
+    """As many steps as a client has outstanding: after a pause it repeats them all."""
+    max_answer_bytes: int = 1 << 20
+    """Larger answers are recomputed when asked for again: positions are absolute, so that is exact."""
+    max_answers_bytes: int = 64 << 20
+    """Of all sessions together; beyond it answers are recomputed too."""
+
+    def __post_init__(self) -> None:
+        if min(self.lease_s, self.max_positions, self.max_sessions, self.max_sessions_per_owner) <= 0:
+            raise ValueError("ledger limits are positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Run:
+    """Compute this step, over positions `[first, end)`, and say by `completed` or `failed` how it went."""
+
+    step: StepId
+    first: int
+    end: int
+    forks: bool
+    """The session begins with it, as a fork of the step's parent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept(Generic[Answer]):
+    """The answer of a step that reached to position `end`."""
+
+    answer: Answer
+    answer_bytes: int
+    end: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Entry(Generic[Answer, OwnerLink]):
+    """One installed session as this hop sees it."""
+
+    session: SessionId
+    owner: PeerId
+    owner_link: OwnerLink
+    epoch: int
+    span: BlockSpan
+    previous: PeerId | None
+    next: PeerId | None
+    next_addresses: tuple[str, ...]
+    lease_expires_at_s: float
+    relay_until_s: float = 0.0
+    """Until then outputs go through the client without trying `next` again."""
+    positions: int = 0
+    """Positions held once every accepted step has run."""
+    born: bool = True
+    """False for a fork whose first step has not run yet."""
+    running: dict[StepId, Run] = field(default_factory=dict)
+    """Accepted, neither answered nor undone."""
+    answers: OrderedDict[StepId, Kept[Answer]] = field(default_factory=OrderedDict)
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat(Generic[Answer]):
+    """The step was answered before: deliver `answer` again."""
+
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class AlreadyRunning:
+    """The same step is being computed; its answer will come."""
+
+
+class Ledger(Generic[Answer, OwnerLink]):
+    """See the module. All times are seconds of one monotonic clock."""
+
+    def __init__(self, limits: LedgerLimits) -> None:
+        self.limits = limits
+        self._entries: dict[SessionId, Entry[Answer, OwnerLink]] = {}
+        self._sessions_of: dict[PeerId, set[SessionId]] = {}
+        self._answers_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, session: SessionId) -> Entry[Answer, OwnerLink] | None:
+        return self._entries.get(session)
+
+    def open(self, owner: PeerId, link: OwnerLink, message: Open, now_s: float) -> Entry[Answer, OwnerLink]:
+        """Install a session or give it a new route; a new route starts at position 0 of its own replay.
+
+        Raises Busy when the table or the owner's share is full, Refused (stale_epoch, forbidden) otherwise.
+        """
+        session = SessionId(message.session)
+        known = self._entries.get(session)
+        if known is not None:
+            if known.owner != owner:
+                raise Refused("this session belongs to another client", code=Code.FORBIDDEN)
+            if message.epoch <= known.epoch:
+                raise Refused(f"epoch {message.epoch} after epoch {known.epoch}", code=Code.STALE_EPOCH)
+        else:
+            self._room_for(owner)
+        entry = Entry[Answer, OwnerLink](
+            session=session,
+            owner=owner,
+            owner_link=link,
+            epoch=message.epoch,
+            span=BlockSpan(message.start, message.end),
+            previous=None if message.previous is None else PeerId(message.previous),
+            next=None if message.next is None else PeerId(message.next),
+            next_addresses=message.next_addresses,
+            lease_expires_at_s=now_s + self.limits.lease_s,
+        )
+        self._install(entry)
+        return entry
+
+    def step(self, sender: PeerId, step: Step, now_s: float) -> tuple[Entry[Answer, OwnerLink], Verdict[Answer]]:
+        """Judge a step and, if it is to run, count its positions. Renews the lease.
+
+        Raises Refused with the code that the table above names, or Busy (fork into a full table).
+        """
+        session = SessionId(step.session)
+        step_id = StepId(step.step)
+        entry = self._entries.get(session)
+        forked = entry is None and step.parent is not None
+        if entry is None:
+            entry = self._fork(SessionId(step.parent), step) if step.parent is not None else None
+        if entry is None:
+            raise Refused(f"session {session} is not installed here", code=Code.UNKNOWN_SESSION)
+        if sender not in (entry.owner, entry.previous):
+            raise Refused(f"{sender} is not the predecessor named for this route", code=Code.FORBIDDEN)
+        if step.epoch != entry.epoch:
+            raise Refused(f"epoch {step.epoch}, this route is epoch {entry.epoch}", code=Code.STALE_EPOCH)
+        if step.count == 0 or step.want_from > step.count:
+            raise Refused("a step of no positions, or that wants more than it has", code=Code.MALFORMED)
+        if step.first + step.count > self.limits.max_positions:
+            raise Refused(
+                f"{step.first + step.count} positions, this peer holds at most {self.limits.max_positions} a session",
+                code=Code.TOO_LONG,
+            )
+        if step_id in entry.running:
+            return entry, AlreadyRunning()
+        if step_id in entry.answers:
+            entry.lease_expires_at_s = now_s + self.limits.lease_s
+            return entry, Repeat(entry.answers[step_id].answer)
+        if step.first > entry.positions:
+            raise Refused(f"step at {step.first}, this hop holds {entry.positions} positions", code=Code.GAP)
+        if forked:
+            self._room_for(entry.owner)
+            self._install(entry)
+        self._undo(entry, beyond=step.first)
+        entry.lease_expires_at_s = now_s + self.limits.lease_s
+        entry.positions = step.first + step.count
+        run = entry.running[step_id] = Run(step=step_id, first=step.first, end=entry.positions, forks=forked)
+        return entry, run
+
+    def completed(
+        self, entry: Entry[Answer, OwnerLink], run: Run, answer: Answer, answer_bytes: int, now_s: float
+    ) -> bool:
+        """Keep the answer of a step that ran, and renew the lease: a long step is no idle time.
+
+        False when the session has ended or moved on, so that nobody wants the answer.
+        """
+        wanted = self._ended(entry, run)
+        if self._entries.get(entry.session) is not entry:
+            return False
+        entry.born = True
+        entry.lease_expires_at_s = now_s + self.limits.lease_s
+        if wanted and answer_bytes <= self.limits.max_answer_bytes:
+            entry.answers[run.step] = Kept(answer, answer_bytes, run.end)
+            self._answers_bytes += answer_bytes
+            while len(entry.answers) > self.limits.answers_per_session:
+                self._discard(entry, next(iter(entry.answers)))
+            if self._answers_bytes > self.limits.max_answers_bytes:
+                self._discard(entry, run.step)
+        return True
+
+    def failed(self, entry: Entry[Answer, OwnerLink], run: Run) -> bool:
+        """A step did not run, so the session ends before it; False when nobody wants to know any more."""
+        if self._ended(entry, run):
+            entry.positions = min(entry.positions, run.first)
+        if self._entries.get(entry.session) is not entry or run.step in entry.running:
+            return False  # moved on, or the same step is running again
+        return entry.born or self._remove(entry.session)
+
+    def close(self, owner: PeerId, sessions: Iterable[SessionId]) -> list[SessionId]:
+        """Forget those of `sessions` that belong to `owner`; returns them."""
+        return [session for session in sessions if self._owned(owner, session) and self._remove(session)]
+
+    def link_lost(self, link: OwnerLink) -> list[SessionId]:
+        """Forget every session opened over `link`; returns them."""
+        gone = [session for session, entry in self._entries.items() if entry.owner_link is link]
+        return [session for session in gone if self._remove(session)]
+
+    def expire(self, now_s: float) -> list[SessionId]:
+        """Forget sessions whose lease is over and that have no step running; returns them."""
+        gone = [
+            session
+            for session, entry in self._entries.items()
+            if entry.lease_expires_at_s <= now_s and not entry.running
+        ]
+        return [session for session in gone if self._remove(session)]
+
+    # --- bookkeeping ---
+
+    def _fork(self, parent: SessionId, step: Step) -> Entry[Answer, OwnerLink] | None:
+        """What the child of an installed parent would be; installed only once its first step has been accepted."""
+        known = self._entries.get(parent)
+        if known is None:
+            return None
+        return Entry[Answer, OwnerLink](
+            session=SessionId(step.session),
+            owner=known.owner,
+            owner_link=known.owner_link,
+            epoch=known.epoch,
+            span=known.span,
+            previous=known.previous,
+            next=known.next,
+            next_addresses=known.next_addresses,
+            lease_expires_at_s=known.lease_expires_at_s,
+            relay_until_s=known.relay_until_s,
+            positions=known.positions,
+            born=False,
+        )
+
+    def _room_for(self, owner: PeerId) -> None:
+        mine = len(self._sessions_of.get(owner, ()))
+        if len(self._entries) >= self.limits.max_sessions or mine >= self.limits.max_sessions_per_owner:
+            raise Busy(f"{len(self._entries)} sessions here, {mine} of them yours", retry_after_s=1.0)
+
+    def _owned(self, owner: PeerId, session: SessionId) -> bool:
+        return session in self._sessions_of.get(owner, ())
+
+    def _undo(self, entry: Entry[Answer, OwnerLink], *, beyond: int) -> None:
+        """Forget the steps that reached further than `beyond`."""
+        for step in [step for step, kept in entry.answers.items() if kept.end > beyond]:
+            self._discard(entry, step)
+        for step in [step for step, run in entry.running.items() if run.end > beyond]:
+            del entry.running[step]
+
+    def _ended(self, entry: Entry[Answer, OwnerLink], run: Run) -> bool:
+        """Whether the step still counts: it may have been undone, and run again, meanwhile."""
+        if counts := entry.running.get(run.step) is run:
+            del entry.running[run.step]
+        return counts
+
+    def _discard(self, entry: Entry[Answer, OwnerLink], step: StepId) -> None:
+        self._answers_bytes -= entry.answers.pop(step).answer_bytes
+
+    def _install(self, entry: Entry[Answer, OwnerLink]) -> None:
+        if (replaced := self._entries.get(entry.session)) is not None:
+            self._undo(replaced, beyond=0)
+        self._entries[entry.session] = entry
+        self._sessions_of.setdefault(entry.owner, set()).add(entry.session)
+
+    def _remove(self, session: SessionId) -> bool:
+        entry = self._entries.pop(session)
+        self._undo(entry, beyond=0)
+        owned = self._sessions_of[entry.owner]
+        owned.discard(session)
+        if not owned:
+            del self._sessions_of[entry.owner]
+        return True
+
+
+Verdict = Run | Repeat[Answer] | AlreadyRunning

@@ -1,0 +1,164 @@
+"""`Transport` over the daemon's binary streams.
+
+Owns the incoming handlers, the streams that are open, and the node's own addresses. Knows no frames (`framing`) and no
+DHT. The remote id of a stream comes from libp2p's handshake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from hivemind.p2p import PeerID
+from hivemind.proto import p2pd_pb2
+from hivemind.utils.multiaddr import Multiaddr
+
+from peers.errors import Refused, StreamClosed
+from peers.transport.base import MAX_STREAMS_PER_PEER, Handler
+from peers.transport.framing import FramedStream
+from peers.transport.hivemind_p2p.daemon import Daemon, address_text, peer_id_from, translated
+from routing.addresses import peer_id_in, validate_multiaddr
+from routing.errors import CallerError, InvalidAddress, SwarmError
+from routing.ids import PeerId
+from routing.records import MAX_ADDRESSES
+
+logger = logging.getLogger(__name__)
+
+_GREETING_TIMEOUT_S: Final = 10.0
+
+
+class HivemindTransport:
+    """See `peers.transport.base.Transport`. Nodes of another network do not answer under our protocol names."""
+
+    def __init__(self, daemon: Daemon, peer_id: PeerId, network: str) -> None:
+        self._daemon = daemon
+        self._peer_id = peer_id
+        self._network = network
+        self._addresses: tuple[str, ...] = ()
+        self._handlers: dict[str, Handler] = {}
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._incoming: dict[PeerId, set[FramedStream]] = {}
+        self._outgoing: dict[PeerId, set[FramedStream]] = {}
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._peer_id
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """As many as an announcement may carry, those first that serve the most."""
+        return self._addresses
+
+    async def listen(self) -> None:
+        """Wait for the daemon's connections, one for each incoming stream. Once, before `serve`."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(self._accept, path=str(self._daemon.streams_path))
+        await self.refresh_addresses()
+
+    async def refresh_addresses(self) -> None:
+        """Ask the daemon where it can be reached now: networks change under a running node."""
+        response = await self._daemon.ask(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
+        texts = [text for raw in response.identify.addrs if (text := address_text(raw)) is not None]
+        texts.sort(key=_remoteness)
+        self._addresses = tuple(f"{text}/p2p/{self._peer_id}" for text in texts[:MAX_ADDRESSES])
+
+    async def open_stream(
+        self, peer: PeerId, addresses: Sequence[str], protocol: str, *, timeout_s: float
+    ) -> FramedStream:
+        for address in addresses:
+            if peer_id_in(validate_multiaddr(address, need_peer_id=True)) != peer:
+                raise InvalidAddress(f"{address} is not an address of peer {peer}")
+        with translated(peer):
+            async with asyncio.timeout(timeout_s):
+                if addresses:
+                    await self._daemon.connect(peer, addresses, timeout_s=timeout_s)
+                stream = await self._daemon.open_stream(peer, self._protocol_id(protocol), timeout_s=timeout_s)
+        self._keep(self._outgoing, stream)
+        return stream
+
+    async def serve(self, protocol: str, handler: Handler) -> None:
+        protocol_id = self._protocol_id(protocol)
+        if protocol_id in self._handlers:
+            raise CallerError(f"protocol {protocol} is served already")
+        self._handlers[protocol_id] = handler
+        request = p2pd_pb2.StreamHandlerRequest(
+            addr=Multiaddr(f"/unix{self._daemon.streams_path}").to_bytes(), proto=[protocol_id], balanced=False
+        )
+        await self._daemon.ask(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER, streamHandler=request))
+
+    async def observed_addresses(self, peer: PeerId) -> tuple[str, ...]:
+        response = await self._daemon.ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
+        wanted = PeerID.from_base58(peer).to_bytes()
+        texts = [address_text(raw) for info in response.peers if info.id == wanted for raw in info.addrs]
+        return tuple(text for text in dict.fromkeys(texts) if text is not None)
+
+    def has_streams(self, peer: PeerId) -> bool:
+        return peer in self._incoming or peer in self._outgoing
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for stream in [stream for streams in self._outgoing.values() for stream in streams]:
+            stream.abort()
+
+    def _protocol_id(self, protocol: str) -> str:
+        return f"/hive/{self._network}/{protocol}"
+
+    def _accept(self) -> FramedStream:
+        stream = FramedStream()
+        task = asyncio.create_task(self._run_handler(stream), name="incoming stream")
+        self._tasks.add(task)
+        task.add_done_callback(self._handler_ended)
+        return stream
+
+    async def _run_handler(self, stream: FramedStream) -> None:
+        try:
+            async with asyncio.timeout(_GREETING_TIMEOUT_S):
+                info = p2pd_pb2.StreamInfo.FromString(await stream.greeting)
+            stream.remote = peer_id_from(info.peer)
+            if len(self._incoming.get(stream.remote, ())) >= MAX_STREAMS_PER_PEER:
+                raise Refused(f"peer {stream.remote} has {MAX_STREAMS_PER_PEER} streams open already", code="streams")
+            self._keep(self._incoming, stream)
+            await self._handlers[info.proto](stream)
+            await stream.close()
+        finally:
+            stream.abort()
+
+    def _handler_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, StreamClosed):
+            logger.debug("incoming stream: %s", error)
+        elif isinstance(error, SwarmError):
+            logger.info("incoming stream ended: %s", error)
+        elif error is not None:
+            logger.error("the handler of an incoming stream failed", exc_info=error)
+
+    @staticmethod
+    def _keep(open_streams: dict[PeerId, set[FramedStream]], stream: FramedStream) -> None:
+        open_streams.setdefault(stream.remote, set()).add(stream)
+
+        def forget() -> None:
+            streams = open_streams[stream.remote]
+            streams.remove(stream)
+            if not streams:
+                del open_streams[stream.remote]
+
+        stream.on_lost(forget)
+
+
+def _remoteness(address: str) -> int:
+    """Whom an address serves, the most first: everybody, this network, this machine (for others it is their own)."""
+    _, family, host, *_ = address.split("/")
+    if family not in ("ip4", "ip6"):
+        return 0
+    ip = ipaddress.ip_address(host)
+    return 3 if ip.is_link_local else 2 if ip.is_loopback else 0 if ip.is_global else 1

@@ -1,0 +1,327 @@
+"""Links: typed messages between two nodes, multiplexed over two streams ("lanes") per pair.
+
+Owns the handshake (protocol version, network, clock), the lanes and their end. Knows messages, but not what they mean
+to a session: the owner receives them through one callback. Small frames never wait behind bulk ones; within a lane
+order is kept. Only the side that dialled opens lanes; the other answers on them, which works from behind a NAT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from peers.errors import PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
+from peers.transport.base import Stream, Transport
+from peers.transport.tasks import Tasks
+from peers.wire import codec
+from peers.wire.messages import PROTOCOL_VERSION, AnyMessage, DialBack, DialBackReply, Hello, Message, Ping, Pong
+from routing.errors import InvalidAddress, PeerError
+from routing.ids import PeerId
+
+logger = logging.getLogger(__name__)
+
+STREAM_PROTOCOL = "/hiveswarm/link"
+BULK_BYTES = 64 * 1024
+"""Payloads from this size on travel in the bulk lane."""
+HELLO_TIMEOUT_S = 10.0
+SEND_TIMEOUT_S = 30.0
+"""A peer that reads nothing for this long is given up; until then back-pressure holds the sender."""
+MAX_SKEW_S = 3.0
+MAX_INBOUND_LINKS_PER_PEER = 8
+MAX_INBOUND_LINKS = 512
+
+SMALL, BULK = "small", "bulk"
+
+AMessage = TypeVar("AMessage", bound=Message)
+Receiver = Callable[["Link", AMessage, memoryview], Awaitable[None]]
+
+
+class Link:
+    """One side's view of a pair of nodes. Created by `Links`; closed when any lane ends."""
+
+    def __init__(self, owner: Links, remote: PeerId, *, outbound: bool, addresses: Sequence[str] = ()) -> None:
+        self.remote = remote
+        self.outbound = outbound
+        self.closed = False
+        self._owner = owner
+        self._addresses = tuple(addresses)
+        self._lanes: dict[str, Stream] = {}
+        self._opening = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Link {'to' if self.outbound else 'from'} {self.remote[-8:]}>"
+
+    async def send(self, message: AnyMessage, payload: codec.Buffer = b"", *, bulk: bool = False) -> None:
+        """One message, in order within its lane. Waits for back-pressure up to SEND_TIMEOUT_S. Raises StreamClosed."""
+        if self.closed:
+            raise StreamClosed(f"the link with {self.remote} is closed")
+        try:
+            stream = self._lanes.get(BULK if bulk else SMALL)
+            if stream is None:
+                stream = await self._missing_lane()
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await stream.send(codec.encode(message), payload)
+        except TimeoutError as error:
+            await self.close()
+            raise StreamClosed(f"{self.remote} read nothing for {SEND_TIMEOUT_S:.0f} s") from error
+        except PeerError:
+            await self.close()
+            raise
+
+    async def _missing_lane(self) -> Stream:
+        if not self.outbound:
+            return next(iter(self._lanes.values()))  # the other side opens lanes, or does without
+        async with self._opening:
+            if BULK not in self._lanes:
+                await self._owner.open_lane(self, BULK)
+            return self._lanes[BULK]
+
+    async def close(self) -> None:
+        """End both lanes and tell the owner. Idempotent."""
+        if not self.closed:
+            self.closed = True
+            self._owner.forget(self)
+            await asyncio.gather(*(stream.close() for stream in self._lanes.values()))
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return self._addresses
+
+    def adopt(self, lane: str, stream: Stream) -> None:
+        self._lanes[lane] = stream
+
+    def has(self, lane: str) -> bool:
+        return lane in self._lanes
+
+
+class Links:
+    """All links of one node, both those it dialled and those it accepted."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        network: str,
+        software: str,
+    ) -> None:
+        """`network` and `software` go into every hello; a node of another network is refused."""
+        self.transport = transport
+        self._network = network
+        self._software = software
+        self.pong: Callable[[int], Pong] = lambda nonce: Pong(nonce=nonce)
+        """Fills the answer to a ping; a peer replaces it to tell its load."""
+        self._receivers: dict[type[Message], Receiver[Any]] = {}
+        self._lost: list[Callable[[Link], None]] = []
+        self._instance = secrets.token_bytes(16)
+        self._outbound: dict[PeerId, Link] = {}
+        self._dialling: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
+        self._inbound: dict[tuple[PeerId, bytes], Link] = {}
+        self._requests: dict[int, tuple[Link, asyncio.Future[AnyMessage]]] = {}
+        self._nonces = itertools.count(1)
+        self._tasks = Tasks()
+        self._skew_named: set[PeerId] = set()
+        self._closed = False
+
+    def handle(self, kind: type[AMessage], receiver: Receiver[AMessage]) -> None:
+        """Give messages of `kind` to `receiver`, which slows that lane's sender for as long as it takes."""
+        self._receivers[kind] = receiver
+
+    def on_lost(self, callback: Callable[[Link], None]) -> None:
+        """Call `callback` once for each link that ends, whoever ended it."""
+        self._lost.append(callback)
+
+    async def serve(self) -> None:
+        """Accept links from now on."""
+        await self.transport.serve(STREAM_PROTOCOL, self._accept)
+
+    async def to(self, peer: PeerId, addresses: Sequence[str] = (), *, timeout_s: float = 10.0) -> Link:
+        """The link that this node dialled to `peer`, made now if there is none.
+
+        Raises PeerUnreachable, VersionMismatch or ProtocolError.
+        """
+        link = self._outbound.get(peer)
+        if link is not None:
+            return link
+        if self._closed:
+            raise PeerUnreachable(f"{peer} is not dialled: this node is closing")
+        lock = self._dialling.setdefault(peer, asyncio.Lock())
+        try:
+            async with asyncio.timeout(timeout_s), lock:
+                if (link := self._outbound.get(peer)) is not None:
+                    return link
+                link = Link(self, peer, outbound=True, addresses=addresses)
+                await self.open_lane(link, SMALL, timeout_s=timeout_s)
+                self._outbound[peer] = link
+                return link
+        except TimeoutError as error:
+            raise PeerUnreachable(f"{peer} did not answer within {timeout_s:.0f} s") from error
+        except StreamClosed as error:
+            raise PeerUnreachable(f"{peer} closed the connection before saying hello") from error
+
+    def known(self, peer: PeerId) -> Link | None:
+        """The link dialled to `peer`, if it is up."""
+        return self._outbound.get(peer)
+
+    async def ping(self, peer: PeerId, addresses: Sequence[str] = (), *, timeout_s: float = 5.0) -> tuple[float, Pong]:
+        """Round-trip seconds through both event loops, and the peer's present load. Raises PeerError."""
+        link = await self.to(peer, addresses, timeout_s=timeout_s)
+        started_s = asyncio.get_running_loop().time()
+        reply = await self.request(link, lambda nonce: Ping(nonce=nonce), timeout_s=timeout_s)
+        if not isinstance(reply, Pong):
+            raise ProtocolError(f"{peer} answered a ping with {type(reply).__name__}")
+        return asyncio.get_running_loop().time() - started_s, reply
+
+    async def request(
+        self, link: Link, build: Callable[[int], Ping | DialBack], *, timeout_s: float
+    ) -> Pong | DialBackReply:
+        """Send a message with a fresh nonce and wait for its reply. Raises PeerUnreachable on silence, StreamClosed."""
+        nonce = next(self._nonces)
+        future: asyncio.Future[AnyMessage] = asyncio.get_running_loop().create_future()
+        self._requests[nonce] = (link, future)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await link.send(build(nonce))
+                reply = await future
+        except TimeoutError as error:
+            raise PeerUnreachable(f"{link.remote} did not answer within {timeout_s:.1f} s") from error
+        finally:
+            del self._requests[nonce]
+        assert isinstance(reply, Pong | DialBackReply)
+        return reply
+
+    async def close(self) -> None:
+        """End every link, and neither dial nor accept another."""
+        self._closed = True
+        await asyncio.gather(*(link.close() for link in (*self._outbound.values(), *self._inbound.values())))
+        await self._tasks.close()
+
+    # --- lanes ---
+
+    async def open_lane(self, link: Link, lane: str, *, timeout_s: float = HELLO_TIMEOUT_S) -> None:
+        """Dial one more stream of `link` and shake hands on it. Raises PeerError."""
+        try:
+            stream = await self.transport.open_stream(link.remote, link.addresses, STREAM_PROTOCOL, timeout_s=timeout_s)
+        except InvalidAddress as error:  # others told us these addresses: our caller did not err
+            raise PeerUnreachable(f"{link.remote} cannot be dialled: {error}") from error
+        try:
+            async with asyncio.timeout(timeout_s):
+                await stream.send(codec.encode(self._hello(lane)))
+                hello = await self._receive_hello(stream)
+            self._check(hello, stream.remote)
+            if self._closed or link.closed:
+                raise StreamClosed(f"the link with {link.remote} was closed meanwhile")
+        except TimeoutError as error:
+            await stream.close()
+            raise PeerUnreachable(f"{link.remote} did not say hello within {timeout_s:.0f} s") from error
+        except BaseException:  # whatever happened, also cancellation: the stream must not outlive this call
+            await stream.close()
+            raise
+        link.adopt(lane, stream)
+        self._tasks.spawn(self._read(link, stream), name=f"read {lane} {link.remote[-8:]}")
+
+    async def _accept(self, stream: Stream) -> None:
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = await self._receive_hello(stream)
+                await stream.send(codec.encode(self._hello(hello.lane)))
+            self._check(hello, stream.remote)
+            if self._closed:
+                raise StreamClosed("this node is closing")
+            link = self._join(hello, stream)
+        except (PeerError, TimeoutError) as error:
+            logger.info("refused a stream from %s: %s", stream.remote, error)
+            await stream.close()
+            return
+        await self._read(link, stream)
+
+    def _join(self, hello: Hello, stream: Stream) -> Link:
+        key = (stream.remote, hello.instance)
+        link = self._inbound.get(key)
+        if hello.lane not in (SMALL, BULK) or (link is not None and link.has(hello.lane)):
+            raise ProtocolError(f"a second or unknown lane {hello.lane!r}")
+        if link is None:
+            of_peer = sum(1 for peer, _ in self._inbound if peer == stream.remote)
+            if of_peer >= MAX_INBOUND_LINKS_PER_PEER or len(self._inbound) >= MAX_INBOUND_LINKS:
+                raise ProtocolError(f"too many links ({of_peer} from this peer, {len(self._inbound)} in all)")
+            link = self._inbound[key] = Link(self, stream.remote, outbound=False)
+        link.adopt(hello.lane, stream)
+        return link
+
+    async def _read(self, link: Link, stream: Stream) -> None:
+        try:
+            while True:
+                message, payload = codec.decode(await stream.receive())
+                await self._dispatch(link, message, payload)
+        except StreamClosed as error:
+            logger.debug("%r ended: %s", link, error)
+        except PeerError as error:
+            logger.warning("closing %r: %s", link, error)
+        finally:
+            await link.close()
+
+    async def _dispatch(self, link: Link, message: AnyMessage, payload: memoryview) -> None:
+        if isinstance(message, Ping):
+            await link.send(self.pong(message.nonce))
+        elif isinstance(message, Pong | DialBackReply):
+            waiting_link, future = self._requests.get(message.nonce, (None, None))
+            if future is not None and waiting_link is link and not future.done():
+                future.set_result(message)
+        elif (receiver := self._receivers.get(type(message))) is not None:
+            await receiver(link, message, payload)
+        else:
+            raise ProtocolError(f"{link.remote} sent {type(message).__name__}, which nothing here expects")
+
+    def forget(self, link: Link) -> None:
+        if self._outbound.get(link.remote) is link:
+            del self._outbound[link.remote]
+        for key in [key for key, known in self._inbound.items() if known is link]:
+            del self._inbound[key]
+        for waiting_link, future in self._requests.values():
+            if waiting_link is link and not future.done():
+                future.set_exception(StreamClosed(f"{link.remote} went away"))
+        for callback in self._lost:
+            callback(link)
+
+    # --- handshake ---
+
+    def _hello(self, lane: str) -> Hello:
+        return Hello(
+            version=PROTOCOL_VERSION,
+            network=self._network,
+            software=self._software,
+            lane=lane,
+            instance=self._instance,
+            time_s=time.time(),
+        )
+
+    @staticmethod
+    async def _receive_hello(stream: Stream) -> Hello:
+        message, _ = codec.decode(await stream.receive())
+        if not isinstance(message, Hello):
+            raise ProtocolError(f"{stream.remote} began with {type(message).__name__} instead of hello")
+        return message
+
+    def _check(self, hello: Hello, remote: PeerId) -> None:
+        if hello.version != PROTOCOL_VERSION:
+            raise VersionMismatch(
+                f"{remote} speaks protocol {hello.version} ({hello.software}), "
+                f"this node speaks protocol {PROTOCOL_VERSION} ({self._software})",
+                hint="update the older of the two",
+            )
+        if hello.network != self._network:
+            raise ProtocolError(f"{remote} belongs to network {hello.network!r}, this node to {self._network!r}")
+        skew_s = hello.time_s - time.time()
+        if abs(skew_s) > MAX_SKEW_S and remote not in self._skew_named and len(self._skew_named) < 1024:
+            self._skew_named.add(remote)
+            logger.warning(
+                "the clock of %s is %.1f s %s of this one; records may be refused: set both by NTP",
+                remote,
+                abs(skew_s),
+                "ahead" if skew_s > 0 else "behind",
+            )

@@ -1,0 +1,26 @@
+"""The command line: `swarm bootstrap | join | generate | chat | status | demo`.
+
+Owns what people see and type: options, exit codes, signals, logging, progress bars. A command is parse → frozen config
+→ run → exit code; the work itself is elsewhere. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from swarm.cli import signals
+
+
+def main() -> None:
+    """The console script. From its first line on, Ctrl-C leaves no traceback."""
+    signals.end_at_once()
+    from swarm.cli.app import app, spread
+
+    try:
+        app(spread(sys.argv[1:]), prog_name="swarm")
+    except SystemExit as end:
+        # everything is closed by now, and taking torch's modules apart one by one would take another second
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0)

@@ -1,0 +1,453 @@
+"""The commands and their options, in words for people. Each one parses, checks what can be checked at once, and runs.
+
+Owns the flags and the help. Imports no torch: a mistyped address is answered before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from routing.addresses import validate_multiaddr
+from routing.errors import CallerError, InvalidAddress
+from routing.ids import BlockSpan
+from swarm.cli import signals
+from swarm.cli.output import command
+
+if TYPE_CHECKING:
+    from swarm.network import Entrance
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Run large language models together: every peer hosts some blocks of a model, and text flows through them.\n\n"
+    "Try it on this machine alone with swarm demo.",
+)
+
+# --- options that several commands share ---
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A built-in name (smollm2-135m-instruct), a hub id (org/name), or a folder with a checkpoint.",
+    ),
+]
+InitialPeers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--initial-peers",
+        metavar="MULTIADDR…",
+        help="Nodes already in the network, e.g. /ip4/203.0.113.7/tcp/4001/p2p/12D3Koo…; several may follow.",
+        show_default=False,
+    ),
+]
+InviteLink = Annotated[
+    str | None,
+    typer.Option("--invite", metavar="LINK", help="A swarm://… link, as `swarm bootstrap` prints it, instead."),
+]
+Network = Annotated[
+    str | None,
+    typer.Option("--network", metavar="NAME", help="The network's name. Default: hive, or what the invite says."),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        "--token", envvar="HF_TOKEN", metavar="TOKEN", help="Access token of the model hub.", show_envvar=True
+    ),
+]
+Listen = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--listen",
+        metavar="MULTIADDR…",
+        help="Where to listen, e.g. /ip4/0.0.0.0/tcp/4001. Default: all interfaces, on the port of last time.",
+        show_default=False,
+    ),
+]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--announce",
+        metavar="MULTIADDR…",
+        help="Where others reach this node, behind a port forward or in a cloud, e.g. /ip4/203.0.113.7/tcp/4001.",
+        show_default=False,
+    ),
+]
+Identity = Annotated[
+    Path | None,
+    typer.Option(
+        "--identity",
+        metavar="FILE",
+        help="This node's key, made on first use (mode 0600). Default: one of your own that no other node uses.",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Number format; auto: the checkpoint's, or float32 on CPUs that are slow with it."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output: JSON on stdout.")]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, help="Say more on stderr; -vv: everything.", show_default=False)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
+
+Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", metavar="TEXT", help="The text to go on from; absent or '-': standard input."),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", min=0.0, help="Sample; higher is wilder, 0 is greedy.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest, of this total probability."),
+]
+TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Sample from the k likeliest.")]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", min=0.0, max=1.0, help="Sample from those at least so likely, relative to the likeliest."),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", min=0.01, help="Above 1: avoid what was said before.")
+]
+NumBeams = Annotated[int, typer.Option("--num-beams", min=1, help="Beam search over so many; prints at the end.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Sample, and repeatably so.")]
+
+
+def _example(text: str) -> str:
+    return f"Example:  {text}"
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        import importlib.metadata
+
+        typer.echo(f"hiveswarm {importlib.metadata.version('hiveswarm')}")
+        raise typer.Exit
+
+
+@app.command(epilog=_example("swarm bootstrap --listen /ip4/0.0.0.0/tcp/4001"))
+def bootstrap(
+    listen: Listen = None,
+    announce: Announce = None,
+    identity: Identity = None,
+    network: Network = None,
+    initial_peers: InitialPeers = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+    exit_with_parent: ExitWithParent = False,
+) -> None:
+    """Start an entry node: the first to run, the one that newcomers dial.
+
+    It needs no model and little memory. It prints its addresses and an invite link to give to others, and runs until
+    Ctrl-C. Several of them (each with the others as --initial-peers) keep a network open when one is down.
+    """
+    with command(verbose=verbose, debug=debug):
+        if exit_with_parent:
+            signals.end_with_parent()
+        entry = tuple(validate_multiaddr(address, need_peer_id=True) for address in initial_peers or ())
+        listening, announced = _own_addresses(listen), _own_addresses(announce)
+        from peers.host import BootstrapConfig
+        from swarm.cli import node
+        from swarm.network import DEFAULT_NETWORK
+
+        config = BootstrapConfig(
+            network=network or DEFAULT_NETWORK,
+            identity=node.claim_identity(identity, "bootstrap"),
+            listen=listening,
+            announce=announced,
+            initial_peers=entry,
+        )
+        node.bootstrap(config, as_json=as_json)
+
+
+@app.command(epilog=_example("swarm join smollm2-135m-instruct --invite swarm://…"))
+def join(
+    model: Model,
+    initial_peers: InitialPeers = None,
+    invite: InviteLink = None,
+    new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Be the first node of a network.")] = False,
+    blocks: Annotated[
+        str | None,
+        typer.Option("--blocks", metavar="A:B", help="Serve blocks A to B−1. Default: the least covered that fit."),
+    ] = None,
+    num_blocks: Annotated[
+        int | None, typer.Option("--num-blocks", min=1, metavar="N", help="Serve N blocks, where they are needed most.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Annotated[
+        str, typer.Option("--device", metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")
+    ] = "auto",
+    listen: Listen = None,
+    announce: Announce = None,
+    identity: Identity = None,
+    name: Annotated[str, typer.Option("--name", help="What others see beside your peer id.")] = "",
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", metavar="SIZE", help="Use no more than, e.g., 6GB. Default: 80 % of free."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option("--cache-tokens", min=1, help="Tokens that users' sessions may hold here, together.")
+    ] = None,
+    network: Network = None,
+    token: Token = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+    exit_with_parent: ExitWithParent = False,
+) -> None:
+    """Lend this machine to a swarm: host some of a model's blocks until Ctrl-C.
+
+    Only the weights of those blocks are downloaded. When others can dial this machine it prints "reachable", otherwise
+    what to do about it. It finds its way back by itself after sleep, a network change or a restart of the entry nodes.
+    """
+    with command(verbose=verbose, debug=debug):
+        if exit_with_parent:
+            signals.end_with_parent()
+        if blocks is not None and num_blocks is not None:
+            raise typer.BadParameter("give --blocks or --num-blocks, not both")
+        if new_swarm and (initial_peers or invite):
+            raise typer.BadParameter("--new-swarm begins a network; --initial-peers and --invite join one")
+        if not (new_swarm or initial_peers or invite):
+            hint = "give --invite swarm://… or --initial-peers MULTIADDR…, or begin a network with --new-swarm"
+            raise InvalidAddress("no way into a network was given", hint=hint)
+        entrance = None if new_swarm else _entrance(initial_peers, invite, network)
+        span = None if blocks is None else BlockSpan.parse(blocks)
+        memory = None if max_memory is None else _bytes(max_memory)
+        listening, announced = _own_addresses(listen), _own_addresses(announce)
+        from peers.host import PeerConfig
+        from swarm.cli import node
+        from swarm.network import DEFAULT_NETWORK
+
+        config = PeerConfig(
+            model=model,
+            network=entrance.network if entrance else network or DEFAULT_NETWORK,
+            identity=node.claim_identity(identity, "peer"),
+            initial_peers=entrance.addresses if entrance else (),
+            blocks=span,
+            num_blocks=num_blocks,
+            dtype=dtype,
+            device=device,
+            listen=listening,
+            announce=announced,
+            name=name,
+            max_memory_bytes=memory,
+            threads=threads,
+            cache_tokens=cache_tokens,
+            token=token,
+        )
+        node.join(config, as_json=as_json)
+
+
+@app.command(epilog=_example('swarm generate smollm2-135m-instruct --invite swarm://… -p "Why is the sky blue?"'))
+def generate(
+    model: Model,
+    prompt: Prompt = None,
+    initial_peers: InitialPeers = None,
+    invite: InviteLink = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Use the chat template, or take the prompt as it is. Default: chat where there is a template.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    num_beams: NumBeams = 1,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    network: Network = None,
+    token: Token = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Generate text through the swarm, printed as it comes.
+
+    Greedy, unless --temperature, --top-p, --top-k, --min-p or --seed asks for sampling. Peers can read what you send.
+    With --json: one object with the text, its token ids, the route and timings.
+    """
+    with command(verbose=verbose, debug=debug), signals.interruptible():
+        entrance = _entrance(initial_peers, invite, network)
+        text = _prompt(prompt)
+        from swarm.answers import Sampling
+        from swarm.cli import conversation
+
+        connection = conversation.Connection(model=model, entrance=entrance, dtype=dtype, token=token)
+        sampling = Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            num_beams=num_beams,
+            seed=seed,
+        )
+        conversation.generate(
+            connection,
+            text,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            chat_template=chat_template,
+            as_json=as_json,
+        )
+
+
+@app.command(epilog=_example("swarm chat smollm2-135m-instruct --invite swarm://…"))
+def chat(
+    model: Model,
+    initial_peers: InitialPeers = None,
+    invite: InviteLink = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="How the model should behave.")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    network: Network = None,
+    token: Token = None,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model through the swarm.
+
+    The peers keep the conversation between turns, so a new question costs only its own tokens. Ctrl-C stops an answer,
+    Ctrl-D leaves; /reset begins anew, /help lists the rest. Peers can read what you send.
+    """
+    with command(verbose=verbose, debug=debug), signals.interruptible():
+        entrance = _entrance(initial_peers, invite, network)
+        from swarm.answers import Sampling
+        from swarm.cli import conversation
+
+        connection = conversation.Connection(model=model, entrance=entrance, dtype=dtype, token=token)
+        sampling = Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        conversation.chat(connection, system=system, sampling=sampling, max_new_tokens=max_new_tokens)
+
+
+@app.command(epilog=_example("swarm status --invite swarm://…"))
+def status(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Only this one: its announced name, or how its id begins.")
+    ] = None,
+    initial_peers: InitialPeers = None,
+    invite: InviteLink = None,
+    network: Network = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Show what a swarm can do now: models, holders of every block, gaps, and peers with their measured latency."""
+    with command(verbose=verbose, debug=debug):
+        entrance = _entrance(initial_peers, invite, network)
+        from swarm.cli import status as view
+
+        view.status(entrance, model=model, as_json=as_json)
+
+
+@app.command(epilog=_example('swarm demo "What is a beehive?"'))
+def demo(
+    prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="What to ask.")] = "What is the capital of France?",
+    max_new_tokens: MaxNewTokens = 128,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """See it work on this machine: an entry node and three peers as processes of their own, and an answer through them.
+
+    The small built-in model is fetched first (93 MB, once). Everything stops at the end.
+    """
+    with command(verbose=verbose, debug=debug), signals.interruptible():
+        from swarm import demo as show
+        from swarm.cli.output import Bars, say
+
+        with Bars() as bars:
+            show.run(prompt, max_new_tokens=max_new_tokens, say=say, write=_write, progress=bars)
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """Let several addresses follow one option: `--initial-peers A B` becomes `--initial-peers A --initial-peers B`."""
+    spreading, result = "", list[str]()
+    for argument in arguments:
+        if argument.startswith("-"):
+            spreading = argument if argument in ("--initial-peers", "--listen", "--announce") else ""
+        elif spreading and result[-1] != spreading and argument.startswith(("/ip", "/dns")):
+            result.append(spreading)
+        elif result[-1:] != [spreading]:
+            spreading = ""
+        result.append(argument)
+    return result
+
+
+def _entrance(initial_peers: list[str] | None, invite: str | None, network: str | None) -> Entrance:
+    from swarm.network import DEFAULT_NETWORK, Entrance
+
+    return Entrance.of(initial_peers=initial_peers or (), invite=invite, network=network or DEFAULT_NETWORK)
+
+
+def _own_addresses(addresses: list[str] | None) -> tuple[str, ...]:
+    return tuple(validate_multiaddr(address, need_peer_id=False) for address in addresses or ())
+
+
+def _prompt(given: str | None) -> str:
+    if given is not None and given != "-":
+        return given
+    if sys.stdin.isatty():
+        typer.echo("Type the prompt; Ctrl-D ends it.", err=True)
+    text = sys.stdin.read().strip("\n")
+    if not text:
+        raise CallerError("the prompt is empty", hint="give --prompt TEXT, or text on standard input")
+    return text
+
+
+def _bytes(text: str) -> int:
+    """`4GB`, `512MiB`, `6G` or a number of bytes."""
+    body = text.strip().upper().removesuffix("B")
+    base = 1024 if body.endswith("I") else 1000
+    body = body.removesuffix("I")
+    power = " KMGT".find(body[-1:]) if body else 0
+    try:
+        value = float(body[:-1] if power > 0 else body) * base ** max(power, 0)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1 << 62:  # not a number is refused here, too
+        raise typer.BadParameter(f"{text!r} is no amount of memory: write for example 6GB or 512MiB")
+    return int(value)
+
+
+def _write(text: str) -> None:
+    """To stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

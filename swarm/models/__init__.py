@@ -1,0 +1,6 @@
+"""Models whose layers stand at peers, seen as Hugging Face models."""
+
+from swarm.models.generation import Session
+from swarm.models.loading import SwarmModelForCausalLM
+
+__all__ = ["Session", "SwarmModelForCausalLM"]

@@ -1,0 +1,218 @@
+"""A client model's decoder layers, which stand at peers.
+
+Owns one forward on its way through the model: what was asked for is noted before the embedding and answered where the
+first layer would run, in the thread that asked. Nothing is kept between forwards; what a sequence holds lives in its
+cache. Knows how a batch becomes rows (`swarm.models.layout`), but not how rows travel.
+
+Tensor names: B rows, T new columns, D the model's hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peers.model.rotary import rotary_regime
+from peers.model.skeleton import embed_only, install_route
+from peers.model.support import find_layers
+from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
+from swarm.models.cache import SwarmCache
+from swarm.models.generation import current_generation
+from swarm.models.layout import Layout, PositionRules, lay_out
+from swarm.session.remote import Remote
+
+INSIDE_THE_LAYERS = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+"""How configurations call the columns that a layer looks back at most."""
+
+KNOWN_TENSORS = ("input_ids", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep")
+"""With these alone, token ids and positions make again what enters the first layer; any other may have changed it."""
+
+_asked: ContextVar[Mapping[str, Any] | None] = ContextVar("asked", default=None)
+_current: ContextVar[_Forward | None] = ContextVar("current", default=None)
+_embedding: ContextVar[bool] = ContextVar("embedding", default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Forward:
+    """One forward between the embedding and the first layer."""
+
+    cache: SwarmCache
+    layout: Layout
+    token_ids_BT: Tensor | None
+    want_from: int
+    repeat_last: bool
+
+
+@contextmanager
+def asked_of_model(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Within runs the forward of a whole model with these arguments, of which its decoder sees only a part.
+
+    `logits_to_keep` says which outputs are worth fetching; and a model around the decoder may have made 4-D masks of
+    `attention_mask` and embeddings of `input_ids`.
+    """
+    token = _asked.set(arguments)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+class RemoteLayers:
+    """Runs the layers of one model at `remote`, which is set before the first forward. Safe in several threads."""
+
+    def __init__(self, model: Any) -> None:
+        """`model` was made by `peers.model.loading.load_client`, and is changed in place."""
+        self.remote: Remote | None = None
+        self.num_blocks = len(model.get_submodule(find_layers(model)))
+        self.regime = rotary_regime(model)
+        self._decoder = _find_decoder(model)
+        self._config = self._decoder.config
+        self._own_forward = self._decoder.forward
+        self._parameters = tuple(inspect.signature(self._own_forward).parameters)
+        self._rules = self._learn_position_rules()
+        self._decoder.forward = functools.wraps(self._own_forward)(lambda *a, **kw: self._forward(*a, **kw))
+        install_route(model, self._route)
+
+    def new_cache(self) -> SwarmCache:
+        """An empty cache, which belongs to the running `generate` where there is one. Raises SessionClosed."""
+        if self.remote is None:
+            raise SessionClosed("this model was closed")
+        generation = current_generation(self)
+        if generation is None:
+            return SwarmCache(self.remote, self.num_blocks)
+        cache = SwarmCache(self.remote, self.num_blocks, generation.held)
+        generation.caches.add(cache)
+        return cache
+
+    def embed(self, token_ids_T: Tensor, first_position: int) -> Tensor:
+        """What enters block 0, `[T, D]`, for tokens at position ids `first_position, first_position + 1, …`."""
+        token_ids_1T = token_ids_T[None].to(self._decoder.device)
+        positions_1T = torch.arange(first_position, first_position + len(token_ids_T), device=token_ids_1T.device)[None]
+        token = _embedding.set(True)
+        try:
+            with torch.no_grad():
+                return embed_only(self._decoder, token_ids_1T, positions_1T)[0]
+        finally:
+            _embedding.reset(token)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the decoder's forward."""
+        kwargs.update(zip(self._parameters, args, strict=False))
+        token_ids_BT, embeds_BTD = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        shaped = embeds_BTD if token_ids_BT is None else token_ids_BT
+        if shaped is None or _embedding.get():
+            return self._own_forward(**kwargs)  # without any input it raises as the architecture does
+        for name in INSIDE_THE_LAYERS:
+            if self._argument(kwargs, name):
+                raise UnsupportedOutput(f"{name}: what happens inside the layers stays at the peers that run them")
+
+        cache, own_cache = kwargs.get("past_key_values"), None
+        use_cache = self._argument(kwargs, "use_cache")
+        if cache is None:
+            cache = own_cache = self.new_cache()
+            if use_cache:
+                kwargs["past_key_values"] = cache
+        elif not isinstance(cache, SwarmCache):
+            raise UnsupportedCache(f"a {type(cache).__name__} holds keys and values here, and the layers are remote")
+        try:
+            forward = self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs)
+            token = _current.set(forward)
+            try:
+                output = self._own_forward(**kwargs)
+            finally:
+                _current.reset(token)
+        except BaseException:
+            if own_cache is not None:
+                own_cache.close()
+            raise
+        if not use_cache and own_cache is not None:
+            own_cache.close()
+        return output
+
+    def _argument(self, kwargs: dict[str, Any], name: str) -> object:
+        value = kwargs.get(name)
+        return getattr(self._config, name, None) if value is None else value
+
+    def _lay_out(self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any]) -> _Forward:
+        if self.remote is None:
+            raise SessionClosed("this model was closed")
+        cache.prepare(self.remote, batch)
+        asked = _asked.get() or kwargs
+        from_ids_alone = all(name in KNOWN_TENSORS or not isinstance(asked[name], Tensor) for name in asked)
+        return _Forward(
+            cache=cache,
+            layout=lay_out(
+                self._rules,
+                batch=batch,
+                width=width,
+                past=cache.get_seq_length(),
+                cached_BC=cache.kept_BC,
+                lengths=[row.length for row in cache.rows],
+                offsets=[row.offset for row in cache.rows],
+                mask=asked.get("attention_mask"),
+                position_ids=kwargs.get("position_ids"),
+            ),
+            token_ids_BT=asked.get("input_ids") if from_ids_alone else None,
+            want_from=_first_wanted(asked.get("logits_to_keep", 0), width),
+            repeat_last=current_generation(self) is not None,
+        )
+
+    def _route(self, hidden_BTD: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """Stands in for all layers."""
+        forward = _current.get()
+        assert forward is not None, "the layers run only inside the decoder's own forward"
+        if hidden_BTD.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedGradient("no gradient flows through the remote layers, but their input requires one")
+        return forward.cache.advance(
+            hidden_BTD,
+            forward.layout,
+            token_ids_BT=forward.token_ids_BT,
+            want_from=forward.want_from,
+            repeat_last=forward.repeat_last,
+            regime=self.regime.key(forward.layout.regime_length),
+        )
+
+    def _learn_position_rules(self) -> PositionRules:
+        takes_position_ids = "position_ids" in self._parameters
+        counts_kept = False
+        if takes_position_ids:
+            # A padded pair of tokens: is the second one at position 1, its column, or at 0, the first that is kept?
+            device = self._decoder.device
+            pair_12 = torch.zeros(1, 2, dtype=torch.long, device=device)
+            mask_12 = positions_12 = torch.tensor([[0, 1]], device=device)
+            default_12D = embed_only(self._decoder, pair_12, attention_mask_BT=mask_12)
+            by_column_12D = embed_only(self._decoder, pair_12, positions_12, mask_12)
+            counts_kept = not torch.equal(default_12D[0, 1], by_column_12D[0, 1])
+        unbounded = getattr(self._config, "alibi", False) or self.regime.kind == "dynamic"
+        windows = [getattr(self._config, name, None) for name in WINDOWS]
+        return PositionRules(
+            takes_position_ids=takes_position_ids,
+            counts_kept=counts_kept,
+            max_positions=None if unbounded else getattr(self._config, "max_position_embeddings", None),
+            window=min((window for window in windows if window), default=None),
+        )
+
+
+def _find_decoder(model: Any) -> Any:
+    """The innermost module around the layers that takes embeddings; its forward runs them."""
+    path = find_layers(model)
+    while "inputs_embeds" not in inspect.signature(model.get_submodule(path).forward).parameters:
+        path = path.rpartition(".")[0]
+    return model.get_submodule(path)
+
+
+def _first_wanted(logits_to_keep: int | Tensor, width: int) -> int:
+    """The first of `width` columns whose output is needed."""
+    if isinstance(logits_to_keep, Tensor):
+        return min((index % width for index in logits_to_keep.tolist()), default=width)
+    return slice(-logits_to_keep, None).indices(width)[0]

@@ -1,0 +1,125 @@
+"""Making a model whose layers stand at peers: the checkpoint's own ends, and the way into a network.
+
+Owns the steps from a model's name to a usable object. Knows neither how a forward travels nor how tensors are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional as F
+
+from peers.model.catalog import Checkpoint, resolve
+from peers.model.loading import load_client
+from peers.model.progress import Progress
+from routing.errors import CallerError
+from swarm.models.base import SwarmModel
+from swarm.models.layers import RemoteLayers, asked_of_model
+from swarm.network import DEFAULT_NETWORK, Entrance
+from swarm.session import driver
+from swarm.session.driver import RemoteModel
+from swarm.session.remote import Embed, Remote
+
+IGNORED_LABEL = -100
+"""What transformers' losses leave out."""
+
+
+class SwarmModelForCausalLM(SwarmModel):
+    """A causal language model run by a swarm; every instance is one of its architecture's own class as well."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        initial_peers: Sequence[str] = (),
+        invite: str | None = None,
+        network: str = DEFAULT_NETWORK,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        cache: Path | None = None,
+        token: str | None = None,
+        progress: Progress | None = None,
+        remote: Remote | None = None,
+    ) -> Any:
+        """Load the ends of `model` (a folder, hub id or built-in name) and enter a network for its layers.
+
+        The network is entered by `invite`, or by `initial_peers` and its name; `remote` stands in for it. Only the
+        client's own tensors are downloaded (`cache`: where to; `token`: for gated repositories). Layers run in each
+        peer's dtype; `dtype` and `device` are those of the ends. The parameters are frozen. Raises SwarmError.
+        """
+        own_dtype = _dtype(dtype)
+        connect: Callable[[RemoteModel, Embed], Remote]
+        if remote is None:
+            entrance = Entrance.of(initial_peers=initial_peers, invite=invite, network=network)
+            connect = functools.partial(driver.connect, entrance)
+        else:
+            connect = functools.partial(_given, remote)
+        checkpoint = resolve(model, cache=cache, token=token, progress=progress)
+        return load_model(checkpoint, dtype=own_dtype, device=device, connect=connect, progress=progress)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | Literal["auto"],
+    device: torch.device | str,
+    connect: Callable[[RemoteModel, Embed], Remote],
+    progress: Progress | None = None,
+) -> Any:
+    """A SwarmModelForCausalLM of `checkpoint` whose layers run at what `connect` returns; closing the model closes it.
+
+    Raises what `load_client` and `connect` raise.
+    """
+    model: Any = load_client(checkpoint, dtype=dtype, device=device, progress=progress)
+    model.eval().requires_grad_(False)  # without gradients to ask for, a plain forward needs no torch.no_grad()
+    layers = RemoteLayers(model)
+    model.__class__ = _swarm_class(model.__class__)
+    model._remote_layers = layers
+    layers.remote = connect(
+        RemoteModel(
+            model=checkpoint.model_id,
+            num_blocks=layers.num_blocks,
+            hidden_size=layers.embed(torch.zeros(1, dtype=torch.long), 0).shape[-1],
+            regime_key=layers.regime.key,
+        ),
+        layers.embed,
+    )
+    return model
+
+
+def _given(remote: Remote, model: RemoteModel, embed: Embed) -> Remote:
+    return remote
+
+
+@functools.cache
+def _swarm_class(own: Any) -> Any:
+    parameters = tuple(inspect.signature(own.forward).parameters)
+
+    @functools.wraps(own.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(parameters[1:], args, strict=False))
+        labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+        if labels is not None and mask is not None and mask.ndim == 2:
+            predicted_from_padding_BT = F.pad(mask[:, -labels.shape[1] : -1] == 0, (1, 0))
+            kwargs["labels"] = labels.masked_fill(predicted_from_padding_BT, IGNORED_LABEL)
+        with asked_of_model(kwargs):
+            return own.forward(self, **kwargs)
+
+    # The same name in the same place: pipelines and transformers' own registries look classes up by it.
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (SwarmModelForCausalLM, own), {"forward": forward, **names})
+
+
+def _dtype(name: torch.dtype | str) -> torch.dtype | Literal["auto"]:
+    if name == "auto":
+        return "auto"
+    found = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CallerError(f"{name!r} is no floating-point dtype", hint="auto, float32, bfloat16 or float16")
+    return found

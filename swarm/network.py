@@ -1,0 +1,163 @@
+"""One program's membership in a network, as a client: transport, records, routes, in a thread of its own.
+
+Owns the event loop that everything asynchronous at a client runs in, so that blocking code works from any thread and
+inside a notebook's running loop. Knows no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from peers.discovery import Discovery
+from peers.transport.base import Transport
+from peers.transport.links import Links
+from peers.transport.tasks import Tasks
+from routing.addresses import validate_multiaddr
+from routing.errors import InvalidAddress
+from routing.identity import SigningKey
+from routing.invites import parse
+from routing.router import Router
+from routing.store import RecordStore
+from routing.version import SOFTWARE
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NETWORK = "hive"
+START_TIMEOUT_S = 90.0
+CLOSE_TIMEOUT_S = 15.0
+
+T = TypeVar("T")
+
+
+class Node(Protocol):
+    """A transport and a record store with one end of life."""
+
+    @property
+    def transport(self) -> Transport: ...
+    @property
+    def store(self) -> RecordStore: ...
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entrance:
+    """Where a network is entered: its name and the addresses of nodes that know it."""
+
+    network: str
+    addresses: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, *, initial_peers: Sequence[str] = (), invite: str | None = None, network: str = DEFAULT_NETWORK
+    ) -> Entrance:
+        """From either kind of argument that people give. Raises InvalidAddress."""
+        if invite is not None:
+            if initial_peers:
+                raise InvalidAddress("both an invite and initial peers", hint="an invite holds the peers already")
+            parsed = parse(invite)
+            return cls(network=parsed.network, addresses=parsed.bootstraps)
+        if not initial_peers:
+            raise InvalidAddress(
+                "no way into a network was given", hint="give --initial-peers MULTIADDR… or --invite swarm://…"
+            )
+        return cls(
+            network=network, addresses=tuple(validate_multiaddr(peer, need_peer_id=True) for peer in initial_peers)
+        )
+
+
+class ClientNode:
+    """The parts of a client, wired; lives in one event loop."""
+
+    def __init__(self, node: Node, *, network: str) -> None:
+        self.node = node
+        self.router = Router()
+        self.links = Links(node.transport, network=network, software=SOFTWARE)
+        self.discovery = Discovery(store=node.store, router=self.router, links=self.links, network=network)
+        self.tasks = Tasks()
+
+    def start(self) -> None:
+        self.tasks.spawn(self.discovery.run(), name="discovery")
+
+    async def close(self) -> None:
+        await self.tasks.close()
+        await self.links.close()
+        await self.node.close()
+
+
+async def enter(entrance: Entrance) -> ClientNode:
+    """A client in the real network, under a fresh identity. Raises SwarmError."""
+    from peers.transport.hivemind_p2p import HivemindNode, NodeConfig  # brings torch: not before it is needed
+
+    node = await HivemindNode.create(
+        NodeConfig(
+            signing_key=SigningKey.from_seed(secrets.token_bytes(32)),
+            initial_peers=entrance.addresses,
+            network=entrance.network,
+            client_mode=True,
+        )
+    )
+    return ClientNode(node, network=entrance.network)
+
+
+class NetworkThread:
+    """Runs a client node in a thread. `call` blocks the calling thread; `close` ends everything."""
+
+    def __init__(self, make: Callable[[], Coroutine[Any, Any, ClientNode]]) -> None:
+        """Start the thread and wait until the node that `make` builds is up. Raises what `make` raises."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="swarm network", daemon=True)
+        self._thread.start()
+        try:
+            self.client = self.call(make(), timeout_s=START_TIMEOUT_S)
+        except BaseException:  # also an interrupt: the thread must not stay behind
+            self._stop()
+            raise
+        self._loop.call_soon_threadsafe(self.client.start)
+
+    @property
+    def closed(self) -> bool:
+        return not self._thread.is_alive()
+
+    def call(self, work: Coroutine[Any, Any, T], *, timeout_s: float | None = None) -> T:
+        """Run `work` in the network's loop and wait for it; an interrupt or a timeout cancels it there."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout_s)
+        except (KeyboardInterrupt, concurrent.futures.TimeoutError):
+            future.cancel()
+            raise
+
+    def post(self, callback: Callable[..., None], *arguments: object) -> None:
+        """Run `callback` in the network's loop soon; silently dropped once the network is closed."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def close(self) -> None:
+        """Idempotent; from any thread but the network's own."""
+        if self._thread.is_alive():
+            try:
+                self.call(self.client.close(), timeout_s=CLOSE_TIMEOUT_S)
+            except concurrent.futures.TimeoutError:
+                logger.warning("the network did not close within %.0f s", CLOSE_TIMEOUT_S)
+            self._stop()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            for task in (tasks := asyncio.all_tasks(self._loop)):
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.close()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_TIMEOUT_S)

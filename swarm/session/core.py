@@ -1,0 +1,411 @@
+"""The state of one session at the client: events in, actions out. Sans-IO: no clock, no network, no tensors.
+
+Owns the epoch, the route, the order of steps and the budget of attempts; decides what to do when a hop refuses, dies,
+stalls or forgets. The driver performs the actions and reports what happened.
+
+    state     event                              next      actions
+    idle      submit                             routing   NeedRoute
+    routing   route_ready                        opening   OpenHops (next epoch)
+    routing   no_route                           failed    Fail
+    opening   opened by the last missing hop     ready     SendStep: replay of what is older than the pending steps,
+                                                           then the pending steps under their own ids
+    ready     submit                             ready     SendStep
+    ready     result                             ready     StepDone, SendStep (window moves)
+    ready     busy                               pausing   Wait; what is not answered is sent again afterwards
+    ready     busy once too often                waiting   Release, Wait
+    opening   busy                               waiting   Release, Wait
+    ready     preempted                          waiting   Release, Wait: no session waits while it holds pages
+    pausing   submit                             pausing
+    pausing   result                             pausing   StepDone
+    pausing   preempted                          waiting   Release
+    pausing   timer                              ready     SendStep
+    waiting   timer                              routing   NeedRoute
+    any live  hop lost, refused, forgot, stalled routing   Release, NeedRoute; idle when nothing is pending
+    any live  too many attempts without progress failed    Release, Fail
+    any       close                              closed    Release
+
+Every step is answered once: results of an older epoch or of an unknown step are ignored. Attempts and waiting are
+counted between two results that the caller asked for, so a session ends within its budget or makes progress.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from routing.errors import SwarmError
+from routing.ids import PeerId, SessionId, StepId
+from routing.router import Route
+
+
+class State(enum.Enum):
+    IDLE = "idle"
+    ROUTING = "routing"
+    OPENING = "opening"
+    READY = "ready"
+    PAUSING = "pausing"
+    WAITING = "waiting"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionConfig:
+    """Budgets of one session."""
+
+    max_attempts: int = 12
+    """Routes tried without one result in between, replays not counted, before the session fails."""
+    busy_patience_s: float = 300.0
+    """How long "busy" and "preempted" are waited out without one result in between, replays not counted."""
+    max_wait_s: float = 30.0
+    """Of one wait, whatever the hop asked for: by then another may have room."""
+    window: int = 4
+    """Steps sent and not yet answered: enough to keep every hop of a short route at work during a long prompt."""
+    chunk_positions: int = 256
+    """Positions per step of a replay, and of a prompt."""
+    max_busy_repeats: int = 4
+    """How often a busy step is repeated in place, before its session lets go of its pages and starts over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingStep:
+    """A step that is not answered yet."""
+
+    step: StepId
+    first: int
+    count: int
+    want_from: int
+    replay: bool = False
+    alone: bool = False
+    """Nothing else of the session may be under way with it. So is the first step of a fork, and one that rolls back: if
+    a hop missed it, the next step would seem to fit on what it should have removed."""
+    parent: SessionId | None = None
+
+
+# --- actions ---
+
+
+@dataclass(frozen=True, slots=True)
+class NeedRoute:
+    """Plan a route without `avoid` and answer with `route_ready` or `no_route`."""
+
+    avoid: frozenset[PeerId]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenHops:
+    """Install `route` under `epoch`; answer each hop with `opened`, `refused` or `hop_lost`."""
+
+    route: Route
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendStep:
+    """Send to the first hop."""
+
+    step: PendingStep
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """The result belongs to this step, which is now answered."""
+
+    step: PendingStep
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Tell these hops to forget the session."""
+
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Call `timer` after `delay_s`, spread by up to a half so that clients do not return together."""
+
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The session is over; every pending step fails with `error`."""
+
+    error: SwarmError
+
+
+Action = NeedRoute | OpenHops | SendStep | StepDone | Release | Wait | Fail
+
+
+class SessionCore:
+    """See the module. Every method returns the actions to perform, in order."""
+
+    def __init__(
+        self, session: SessionId, config: SessionConfig, cuts: Callable[[int], Sequence[int]] = lambda end: ()
+    ) -> None:
+        """`cuts(end)`: positions below `end` at which a replay must begin a new step, in order."""
+        self.session = session
+        self.config = config
+        self._cuts = cuts
+        self.state = State.IDLE
+        self.epoch = 0
+        self.route: Route | None = None
+        self.attempts = 0
+        self.rebuilds = 0
+        """Routes that had to be replaced, in all."""
+        self._pending: deque[PendingStep] = deque()
+        self._sent: dict[StepId, PendingStep] = {}
+        self._unsent: deque[PendingStep] = deque()
+        self._missing: set[PeerId] = set()
+        self._avoid: set[PeerId] = set()
+        self._next_step = 0
+        self._end = 0
+        """Where the last submitted step ends."""
+        self._waited_s = 0.0
+        self._busy_repeats = 0
+        self._behind_busy: set[StepId | None] = set()
+        """Steps that may have met a gap once, because a hop had no room for one before them. They are sent again."""
+        self._parent: SessionId | None = None
+
+    # --- questions ---
+
+    @property
+    def alive(self) -> bool:
+        return self.state not in (State.FAILED, State.CLOSED)
+
+    @property
+    def outstanding(self) -> bool:
+        """True while the driver should be hearing from somebody."""
+        return self.state is State.OPENING or (self.state is State.READY and bool(self._sent))
+
+    @property
+    def crowded(self) -> bool:
+        """True while several steps are to arrive in order, and so must travel in one lane."""
+        return len(self._sent) + len(self._unsent) > 1
+
+    @property
+    def unborn(self) -> bool:
+        """True for a fork whose first step is not answered: its parent must not be released yet."""
+        return self._parent is not None
+
+    @property
+    def pending(self) -> tuple[PendingStep, ...]:
+        return tuple(self._pending)
+
+    def sent(self, step: StepId, epoch: int) -> PendingStep | None:
+        """The unanswered step that a result of this epoch would answer."""
+        return self._sent.get(step) if epoch == self.epoch else None
+
+    # --- events from the owner ---
+
+    def fork(self, child: SessionId, cuts: Callable[[int], Sequence[int]] = lambda end: ()) -> SessionCore:
+        """A session that shares this one's route and forks from it at every hop with its first step.
+
+        Where this session has no route at present, the child finds its own and replays.
+        """
+        core = SessionCore(child, self.config, cuts)
+        core._avoid = set(self._avoid)
+        if self.state is State.READY and not self._sent and not self.unborn:
+            core.state, core.route, core.epoch = State.READY, self.route, self.epoch
+            core._parent = self.session
+        return core
+
+    def submit(self, first: int, count: int, want_from: int) -> tuple[StepId, list[Action]]:
+        """A new step over positions [first, first + count). Steps are answered in the order of submission."""
+        assert self.alive, f"submit in state {self.state}"
+        assert 0 <= want_from <= count
+        assert count > 0
+        rolls_back, self._end = first < self._end, first + count
+        step = PendingStep(step=self._new_id(), first=first, count=count, want_from=want_from, alone=rolls_back)
+        self._pending.append(step)
+        if self.state is State.IDLE:
+            return step.step, self._need_route()
+        if self.state in (State.READY, State.PAUSING):
+            self._unsent.append(step)
+        return step.step, self._send() if self.state is State.READY else []
+
+    def close(self) -> list[Action]:
+        """Idempotent."""
+        if self.state is State.CLOSED:
+            return []
+        actions = self._release()
+        self.state = State.CLOSED
+        self._pending.clear()
+        return actions
+
+    # --- events from the network ---
+
+    def route_ready(self, route: Route) -> list[Action]:
+        if self.state is not State.ROUTING:
+            return []
+        self.epoch += 1
+        self.route = route
+        self.state = State.OPENING
+        self._missing = {hop.peer_id for hop in route.hops}
+        return [OpenHops(route, self.epoch)]
+
+    def no_route(self, error: SwarmError) -> list[Action]:
+        return self._fail(error) if self.state is State.ROUTING else []
+
+    def opened(self, peer: PeerId, epoch: int) -> list[Action]:
+        if self.state is not State.OPENING or epoch != self.epoch:
+            return []
+        self._missing.discard(peer)
+        if self._missing:
+            return []
+        self.state = State.READY
+        self._unsent = deque(self._steps_from_nothing())
+        return self._send()
+
+    def result(self, step: StepId, epoch: int) -> list[Action]:
+        """The last hop answered `step`."""
+        answered = self._sent.pop(step, None) if epoch == self.epoch else None
+        if answered is None or self.state not in (State.READY, State.PAUSING):
+            return []
+        self._busy_repeats = 0
+        self._behind_busy.discard(step)
+        self._parent = None
+        actions: list[Action] = []
+        if not answered.replay:
+            self.attempts = 0
+            self._waited_s = 0.0
+            self._pending.remove(next(p for p in self._pending if p.step == step))
+            actions.append(StepDone(answered))
+        return actions + (self._send() if self.state is State.READY else [])
+
+    def hop_lost(self, peer: PeerId, error: SwarmError) -> list[Action]:
+        """The connection to `peer` ended, could not be made, or the peer is silent."""
+        return self._rebuild(error) if self._on_route(peer) else []
+
+    def forgotten(self, epoch: int, error: SwarmError, *, gap_at: StepId | None = None) -> list[Action]:
+        """A healthy hop does not hold what the session thinks (lease over, restart), or found a gap before a step."""
+        if epoch != self.epoch or not self._on_route(None):
+            return []
+        if gap_at in self._behind_busy:
+            self._behind_busy.discard(gap_at)
+            return []
+        return self._rebuild(error)
+
+    def stalled(self, error: SwarmError) -> list[Action]:
+        """Nobody answers, though everybody is alive."""
+        return self._rebuild(error) if self._on_route(None) else []
+
+    def give_up(self, error: SwarmError) -> list[Action]:
+        """No other route could help: what the caller gave is wrong, or the network is closing."""
+        return self._fail(error) if self.alive else []
+
+    def refused(self, peer: PeerId, epoch: int, error: SwarmError) -> list[Action]:
+        """`peer` declines for a reason that waiting does not cure: the session goes elsewhere."""
+        if epoch != self.epoch or not self._on_route(peer):
+            return []
+        self._avoid.add(peer)
+        return self._rebuild(error)
+
+    def busy(self, epoch: int, retry_after_s: float, error: SwarmError, *, preempted: bool) -> list[Action]:
+        """A healthy hop has no room now."""
+        if epoch != self.epoch or not self._on_route(None):
+            return []
+        if self.state is State.PAUSING:
+            if not preempted:
+                return []
+            self.state = State.WAITING  # the timer that runs already ends this wait too
+            return self._release()
+        delay_s = min(max(0.05, retry_after_s) * 2 ** min(5, self._busy_repeats), self.config.max_wait_s)
+        self._busy_repeats += 1
+        self._behind_busy.update(self._sent)
+        self._waited_s += delay_s
+        if self._waited_s > self.config.busy_patience_s:
+            return self._fail(error)
+        if self.state is State.READY and not preempted and self._busy_repeats <= self.config.max_busy_repeats:
+            self.state = State.PAUSING
+            return [Wait(delay_s)]
+        actions = self._release()
+        self.state = State.WAITING
+        return [*actions, Wait(delay_s)]
+
+    def timer(self) -> list[Action]:
+        """The wait is over."""
+        if self.state is State.PAUSING:
+            self.state = State.READY
+            self._unsent.extendleft(reversed(self._sent.values()))
+            self._sent.clear()
+            return self._send()
+        if self.state is State.WAITING:
+            return self._need_route() if self._pending else self._idle()
+        return []
+
+    # --- inside ---
+
+    def _new_id(self) -> StepId:
+        self._next_step += 1
+        return StepId(self._next_step)
+
+    def _on_route(self, peer: PeerId | None) -> bool:
+        if self.route is None or self.state not in (State.OPENING, State.READY, State.PAUSING):
+            return False
+        return peer is None or any(hop.peer_id == peer for hop in self.route.hops)
+
+    def _steps_from_nothing(self) -> Iterable[PendingStep]:
+        """The pending steps, and before each of them a replay of what hops that hold nothing must hold by then."""
+        held = 0
+        for step in self._pending:
+            # a later step may have been answered before an earlier one: there the pending steps leave a hole
+            bounds = [held, *(cut for cut in self._cuts(step.first) if cut > held), step.first]
+            for start, end in pairwise(bounds):
+                yield from self._replay_chunks(start, end)
+            yield replace(step, alone=step.first < held)
+            held = step.first + step.count
+
+    def _replay_chunks(self, start: int, end: int) -> Iterable[PendingStep]:
+        for first in range(start, end, self.config.chunk_positions):
+            count = min(self.config.chunk_positions, end - first)
+            yield PendingStep(step=self._new_id(), first=first, count=count, want_from=count, replay=True)
+
+    def _send(self) -> list[Action]:
+        actions: list[Action] = []
+        while self._unsent and len(self._sent) < self.config.window:
+            step = self._unsent[0]
+            if self._parent is not None:
+                step = replace(step, parent=self._parent, alone=True)
+            if self._sent and (step.alone or any(other.alone for other in self._sent.values())):
+                break
+            self._unsent.popleft()
+            self._sent[step.step] = step
+            actions.append(SendStep(step, self.epoch))
+        return actions
+
+    def _release(self) -> list[Action]:
+        route, self.route = self.route, None
+        self._sent.clear()
+        self._unsent.clear()
+        self._behind_busy.clear()
+        self._missing.clear()
+        self._parent = None
+        return [] if route is None else [Release(route)]
+
+    def _idle(self) -> list[Action]:
+        self.state = State.IDLE
+        return []
+
+    def _need_route(self) -> list[Action]:
+        self.state = State.ROUTING
+        return [NeedRoute(frozenset(self._avoid))]
+
+    def _rebuild(self, error: SwarmError) -> list[Action]:
+        self.attempts += 1
+        self.rebuilds += 1
+        if self.attempts > self.config.max_attempts:
+            return self._fail(error)
+        actions = self._release()
+        return actions + (self._need_route() if self._pending else self._idle())
+
+    def _fail(self, error: SwarmError) -> list[Action]:
+        actions = self._release()
+        self.state = State.FAILED
+        self._pending.clear()
+        return [*actions, Fail(error)]

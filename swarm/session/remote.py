@@ -1,0 +1,91 @@
+"""What a model may ask of the network: sequences at remote layers, and steps through them.
+
+Owns the protocol between `swarm.models` and the driver, nothing else; a whole local model behind it serves as well
+(see the tests). Knows no route, peer or retry.
+
+Tensor names: T new positions of one sequence, D the model's hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from routing.router import Route
+
+
+class RemoteSession:
+    """One sequence at all hops of a route; made by `Remote.open` and opaque to models."""
+
+    __slots__ = ("__weakref__", "length")
+
+    def __init__(self, length: int = 0) -> None:
+        self.length = length
+        """Positions held. A step that starts below it truncates first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStep:
+    """New positions of one sequence: `hidden_TD` enters block 0 at positions `start, start + 1, …` of the session."""
+
+    session: RemoteSession
+    start: int
+    hidden_TD: Tensor
+    token_ids_T: Tensor | None
+    """What `embed` needs to make `hidden_TD` again after a failure; None when ids alone would not reproduce it."""
+    position_offset: int
+    """The first new token's position id minus `start`, constant for a session; only the embedding sees position ids."""
+    want_from: int
+    """Outputs are wanted from this offset within the step on; T means none."""
+    regime_length: int
+    """Highest position id of the whole forward plus one, which some rotary embeddings choose their frequencies by."""
+
+    def __post_init__(self) -> None:
+        count = self.hidden_TD.shape[0]
+        assert self.start >= 0
+        assert 0 <= self.want_from <= count
+        assert self.token_ids_T is None or self.token_ids_T.shape[0] == count
+
+
+class Embed(Protocol):
+    """Makes a session's inputs again from its tokens; callable from any thread."""
+
+    def __call__(self, token_ids_T: Tensor, first_position: int) -> Tensor:
+        """`[T, D]` on the client's device, for tokens at position ids `first_position, first_position + 1, …`."""
+        ...
+
+
+class Remote(Protocol):
+    """The remote layers. Every method may be called from any thread, `release` from a garbage collector too."""
+
+    def open(self, parent: RemoteSession | None = None, position: int = 0) -> RemoteSession:
+        """A new sequence, empty or sharing the first `position` positions of `parent`. Instant, without I/O.
+
+        The fork happens with the child's first step, which starts at `position`; until that step has returned, the
+        caller neither releases the parent nor lets it truncate below `position`. The parent may grow in the same `run`.
+        """
+        ...
+
+    def run(self, steps: Sequence[RowStep]) -> list[Tensor]:
+        """Run the steps, of distinct sessions, and block until all outputs are there.
+
+        The i-th result is `[T − want_from, D]` in the dtype and on the device of its input. When `run` raises, or is
+        interrupted, no step is known to have happened: the caller may repeat it, start lower, or release.
+        """
+        ...
+
+    def release(self, sessions: Sequence[RemoteSession]) -> None:
+        """Forget sequences and free their pages. Instant and idempotent; never raises, also after `close`."""
+        ...
+
+    @property
+    def route(self) -> Route | None:
+        """The peers that ran the last steps; None before the first one, or where there are no peers."""
+        ...
+
+    def close(self) -> None:
+        """Release everything and end the connection. Idempotent."""
+        ...

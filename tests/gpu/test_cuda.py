@@ -1,0 +1,30 @@
+"""Peers on a CUDA device give the ids of the local model on the CPU. Skipped, by name, where there is no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
+from tests.helpers.memory_swarm import MemorySwarm
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt-oss", "deepseek-v3", "bloom"])
+def test_peers_on_a_gpu_equal_the_local_model(family: str, tmp_path: Path) -> None:
+    local = save_checkpoint(FAMILIES[family], tmp_path / "model")
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
+    with MemorySwarm(tmp_path / "model", [(0, 1), (1, NUM_BLOCKS)], device="cuda:0", cache=tmp_path / "cache") as swarm:
+        model = swarm.model()
+        with torch.no_grad():
+            expected, actual = local(ids).logits, model(ids).logits
+        assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
+        for extra in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
+            assert torch.equal(model.generate(ids, **options, **extra), local.generate(ids, **options, **extra))

@@ -1,0 +1,174 @@
+"""A whole swarm in one process: real peers, real engines, real client; only the wires are memory.
+
+Peers and client share the event loop of a `NetworkThread`, so tests are ordinary blocking code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from peers.capacity import plan_capacity
+from peers.host import ServerPeer
+from peers.model.catalog import Checkpoint, resolve
+from peers.model.loading import load_config
+from peers.runtime.probe import Speed
+from peers.transport.memory import MemoryNetwork, MemoryTransport
+from routing.identity import SigningKey
+from routing.ids import BlockSpan, PeerId
+from routing.store import RecordStore
+from swarm.models.loading import load_model
+from swarm.network import ClientNode, NetworkThread
+from swarm.session.core import SessionConfig
+from swarm.session.driver import RemoteModel, SwarmRemote
+from swarm.session.remote import Embed
+
+SPEED = Speed(decode_s_per_block=1e-3, prefill_s_per_token_block=1e-4)
+"""What tiny peers announce instead of measuring for a second."""
+
+_seeds = itertools.count(1)
+
+
+def new_key() -> SigningKey:
+    return SigningKey.from_seed(next(_seeds).to_bytes(32, "big"))
+
+
+class MemoryNode:
+    def __init__(self, network: MemoryNetwork, key: SigningKey, *, client_mode: bool = False) -> None:
+        self.transport: MemoryTransport = network.transport(key.peer_id, client_mode=client_mode)
+        self.store: RecordStore = network.store(key.peer_id)
+
+    async def close(self) -> None:
+        await self.transport.close()
+
+
+class MemorySwarm:
+    """`spans` as (start, end) pairs; every peer on one thread, all of one checkpoint folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        spans: Sequence[tuple[int, int]],
+        *,
+        cache_tokens: int = 1024,
+        page_size: int = 4,
+        dtype: str = "float32",
+        device: str = "cpu",
+        latency_s: float = 0.0,
+        lease_s: float = 60.0,
+        session_config: SessionConfig | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        self.checkpoint: Checkpoint = resolve(str(folder), cache=cache)
+        self.network: MemoryNetwork
+        self.peers: list[ServerPeer] = []
+        self._serving: list[asyncio.Task[None]] = []
+        self._cache_tokens = cache_tokens
+        self._page_size = page_size
+        self._dtype = dtype
+        self._device = device
+        self._lease_s = lease_s
+        self._latency_s = latency_s
+        self._session_config = session_config
+        self._spans = spans
+        self._models: list[Any] = []
+        self.thread = NetworkThread(self._make)
+
+    async def _make(self) -> ClientNode:
+        self.network = MemoryNetwork(latency_s=self._latency_s)
+        for start, end in self._spans:
+            await self._add(BlockSpan(start, end))
+        return ClientNode(MemoryNode(self.network, new_key(), client_mode=True), network="test")
+
+    async def _add(self, span: BlockSpan) -> ServerPeer:
+        key = new_key()
+        node = MemoryNode(self.network, key)
+        peer = ServerPeer(node.transport, node.store, key=key, network="test", lease_s=self._lease_s)
+        plan = plan_capacity(
+            self.checkpoint,
+            load_config(self.checkpoint),
+            dtype=self._dtype,
+            device=self._device,
+            max_memory_bytes=8 << 30,
+            cache_tokens=self._cache_tokens,
+            blocks=span,
+        )
+        await peer.load(self.checkpoint, span, plan, threads=1, page_size=self._page_size, speed=SPEED)
+        self._serving.append(asyncio.create_task(peer.serve()))
+        await peer.announced()
+        self.peers.append(peer)
+        return peer
+
+    def add_peer(self, start: int, end: int) -> ServerPeer:
+        return self.thread.call(self._add(BlockSpan(start, end)))
+
+    def model(self) -> Any:
+        """A client's model; closed with the swarm."""
+
+        def connect(model: RemoteModel, embed: Embed) -> SwarmRemote:
+            return SwarmRemote(self.thread, model, embed, config=self._session_config, owns_network=False)
+
+        model = load_model(self.checkpoint, dtype=torch.float32, device="cpu", connect=connect)
+        self._models.append(model)
+        return model
+
+    def kill_peer(self, peer_id: PeerId) -> None:
+        """The peer dies at once; nobody is told."""
+
+        async def cut() -> None:
+            self.network.cut(peer_id)
+
+        self.thread.call(cut())
+
+    def forget_sessions(self) -> None:
+        """Every lease ends at once, as after a long pause."""
+
+        async def forget() -> None:
+            for peer in self.peers:
+                for session in peer.handler.ledger.expire(float("inf")):
+                    peer.engine.release(session)
+
+        self.thread.call(forget())
+
+    def settled(self) -> bool:
+        """Every peer holds no session and all of its pages are free."""
+        return all(
+            len(peer.handler.ledger) == 0 and peer.engine.stats().free_tokens == peer.engine.stats().total_tokens
+            for peer in self.peers
+        )
+
+    def eventually_settled(self, timeout_s: float = 10.0) -> bool:
+        """`settled`, once the goodbyes under way have arrived."""
+
+        async def wait() -> bool:
+            async with asyncio.timeout(timeout_s):
+                while not self.settled():  # noqa: ASYNC110  # several engines; no one event tells
+                    await asyncio.sleep(0.01)
+            return True
+
+        return self.thread.call(wait())
+
+    def close(self) -> None:
+        for model in self._models:
+            model.close()
+
+        async def stop() -> None:
+            for task in self._serving:
+                task.cancel()
+            await asyncio.gather(*self._serving, return_exceptions=True)
+            for peer in self.peers:
+                await peer.close()
+
+        self.thread.call(stop())
+        self.thread.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,124 @@
+"""One swarm of real processes for all tests that kill nothing; a local model to compare with.
+
+These tests share processes, so under pytest-xdist they belong to one worker: run with `--dist loadgroup`.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from peers.wire.messages import Pong
+from swarm import SwarmModelForCausalLM
+from swarm.network import Entrance, NetworkThread, enter
+from swarm.session.driver import SwarmRemote
+from swarm.testing import LocalPeer, LocalSwarm, model_folder
+
+MODEL = "smollm2-135m-instruct"
+SPANS = [(0, 10), (10, 20), (20, 30)]
+
+Greedy = Callable[..., list[int]]
+Swarm = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+            item.add_marker(pytest.mark.xdist_group("integration"))
+            item.add_marker(pytest.mark.timeout(3000))
+
+
+@pytest.fixture(scope="session")
+def swarm() -> Iterator[LocalSwarm]:
+    """Three peers of ten blocks; leave it as you found it."""
+    with LocalSwarm(MODEL, SPANS, dtype="float32") as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="session")
+def model(swarm: LocalSwarm) -> Iterator[Any]:
+    with SwarmModelForCausalLM.from_pretrained(MODEL, initial_peers=swarm.initial_peers, dtype=torch.float32) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_folder(MODEL))
+
+
+@pytest.fixture(scope="session")
+def local() -> Any:
+    return AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def greedy(local: Any) -> Greedy:
+    """What local transformers says to a prompt, greedily; `ending`: until it sets an end, at most so many tokens."""
+
+    @functools.cache
+    def continuation(prompt_ids: tuple[int, ...], count: int, *, ending: bool = False) -> list[int]:
+        return generate(local, prompt_ids, count, **({"min_new_tokens": 0} if ending else {}))
+
+    return continuation
+
+
+def generate(model: Any, prompt_ids: tuple[int, ...], count: int, **options: Any) -> list[int]:
+    """`count` new ids, greedily unless `options` say otherwise."""
+    prompt_1T = torch.tensor([prompt_ids])
+    arguments = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False} | options
+    output_1T = model.generate(prompt_1T, attention_mask=torch.ones_like(prompt_1T), **arguments)
+    return list(output_1T[0, len(prompt_ids) :].tolist())
+
+
+def driver(model: Any) -> SwarmRemote:
+    """What carries a model's steps, and counts them."""
+    remote = model._remote_layers.remote
+    assert isinstance(remote, SwarmRemote)
+    return remote
+
+
+class Observer:
+    """A client of its own, to ask peers how they are."""
+
+    def __init__(self, initial_peers: list[str]) -> None:
+        entrance = Entrance.of(initial_peers=initial_peers)
+        self._network = NetworkThread(lambda: enter(entrance))
+
+    def load(self, peer: LocalPeer) -> Pong:
+        links = self._network.client.links
+        return self._network.call(links.ping(peer.peer_id, peer.addresses, timeout_s=10))[1]
+
+    def announced(self) -> set[str]:
+        """Everybody whose record this client can read now."""
+        return {record.peer_id for record in self._network.call(self._network.client.discovery.read_index())}
+
+    def close(self) -> None:
+        self._network.close()
+
+
+@pytest.fixture(scope="session")
+def observer(swarm: LocalSwarm) -> Iterator[Observer]:
+    observer = Observer(swarm.initial_peers)
+    yield observer
+    observer.close()
+
+
+@pytest.fixture(scope="session")
+def command() -> Swarm:
+    """Run `swarm …` to its end."""
+
+    def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "swarm", *arguments]
+        return subprocess.run(line, input=stdin, capture_output=True, text=True, timeout=300, check=False)
+
+    return run

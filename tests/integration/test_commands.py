@@ -1,0 +1,103 @@
+"""The command line against a real swarm."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+from transformers import PreTrainedTokenizerBase
+
+from swarm.answers import encode_chat
+from swarm.testing import LocalSwarm
+from tests.integration.conftest import MODEL, SPANS, Greedy, Observer, Swarm
+
+QUESTION = "What is the capital of France?"
+BEGINNING = "The capital of France is"
+
+
+def test_status_shows_blocks_peers_and_latency(command: Swarm, swarm: LocalSwarm) -> None:
+    model_id = swarm.peers[0].wait_for("ready")["model_id"]
+    done = command("status", model_id[:8], "--invite", swarm.invite, "--json")
+    assert done.returncode == 0, done.stderr
+    (model,) = json.loads(done.stdout)["models"]
+    assert (model["model"], model["model_id"], model["num_blocks"]) == (MODEL, model_id, 30)
+    assert model["gaps"] == []
+    spans = {peer["peer_id"]: peer["span"] for peer in model["peers"]}
+    assert spans == {peer.peer_id: [*span] for peer, span in zip(swarm.peers, SPANS, strict=True)}
+    for peer in model["peers"]:
+        assert (peer["state"], peer["dtype"]) == ("online", "float32")
+        assert 0 < peer["latency_ms"] < 5000
+
+
+def test_status_of_a_model_that_nobody_announces_names_those_announced(command: Swarm, swarm: LocalSwarm) -> None:
+    done = command("status", "gpt-17", "--invite", swarm.invite)
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert "nobody announces a model 'gpt-17'" in error
+    assert MODEL in hint
+
+
+def test_generate_gives_text_ids_route_and_timings(
+    command: Swarm, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy
+) -> None:
+    common = (MODEL, "--initial-peers", *swarm.initial_peers, "--dtype", "float32", "--max-new-tokens", "8")
+    done = command("generate", *common, "--json", stdin=QUESTION)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    prompt = tuple(encode_chat(tokenizer, [{"role": "user", "content": QUESTION}]))
+    assert result["token_ids"] == greedy(prompt, 8, ending=True)
+    assert "Paris" in result["text"]
+    assert result["route"] == [
+        {"peer": peer.peer_id, "span": [*span]} for peer, span in zip(swarm.peers, SPANS, strict=True)
+    ]
+    timings = result["timings"]
+    assert (timings["prompt_tokens"], timings["new_tokens"]) == (len(prompt), len(result["token_ids"]))
+    assert 0 < timings["time_to_first_token_s"] < timings["total_s"]
+    assert timings["tokens_per_s"] > 0
+
+
+def test_generate_raw_continues_the_prompt_as_it_is(
+    command: Swarm, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy
+) -> None:
+    arguments = ("--raw", "--prompt", BEGINNING, "--dtype", "float32", "--max-new-tokens", "6")
+    done = command("generate", MODEL, "--invite", swarm.invite, *arguments)
+    assert done.returncode == 0, done.stderr
+    ids = greedy(tuple(tokenizer(BEGINNING).input_ids), 6, ending=True)
+    assert done.stdout == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    assert done.stderr == ""
+
+
+def test_chat_remembers_the_turns_before(
+    command: Swarm, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy
+) -> None:
+    turns = ["My name is Ada.", "What is my name?"]
+    arguments = ("--dtype", "float32", "--max-new-tokens", "10")
+    done = command("chat", MODEL, "--invite", swarm.invite, *arguments, stdin="\n".join([*turns, "/exit", "never"]))
+    assert done.returncode == 0, done.stderr
+    messages, expected = [], ""
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        answer = tokenizer.decode(
+            greedy(tuple(encode_chat(tokenizer, messages)), 10, ending=True), skip_special_tokens=True
+        )
+        messages.append({"role": "assistant", "content": answer})
+        expected += answer + "\n"
+    assert done.stdout == expected
+
+
+def test_an_interrupted_generate_frees_its_pages_at_once(swarm: LocalSwarm, observer: Observer) -> None:
+    arguments = ["generate", MODEL, "--invite", swarm.invite, "--raw", "-p", "1, 2, 3,", "--max-new-tokens", "2000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "swarm", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    peer = swarm.peers[1]
+    assert observer.load(peer).sessions == 1
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (130, "")
+    load = observer.load(peer)
+    assert (load.sessions, load.free_tokens) == (0, peer.wait_for("ready")["cache_tokens"])

@@ -1,0 +1,129 @@
+"""Processes die, hang, leave and come back; what is generated stays the same."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from routing.errors import NoRoute
+from swarm import SwarmModelForCausalLM
+from swarm.testing import LocalPeer, LocalSwarm
+from tests.integration.conftest import MODEL, SPANS, Greedy, Observer, driver, generate
+
+PROMPT = "The history of the steam engine begins in antiquity, when"
+
+
+@pytest.fixture(scope="module")
+def spared() -> Iterator[LocalSwarm]:
+    """Three peers, and a spare one for the blocks in the middle."""
+    with LocalSwarm(MODEL, [*SPANS, SPANS[1]], dtype="float32") as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def failing(spared: LocalSwarm) -> LocalSwarm:
+    """The same with every peer running, whatever the test before did."""
+    for peer in spared.peers:
+        if not peer.running:
+            peer.restart()
+    return spared
+
+
+@pytest.fixture
+def client(failing: LocalSwarm) -> Iterator[Any]:
+    with SwarmModelForCausalLM.from_pretrained(
+        MODEL, initial_peers=failing.initial_peers, dtype=torch.float32
+    ) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def prompt(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return tuple(tokenizer(PROMPT).input_ids)
+
+
+class At:
+    """A streamer that does something once, when so many tokens have come."""
+
+    def __init__(self, count: int, action: Callable[[], None]) -> None:
+        self._at = count + 1  # the prompt comes first
+        self._action = action
+        self.times_s: list[float] = []
+
+    def put(self, _: torch.Tensor) -> None:
+        self.times_s.append(time.monotonic())
+        if len(self.times_s) == self._at:
+            self._action()
+
+    def end(self) -> None:
+        pass
+
+
+def middle(client: Any, swarm: LocalSwarm) -> LocalPeer:
+    """The peer that serves the middle blocks of the present route."""
+    return next(peer for peer in swarm.peers if peer.peer_id == client.route.hops[1].peer_id)
+
+
+def test_a_killed_peer_is_replaced_without_changing_a_token(
+    client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy
+) -> None:
+    killed: list[LocalPeer] = []
+
+    def kill() -> None:
+        killed.append(middle(client, failing))
+        killed[0].kill()
+
+    assert generate(client, prompt, 48, streamer=At(20, kill)) == greedy(prompt, 48)
+    assert middle(client, failing) is not killed[0]
+    assert driver(client).traffic.rebuilds >= 1
+
+
+def test_a_hung_peer_is_replaced_without_changing_a_token(
+    client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy
+) -> None:
+    paused: list[LocalPeer] = []
+
+    def pause() -> None:
+        paused.append(middle(client, failing))
+        paused[0].pause()
+
+    reader = At(20, pause)
+    try:
+        assert generate(client, prompt, 48, streamer=reader) == greedy(prompt, 48)
+    finally:
+        paused[0].resume()
+    assert middle(client, failing) is not paused[0]
+    assert max(later - earlier for earlier, later in itertools.pairwise(reader.times_s)) < 15
+
+
+def test_the_swarm_works_without_its_bootstrap_and_finds_it_again(
+    client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy
+) -> None:
+    failing.bootstrap.kill()
+    assert generate(client, prompt, 16) == greedy(prompt, 16)
+    failing.bootstrap.restart()
+    newcomer = Observer(failing.initial_peers)
+    try:
+        everybody = {peer.peer_id for peer in failing.peers}
+        deadline_s = time.monotonic() + 60
+        while newcomer.announced() != everybody:
+            assert time.monotonic() < deadline_s
+    finally:
+        newcomer.close()
+
+
+def test_a_gap_is_named_within_five_seconds(client: Any, failing: LocalSwarm, prompt: tuple[int, ...]) -> None:
+    generate(client, prompt, 2)
+    for peer in (failing.peers[1], failing.peers[3]):
+        assert peer.terminate() == 0
+    started_s = time.monotonic()
+    with pytest.raises(NoRoute, match="blocks 10:20 are missing") as caught:
+        generate(client, prompt, 2)
+    assert caught.value.missing == ((10, 20),)
+    assert time.monotonic() - started_s < 5

@@ -1,0 +1,45 @@
+"""Client and peers of every family equal the whole local model, through real engines, handlers and drivers.
+
+One process, memory transport, spans of unequal size, two rows of unequal length in one batch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
+from tests.helpers.memory_swarm import MemorySwarm
+
+SPANS = [(0, 1), (1, 3), (3, NUM_BLOCKS)]
+TOLERANCE = 1e-5
+
+
+def ragged_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two prompts of 9 and 6 tokens, padded on the left: ids and mask."""
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    ids[1, :3], mask[1, :3] = 0, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_through_peers_equals_the_local_model(family: str, tmp_path: Path) -> None:
+    local = save_checkpoint(FAMILIES[family], tmp_path / "model")
+    ids, mask = ragged_batch()
+    greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
+    with MemorySwarm(tmp_path / "model", SPANS, cache=tmp_path / "cache") as swarm:
+        model = swarm.model()
+        with torch.no_grad():
+            expected = local(ids[:1]).logits
+            actual = model(ids[:1]).logits
+        scale = expected.abs().max()
+        assert (actual - expected).abs().max() <= TOLERANCE * scale
+        one = local.generate(ids[:1], attention_mask=mask[:1], **greedy)
+        assert torch.equal(model.generate(ids[:1], attention_mask=mask[:1], **greedy), one)
+        both = local.generate(ids, attention_mask=mask, **greedy)
+        assert torch.equal(model.generate(ids, attention_mask=mask, **greedy), both)
+        assert model._remote_layers.remote.traffic.relays == 0
+        assert all(peer.handler.pusher.counts.pushed for peer in swarm.peers[:-1])

@@ -1,0 +1,163 @@
+"""Death, pressure and interruption in a whole swarm in one process: the ids stay those of the local model.
+
+Virtual wires, real engines and drivers. The real processes' version of these is in `tests/integration`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import StoppingCriteria
+
+from routing.errors import NoRoute
+from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
+from tests.helpers.memory_swarm import MemorySwarm
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
+
+
+class AtToken(StoppingCriteria):
+    """Calls `act` when so many tokens have been chosen; stops nothing."""
+
+    def __init__(self, count: int, act: Callable[[], None]) -> None:
+        self.left = count
+        self.act = act
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def prompt(rows: int = 1, length: int = 9, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    result: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **{**GREEDY, **kwargs})
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> Any:
+    return save_checkpoint(FAMILIES["llama"], folder)
+
+
+@pytest.fixture
+def make_swarm(folder: Path, local: Any, tmp_path: Path) -> Iterator[Callable[..., MemorySwarm]]:
+    swarms: list[MemorySwarm] = []
+
+    def make(spans: list[tuple[int, int]], **options: Any) -> MemorySwarm:
+        swarms.append(MemorySwarm(folder, spans, cache=tmp_path, **options))
+        return swarms[-1]
+
+    yield make
+    for swarm in swarms:
+        swarm.close()
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_hop_that_dies_is_replaced_and_the_ids_stay_the_same(
+    make_swarm: Callable[..., MemorySwarm], local: Any, dies: int, beams: int
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+    generate(model, prompt(), max_new_tokens=1, min_new_tokens=1)  # the client knows these two and uses them
+    swarm.add_peer(0, 2)
+    swarm.add_peer(2, NUM_BLOCKS)
+    used = [hop.peer_id for hop in model._remote_layers.remote.route.hops]
+    ids = prompt(2)
+    kill = AtToken(5, lambda: swarm.kill_peer(used[dies]))
+    actual = generate(model, ids, num_beams=beams, stopping_criteria=[kill])
+    assert torch.equal(actual, generate(local, ids, num_beams=beams))
+    assert model._remote_layers.remote.traffic.rebuilds >= 1
+    assert used[dies] not in [hop.peer_id for hop in model._remote_layers.remote.route.hops]
+
+
+def test_a_gap_is_named(make_swarm: Callable[..., MemorySwarm]) -> None:
+    swarm = make_swarm([(0, 1), (3, NUM_BLOCKS)])
+    with pytest.raises(NoRoute, match="1:3") as raised:
+        generate(swarm.model(), prompt())
+    assert raised.value.missing == ((1, 3),)
+
+
+def test_a_route_uses_part_of_a_span(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:
+    swarm = make_swarm([(0, 3), (1, NUM_BLOCKS)])
+    model = swarm.model()
+    assert torch.equal(generate(model, prompt()), generate(local, prompt()))
+    spans = [str(hop.span) for hop in model._remote_layers.remote.route.hops]
+    assert len(spans) == 2
+    assert spans != ["0:3", f"1:{NUM_BLOCKS}"]
+
+
+def test_a_pool_too_small_for_all_sessions_at_once_finishes_every_one(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)], cache_tokens=64)  # six sessions of 25 positions want 150
+    model = swarm.model()
+    prompts = [prompt(seed=seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        results = list(threads.map(lambda ids: generate(model, ids), prompts))
+    for ids, result in zip(prompts, results, strict=True):
+        assert torch.equal(result, generate(local, ids))
+    assert swarm.eventually_settled()
+
+
+def test_an_interrupted_generation_frees_its_pages(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, prompt(2), stopping_criteria=[AtToken(3, interrupt)])
+    assert swarm.eventually_settled()
+    assert torch.equal(generate(model, prompt()), generate(local, prompt()))
+
+
+def test_a_conversation_keeps_its_session_and_survives_the_loss_of_every_page(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+    remote = model._remote_layers.remote
+    with model.session():
+        first = generate(model, prompt())
+        more = torch.cat([first, prompt(seed=7)], 1)
+        before = remote.traffic.bytes_sent
+        second = generate(model, more)
+        assert remote.traffic.bytes_sent - before < len(more[0]) * 32 * 4  # not the whole conversation again
+        assert torch.equal(second, generate(local, more))
+        swarm.forget_sessions()
+        third = generate(model, torch.cat([second, prompt(seed=8)], 1))
+        assert torch.equal(third, generate(local, torch.cat([second, prompt(seed=8)], 1)))
+    assert swarm.eventually_settled()
+
+
+def test_several_threads_share_a_model(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+    start = threading.Barrier(4)
+
+    def one(seed: int) -> torch.Tensor:
+        start.wait(10)
+        return generate(model, prompt(seed=seed, length=5 + seed))
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(one, range(4)))
+    for seed, result in enumerate(results):
+        assert torch.equal(result, generate(local, prompt(seed=seed, length=5 + seed)))

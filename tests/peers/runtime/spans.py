@@ -1,0 +1,140 @@
+"""A span of a tiny model, and the whole local model beside it to say what should come out."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from peers.model.cutting import SpanModel
+from peers.model.support import examine
+from peers.runtime.engine import Done, Engine, EngineConfig, Work
+from routing.ids import BlockSpan, PeerId, SessionId
+from tests.helpers.families import FAMILIES, VOCABULARY, random_model
+
+ALICE = PeerId("alice")
+
+
+def new_session() -> SessionId:
+    return SessionId(os.urandom(16))
+
+
+class Local:
+    """A whole model that notes what enters and leaves the blocks `span`; makes spans that should do the same."""
+
+    def __init__(self, family: str, span: BlockSpan) -> None:
+        config = FAMILIES[family].config()
+        self.model = random_model(config)
+        self.span = span
+        self.anatomy = examine(config)
+        self._seen: dict[str, Tensor] = {}
+        self._pristine = copy.deepcopy(self.model)
+        layers = list(self.model.get_submodule(self.anatomy.layers_path).children())
+        layers[span.start].register_forward_pre_hook(self._enter, with_kwargs=True)
+        layers[span.end - 1].register_forward_hook(self._leave)
+
+    def cut(self, span: BlockSpan | None = None) -> SpanModel:
+        return SpanModel(copy.deepcopy(self._pristine), self.anatomy, span or self.span)
+
+    def _enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._seen["enters"] = args[0] if args else kwargs["hidden_states"]
+
+    def _leave(self, _: Any, __: Any, output: Any) -> None:
+        self._seen["leaves"] = output[0] if isinstance(output, tuple) else output
+
+    def follow(self, steps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What enters and what leaves the span at the last of these steps (token ids) of one sequence, [n, H] each."""
+        cache = DynamicCache(config=self.model.config)
+        for module in self.model.modules():
+            if getattr(module, "rope_type", None) == "dynamic":  # it remembers the last sequence
+                module.max_seq_len_cached, module.inv_freq = module.original_max_seq_len, module.original_inv_freq
+        with torch.no_grad():
+            for ids in steps:
+                self.model(ids[None], past_key_values=cache, use_cache=True)
+        return self._seen["enters"][0], self._seen["leaves"][0]
+
+
+def random_ids(tokens: int, seed: int) -> Tensor:
+    return torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(output: Tensor, expected: Tensor) -> None:
+    """Equal to 1e-5 of the largest value."""
+    torch.testing.assert_close(output, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+
+
+@asynccontextmanager
+async def running(model: SpanModel, **settings: Any) -> AsyncIterator[Engine]:
+    engine = Engine(model, EngineConfig(**{"cache_tokens": 512, "page_size": 4, "token_budget": 64, **settings}))
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+class Sequence:
+    """One sequence, at the engine and locally: every step is checked against the whole model."""
+
+    def __init__(self, local: Local, engine: Engine, *, seed: int = 0, owner: PeerId = ALICE) -> None:
+        self.local, self.engine, self.owner, self.seed = local, engine, owner, seed
+        self.session = new_session()
+        self.steps: list[Tensor] = []
+        self.parent: tuple[SessionId, int] | None = None
+
+    @property
+    def length(self) -> int:
+        return sum(len(step) for step in self.steps)
+
+    def roll_back(self, length: int) -> None:
+        """Forget positions from `length` on; the engine learns it from the next step."""
+        while self.length > length:
+            last = self.steps.pop()
+            if self.length < length:
+                self.steps.append(last[: length - self.length])
+
+    def fork(self, length: int) -> Sequence:
+        child = Sequence(self.local, self.engine, seed=self.seed + 1000, owner=self.owner)
+        child.steps = list(self.steps)
+        child.roll_back(length)
+        child.parent = (self.session, length)
+        return child
+
+    async def step(self, tokens: int) -> Done:
+        """Run new tokens, each sequence its own, and check the output."""
+        start = self.length
+        self.seed += 1
+        self.steps.append(random_ids(tokens, self.seed))
+        hidden, expected = self.local.follow(self.steps)
+        done = await self.engine.run(self.work(start, hidden))
+        self.parent = None
+        assert_same(done.hidden, expected)
+        return done
+
+    async def replay(self) -> None:
+        """Send everything again from position 0, step by step, to a session that lost it."""
+        for count, step in enumerate(self.steps, start=1):
+            hidden, expected = self.local.follow(self.steps[:count])
+            done = await self.engine.run(self.work(sum(len(s) for s in self.steps[:count]) - len(step), hidden))
+            assert_same(done.hidden, expected)
+
+    def work(self, start: int, hidden: Tensor) -> Work:
+        return Work(
+            session=self.session,
+            owner=self.owner,
+            start=start,
+            hidden=hidden,
+            span=self.local.span,
+            parent=self.parent,
+        )
+
+
+async def together(*steps: Any) -> list[Any]:
+    return list(await asyncio.gather(*steps))

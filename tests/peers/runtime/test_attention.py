@@ -1,0 +1,156 @@
+"""Ragged attention against its definition, one query at a time in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.masking_utils import (
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+from peers.runtime import attention
+from peers.runtime.attention import (
+    LayerPool,
+    NotPluggable,
+    Pattern,
+    RaggedBatch,
+    Segment,
+    attend_one,
+    ragged_attention,
+    ragged_mask,
+    see,
+)
+
+Sees = Callable[[int, int], bool]
+
+
+@st.composite
+def patterns(draw: st.DrawFn) -> tuple[attention.MaskFunction, Sees]:
+    """A mask function of transformers and what it means in plain words."""
+    size = draw(st.integers(1, 9))
+    full = (causal_mask_function, lambda query, key: key <= query)
+    sliding = (sliding_window_causal_mask_function(size), lambda query, key: query - size < key <= query)
+    chunked = (
+        chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long)),
+        lambda query, key: key <= query and key // size == query // size,
+    )
+    return draw(st.sampled_from([full, sliding, chunked]))
+
+
+@st.composite
+def runs(draw: st.DrawFn, lengths: list[int]) -> list[list[tuple[int, int]]]:
+    """Disjoint slots for sessions of these lengths, in pieces of any size and any order."""
+    pieces: list[tuple[int, int]] = []  # (session, slots)
+    for session, length in enumerate(lengths):
+        while length:
+            count = draw(st.integers(1, length))
+            pieces.append((session, count))
+            length -= count
+    order = draw(st.permutations(range(len(pieces))))
+    first, placed = 0, {}
+    for index in order:
+        placed[index] = first
+        first += pieces[index][1]
+    return [
+        [(placed[i], count) for i, (owner, count) in enumerate(pieces) if owner == session]
+        for session in range(len(lengths))
+    ]
+
+
+def slots_of(session_runs: list[tuple[int, int]]) -> list[int]:
+    return [slot for first, count in session_runs for slot in range(first, first + count)]
+
+
+def by_definition(
+    q_H: Tensor, keys_LJ: Tensor, values_LJ: Tensor, seen: list[int], scale: float, softcap: float | None, sinks: Tensor
+) -> Tensor:
+    """One query of all heads, [H, V], in float64; `sinks` has no entry when there are none."""
+    group = len(q_H) // keys_LJ.shape[1]
+    keys_LH = keys_LJ[seen].double().repeat_interleave(group, 1)
+    values_LH = values_LJ[seen].double().repeat_interleave(group, 1)
+    scores_HL = torch.einsum("hk,lhk->hl", q_H.double(), keys_LH) * scale
+    if softcap is not None:
+        scores_HL = softcap * torch.tanh(scores_HL / softcap)
+    if len(sinks):
+        scores_HL = torch.cat([scores_HL, sinks.double()[:, None]], 1)
+    return torch.einsum("hl,lhv->hv", scores_HL.softmax(1)[:, : len(seen)], values_LH)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_ragged_batch_attends_as_each_of_its_sessions_would_alone(data: st.DataObject) -> None:
+    J, G = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    K = data.draw(st.sampled_from([4, 8]))
+    V = data.draw(st.sampled_from([K, K, 6]))
+    extents = data.draw(
+        st.lists(st.tuples(st.integers(0, 12), st.one_of(st.just(1), st.integers(1, 7))), min_size=1, max_size=6)
+    )
+    segment_runs = data.draw(runs([start + tokens for start, tokens in extents]))
+    function, sees = data.draw(patterns())
+    softcap = data.draw(st.sampled_from([None, None, 2.0]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    sinks = random(J * G) if data.draw(st.booleans()) else random(0)
+    slots = sum(start + tokens for start, tokens in extents)
+    pool = LayerPool(
+        keys_1JSK=torch.full((1, J, slots, K), math.nan), values_1JSV=torch.full((1, J, slots, V), math.nan)
+    )
+    segments, queries, keys, values, expected = [], [], [], [], []
+    for (start, tokens), session_runs in zip(extents, segment_runs, strict=True):
+        q, k, v = random(tokens, J * G, K), random(start + tokens, J, K), random(start + tokens, J, V)
+        past = slots_of(session_runs)[:start]
+        pool.keys_1JSK[0, :, past] = k[:start].transpose(0, 1)
+        pool.values_1JSV[0, :, past] = v[:start].transpose(0, 1)
+        segments.append(Segment(start=start, tokens=tokens, runs=session_runs))
+        queries.append(q)
+        keys.append(k[start:])
+        values.append(v[start:])
+        for query in range(start, start + tokens):
+            seen = [key for key in range(start + tokens) if sees(query, key)]
+            expected.append(by_definition(q[query - start], k, v, seen, 0.3, softcap, sinks))
+
+    def packed(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).transpose(0, 1)[None]
+
+    batch = RaggedBatch(segments, [pool], torch.device("cpu"))
+    output = batch.attend(
+        packed(queries), packed(keys), packed(values), Pattern(function), 0.3, softcap, sinks if len(sinks) else None
+    )
+    torch.testing.assert_close(output[0].double(), torch.stack(expected), atol=2e-6, rtol=1e-5)
+    for (start, _), session_runs, k in zip(extents, segment_runs, keys, strict=True):
+        assert torch.equal(pool.keys_1JSK[0, :, slots_of(session_runs)[start:]], k.transpose(0, 1))
+
+
+def test_long_prompts_are_scored_a_few_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(9, 2, 3, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    mask = see(Segment(start=0, tokens=9, runs=[(0, 9)]), causal_mask_function, q).mask_nL
+    whole = attend_one(q, k, v, mask, 0.3, softcap=4.0)
+    monkeypatch.setattr(attention, "SCORES_LIMIT", 2 * 2 * 3 * 9)
+    torch.testing.assert_close(attend_one(q, k, v, mask, 0.3, softcap=4.0), whole)
+
+
+def test_a_window_reads_no_key_before_it() -> None:
+    segment = Segment(start=20, tokens=1, runs=[(40, 16), (0, 5)])
+    view = see(segment, sliding_window_causal_mask_function(7), torch.empty(0))
+    assert (view.runs, view.mask_nL) == ([(54, 2), (0, 5)], None)
+
+
+def test_what_it_does_not_understand_it_refuses() -> None:
+    q = torch.zeros(1, 1, 1, 4)
+    with pytest.raises(NotPluggable, match="mask"):
+        ragged_attention(torch.nn.Identity(), q, q, q, torch.zeros(1, 1, 1, 1))
+    with pytest.raises(NotPluggable, match="position_bias"):
+        ragged_attention(torch.nn.Identity(), q, q, q, Pattern(causal_mask_function), position_bias=q)
+    with pytest.raises(NotPluggable, match="positions"):
+        ragged_mask(mask_function=causal_mask_function, use_vmap=True)

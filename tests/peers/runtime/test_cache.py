@@ -1,0 +1,89 @@
+"""Spans of many architectures, in ragged batches or alone, against the whole local model."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+
+from peers.model.cutting import SpanModel
+from peers.runtime import attention, cache
+from peers.runtime.cache import PagedCache, SoloCache, bytes_per_token, open_cache
+from peers.runtime.pages import PagePool
+from routing.ids import BlockSpan
+from tests.helpers.families import FAMILIES, NUM_BLOCKS
+from tests.peers.runtime.spans import Local, Sequence, running, together
+
+SPAN = BlockSpan(1, 4)
+PLUGGABLE = ["llama", "mistral", "gemma2", "gemma3", "gpt-oss", "deepseek-v3", "qwen3-moe", "gpt2", "opt", "persimmon"]
+ALONE = ["llama4", "bloom", "mpt", "falcon-alibi", "gptj", "gpt-neo"]
+
+
+@pytest.mark.parametrize("family", PLUGGABLE + ALONE)
+async def test_ragged_batches_of_prefills_and_decodes_equal_the_local_model(family: str) -> None:
+    local = Local(family, SPAN)
+    async with running(local.cut()) as engine:
+        assert isinstance(engine._cache, PagedCache if FAMILIES[family].pluggable else SoloCache)
+        long, middle, short = (Sequence(local, engine, seed=seed) for seed in (100, 200, 300))
+        await together(long.step(40), middle.step(20), short.step(6))  # more than one forward holds
+        await together(long.step(1), middle.step(1), short.step(1))
+        child = middle.fork(13)  # inside a page
+        long.roll_back(37)
+        await together(long.step(4), middle.step(1), child.step(2), short.step(9))
+        await together(long.step(1), middle.step(1), child.step(1), short.step(1))
+
+
+@pytest.mark.parametrize("family", ["llama-dynamic", "phi3-longrope"])
+async def test_sessions_of_unlike_rotary_regimes_do_not_disturb_each_other(family: str) -> None:
+    local = Local(family, SPAN)
+    async with running(local.cut()) as engine:
+        sequences = [Sequence(local, engine, seed=100 * i) for i in range(4)]
+        await together(*(sequence.step(tokens) for sequence, tokens in zip(sequences, (50, 30, 14, 5), strict=True)))
+        for _ in range(4):  # the third crosses its model's original 16 positions
+            await together(*(sequence.step(1) for sequence in sequences))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+async def test_a_route_may_use_a_part_of_the_span(family: str) -> None:
+    local, narrow = Local(family, BlockSpan(0, NUM_BLOCKS)), Local(family, SPAN)
+    async with running(local.cut()) as engine:
+        wide, part = Sequence(local, engine), Sequence(narrow, engine)
+        for tokens in (7, 1, 1):
+            await together(wide.step(tokens), part.step(tokens))
+
+
+def span_of(family: str) -> SpanModel:
+    return Local(family, SPAN).cut()
+
+
+def test_the_cost_of_a_position_is_what_the_layers_keep() -> None:
+    assert bytes_per_token(span_of("llama")) == len(SPAN) * 2 * (8 + 8) * 4
+    assert bytes_per_token(span_of("deepseek-v3")) == len(SPAN) * 4 * (12 + 6) * 4
+    assert bytes_per_token(span_of("bloom")) == len(SPAN) * 4 * (8 + 8) * 4
+
+
+def test_pages_of_slots_are_not_touched_before_they_are_used() -> None:
+    model, pages = span_of("llama"), PagePool(1 << 16, 16)
+    before = psutil.Process().memory_info().rss
+    opened = open_cache(model, pages)
+    assert isinstance(opened, PagedCache)
+    assert bytes_per_token(model) << 20 > 400e6
+    assert psutil.Process().memory_info().rss - before < 50e6
+
+
+def test_a_model_on_which_ragged_attention_is_wrong_runs_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache, "RaggedBatch", _Forgetful)
+    assert isinstance(open_cache(span_of("llama"), PagePool(4, 4)), SoloCache)
+    assert "sessions run alone" in caplog.text
+
+
+class _Forgetful(attention.RaggedBatch):
+    def attend(self, q_1HTK: torch.Tensor, *args: object) -> torch.Tensor:
+        return super().attend(q_1HTK * 1.5, *args)  # type: ignore[arg-type]
+
+
+def test_a_layer_with_unknown_arguments_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_HARMLESS", frozenset())
+    assert isinstance(open_cache(span_of("llama"), PagePool(4, 4)), SoloCache)

@@ -1,0 +1,442 @@
+"""The engine as its callers see it: what comes out, what goes wrong for whom, and what is free afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peers.errors import Busy, Preempted
+from peers.model.cutting import SpanModel
+from peers.runtime.engine import (
+    CacheTooSmall,
+    ComputeFailed,
+    Engine,
+    EngineConfig,
+    NonFiniteOutput,
+    PositionGap,
+    SessionReleased,
+    Work,
+)
+from routing.errors import CallerError, Unavailable
+from routing.ids import BlockSpan, PeerId, SessionId
+from tests.peers.runtime.spans import ALICE, Local, Sequence, assert_same, new_session, running, together
+
+SPAN = BlockSpan(1, 4)
+WIDTH = 32
+
+
+@pytest.fixture(scope="module")
+def local() -> Local:
+    return Local("llama", SPAN)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Local:
+    """A family that is not batched."""
+    return Local("bloom", SPAN)
+
+
+class Gate:
+    """Stops the engine's thread in front of a forward."""
+
+    def __init__(self, model: SpanModel) -> None:
+        self._forward = model.forward
+        self._open = threading.Event()
+        self._reached = threading.Event()
+        self.forwards = 0
+        self.failure: Exception | None = None
+        self._open.set()
+        model.forward = self._pass  # type: ignore[method-assign]
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._reached.set()
+        self._open.wait()
+        self.forwards += 1
+        if self.failure is not None:
+            raise self.failure
+        return self._forward(*args, **kwargs)
+
+    def close(self) -> None:
+        self._open.clear()
+        self._reached.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def reached(self) -> None:
+        await asyncio.to_thread(self._reached.wait)
+
+
+def work(session: SessionId, start: int, tokens: int, *, owner: PeerId = ALICE, **others: Any) -> Work:
+    hidden = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(start))
+    return Work(**{"session": session, "owner": owner, "start": start, "hidden": hidden, "span": SPAN, **others})
+
+
+def assert_all_free(engine: Engine) -> None:
+    stats = engine.stats()
+    assert (stats.free_tokens, stats.queued_tokens, stats.sessions) == (stats.total_tokens, 0, 0)
+
+
+async def test_works_of_one_session_run_in_submission_order(local: Local) -> None:
+    async with running(local.cut()) as engine:
+        session = new_session()
+        whole = await engine.run(work(new_session(), 0, 3))
+        first, second = work(session, 0, 3), work(session, 3, 2)
+        done, more = await together(engine.run(first), engine.run(second))
+        assert torch.equal(done.hidden, whole.hidden)
+        assert more.hidden.shape == (2, WIDTH)
+        assert engine.held(session) == 5
+
+
+async def test_sessions_that_are_ready_together_share_a_forward(local: Local) -> None:
+    model = local.cut()
+    async with running(model) as engine:
+        gate, sessions = Gate(model), [new_session() for _ in range(6)]
+        gate.close()
+        runs = asyncio.gather(*(engine.run(work(session, 0, 2)) for session in [*sessions, new_session()]))
+        await gate.reached()
+        gate.open()
+        await runs
+        assert gate.forwards <= 2
+
+
+async def test_an_output_is_the_callers_own(local: Local) -> None:
+    async with running(local.cut()) as engine:
+        results = await together(*(engine.run(work(new_session(), 0, 100)) for _ in range(2)))
+        assert results[0].hidden.untyped_storage().nbytes() == 100 * WIDTH * 4
+        assert not results[0].hidden.is_inference()
+        assert results[0].compute_s > 0
+        assert results[0].queue_s >= 0
+
+
+async def test_a_gap_is_refused_with_the_held_length(local: Local) -> None:
+    async with running(local.cut()) as engine:
+        session = new_session()
+        await engine.run(work(session, 0, 5))
+        with pytest.raises(PositionGap, match="starts at 7, this peer holds 5") as caught:
+            await engine.run(work(session, 7, 1))
+        assert caught.value.held == 5
+        await engine.run(work(session, 2, 1))
+        assert engine.held(session) == 3
+
+
+async def test_positions_of_other_blocks_do_not_count(local: Local) -> None:
+    async with running(local.cut()) as engine:
+        session = new_session()
+        await engine.run(work(session, 0, 5))
+        with pytest.raises(PositionGap, match="holds 0"):
+            await engine.run(work(session, 5, 1, span=BlockSpan(1, 3)))
+        await engine.run(work(session, 0, 2, span=BlockSpan(1, 3)))
+        assert engine.held(session) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden": torch.zeros(0, WIDTH)},
+        {"hidden": torch.zeros(2, WIDTH + 1)},
+        {"hidden": torch.zeros(WIDTH)},
+        {"start": -1},
+        {"span": BlockSpan(0, 4)},
+    ],
+)
+async def test_a_work_that_makes_no_sense_is_refused(local: Local, wrong: dict[str, Any]) -> None:
+    async with running(local.cut()) as engine:
+        with pytest.raises(CallerError):
+            await engine.run(Work(**{**work_fields(work(new_session(), 0, 1)), **wrong}))
+        assert_all_free(engine)
+
+
+def work_fields(given: Work) -> dict[str, Any]:
+    return {name: getattr(given, name) for name in Work.__slots__}
+
+
+async def test_a_session_that_can_never_fit_is_told_so(local: Local) -> None:
+    async with running(local.cut(), cache_tokens=33) as engine:
+        with pytest.raises(CacheTooSmall, match=r"33 positions .* 32"):
+            await engine.run(work(new_session(), 30, 3))
+
+
+async def test_a_full_queue_answers_busy(local: Local) -> None:
+    model = local.cut()
+    async with running(model, max_queued_tokens=100) as engine:
+        gate = Gate(model)
+        gate.close()
+        accepted = [asyncio.ensure_future(engine.run(work(new_session(), 0, 40))) for _ in range(2)]
+        await gate.reached()
+        with pytest.raises(Busy) as caught:
+            await engine.run(work(new_session(), 0, 40))
+        assert caught.value.retry_after_s > 0
+        gate.open()
+        await together(*accepted)
+
+
+async def test_a_release_in_the_running_forward_takes_effect_after_it(local: Local) -> None:
+    model = local.cut()
+    async with running(model) as engine:
+        gate, session, other = Gate(model), new_session(), new_session()
+        gate.close()
+        doomed = asyncio.ensure_future(engine.run(work(session, 0, 8)))
+        await gate.reached()
+        queued = asyncio.ensure_future(engine.run(work(session, 8, 1)))
+        neighbour = asyncio.ensure_future(engine.run(work(other, 0, 8)))
+        await asyncio.sleep(0)
+        engine.release(session)
+        engine.release(session)
+        assert engine.held(session) == 0
+        for failed in (doomed, queued):
+            with pytest.raises(SessionReleased):
+                await failed
+        again = asyncio.ensure_future(engine.run(work(session, 0, 3)))  # a new session under the old id
+        gate.open()
+        await together(neighbour, again)
+        assert engine.held(session) == 3
+        for each in (session, other, new_session()):
+            engine.release(each)
+        assert_all_free(engine)
+
+
+@pytest.mark.parametrize("pages_after", [(0, 512), (1, 512 - 64)])
+async def test_a_cancelled_work_keeps_what_was_computed(local: Local, pages_after: tuple[int, int]) -> None:
+    forwards, free = pages_after
+    model = local.cut()
+    async with running(model) as engine:
+        gate, session = Gate(model), new_session()
+        gate.close()
+        blocker = asyncio.ensure_future(engine.run(work(new_session(), 0, 1))) if not forwards else None
+        if blocker:
+            await gate.reached()
+        task = asyncio.ensure_future(engine.run(work(session, 0, 200)))
+        await (asyncio.sleep(0) if blocker else gate.reached())
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.open()
+        if blocker:
+            await blocker
+        marker = new_session()
+        await engine.run(work(marker, 0, 1))
+        engine.release(marker)
+        assert engine.held(session) == 64 * forwards
+        assert engine.stats().free_tokens == free - (4 if blocker else 0)
+
+
+async def test_one_sessions_nan_is_nobody_elses(local: Local) -> None:
+    model = local.cut()
+    async with running(model) as engine:
+        gate, poisoned, healthy = Gate(model), new_session(), new_session()
+        await together(*(engine.run(work(session, 0, 4)) for session in (poisoned, healthy)))
+        expected = await engine.run(work(healthy, 4, 1))
+        before = gate.forwards
+        gate.close()
+        blocker = asyncio.ensure_future(engine.run(work(new_session(), 0, 1)))
+        await gate.reached()
+        bad = asyncio.ensure_future(engine.run(work(poisoned, 4, 1, hidden=torch.full((1, WIDTH), torch.inf))))
+        good = asyncio.ensure_future(engine.run(work(healthy, 4, 1)))
+        await asyncio.sleep(0)
+        gate.open()
+        await blocker
+        with pytest.raises(NonFiniteOutput):
+            await bad
+        assert_same((await good).hidden, expected.hidden)
+        assert gate.forwards == before + 2
+        assert engine.held(poisoned) == 4
+        await engine.run(work(poisoned, 4, 1))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+async def test_a_forward_that_raises_fails_its_works_and_nothing_else(
+    local: Local, alone: Local, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    subject = local if family == "llama" else alone
+    model = subject.cut()
+    async with running(model) as engine:
+        sequence = Sequence(subject, engine)
+        await sequence.step(6)
+        gate = Gate(model)
+        gate.failure = RuntimeError("out of memory")
+        with pytest.raises(ComputeFailed):
+            await engine.run(work(sequence.session, 6, 9))
+        assert "out of memory" in caplog.text
+        gate.failure = None
+        assert engine.held(sequence.session) == 6
+        assert engine.stats().free_tokens == 512 - 8
+        await sequence.step(3)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+async def test_forks_diverge_without_disturbing_each_other(local: Local, alone: Local, family: str) -> None:
+    subject = local if family == "llama" else alone
+    async with running(subject.cut()) as engine:
+        parent = Sequence(subject, engine)
+        await parent.step(10)
+        children = [parent.fork(length) for length in (10, 10, 8, 7)]
+        await together(parent.step(1), *(child.step(2) for child in children))
+        grandchild = children[1].fork(9)
+        engine.release(parent.session)
+        await together(*(child.step(3) for child in children), grandchild.step(1))
+        for child in (*children, grandchild):
+            engine.release(child.session)
+        assert_all_free(engine)
+
+
+async def test_a_fork_is_of_what_its_parent_holds_when_it_is_submitted(local: Local) -> None:
+    model = local.cut()
+    async with running(model) as engine:
+        gate, parent = Gate(model), Sequence(local, engine)
+        await parent.step(10)
+        with pytest.raises(PositionGap, match="holds 0"):
+            await engine.run(work(new_session(), 4, 1, parent=(new_session(), 4)))
+        with pytest.raises(PositionGap, match="holds 10"):
+            await engine.run(work(new_session(), 11, 1, parent=(parent.session, 11)))
+        other = new_session()
+        await engine.run(work(other, 0, 1))
+        with pytest.raises(CallerError, match="only a new session"):
+            await engine.run(work(other, 4, 1, parent=(parent.session, 4)))
+        with pytest.raises(CallerError, match="cannot begin"):
+            await engine.run(work(other, 4, 1, parent=(other, 4)))
+        gate.close()
+        blocker = asyncio.ensure_future(engine.run(work(other, 0, 1)))
+        await gate.reached()
+        child = parent.fork(6)
+        forked = asyncio.ensure_future(child.step(1))
+        parent.roll_back(3)
+        rolled_back = asyncio.ensure_future(parent.step(4))
+        await asyncio.sleep(0)
+        with pytest.raises(PositionGap, match="holds 3"):
+            await engine.run(work(new_session(), 6, 1, parent=(parent.session, 6)))
+        engine.release(parent.session)
+        gate.open()
+        await together(forked, blocker)
+        with pytest.raises(SessionReleased):
+            await rolled_back
+
+
+async def test_a_pool_too_small_for_all_sessions_finishes_every_one(local: Local) -> None:
+    preempted = 0
+
+    async def generate(sequence: Sequence) -> None:
+        nonlocal preempted
+        for tokens in (20, *[1] * 6):
+            try:
+                await sequence.step(tokens)
+                continue
+            except Preempted:
+                preempted += 1
+            while True:
+                try:
+                    await sequence.replay()
+                    break
+                except Preempted:
+                    preempted += 1
+        engine.release(sequence.session)
+
+    async with running(local.cut(), cache_tokens=60) as engine:
+        await asyncio.gather(
+            *(generate(Sequence(local, engine, seed=100 * i, owner=PeerId(f"owner {i % 3}"))) for i in range(5))
+        )
+        assert preempted
+        assert_all_free(engine)
+
+
+async def test_a_preempted_session_is_told_to_replay_at_its_next_step(local: Local) -> None:
+    async with running(local.cut(), cache_tokens=32) as engine:
+        old, young = new_session(), new_session()
+        await engine.run(work(old, 0, 8))
+        await engine.run(work(young, 0, 24))
+        await engine.run(work(old, 8, 1))
+        assert engine.held(young) == 0
+        with pytest.raises(Preempted) as caught:
+            await engine.run(work(young, 24, 1))
+        assert caught.value.retry_after_s > 0
+        with pytest.raises(Preempted):
+            await engine.run(work(new_session(), 4, 1, parent=(young, 4)))
+        with pytest.raises(Preempted):  # the older one still needs its pages
+            await engine.run(work(young, 0, 25))
+        engine.release(old)
+        await engine.run(work(young, 0, 25))
+
+
+async def test_stopping_finishes_what_is_queued_and_refuses_the_rest(local: Local) -> None:
+    model = local.cut()
+    engine = Engine(model, EngineConfig(cache_tokens=1024))
+    await engine.start()
+    gate = Gate(model)
+    gate.close()
+    runs = [asyncio.ensure_future(engine.run(work(new_session(), 0, 300))) for _ in range(2)]
+    await gate.reached()
+    stopping = asyncio.ensure_future(engine.stop())
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="shutting down"):
+        await engine.run(work(new_session(), 0, 1))
+    gate.open()
+    await stopping
+    assert all(len(run.result().hidden) == 300 for run in runs)
+
+
+async def test_stopping_gives_up_at_its_deadline(local: Local) -> None:
+    model = local.cut()
+    engine = Engine(model, EngineConfig(cache_tokens=512))
+    await engine.start()
+    gate = Gate(model)
+    gate.close()
+    run = asyncio.ensure_future(engine.run(work(new_session(), 0, 1)))
+    await gate.reached()
+    await engine.stop(deadline_s=0.05)
+    with pytest.raises(Unavailable, match="shutting down"):
+        await run
+    gate.open()
+
+
+async def test_a_model_that_cannot_run_does_not_start(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = local.cut()
+    Gate(model).failure = RuntimeError("no such kernel")
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        await Engine(model, EngineConfig(cache_tokens=512)).start()
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_clients_do_all_pages_come_back(local: Local, seed: int) -> None:
+    """Steps, forks, rollbacks, cancellations and releases at random, on a cache that is too small."""
+    rng = random.Random(seed)
+
+    async def live(engine: Engine, known: list[SessionId]) -> None:
+        session = new_session()
+        known.append(session)
+        for _ in range(12):
+            parent = None
+            if rng.random() < 0.2:
+                session, origin = new_session(), rng.choice(known)
+                known.append(session)
+                parent = (origin, rng.randint(0, engine.held(origin) + 1))
+            start = parent[1] if parent else max(0, engine.held(session) - rng.randint(0, 2))
+            given = work(session, start, rng.choice([1, 1, 1, 20]), owner=PeerId(str(rng.randint(0, 2))), parent=parent)
+            task = asyncio.ensure_future(engine.run(given))
+            if rng.random() < 0.2:
+                await asyncio.sleep(0)
+                task.cancel() if rng.random() < 0.5 else engine.release(rng.choice(known))
+            with suppress(Preempted, PositionGap, SessionReleased, CacheTooSmall, asyncio.CancelledError):
+                await task  # whatever comes of it, the client goes on with what the engine holds
+
+    async with running(local.cut(), cache_tokens=100) as engine:
+        known: list[SessionId] = []
+        await asyncio.gather(*(live(engine, known) for _ in range(8)))
+        for session in known:
+            engine.release(session)
+        assert_all_free(engine)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"cache_tokens": 3}, {"page_size": 0}, {"token_budget": 10}, {"threads": 0}, {"max_queued_tokens": 0}],
+)
+def test_a_configuration_out_of_range_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"not|at least"):
+        EngineConfig(**{"cache_tokens": 64, **wrong})

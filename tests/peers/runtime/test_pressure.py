@@ -1,0 +1,103 @@
+"""The policy for a full cache, and its promise, under random interleavings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peers.runtime.pages import PagePool
+from peers.runtime.pressure import choose_victim, grow_or_preempt
+from routing.ids import PeerId
+
+ALICE, BOB, CAROL = PeerId("alice"), PeerId("bob"), PeerId("carol")
+
+
+def pool_with(lengths: dict[int, int], num_pages: int) -> PagePool:
+    pool = PagePool(num_pages, 1)
+    for session, length in lengths.items():
+        pool.open(session)
+        assert pool.grow(session, length) == []
+    return pool
+
+
+def test_the_youngest_session_of_the_heaviest_user_goes_first() -> None:
+    pool = pool_with({0: 1, 1: 2, 2: 4, 3: 3, 4: 1}, 11)
+    owners = {0: ALICE, 1: BOB, 2: CAROL, 3: BOB, 4: CAROL}
+    assert choose_victim(pool, 0, owners) == 4  # carol and bob hold five pages each; carol's is younger
+    assert grow_or_preempt(pool, 0, 4, owners) == ([], [4, 3])
+
+
+def test_an_older_session_never_pays() -> None:
+    pool = pool_with({0: 8, 1: 1}, 9)
+    owners = {0: ALICE, 1: BOB}
+    assert grow_or_preempt(pool, 1, 2, owners) == (None, [1])
+    assert pool.length(0) == 8
+
+
+def test_a_session_without_pages_is_no_victim() -> None:
+    pool = pool_with({0: 4, 1: 0}, 4)
+    assert grow_or_preempt(pool, 0, 5, {0: ALICE, 1: BOB}) == (None, [0])
+
+
+def test_shared_pages_count_once() -> None:
+    pool = pool_with({0: 1, 1: 4, 2: 5}, 10)
+    for child in (3, 4, 5):
+        pool.fork(1, child, 4)
+    owners = {0: ALICE, 1: BOB, 2: CAROL, 3: BOB, 4: BOB, 5: BOB}
+    assert choose_victim(pool, 0, owners) == 2
+
+
+@dataclass
+class Client:
+    """Wants `length` positions in steps of `step`; replays from the start when preempted; leaves when done."""
+
+    number: int
+    owner: PeerId
+    length: int
+    step: int
+    held: int = 0
+    done: bool = False
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    num_pages=st.integers(4, 12),
+    page_size=st.integers(1, 4),
+    wishes=st.lists(st.tuples(st.sampled_from([ALICE, BOB, CAROL]), st.integers(1, 48), st.integers(1, 9)), max_size=9),
+    choose=st.functions(like=lambda turn: ..., returns=st.integers(0, 1000), pure=True),
+)
+def test_a_pool_too_small_for_all_sessions_at_once_finishes_every_one(
+    num_pages: int, page_size: int, wishes: list[tuple[PeerId, int, int]], choose: Callable[[int], int]
+) -> None:
+    pool = PagePool(num_pages, page_size)
+    clients = {
+        number: Client(number, owner, min(length, num_pages * page_size), step)
+        for number, (owner, length, step) in enumerate(wishes)
+    }
+    turn = 0
+    while unfinished := [client for client in clients.values() if not client.done]:
+        turn += 1
+        # every so often everybody has a turn, as any client that retries in bounded time has
+        turns = unfinished if turn % 5 == 0 else [unfinished[choose(turn) % len(unfinished)]]
+        oldest_held = unfinished[0].held
+        for client in turns:
+            if client.number not in pool.sessions:
+                pool.open(client.number)
+            length = min(client.held + client.step, client.length)
+            copies, victims = grow_or_preempt(
+                pool, client.number, length, {number: clients[number].owner for number in pool.sessions}
+            )
+            for victim in victims:
+                clients[victim].held = 0
+            if copies is not None:
+                client.held = length
+            if client.held == client.length:
+                client.done = True
+                pool.release(client.number)
+            assert all(pool.length(number) == clients[number].held for number in pool.sessions)
+        assert unfinished[0].held >= oldest_held  # nobody takes anything from the oldest
+        assert turn < 5000
+    assert pool.used_pages == 0

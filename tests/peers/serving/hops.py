@@ -1,0 +1,261 @@
+"""Hops and a client on the memory twin, for the tests of serving.
+
+The engine is a toy on the event loop, so that virtual time is the only time; its outputs depend on every row that the
+session holds, so that a wrong cache shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from peers.runtime.engine import Done, Engine, EngineStats, PositionGap, SessionReleased, Work
+from peers.serving.admission import Admission, AdmissionLimits
+from peers.serving.handler import Handler, Served
+from peers.serving.ledger import Ledger, LedgerLimits
+from peers.serving.push import Delivery
+from peers.transport.links import Link, Links
+from peers.transport.memory import MemoryNetwork
+from peers.wire import tensors
+from peers.wire.messages import AnyMessage, Close, Failed, Message, Open, Opened, Relay, Result, Step
+from routing.identity import SigningKey
+from routing.ids import BlockSpan, ModelId, PeerId, SessionId
+
+HIDDEN = 4
+MODEL = ModelId(b"m" * 32)
+LATENCY_S = 0.01
+AMessage = TypeVar("AMessage", bound=Message)
+
+
+def peer_id(number: int) -> PeerId:
+    return SigningKey.from_seed(number.to_bytes(32, "big")).peer_id
+
+
+def session_id(number: int) -> SessionId:
+    return SessionId(bytes([number]) * 16)
+
+
+def rows(first: int, count: int) -> Tensor:
+    """The rows that the tests send for positions `[first, first + count)`: small integers, exact in every dtype."""
+    return (torch.arange(first, first + count)[:, None] % 3 + torch.arange(HIDDEN)).float()
+
+
+def through(span: BlockSpan, hidden: Tensor) -> Tensor:
+    """What the toy's blocks make of a whole sequence."""
+    return hidden.cumsum(0) + span.start
+
+
+class ToyEngine:
+    """`run`, `release`, `held` and `stats` of the real one, works in order of submission, a moment of time for each."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[SessionId, Tensor] = {}
+        self.ran: list[Work] = []
+        self.compute_s = 0.005
+        self.errors: list[Exception] = []
+        """Raised by the next works, one each."""
+        self._turn = asyncio.Lock()
+        self._ended: dict[SessionId, asyncio.Event] = {}
+
+    async def run(self, work: Work) -> Done:
+        if self.errors:
+            raise self.errors.pop(0)
+        ended = self._ended.setdefault(work.session, asyncio.Event())
+        if work.parent is not None:
+            assert work.session not in self.sessions, "only a new session can be forked from another"
+        held = self.sessions.setdefault(work.session, torch.empty(0, HIDDEN))
+        async with self._turn:
+            await asyncio.sleep(self.compute_s)
+            if ended.is_set():
+                raise SessionReleased(f"session {work.session} was released")
+            held = self.sessions[work.session]
+            if work.parent is not None:
+                held = self.sessions[work.parent[0]][: work.parent[1]]
+            if work.start > len(held):
+                raise PositionGap(work.start, len(held))
+            self.ran.append(work)
+            held = self.sessions[work.session] = torch.cat([held[: work.start], work.hidden.float()])
+            return Done(hidden=through(work.span, held)[work.start :], queue_s=0.0, compute_s=self.compute_s)
+
+    def release(self, session: SessionId) -> None:
+        self.sessions.pop(session, None)
+        if (ended := self._ended.pop(session, None)) is not None:
+            ended.set()
+
+    def held(self, session: SessionId) -> int:
+        return len(self.sessions.get(session, ()))
+
+    def stats(self) -> EngineStats:
+        return EngineStats(total_tokens=100, free_tokens=42, queued_tokens=7, sessions=len(self.sessions))
+
+
+class Hop:
+    """One serving peer of blocks `[4 * index, 4 * index + 4)`."""
+
+    def __init__(self, network: MemoryNetwork, index: int, **limits: Any) -> None:
+        self.span = BlockSpan(4 * index, 4 * index + 4)
+        self.transport = network.transport(peer_id(100 + index))
+        self.peer_id = self.transport.peer_id
+        self.links = Links(self.transport, network="test", software="test")
+        self.engine = ToyEngine()
+        self.ledger: Ledger[Delivery, Link] = Ledger(LedgerLimits(**{"max_positions": 1000} | limits))
+        self.admission = Admission(AdmissionLimits(max_bytes_in_flight_per_peer=1 << 20))
+        self.handler = Handler(
+            links=self.links,
+            engine=cast(Engine, self.engine),
+            served=Served(model=MODEL, span=self.span, hidden_size=HIDDEN),
+            ledger=self.ledger,
+            admission=self.admission,
+            clock=lambda: asyncio.get_running_loop().time(),
+        )
+        self.running: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self.links.serve()
+        self.running = asyncio.create_task(self.handler.run(), name="handler")
+
+    @property
+    def empty(self) -> bool:
+        in_flight = sum(account.bytes_in_flight for account in self.admission.accounts.values())
+        return not self.engine.sessions and not len(self.ledger) and not in_flight
+
+    async def close(self) -> None:
+        assert self.running is not None
+        self.running.cancel()
+        await asyncio.wait([self.running])
+        await self.links.close()
+        await self.transport.close()
+
+
+class Client:
+    """Speaks the protocol by hand. `inbox` keeps what came, in order."""
+
+    def __init__(self, network: MemoryNetwork, number: int = 1) -> None:
+        self.transport = network.transport(peer_id(number), client_mode=True)
+        self.links = Links(self.transport, network="test", software="test")
+        self.inbox: list[tuple[Link, AnyMessage, bytes]] = []
+        self._arrived = asyncio.Event()
+        for kind in (Opened, Result, Failed, Relay):
+            self.links.handle(kind, self._receive)
+
+    async def _receive(self, link: Link, message: Any, payload: memoryview) -> None:
+        self.inbox.append((link, message, bytes(payload)))
+        self._arrived.set()
+
+    async def send(self, hop: Hop, message: AnyMessage, payload: bytes | memoryview = b"") -> None:
+        link = await self.links.to(hop.peer_id, hop.transport.addresses)
+        await link.send(message, payload)
+
+    async def next(self, kind: type[AMessage], *, timeout_s: float = 1000.0) -> tuple[AMessage, bytes]:
+        """The next message of any kind, which must be of this one."""
+        async with asyncio.timeout(timeout_s):
+            while not self.inbox:
+                self._arrived.clear()
+                await self._arrived.wait()
+        _, message, payload = self.inbox.pop(0)
+        assert isinstance(message, kind), message
+        return message, payload
+
+    async def open(self, hops: Sequence[Hop], session: int = 1, epoch: int = 1, **changes: Any) -> None:
+        for message, hop in zip(self.opens(hops, session, epoch, **changes), hops, strict=True):
+            await self.send(hop, message)
+        for _ in hops:
+            await self.next(Opened)
+
+    @staticmethod
+    def opens(hops: Sequence[Hop], session: int = 1, epoch: int = 1, **changes: Any) -> list[Open]:
+        made = []
+        for index, hop in enumerate(hops):
+            following = hops[index + 1] if index + 1 < len(hops) else None
+            fields: dict[str, Any] = {
+                "session": session_id(session).raw,
+                "epoch": epoch,
+                "model": MODEL.digest,
+                "start": hop.span.start,
+                "end": hop.span.end,
+                "previous": hops[index - 1].peer_id if index else None,
+                "next": None if following is None else following.peer_id,
+                "next_addresses": () if following is None else following.transport.addresses,
+            }
+            made.append(Open(**fields | changes))
+        return made
+
+    async def step(self, hop: Hop, step: int, first: int, count: int = 1, **changes: Any) -> None:
+        message, payload = step_of(step, first, count, **changes)
+        await self.send(hop, message, payload)
+
+    async def result(self) -> Tensor:
+        message, payload = await self.next(Result)
+        return tensors.unpack(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
+
+    async def refusal(self) -> str:
+        message, _ = await self.next(Failed)
+        return message.code
+
+    async def close_session(self, hops: Sequence[Hop], *sessions: int) -> None:
+        for hop in hops:
+            await self.send(hop, Close(sessions=tuple(session_id(session).raw for session in sessions)))
+
+    async def close(self) -> None:
+        await self.links.close()
+        await self.transport.close()
+
+
+def step_of(step: int, first: int, count: int = 1, session: int = 1, **changes: Any) -> tuple[Step, memoryview]:
+    hidden = changes.pop("rows", None)
+    hidden = rows(first, count) if hidden is None else hidden
+    fields: dict[str, Any] = {
+        "session": session_id(session).raw,
+        "epoch": 1,
+        "step": step,
+        "first": first,
+        "count": count,
+        "want_from": 0,
+        "dtype": "float32",
+        "hidden": HIDDEN,
+    }
+    message = Step(**fields | changes)
+    return message, tensors.pack(hidden, "float32")
+
+
+def expected(hops: Sequence[Hop], first: int, end: int) -> Tensor:
+    """Rows `[first, end)` of what the whole route makes of the tests' rows."""
+    hidden = rows(0, end)
+    for hop in hops:
+        hidden = through(hop.span, hidden)
+    return hidden[first:]
+
+
+class Route:
+    """Three hops and a client, and what a test does when it has ended: everything must be released."""
+
+    def __init__(self, num_hops: int = 3, **limits: Any) -> None:
+        self.network = MemoryNetwork(latency_s=LATENCY_S)
+        self.hops = [Hop(self.network, index, **limits) for index in range(num_hops)]
+        self.client = Client(self.network)
+        self.others: list[Client] = []
+
+    def another_client(self) -> Client:
+        self.others.append(Client(self.network, 2 + len(self.others)))
+        return self.others[-1]
+
+    async def __aenter__(self) -> Route:
+        for hop in self.hops:
+            await hop.start()
+        return self
+
+    async def __aexit__(self, kind: object, *_: object) -> None:
+        for client in (self.client, *self.others):
+            await client.close()
+        await asyncio.sleep(1.0)
+        empty = [hop.empty for hop in self.hops]
+        failures = [hop.running.exception() for hop in self.hops if hop.running is not None and hop.running.done()]
+        for hop in self.hops:
+            await hop.close()
+        if kind is None:
+            assert all(empty), "pages, sessions or bytes are left"
+            assert failures == [], "a stranger brought a peer down"

@@ -1,0 +1,425 @@
+"""One peer and its clients: what reaches the engine, what is refused before it, and what is released when."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from peers.errors import Busy, Preempted
+from peers.runtime.engine import CacheTooSmall, ComputeFailed, PositionGap
+from peers.serving.handler import MAX_PAYLOAD_BYTES, SWEEP_S
+from peers.transport.base import MAX_FRAME_BYTES
+from peers.wire import codec
+from peers.wire.messages import MAX_HOPS, Code, Failed, Opened
+from routing.errors import Unavailable
+from tests.peers.serving.hops import HIDDEN, Client, Hop, Route, expected, rows, session_id, step_of
+
+pytestmark = pytest.mark.looptime
+
+
+class Alone(Route):
+    """One hop, which is the whole route."""
+
+    def __init__(self, **limits: Any) -> None:
+        super().__init__(1, **limits)
+        (self.hop,) = self.hops
+
+    async def __aenter__(self) -> Alone:
+        await super().__aenter__()
+        return self
+
+
+async def runs(client: Client, hop: Hop, step: int, first: int, count: int = 1, **changes: Any) -> None:
+    """The step is computed, and rightly."""
+    await client.step(hop, step, first, count, **changes)
+    assert torch.equal(await client.result(), expected([hop], first, first + count))
+
+
+# --- what is refused before the engine hears of it ---
+
+NAN = rows(5, 1).clone()
+NAN[0, 1] = float("nan")
+INFINITE = rows(5, 1).clone()
+INFINITE[0, 3] = float("inf")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": NAN},
+        {"rows": INFINITE},
+        {"dtype": "float64"},
+        {"dtype": "float16"},
+        {"dtype": ""},
+        {"hidden": HIDDEN * 2, "rows": torch.zeros(1, HIDDEN * 2)},
+        {"hidden": 0, "rows": torch.zeros(1, 0)},
+        {"count": 2, "rows": rows(5, 1)},
+        {"count": 0, "rows": torch.zeros(0, HIDDEN)},
+        {"want_from": 2},
+        {"hops": ((0.0, 0.0),) * MAX_HOPS},
+        {"count": 1 << 24, "rows": rows(5, 1)},
+    ],
+    ids=str,
+)
+async def test_a_malformed_step_is_refused_and_disturbs_nobody(changes: dict[str, Any]) -> None:
+    async with Alone() as route:
+        other = route.another_client()
+        await route.client.open(route.hops, session=1)
+        await other.open(route.hops, session=2)
+        await runs(route.client, route.hop, 1, 0, 5)
+        await runs(other, route.hop, 1, 0, 5, session=2)
+        await route.client.step(route.hop, 2, 5, **changes)
+        assert await route.client.refusal() in (Code.MALFORMED, Code.TOO_LONG)
+        assert len(route.hop.engine.ran) == 2
+        await runs(other, route.hop, 2, 5, session=2)
+        await runs(route.client, route.hop, 3, 5)
+
+
+async def test_what_could_not_be_passed_on_is_not_taken_in() -> None:
+    """The header grows at every hop: a frame of just the legal size would not fit any more."""
+    async with Alone() as route:
+        await route.client.open(route.hops)
+        message, _ = step_of(1, 0, MAX_FRAME_BYTES // 16 - 100)
+        payload = bytes(16 * message.count)
+        assert MAX_PAYLOAD_BYTES < len(payload) < MAX_FRAME_BYTES - len(codec.encode(message))
+        await route.client.send(route.hop, message, payload)
+        assert await route.client.refusal() == Code.MALFORMED
+
+
+async def test_a_step_that_leaves_a_gap_or_passes_the_limit_never_reaches_the_engine() -> None:
+    async with Alone(max_positions=8) as route:
+        client, hop = route.client, route.hop
+        await client.step(hop, 1, 0)
+        assert await client.refusal() == Code.UNKNOWN_SESSION
+        await client.open(route.hops)
+        await runs(client, hop, 1, 0, 5)
+        for step, first, count, epoch, code in [
+            (2, 6, 1, 1, Code.GAP),
+            (2, 5, 4, 1, Code.TOO_LONG),
+            (2, 5, 1, 0, Code.STALE_EPOCH),
+        ]:
+            await client.step(hop, step, first, count, epoch=epoch)
+            failure, _ = await client.next(Failed)
+            assert (failure.code, failure.step, failure.epoch, failure.peer) == (code, step, epoch, hop.peer_id)
+        assert len(hop.engine.ran) == 1
+        await runs(client, hop, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"model": b"x" * 32}, Code.WRONG_MODEL),
+        ({"start": 0, "end": 5}, Code.WRONG_MODEL),
+        ({"start": 3, "end": 3}, Code.WRONG_MODEL),
+        ({"start": 3, "end": 2}, Code.WRONG_MODEL),
+        ({"epoch": 0}, Code.STALE_EPOCH),
+    ],
+)
+async def test_a_wrong_open_is_refused_and_keeps_what_was_open(changes: dict[str, Any], code: str) -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        await runs(client, hop, 1, 0, 5)
+        (message,) = client.opens(route.hops, **{"epoch": 2} | changes)
+        await client.send(hop, message)
+        assert await client.refusal() == code
+        await runs(client, hop, 2, 5)
+
+
+async def test_a_part_of_the_span_can_be_opened() -> None:
+    async with Alone() as route:
+        await route.client.open(route.hops, start=1, end=3)
+        await route.client.step(route.hop, 1, 0)
+        await route.client.result()
+        assert (route.hop.engine.ran[0].span.start, route.hop.engine.ran[0].span.end) == (1, 3)
+
+
+async def test_too_many_bytes_in_flight_are_busy_and_all_are_given_back() -> None:
+    async with Alone(max_positions=1 << 20) as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        hop.engine.compute_s = 1.0
+        half = (1 << 20) // 16 // 2
+        for number in range(3):
+            await client.step(hop, number, number * half, half)
+        failure, _ = await client.next(Failed)
+        assert (failure.code, failure.step) == (Code.BUSY, 2)
+        assert failure.retry_after_s > 0
+        await client.result()
+        await client.result()
+        await client.step(hop, 2, 2 * half, half)
+        await client.result()
+
+
+# --- once and only once ---
+
+
+async def test_a_repeated_step_returns_the_stored_answer_without_running_again() -> None:
+    async with Route() as route:
+        client = route.client
+        await client.open(route.hops)
+        for _ in range(3):
+            await client.step(route.hops[0], 1, 0, 5)
+            assert torch.equal(await client.result(), expected(route.hops, 0, 5))
+        assert [len(hop.engine.ran) for hop in route.hops] == [1, 1, 1]
+
+
+async def test_a_step_repeated_while_it_runs_is_answered_once() -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        hop.engine.compute_s = 1.0
+        for _ in range(3):
+            await client.step(hop, 1, 0, 5)
+        assert torch.equal(await client.result(), expected([hop], 0, 5))
+        await asyncio.sleep(5.0)
+        assert (client.inbox, len(hop.engine.ran)) == ([], 1)
+
+
+async def test_a_stored_answer_keeps_no_more_memory_than_its_rows() -> None:
+    async with Alone() as route:
+        await route.client.open(route.hops)
+        await route.client.step(route.hop, 1, 0, 500, want_from=499)
+        await route.client.result()
+        entry = route.hop.ledger.get(session_id(1))
+        assert entry is not None
+        (kept,) = entry.answers.values()
+        array: Any = kept.answer.payload.obj
+        assert array.base.untyped_storage().nbytes() == 4 * HIDDEN, "and not all 500 rows"
+
+
+async def test_a_step_lower_than_what_is_held_rolls_back() -> None:
+    async with Alone() as route:
+        await route.client.open(route.hops)
+        await route.client.step(route.hop, 1, 0, 8, rows=torch.ones(8, HIDDEN))
+        await route.client.result()
+        await runs(route.client, route.hop, 2, 0, 3)
+        await runs(route.client, route.hop, 3, 3)
+
+
+# --- failures of the engine ---
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "retry_after_s"),
+    [
+        (Busy("full", retry_after_s=0.7), Code.BUSY, 0.7),
+        (Preempted("taken", retry_after_s=0.3), Code.PREEMPTED, 0.3),
+        (PositionGap(5, 0), Code.GAP, 0.0),
+        (CacheTooSmall("small"), Code.TOO_LONG, 0.0),
+        (ComputeFailed("broken"), Code.INTERNAL, 0.0),
+        (Unavailable("stopping"), Code.DRAINING, 0.0),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+async def test_the_client_hears_why_a_step_did_not_run_and_may_repeat_it(
+    error: Exception, code: str, retry_after_s: float
+) -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        await runs(client, hop, 1, 0, 5)
+        hop.engine.errors.append(error)
+        await client.step(hop, 2, 5)
+        failure, _ = await client.next(Failed)
+        assert (failure.code, failure.step, failure.retry_after_s) == (code, 2, retry_after_s)
+        await runs(client, hop, 2, 5)
+
+
+async def test_the_steps_behind_a_busy_one_leave_no_trace() -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        hop.engine.errors.append(Busy("full", retry_after_s=0.5))
+        for number in range(3):
+            await client.step(hop, number, 10 * number, 10)
+        assert [await client.refusal() for _ in range(3)] == [Code.BUSY, Code.GAP, Code.GAP]
+        for number in range(4):
+            await runs(client, hop, number, 10 * number, 10)
+
+
+async def test_a_fork_that_was_busy_forks_when_it_is_repeated() -> None:
+    async with Route() as route:
+        client = route.client
+        await client.open(route.hops)
+        await client.step(route.hops[0], 1, 0, 5)
+        await client.result()
+        route.hops[1].engine.errors.append(Busy("full", retry_after_s=0.5))
+        fork: dict[str, Any] = {"session": 2, "parent": session_id(1).raw}
+        await client.step(route.hops[0], 1, 3, **fork)
+        assert await client.refusal() == Code.BUSY
+        await client.step(route.hops[0], 1, 3, **fork)
+        assert torch.equal(await client.result(), expected(route.hops, 3, 4))
+        assert [len(hop.engine.ran) for hop in route.hops] == [2, 2, 2]
+        await client.step(route.hops[0], 2, 5)
+        assert torch.equal(await client.result(), expected(route.hops, 5, 6)), "the parent is as it was"
+
+
+async def test_a_failure_further_down_comes_back_through_the_predecessor_that_was_named() -> None:
+    async with Route() as route:
+        client, (first, second, last) = route.client, route.hops
+        await client.open(route.hops)
+        await client.close_session([last], 1)
+        await asyncio.sleep(0.1)
+        await client.step(first, 1, 0)
+        failure, _ = await client.next(Failed)
+        assert (failure.peer, failure.code) == (last.peer_id, Code.UNKNOWN_SESSION)
+        forged = Failed(peer=second.peer_id, session=session_id(1).raw, epoch=1, code=Code.INTERNAL, message="forged")
+        await route.another_client().send(first, forged)
+        link = await last.links.to(first.peer_id, first.transport.addresses)
+        await link.send(forged)
+        await asyncio.sleep(0.2)
+        assert client.inbox == []
+
+
+async def test_an_error_that_nobody_expected_ends_the_peer_and_not_just_a_session() -> None:
+    async with Alone() as route:
+        await route.client.open(route.hops)
+        route.hop.engine.errors.append(KeyError("a bug"))
+        await route.client.step(route.hop, 1, 0)
+        assert route.hop.running is not None
+        with pytest.raises(ExceptionGroup) as caught:
+            await route.hop.running
+        assert caught.group_contains(KeyError)
+        assert {task.get_name() for task in asyncio.all_tasks()}.isdisjoint({"sweep leases"})
+        route.hop.running = asyncio.create_task(asyncio.sleep(1000))
+
+
+# --- release ---
+
+
+async def test_a_session_is_released_when_its_client_closes_it_and_only_its_client() -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        await runs(client, hop, 1, 0, 5)
+        await route.another_client().close_session(route.hops, 1)
+        await asyncio.sleep(0.1)
+        assert len(hop.ledger) == 1
+        await client.close_session(route.hops, 1, 2, 1)
+        await asyncio.sleep(0.1)
+        assert hop.empty
+
+
+async def test_a_session_is_released_when_its_lease_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with Alone(lease_s=60.0) as route:
+        client, hop = route.client, route.hop
+        (message,) = client.opens(route.hops)
+        await client.send(hop, message)
+        opened, _ = await client.next(Opened)
+        assert opened.lease_s == 60.0
+        for number in range(4):
+            await asyncio.sleep(50.0)
+            await runs(client, hop, number, number)
+        hop.engine.compute_s = 200.0
+        await runs(client, hop, 9, 4)
+        await asyncio.sleep(59.0)
+        assert len(hop.ledger) == 1, "a step that took long was no idle time"
+        await asyncio.sleep(SWEEP_S + 1.0)
+        assert hop.empty
+        assert "lease expired" in caplog.text
+        await client.step(hop, 10, 5)
+        assert await client.refusal() == Code.UNKNOWN_SESSION
+
+
+async def test_the_end_of_the_clients_link_releases_its_sessions_and_no_others() -> None:
+    async with Alone() as route:
+        other = route.another_client()
+        await route.client.open(route.hops, session=1)
+        await other.open(route.hops, session=2)
+        await runs(route.client, route.hop, 1, 0, 5)
+        await route.client.step(route.hop, 1, 5, session=3, parent=session_id(1).raw)
+        await route.client.result()
+        await runs(other, route.hop, 1, 0, 5, session=2)
+        route.network.cut(route.client.transport.peer_id)
+        await asyncio.sleep(0.1)
+        assert set(route.hop.engine.sessions) == {session_id(2)}
+        assert len(route.hop.ledger) == 1
+
+
+async def test_a_step_and_the_close_behind_it_leave_no_pages() -> None:
+    """They may arrive in one piece, so that the session is closed before the engine hears of the step."""
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        link = await client.links.to(hop.peer_id)
+        await asyncio.gather(link.send(*step_of(1, 0, 5)), client.close_session(route.hops, 1))
+        await asyncio.sleep(1.0)
+        assert hop.empty
+        assert client.inbox == []
+
+
+async def test_a_new_route_silences_the_steps_of_the_old_one() -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        hop.engine.compute_s = 1.0
+        await client.step(hop, 1, 0, 5, rows=torch.ones(5, HIDDEN))
+        await asyncio.sleep(0.5)
+        await client.open(route.hops, epoch=2)
+        await client.step(hop, 2, 0, 3, epoch=2)
+        assert torch.equal(await client.result(), expected([hop], 0, 3))
+        await asyncio.sleep(5.0)
+        assert client.inbox == [], "no late result, and no failure for which a healthy peer would be blamed"
+
+
+async def test_a_fork_outlives_its_parent() -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        await runs(client, hop, 1, 0, 5)
+        await runs(client, hop, 1, 4, session=2, parent=session_id(1).raw)
+        await client.close_session(route.hops, 1)
+        await runs(client, hop, 2, 5, session=2)
+
+
+# --- leaving, and telling the load ---
+
+
+async def test_a_draining_peer_refuses_new_sessions_and_finishes_what_runs() -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        hop.engine.compute_s = 3.0
+        await client.step(hop, 1, 0, 5)
+        await asyncio.sleep(0.1)
+        draining = asyncio.create_task(hop.handler.drain(timeout_s=20.0))
+        await asyncio.sleep(0.1)
+        for message in (*client.opens(route.hops, session=2), *client.opens(route.hops, epoch=2)):
+            await client.send(hop, message)
+            assert await client.refusal() == Code.DRAINING
+        assert torch.equal(await client.result(), expected([hop], 0, 5))
+        await asyncio.wait_for(draining, 0.1)
+
+
+async def test_a_full_table_is_busy() -> None:
+    async with Alone(max_sessions_per_owner=1) as route:
+        await route.client.open(route.hops)
+        (message,) = route.client.opens(route.hops, session=2)
+        await route.client.send(route.hop, message)
+        failure, _ = await route.client.next(Failed)
+        assert (failure.code, failure.step) == (Code.BUSY, None)
+        assert failure.retry_after_s > 0
+
+
+async def test_a_ping_tells_the_load() -> None:
+    async with Alone() as route:
+        await route.client.open(route.hops)
+        _, pong = await route.client.links.ping(route.hop.peer_id)
+        assert (pong.free_tokens, pong.queued_tokens, pong.sessions) == (42, 7, 1)
+
+
+async def test_the_account_of_a_client_says_what_it_used() -> None:
+    async with Alone() as route:
+        await route.client.open(route.hops)
+        await runs(route.client, route.hop, 1, 0, 5)
+        await runs(route.client, route.hop, 2, 5)
+        account = route.hop.admission.accounts[route.client.transport.peer_id]
+        assert (account.steps, account.positions, account.bytes_in_flight) == (2, 6, 0)
+        assert account.compute_s == pytest.approx(0.01)
+        assert account.bytes_received == 6 * HIDDEN * 4

@@ -1,0 +1,197 @@
+"""Where outputs go: from hop to hop, back on the client's own stream, or through the client as a last resort."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from peers.serving.push import DIAL_TIMEOUT_S, RETRY_PUSH_S
+from peers.wire.messages import Code, Failed, Relay, Result
+from tests.peers.serving.hops import LATENCY_S, Client, Hop, Route, expected, peer_id, session_id, step_of
+
+pytestmark = pytest.mark.looptime
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def carry(client: Client, hops: list[Hop]) -> None:
+    """What a client does with a relayed step."""
+    relay, payload = await client.next(Relay)
+    (following,) = (hop for hop in hops if hop.peer_id == relay.next)
+    await client.send(following, relay.step, payload)
+
+
+async def test_every_hop_pushes_to_the_next_and_the_last_answers_on_the_clients_own_stream() -> None:
+    async with Route() as route:
+        await route.client.open(route.hops)
+        started_s = now_s()
+        await route.client.step(route.hops[0], 1, 0, 5)
+        await asyncio.sleep(0.5)
+        (link, message, _) = route.client.inbox[0]
+        assert isinstance(message, Result)
+        assert link.outbound, "dialled by the client, so that it works from behind a NAT"
+        assert link.remote == route.hops[-1].peer_id
+        assert [compute_s for _, compute_s in message.hops] == [0.005] * 3
+        assert torch.equal(await route.client.result(), expected(route.hops, 0, 5))
+        counts = [(hop.handler.pusher.counts.pushed, hop.handler.pusher.counts.returned) for hop in route.hops]
+        assert counts == [(1, 0), (1, 0), (0, 1)]
+        assert sum(hop.handler.pusher.counts.relayed for hop in route.hops) == 0
+        await route.client.step(route.hops[0], 2, 5)
+        started_s = now_s()
+        assert torch.equal(await route.client.result(), expected(route.hops, 5, 6))
+        assert now_s() - started_s == pytest.approx(4 * LATENCY_S + 3 * 0.005), "N hops, N + 1 one-way trips"
+
+
+async def test_only_the_rows_that_are_wanted_come_back() -> None:
+    async with Route() as route:
+        await route.client.open(route.hops)
+        await route.client.step(route.hops[0], 1, 0, 5, want_from=4)
+        assert torch.equal(await route.client.result(), expected(route.hops, 4, 5))
+        await route.client.step(route.hops[0], 2, 5, 3, want_from=3)
+        assert (await route.client.result()).shape == (0, 4)
+        await route.client.step(route.hops[0], 3, 8)
+        assert torch.equal(await route.client.result(), expected(route.hops, 8, 9))
+
+
+async def test_a_push_from_anybody_but_the_named_predecessor_is_refused_and_changes_nothing() -> None:
+    async with Route() as route:
+        client, (first, second, last) = route.client, route.hops
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        await client.result()
+        intruder = route.another_client()
+        for hop in (second, last):
+            for step in (0, 1, 5):
+                await intruder.step(hop, 9, step, 3, rows=torch.full((3, 4), 7.0))
+                assert await intruder.refusal() == Code.FORBIDDEN
+        await intruder.step(last, 9, 5, session=2, parent=session_id(1).raw)
+        assert await intruder.refusal() == Code.FORBIDDEN, "not as a fork either"
+        # a peer of the route, but not the one before
+        link = await first.links.to(last.peer_id, last.transport.addresses)
+        await link.send(*step_of(9, 5))
+        await asyncio.sleep(0.2)
+        assert [len(hop.engine.ran) for hop in route.hops] == [1, 1, 1]
+        assert client.inbox == []
+        await client.step(first, 2, 5)
+        assert torch.equal(await client.result(), expected(route.hops, 5, 6))
+
+
+async def test_a_push_of_an_older_epoch_is_refused_and_changes_nothing() -> None:
+    async with Route() as route:
+        client, (first, second, last) = route.client, route.hops
+        await client.open(route.hops)
+        for message, hop in zip(client.opens(route.hops, epoch=2)[1:], (second, last), strict=True):
+            await client.send(hop, message)
+        await asyncio.sleep(0.2)
+        client.inbox.clear()
+        await client.step(first, 1, 0, 5)  # the first hop is still on the first route
+        failure, _ = await client.next(Failed)
+        assert (failure.peer, failure.code, failure.epoch) == (second.peer_id, Code.STALE_EPOCH, 1)
+        assert [len(hop.engine.ran) for hop in route.hops] == [1, 0, 0]
+
+
+async def test_a_hop_that_cannot_reach_the_next_one_goes_through_the_client_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Route() as route:
+        client, (first, second, _) = route.client, route.hops
+        route.network.partition({first.peer_id}, {second.peer_id})
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        started_s = now_s()
+        await carry(client, route.hops)
+        assert now_s() - started_s < DIAL_TIMEOUT_S + 1
+        assert torch.equal(await client.result(), expected(route.hops, 0, 5))
+        assert first.handler.pusher.counts.relayed == second.handler.pusher.counts.pushed == 1
+        assert any("relaying through the client" in record.getMessage() for record in caplog.records)
+
+        started_s = now_s()
+        await client.step(first, 2, 5)
+        await carry(client, route.hops)
+        assert torch.equal(await client.result(), expected(route.hops, 5, 6))
+        assert now_s() - started_s < 0.5, "the successor is not dialled again for every token"
+
+        route.network.partition()
+        await asyncio.sleep(RETRY_PUSH_S)
+        await client.step(first, 3, 6)
+        assert torch.equal(await client.result(), expected(route.hops, 6, 7))
+        assert first.handler.pusher.counts.pushed == 1
+
+
+async def test_a_fork_knows_that_the_next_hop_cannot_be_reached() -> None:
+    async with Route() as route:
+        client, (first, second, _) = route.client, route.hops
+        route.network.partition({first.peer_id}, {second.peer_id})
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        await carry(client, route.hops)
+        await client.result()
+        started_s = now_s()
+        await client.step(first, 1, 5, session=2, parent=session_id(1).raw)
+        await carry(client, route.hops)
+        assert torch.equal(await client.result(), expected(route.hops, 5, 6))
+        assert now_s() - started_s < 0.5
+
+
+async def test_a_successor_that_dies_between_two_steps_is_noticed_at_once() -> None:
+    async with Route() as route:
+        client, (first, second, _) = route.client, route.hops
+        await client.open(route.hops)
+        await client.step(first, 1, 0)
+        await client.result()
+        route.network.cut(second.peer_id)
+        started_s = now_s()
+        await client.step(first, 2, 1)
+        await client.next(Relay)
+        assert now_s() - started_s < 0.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"next": peer_id(9)},
+        {"next": peer_id(9), "next_addresses": ("garbage",)},
+        {"next": peer_id(9), "next_addresses": (f"/ip4/10.0.0.2/tcp/4001/p2p/{peer_id(8)}",)},
+        {"next": "nobody"},
+    ],
+)
+async def test_a_next_hop_that_makes_no_sense_harms_only_that_session(changes: dict[str, Any]) -> None:
+    async with Route() as route:
+        client, (first, *_) = route.client, route.hops
+        await client.open([first], session=2, **changes)
+        await client.step(first, 1, 0, session=2)
+        await client.next(Relay)
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 3)
+        assert torch.equal(await client.result(), expected(route.hops, 0, 3))
+
+
+async def test_a_client_that_is_gone_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    async with Route() as route:
+        await route.client.open(route.hops)
+        route.hops[-1].engine.compute_s = 5.0
+        await route.client.step(route.hops[0], 1, 0)
+        await asyncio.sleep(1.0)
+        await route.client.close()
+        await asyncio.sleep(10.0)
+        assert route.hops[-1].handler.pusher.counts.returned == 0
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_a_session_crosses_two_hops_at_once_with_a_window_of_steps() -> None:
+    async with Route() as route:
+        client = route.client
+        await client.open(route.hops)
+        started_s = now_s()
+        for number in range(4):
+            await client.step(route.hops[0], number, 10 * number, 10)
+        for number in range(4):
+            assert torch.equal(await client.result(), expected(route.hops, 10 * number, 10 * number + 10))
+        assert now_s() - started_s == pytest.approx(4 * LATENCY_S + (3 + 3) * 0.005), "hops work side by side"

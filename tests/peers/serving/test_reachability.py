@@ -1,0 +1,154 @@
+"""Dial-back over real loopback TCP; only where the asker is seen from is made up."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from peers.errors import PeerUnreachable, ProtocolError
+from peers.serving import reachability
+from peers.serving.reachability import MIN_INTERVAL_S, DialBackService, ask_to_dial_back
+from peers.transport.links import Link, Links
+from peers.transport.memory import MemoryNetwork
+from peers.wire.messages import DialBack, Pong
+from routing.identity import SigningKey
+
+GREETING = b"\x13/multistream/1.0.0\n"
+ASKER, HELPER = (SigningKey.from_seed(bytes([number]) * 32).peer_id for number in (1, 2))
+
+
+class Pair:
+    """A node that asks and a node that answers, who sees the asker at 127.0.0.1."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        network = MemoryNetwork()
+        self.asker = Links(network.transport(ASKER), network="test", software="test")
+        self.helper = Links(network.transport(HELPER), network="test", software="test")
+        self.now_s = 0.0
+        self.seen_from: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/45678",)
+        self.service = DialBackService(self.helper, clock=lambda: self.now_s)
+
+        async def observed_addresses(peer: object) -> tuple[str, ...]:
+            return self.seen_from
+
+        monkeypatch.setattr(self.helper.transport, "observed_addresses", observed_addresses)
+
+    async def ask(self, *addresses: str) -> list[str]:
+        answers = await ask_to_dial_back(self.asker, HELPER, self.helper.transport.addresses, addresses)
+        assert tuple(answers) == addresses
+        return list(answers.values())
+
+    async def ask_later(self, *addresses: str) -> list[str]:
+        self.now_s += MIN_INTERVAL_S
+        return await self.ask(*addresses)
+
+
+@pytest.fixture
+async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    pair = Pair(monkeypatch)
+    await pair.helper.serve()
+    yield pair
+    for links in (pair.asker, pair.helper):
+        await links.close()
+        await links.transport.close()
+
+
+@asynccontextmanager
+async def listener(
+    talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], host: str = "127.0.0.1"
+) -> AsyncIterator[str]:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await talk(reader, writer)
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, host, 0)
+    try:
+        yield f"/ip4/{host}/tcp/{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """As p2pd does: its half of multistream-select, unasked, and then it waits."""
+    writer.write(GREETING)
+    await reader.read()
+
+
+async def test_a_listening_libp2p_node_is_reached(pair: Pair) -> None:
+    async with listener(greet) as address:
+        assert await pair.ask(address, f"{address}/p2p/{ASKER}") == ["", ""]
+
+
+async def test_a_port_where_nothing_listens_is_refused(pair: Pair) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"/ip4/127.0.0.1/tcp/{free.getsockname()[1]}"
+        (problem,) = await pair.ask(address)
+    assert problem.startswith("refused: ")
+
+
+async def test_another_program_on_the_port_is_told_apart(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reachability, "GREETING_TIMEOUT_S", 0.05)
+
+    async def http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+
+    async def hangs_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None: ...
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with listener(http) as one, listener(hangs_up) as two, listener(silent) as three:
+        assert await pair.ask(one, two, three) == ["something else listens there"] * 3
+
+
+async def test_only_the_host_that_the_asker_is_seen_from_is_dialled(pair: Pair) -> None:
+    dialled = asyncio.Event()
+
+    async def notice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        dialled.set()
+
+    async with listener(notice, host="127.0.0.2") as address:
+        assert await pair.ask(address) == ["not where you come from (127.0.0.1)"]
+        pair.seen_from = ()
+        assert await pair.ask_later(address) == ["not where you come from (unknown)"]
+    assert not dialled.is_set()
+
+
+async def test_what_is_no_tcp_address_is_named_and_harms_nobody(pair: Pair) -> None:
+    addresses = ("/dns4/example.org/tcp/80", "/ip4/127.0.0.1/udp/80", "/ip4/127.0.0.1/tcp/70000", "garbage")
+    assert await pair.ask(*addresses) == ["not a TCP address"] * 4
+    assert await pair.ask_later("/ip4/127.0.0.1/tcp/0") == ["not a TCP address"]
+
+
+async def test_who_asks_too_often_is_told_so_and_dials_nobody(pair: Pair) -> None:
+    async with listener(greet) as address:
+        assert await pair.ask(address) == [""]
+        assert await pair.ask(address) == ["asked too often; try later"]
+        pair.now_s += MIN_INTERVAL_S - 0.1
+        assert await pair.ask(address) == ["asked too often; try later"]
+        pair.now_s += 0.1
+        assert await pair.ask(address) == [""]
+
+
+async def test_a_helper_that_answers_something_else_is_a_peers_error(pair: Pair) -> None:
+    async def pong(link: Link, message: DialBack, _: memoryview) -> None:
+        await link.send(Pong(nonce=message.nonce))
+
+    pair.helper.handle(DialBack, pong)
+    with pytest.raises(ProtocolError, match="Pong"):
+        await pair.ask("/ip4/127.0.0.1/tcp/80")
+
+
+async def test_a_helper_that_is_gone_is_a_peers_error(pair: Pair) -> None:
+    await pair.helper.transport.close()
+    with pytest.raises(PeerUnreachable):
+        await pair.ask("/ip4/127.0.0.1/tcp/80")

@@ -1,0 +1,512 @@
+"""What is special to libp2p: the daemon's life, joining and finding back, and a DHT among strangers."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import hivemind.dht.protocol
+import hivemind.p2p.p2p_daemon_bindings.control
+import hivemind.p2p.p2p_daemon_bindings.utils
+import hivemind.utils.multiaddr.exceptions
+import psutil
+import pytest
+import pytest_asyncio
+from google.protobuf.message import DecodeError
+from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.proto import dht_pb2
+
+from peers.errors import AddressInUse, InsecureIdentity, PeerUnreachable, ProtocolError, Refused, StreamClosed
+from peers.transport.base import Stream
+from peers.transport.hivemind_p2p import HivemindNode, NodeConfig, dht, node, streams
+from peers.transport.hivemind_p2p.daemon import translated
+from peers.transport.record_table import _Entry
+from routing.errors import CallerError, InvalidAddress, SwarmError, Unavailable
+from routing.identity import SigningKey, identity_file_bytes
+from routing.records import MAX_EXPIRY_AHEAD_S, model_keys
+from routing.store import StoredRecord
+from tests.peers.transport.nodes import MODEL, NETWORK, foreign_records, record, signing_key
+
+KEYS = model_keys(NETWORK, MODEL)
+
+
+def daemons() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True) if child.name() == "p2pd"}
+
+
+@pytest.fixture(autouse=True)
+def no_daemon_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = daemons()
+    yield
+    if "strangers" not in request.fixturenames:
+        assert daemons() <= before
+
+
+class Swarm:
+    """Nodes on loopback, numbered by their keys; all join through the first."""
+
+    def __init__(self, stack: contextlib.AsyncExitStack) -> None:
+        self._stack = stack
+        self.bootstrap: HivemindNode | None = None
+
+    async def node(
+        self, number: int, *, client_mode: bool = False, listen: str = "/ip4/127.0.0.1/tcp/0"
+    ) -> HivemindNode:
+        config = NodeConfig(
+            network=NETWORK,
+            signing_key=signing_key(number),
+            listen=(listen,),
+            initial_peers=self.bootstrap.addresses if self.bootstrap is not None else (),
+            client_mode=client_mode,
+        )
+        created = await self._stack.enter_async_context(await HivemindNode.create(config))
+        self.bootstrap = self.bootstrap or created
+        return created
+
+
+@pytest.fixture
+async def swarm() -> AsyncIterator[Swarm]:
+    async with contextlib.AsyncExitStack() as stack:
+        yield Swarm(stack)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def strangers() -> AsyncIterator[tuple[HivemindNode, HivemindNode]]:
+    """A victim and an attacker, for tests that leave no trace."""
+    async with contextlib.AsyncExitStack() as stack:
+        swarm = Swarm(stack)
+        yield await swarm.node(1), await swarm.node(2)
+
+
+async def eventually(condition: Callable[[], bool], *, within_s: float = 20) -> None:
+    """For what another process or a background task brings about."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.02)
+
+
+def port_of(created: HivemindNode) -> str:
+    return created.addresses[0].split("/")[4]
+
+
+def hold(holder: HivemindNode, one: StoredRecord) -> None:
+    """Make a storing node keep a record that it should have refused."""
+    assert holder.store.table is not None
+    holder.store.table._entries.setdefault(one.key, {})[one.subkey] = _Entry(one, 2**62)
+
+
+# The daemon's life.
+
+
+async def test_no_process_is_left_after_close_and_closing_twice_is_harmless() -> None:
+    created = await HivemindNode.create(NodeConfig(network=NETWORK))
+    daemon = psutil.Process(created.daemon_pid)
+    assert daemon.is_running()
+    assert os.getsid(daemon.pid) != os.getsid(0), "Ctrl-C in a terminal must not reach the daemon"
+    waiting = asyncio.create_task(created.wait_closed())
+    await created.close()
+    await created.close()
+    await waiting
+    assert not daemon.is_running()
+
+
+_SCRIPT = """
+import asyncio
+from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
+async def main():
+    node = await HivemindNode.create(NodeConfig(network="test"))
+    print(node.daemon_pid, flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+def test_the_daemon_ends_with_a_killed_process_and_nothing_is_printed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        daemon = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+        process.wait()
+        deadline_s = time.monotonic() + 10
+        # In a container nobody may reap an orphan: a zombie has ended too.
+        while daemon.is_running() and daemon.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        assert process.stderr.read() == ""
+
+
+async def test_a_daemon_that_dies_is_reported_and_its_streams_end(swarm: Swarm) -> None:
+    one, other = await swarm.node(1), await swarm.node(2)
+    await one.transport.serve("wait", Stream.receive)  # type: ignore[arg-type]
+    stream = await other.transport.open_stream(one.peer_id, one.addresses, "wait", timeout_s=5)
+    waiting = asyncio.create_task(other.wait_closed())
+    os.kill(other.daemon_pid, signal.SIGKILL)
+    with pytest.raises(StreamClosed):
+        await stream.receive()
+    with pytest.raises(Unavailable, match="ended with status"):
+        await waiting
+    with pytest.raises(Unavailable, match="not running"):
+        await other.transport.open_stream(one.peer_id, one.addresses, "wait", timeout_s=5)
+
+
+def test_a_node_lives_in_any_threads_loop_and_raises_the_descriptor_limit() -> None:
+    async def live() -> str:
+        async with await HivemindNode.create(NodeConfig(network=NETWORK, client_mode=True)) as created:
+            return created.peer_id
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert thread.submit(asyncio.run, live()).result()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft == resource.RLIM_INFINITY or soft >= 65_536 or soft == hard
+
+
+def test_addresses_that_serve_more_come_first() -> None:
+    addresses = ["/ip4/127.0.0.1/tcp/1", "/ip4/192.168.1.2/tcp/1", "/ip4/8.8.8.8/tcp/1", "/dns4/example.org/tcp/1"]
+    assert sorted(addresses, key=streams._remoteness) == [addresses[2], addresses[3], addresses[1], addresses[0]]
+
+
+# Joining.
+
+
+async def test_a_taken_port_and_a_foreign_address_are_named(swarm: Swarm) -> None:
+    taken = await swarm.node(1)
+    for address in (f"/ip4/127.0.0.1/tcp/{port_of(taken)}", "/ip4/192.0.2.1/tcp/0"):
+        with pytest.raises(AddressInUse, match=address) as refusal:
+            await HivemindNode.create(NodeConfig(network=NETWORK, listen=(address,)))
+        assert refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"listen": ("127.0.0.1:4001",)},
+        {"listen": ()},
+        {"listen": (f"/ip4/127.0.0.1/tcp/0/p2p/{signing_key(1).peer_id}",)},
+        {"announce": ("/ip4/203.0.113.1/tcp/0",)},
+        {"initial_peers": ("/ip4/127.0.0.1/tcp/4001",)},
+        {"network": "No Such Name"},
+        {"startup_timeout_s": 0.0},
+        {"signing_key": signing_key(1), "identity_path": Path("identity")},
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(CallerError):
+        NodeConfig(**{"network": NETWORK} | wrong)  # type: ignore[arg-type]
+
+
+async def test_initial_peers_that_do_not_answer_are_named(swarm: Swarm) -> None:
+    bootstrap = await swarm.node(1)
+    strangers_id = bootstrap.addresses[0].replace(bootstrap.peer_id, signing_key(9).peer_id)
+    nobody = f"/ip4/127.0.0.1/tcp/1/p2p/{signing_key(9).peer_id}"
+    for address, network in ((nobody, NETWORK), (strangers_id, NETWORK), (bootstrap.addresses[0], "elsewhere")):
+        with pytest.raises(PeerUnreachable, match=address.split("/")[-1]) as refusal:
+            await HivemindNode.create(NodeConfig(network=network, initial_peers=(address,)))
+        assert network in refusal.value.hint
+    one_of_two = (nobody, *bootstrap.addresses)
+    async with await HivemindNode.create(NodeConfig(network=NETWORK, initial_peers=one_of_two)) as joined:
+        assert joined.known_nodes == 1
+
+
+async def test_an_identity_file_gives_the_node_its_id_and_must_be_private(tmp_path: Path) -> None:
+    path = tmp_path / "identity"
+    config = NodeConfig(network=NETWORK, identity_path=path)
+    with pytest.raises(InsecureIdentity, match="No such file"):
+        config.read_key()
+    path.write_bytes(b"not a key")
+    path.chmod(0o600)
+    with pytest.raises(InsecureIdentity, match="Ed25519"):
+        config.read_key()
+    path.write_bytes(identity_file_bytes(signing_key(5)))
+    path.chmod(0o644)
+    with pytest.raises(InsecureIdentity, match="others may read") as refusal:
+        config.read_key()
+    assert "chmod 600" in refusal.value.hint
+    path.chmod(0o600)
+    async with await HivemindNode.create(config) as created:
+        assert created.peer_id == signing_key(5).peer_id
+
+
+async def test_announced_addresses_replace_those_listened_on() -> None:
+    config = NodeConfig(network=NETWORK, signing_key=signing_key(1), announce=("/dns4/example.org/tcp/4001",))
+    async with await HivemindNode.create(config) as created:
+        assert created.addresses == (f"/dns4/example.org/tcp/4001/p2p/{signing_key(1).peer_id}",)
+
+
+async def test_a_new_identity_is_made_up_when_none_is_given() -> None:
+    config = NodeConfig(network=NETWORK, client_mode=True)
+    assert isinstance(config.read_key(), SigningKey)
+    assert config.read_key().peer_id != config.read_key().peer_id
+
+
+async def test_an_address_that_never_answers_costs_the_deadline_and_no_more(swarm: Swarm) -> None:
+    one = await swarm.node(1)
+    silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{signing_key(9).peer_id}"
+    started_s = time.monotonic()
+    with pytest.raises(PeerUnreachable, match="in time"):
+        await one.transport.open_stream(signing_key(9).peer_id, [address], "any", timeout_s=0.5)
+    assert time.monotonic() - started_s < 2
+    silent.close()
+
+
+async def test_clock_skew_is_measured_and_named(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await swarm.node(1)
+    monkeypatch.setattr(hivemind.dht.protocol, "get_dht_time", lambda: time.time() - 42)
+    late = await swarm.node(2, client_mode=True)
+    assert late.clock_skew_s == pytest.approx(42, abs=5)
+    assert "clock skew" in caplog.text
+    assert "ahead of" in caplog.text
+
+
+# Finding back.
+
+
+async def test_a_swarm_heals_when_its_only_bootstrap_returns(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "KEEP_INTERVAL_S", 0.1)
+    bootstrap, member, reader = await swarm.node(1), await swarm.node(2), await swarm.node(3, client_mode=True)
+    listen = f"/ip4/127.0.0.1/tcp/{port_of(bootstrap)}"
+    await bootstrap.close()
+    mine = record(member.signing_key)
+    await member.store.put(mine)
+    assert await reader.store.get(KEYS) == [mine], "the others still know each other"
+    await eventually(lambda: member.known_nodes == 0)
+    # Many attempts fail meanwhile: libp2p alone would now wait longer and longer.
+    await asyncio.sleep(1)
+    swarm.bootstrap = None
+    bootstrap = await swarm.node(1, listen=listen)
+    await eventually(lambda: bootstrap.known_nodes == 1 and member.known_nodes == 1, within_s=5)
+    newcomer = await swarm.node(4, client_mode=True)
+    assert await newcomer.store.get(KEYS) == [mine]
+    renewed = record(member.signing_key, sequence=2)
+    assert await member.store.put(renewed)
+    assert await reader.store.get(KEYS) == [renewed]
+
+
+async def test_a_reader_that_lost_everybody_finds_them_again(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "KEEP_INTERVAL_S", 0.1)
+    bootstrap, reader = await swarm.node(1), await swarm.node(2, client_mode=True)
+    listen = f"/ip4/127.0.0.1/tcp/{port_of(bootstrap)}"
+    await bootstrap.close()
+    assert await reader.store.get(KEYS) == []
+    assert reader.known_nodes == 0
+    swarm.bootstrap = None
+    bootstrap = await swarm.node(1, listen=listen)
+    mine = record(bootstrap.signing_key)
+    assert await bootstrap.store.put(mine)
+    await eventually(lambda: reader.known_nodes == 1, within_s=5)
+    assert await reader.store.get(KEYS) == [mine]
+
+
+async def test_new_initial_peers_can_be_given_to_a_running_node(swarm: Swarm) -> None:
+    alone, bootstrap = await swarm.node(1), await HivemindNode.create(NodeConfig(network=NETWORK))
+    async with bootstrap:
+        await alone.reconnect(bootstrap.addresses)
+        assert alone.known_nodes == 1
+        with pytest.raises(InvalidAddress):
+            await alone.reconnect(["nonsense"])
+
+
+async def test_a_node_that_hangs_delays_readers_and_writers_by_the_grace_only(swarm: Swarm) -> None:
+    _, hung, reader = await swarm.node(1), await swarm.node(2), await swarm.node(3, client_mode=True)
+    writer = await swarm.node(4, client_mode=True)
+    mine = record(writer.signing_key)
+    os.kill(hung.daemon_pid, signal.SIGSTOP)
+    try:
+        started_s = time.monotonic()
+        assert await writer.store.put(mine)
+        assert time.monotonic() - started_s < dht.STRAGGLER_GRACE_S + 1
+        started_s = time.monotonic()
+        assert await reader.store.get(KEYS) == [mine]
+        assert time.monotonic() - started_s < dht.STRAGGLER_GRACE_S + 1
+    finally:
+        os.kill(hung.daemon_pid, signal.SIGCONT)
+
+
+# A DHT among strangers.
+
+
+async def test_bad_records_are_dropped_one_by_one(swarm: Swarm) -> None:
+    bootstrap, liar, reader = await swarm.node(1), await swarm.node(2), await swarm.node(3, client_mode=True)
+    honest = [record(bootstrap.signing_key), record(liar.signing_key)]
+    assert await bootstrap.store.put(honest[0])
+    assert await liar.store.put(honest[1])
+    later = honest[0].expires_at_s + 100
+    hold(liar, replace(honest[0], expires_at_s=later))
+    hold(liar, replace(record(signing_key(8)), key=honest[1].key))
+    for number in range(20, 20 + 2 * dht.MAX_BAD_RECORDS):
+        hold(liar, replace(record(signing_key(number)), key=KEYS[number % len(KEYS)], value=b"x" * number))
+    assert sorted(await reader.store.get(KEYS), key=lambda one: one.subkey) == sorted(
+        honest, key=lambda one: one.subkey
+    )
+
+
+async def test_the_highest_sequence_wins_not_the_latest_expiry(swarm: Swarm) -> None:
+    bootstrap, lagging, reader = await swarm.node(1), await swarm.node(2), await swarm.node(3, client_mode=True)
+    new = record(bootstrap.signing_key, sequence=2)
+    assert await bootstrap.store.put(new)
+    hold(lagging, record(bootstrap.signing_key, sequence=1, expires_at_s=time.time() + MAX_EXPIRY_AHEAD_S - 1))
+    assert await reader.store.get(KEYS) == [new]
+
+
+async def test_an_answer_that_would_be_too_large_is_continued(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dht, "MAX_ANSWER_BYTES", 1000)
+    bootstrap, reader = await swarm.node(1), await swarm.node(2, client_mode=True)
+    held = [record(signing_key(number)) for number in range(20, 40)]
+    assert bootstrap.store.table is not None
+    for one in held:
+        bootstrap.store.table.put(one, sender=one.subkey, now_s=time.time())
+    found = await reader.store.get(KEYS)
+    assert sorted(found, key=lambda one: one.subkey) == sorted(held, key=lambda one: one.subkey)
+
+
+async def test_five_thousand_valid_foreign_records_do_not_hide_an_honest_peer(swarm: Swarm) -> None:
+    bootstrap, honest, reader = await swarm.node(1), await swarm.node(2), await swarm.node(3, client_mode=True)
+    assert bootstrap.store.table is not None
+    for foreign in foreign_records(5000, expires_at_s=time.time() + MAX_EXPIRY_AHEAD_S - 1):
+        bootstrap.store.table.put(foreign, sender=foreign.subkey, now_s=time.time())
+    for sequence in (1, 2):
+        mine = record(honest.signing_key, sequence=sequence)
+        assert await honest.store.put(mine)
+        found = await reader.store.get(KEYS)
+        assert mine in found
+        assert len(found) == 5001
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"subkeys": [b""]}, "may not store"),
+        ({"subkeys": [signing_key(1).peer_id.encode()]}, "may not store"),
+        ({"subkeys": [b"\xff"]}, "ascii"),
+        ({"keys": [b"x" * 20]}, "nothing can be stored"),
+        ({"keys": [b"x" * 20 + KEYS[0].encode()]}, "not that of the key"),
+        ({"values": [b"x" * 5000]}, "5000 bytes"),
+        ({"values": [b"x", b"y"]}, "exactly one record"),
+        ({"subkeys": []}, "exactly one record"),
+    ],
+)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_store_call_that_is_not_one_own_record_is_refused(
+    strangers: tuple[HivemindNode, HivemindNode], change: dict[str, list[bytes]], reason: str
+) -> None:
+    victim, attacker = strangers
+    mine = record(attacker.signing_key)
+    fields = {
+        "keys": [dht._query(mine.key)],
+        "subkeys": [mine.subkey.encode()],
+        "values": [mine.value],
+        "expiration_time": [mine.expires_at_s],
+    } | change
+    with pytest.raises(Refused, match=reason):
+        await attacker._protocol._call(PeerID.from_base58(victim.peer_id), "rpc_store", dht_pb2.StoreRequest(**fields))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_nobody_chooses_a_place_in_the_key_space(strangers: tuple[HivemindNode, HivemindNode]) -> None:
+    victim, attacker = strangers
+    before = dict(victim._protocol.routing_table.uid_to_peer_id)
+    request = dht_pb2.PingRequest(peer=dht_pb2.NodeInfo(node_id=b"\x01" * 20))
+    await attacker._protocol._call(PeerID.from_base58(victim.peer_id), "rpc_ping", request)
+    await asyncio.sleep(0)
+    assert victim._protocol.routing_table.uid_to_peer_id == before
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_too_many_keys_and_too_many_calls_are_refused(strangers: tuple[HivemindNode, HivemindNode]) -> None:
+    victim, attacker = strangers
+    peer = PeerID.from_base58(victim.peer_id)
+    with pytest.raises(Refused, match="65 keys"):
+        await attacker._protocol.find(peer, [bytes(20)] * 65)
+    calls = [attacker._protocol.find(peer, [bytes(20)]) for _ in range(2 * dht.CALLS_AT_ONCE)]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, Refused)]
+    assert "too many calls" in str(refused[0])
+    assert dht.CALLS_AT_ONCE // 2 < len(outcomes) - len(refused) < 2 * dht.CALLS_AT_ONCE
+
+
+async def test_refused_announcements_say_why(swarm: Swarm, caplog: pytest.LogCaptureFixture) -> None:
+    await swarm.node(1)
+    late = await swarm.node(2)
+    assert not await late.store.put(record(late.signing_key, expires_at_s=time.time() + 1000))
+    assert "expires in 1000 s" in caplog.text
+
+
+# Foreign errors.
+
+
+def _errors_of(*modules: object) -> list[type[Exception]]:
+    found = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Exception) and value.__module__.startswith("hivemind.p2p")
+    }
+    return sorted(found, key=lambda kind: kind.__name__)
+
+
+FOREIGN: list[Exception] = [
+    *(
+        kind("what happened")
+        for kind in _errors_of(
+            hivemind.p2p.p2p_daemon_bindings.utils, hivemind.p2p.p2p_daemon_bindings.control, hivemind.p2p
+        )
+    ),
+    TimeoutError(),
+    ConnectionRefusedError(),
+    ConnectionResetError(),
+    BrokenPipeError(),
+    FileNotFoundError(),
+    OSError(),
+    asyncio.IncompleteReadError(b"", 4),
+    DecodeError(),
+    ValueError("Varint overflowed"),
+    hivemind.utils.multiaddr.exceptions.StringParseError("bad", "/x"),
+]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN, ids=lambda error: type(error).__name__)
+def test_every_foreign_error_becomes_one_of_ours(foreign: Exception) -> None:
+    for peer in (signing_key(1).peer_id, None):
+        with pytest.raises(SwarmError) as caught, translated(peer):
+            raise foreign
+        assert caught.value.__cause__ is foreign
+        assert str(caught.value)
+
+
+def test_the_translation_says_who_erred() -> None:
+    peer = signing_key(1).peer_id
+    expected: list[tuple[Exception, type[SwarmError]]] = [
+        (P2PDaemonError("Connect failed. msg=failed to dial:\n  * [/ip4/…] connection refused"), PeerUnreachable),
+        (TimeoutError(), PeerUnreachable),
+        (P2PHandlerError("InvalidRecord('forged')"), Refused),
+        (DecodeError(), ProtocolError),
+        (ConnectionResetError(), Unavailable),
+    ]
+    for foreign, kind in expected:
+        with pytest.raises(kind), translated(peer):
+            raise foreign
+    with pytest.raises(PeerUnreachable, match=r": \[/ip4/…\] connection refused$"), translated(peer):
+        raise expected[0][0]
+    assert len(_errors_of(hivemind.p2p.p2p_daemon_bindings.utils)) >= 4, "the list above is found by name"
+
+
+def test_hivemind_prints_nothing_by_itself() -> None:
+    assert logging.getLogger("hivemind").handlers == []
+    assert logging.getLevelName(logging.WARNING) == "WARNING"

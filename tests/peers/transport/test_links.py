@@ -1,0 +1,515 @@
+"""Links over the memory twin and a virtual clock: handshake, lanes, requests, and every way to end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from peers.errors import PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
+from peers.transport import links as module
+from peers.transport.base import Stream
+from peers.transport.links import BULK, MAX_INBOUND_LINKS_PER_PEER, SMALL, STREAM_PROTOCOL, Link, Links
+from peers.transport.memory import MemoryNetwork, MemoryTransport
+from peers.wire import codec
+from peers.wire.messages import PROTOCOL_VERSION, AnyMessage, Close, Failed, Hello, Ping, Pong, Step
+from routing.errors import PeerError
+from routing.ids import PeerId
+from tests.peers.transport.nodes import signing_key
+
+pytestmark = pytest.mark.looptime
+
+ONE, OTHER, THIRD = (signing_key(number).peer_id for number in (1, 2, 3))
+SESSION = bytes(16)
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+class Node:
+    """Links of one peer that writes down what happens to it."""
+
+    def __init__(self, network: MemoryNetwork, peer: PeerId, *, name: str = "test") -> None:
+        self.transport: MemoryTransport = network.transport(peer)
+        self.links = Links(self.transport, network=name, software=f"software of {peer[-4:]}")
+        self.received: list[tuple[Link, AnyMessage, int]] = []
+        self.lost: list[Link] = []
+        self.gate = asyncio.Event()
+        """While it is closed, whoever sends a step waits."""
+        self.gate.set()
+        self.links.handle(Close, self._receive)
+        self.links.handle(Step, self._receive)
+        self.links.on_lost(self.lost.append)
+
+    async def _receive(self, link: Link, message: AnyMessage, payload: memoryview) -> None:
+        if isinstance(message, Step):
+            await self.gate.wait()
+        self.received.append((link, message, len(payload)))
+
+    def numbers(self) -> list[int]:
+        return [message.step for _, message, _ in self.received if isinstance(message, Step)]
+
+    async def close(self) -> None:
+        await self.links.close()
+        await self.transport.close()
+
+
+class World:
+    def __init__(self) -> None:
+        self.network = MemoryNetwork(latency_s=0.01)
+        self.one, self.other = Node(self.network, ONE), Node(self.network, OTHER)
+
+    async def dial(self) -> Link:
+        return await self.one.links.to(OTHER, self.other.transport.addresses)
+
+    async def raw(self, peer: MemoryTransport | None = None, **hello: Any) -> Stream:
+        """A stream to the other node on which whatever a stranger likes was said for hello."""
+        transport = peer or self.one.transport
+        stream = await transport.open_stream(OTHER, (), STREAM_PROTOCOL, timeout_s=5)
+        await stream.send(codec.encode(a_hello(**hello)))
+        return stream
+
+    def streams(self) -> int:
+        return len(self.network._streams)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    """Whatever a test does, closing both nodes leaves no task and no stream behind."""
+    before = asyncio.all_tasks() - {asyncio.current_task()}
+    world = World()
+    await world.other.links.serve()
+    yield world
+    world.other.gate.set()
+    await world.one.close()
+    await world.other.close()
+    await asyncio.sleep(0.1)
+    assert asyncio.all_tasks() - {asyncio.current_task()} == before
+    assert world.streams() == 0
+
+
+def a_hello(**changes: Any) -> Hello:
+    fields: dict[str, Any] = {
+        "version": PROTOCOL_VERSION,
+        "network": "test",
+        "software": "stranger",
+        "lane": SMALL,
+        "instance": secrets.token_bytes(16),
+        "time_s": time.time(),
+    }
+    return Hello(**fields | changes)
+
+
+def step(number: int, size: int = 0) -> tuple[Step, bytes]:
+    fields = {"first": 0, "count": 1, "want_from": 0, "dtype": "float32", "hidden": 1}
+    return Step(session=SESSION, epoch=1, step=number, **fields), bytes(size)  # type: ignore[arg-type]
+
+
+async def ended(stream: Stream) -> bool:
+    """Reads what is left, until the stream ends."""
+    try:
+        async with asyncio.timeout(1):
+            while True:
+                await stream.receive()
+    except StreamClosed:
+        return True
+    except TimeoutError:
+        return False
+
+
+# --- handshake ---
+
+
+async def test_messages_arrive_with_their_authenticated_sender_and_can_be_answered(world: World) -> None:
+    link = await world.dial()
+    message, payload = step(1, 100)
+    await link.send(message, payload)
+    await link.send(Close(sessions=(SESSION,)))
+    await asyncio.sleep(0.1)
+    assert [(link.remote, message, size) for link, message, size in world.other.received] == [
+        (ONE, message, 100),
+        (ONE, Close(sessions=(SESSION,)), 0),
+    ]
+    back = world.other.received[0][0]
+    assert not back.outbound
+    await back.send(Close(sessions=()), bulk=True)  # before the dialler opened a bulk lane: on the lane there is
+    await asyncio.sleep(0.1)
+    assert [message for _, message, _ in world.one.received] == [Close(sessions=())]
+    assert world.one.received[0][0] is link
+
+
+async def test_a_version_mismatch_names_both_versions_at_both_ends(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    stream = await world.raw(version=PROTOCOL_VERSION + 6)
+    answer, _ = codec.decode(await stream.receive())
+    assert isinstance(answer, Hello)
+    assert answer.version == PROTOCOL_VERSION, "the newer side can say what is wrong as well"
+    assert await ended(stream)
+    assert f"speaks protocol {PROTOCOL_VERSION + 6} (stranger)" in caplog.text
+    assert f"this node speaks protocol {PROTOCOL_VERSION}" in caplog.text
+
+    async def future(stream: Stream) -> None:
+        await stream.receive()
+        await stream.send(codec.encode(a_hello(version=PROTOCOL_VERSION + 6)))
+        await stream.receive()
+
+    third = world.network.transport(THIRD)
+    await third.serve(STREAM_PROTOCOL, future)
+    with pytest.raises(VersionMismatch, match=rf"protocol {PROTOCOL_VERSION + 6} .* protocol {PROTOCOL_VERSION} "):
+        await world.one.links.to(THIRD)
+    assert world.one.links.known(THIRD) is None
+    await third.close()
+
+
+async def test_a_node_of_another_network_is_refused_by_both_sides(world: World) -> None:
+    third = Node(world.network, THIRD, name="elsewhere")
+    with pytest.raises(ProtocolError, match=r"'elsewhere'.*'test'|'test'.*'elsewhere'"):
+        await third.links.to(OTHER)
+    await asyncio.sleep(0.1)
+    assert world.streams() == 0
+    assert world.other.links._inbound == {}
+    await third.close()
+
+
+@pytest.mark.parametrize(("skew_s", "said"), [(30.0, "30.0 s ahead"), (-7.0, "7.0 s behind"), (2.0, "")])
+async def test_a_clock_that_is_off_is_named_once(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, skew_s: float, said: str
+) -> None:
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: 1000.0))
+    for _ in range(2):
+        await world.raw(time_s=1000.0 + skew_s)
+    await asyncio.sleep(0.1)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == bool(said)
+    assert all(said in warning and ONE in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("time_s", [float("nan"), float("inf"), -1e300])
+async def test_an_absurd_clock_harms_nobody(world: World, time_s: float) -> None:
+    await world.raw(time_s=time_s)
+    await world.one.links.ping(OTHER)
+
+
+async def test_a_stream_that_says_something_else_or_nothing_is_closed(world: World) -> None:
+    silent = await world.one.transport.open_stream(OTHER, (), STREAM_PROTOCOL, timeout_s=5)
+    rude = await world.one.transport.open_stream(OTHER, (), STREAM_PROTOCOL, timeout_s=5)
+    await rude.send(codec.encode(Ping(nonce=1)))
+    assert await ended(rude)
+    assert not await ended(silent)
+    await asyncio.sleep(module.HELLO_TIMEOUT_S)
+    assert await ended(silent)
+
+
+async def test_a_dialler_does_not_wait_for_ever_for_a_hello(world: World) -> None:
+    async def mute(stream: Stream) -> None:
+        await asyncio.Event().wait()
+
+    third = world.network.transport(THIRD)
+    await third.serve(STREAM_PROTOCOL, mute)
+    started_s = now_s()
+    with pytest.raises(PeerUnreachable):
+        await world.one.links.to(THIRD, timeout_s=2.0)
+    assert now_s() - started_s == pytest.approx(2.0, abs=0.1)
+    await third.close()
+
+
+@pytest.mark.parametrize("lane", ["", "middle", "BULK"])
+async def test_an_unknown_lane_is_refused(world: World, lane: str) -> None:
+    assert await ended(await world.raw(lane=lane))
+
+
+async def test_a_second_lane_of_one_kind_is_refused_and_the_first_lives_on(world: World) -> None:
+    instance = secrets.token_bytes(16)
+    first = await world.raw(instance=instance)
+    await asyncio.sleep(0.1)
+    assert await ended(await world.raw(instance=instance))
+    await first.send(codec.encode(Close(sessions=())))
+    await asyncio.sleep(0.1)
+    assert len(world.other.received) == 1
+
+
+async def test_a_stranger_who_opens_only_a_bulk_lane_is_answered_on_it(world: World) -> None:
+    stream = await world.raw(lane=BULK)
+    await stream.receive()
+    await stream.send(codec.encode(Ping(nonce=5)))
+    assert codec.decode(await stream.receive())[0] == Pong(nonce=5)
+
+
+# --- lanes ---
+
+
+async def test_a_lane_keeps_order_and_small_frames_overtake_bulk(world: World) -> None:
+    link = await world.dial()
+    world.other.gate.clear()
+    senders = [asyncio.create_task(link.send(*step(number, 600_000), bulk=True)) for number in range(8)]
+    await asyncio.sleep(1.0)
+    assert not all(sender.done() for sender in senders), "back-pressure holds the sender"
+    await link.send(Close(sessions=()))
+    rtt_s, _ = await world.one.links.ping(OTHER)
+    assert rtt_s == pytest.approx(0.02)
+    assert [type(message) for _, message, _ in world.other.received] == [Close]
+    world.other.gate.set()
+    await asyncio.gather(*senders)
+    await asyncio.sleep(0.1)
+    assert world.other.numbers() == list(range(8))
+    assert world.streams() == 4, "two lanes, each with two ends"
+
+
+async def test_the_first_bulk_frames_open_one_lane_between_them(world: World) -> None:
+    link = await world.dial()
+    await asyncio.gather(*(link.send(*step(number, 10), bulk=True) for number in range(5)))
+    await asyncio.sleep(0.1)
+    assert world.other.numbers() == [0, 1, 2, 3, 4]
+    assert world.streams() == 4
+
+
+async def test_a_link_closed_while_its_bulk_lane_opens_leaves_no_stream(world: World) -> None:
+    link = await world.dial()
+    sending = asyncio.create_task(link.send(*step(1, 10), bulk=True))
+    await asyncio.sleep(0.03)  # dialled, and waiting for hello
+    assert world.streams() == 4
+    await link.close()
+    with pytest.raises(StreamClosed):
+        await sending
+    await asyncio.sleep(0.1)
+    assert world.streams() == 0
+
+
+async def test_a_peer_that_reads_nothing_is_given_up(world: World) -> None:
+    link = await world.dial()
+    world.other.gate.clear()
+    started_s = now_s()
+    sending = [link.send(*step(number, 600_000)) for number in range(9)]
+    with pytest.raises(StreamClosed, match="read nothing"):
+        await asyncio.gather(*sending)
+    assert now_s() - started_s == pytest.approx(module.SEND_TIMEOUT_S, abs=1.0)
+    assert world.one.lost == [link]
+
+
+# --- requests ---
+
+
+async def test_a_ping_measures_the_way_there_and_back_and_carries_the_load(world: World) -> None:
+    world.other.links.pong = lambda nonce: Pong(nonce=nonce, free_tokens=7, queued_tokens=3, sessions=2)
+    await world.dial()
+    rtt_s, pong = await world.one.links.ping(OTHER)
+    assert rtt_s == pytest.approx(0.02)
+    assert (pong.free_tokens, pong.queued_tokens, pong.sessions) == (7, 3, 2)
+    assert world.one.links._requests == {}
+
+
+async def test_a_request_to_a_silent_peer_times_out_and_the_link_stays(world: World) -> None:
+    link = await world.dial()
+    world.network.partition({ONE}, {OTHER})
+    started_s = now_s()
+    with pytest.raises(PeerUnreachable, match=r"within 3\.0 s"):
+        await world.one.links.ping(OTHER, timeout_s=3.0)
+    assert now_s() - started_s == pytest.approx(3.0)
+    assert world.one.links._requests == {}
+    world.network.partition()
+    await asyncio.sleep(0.1)  # the late pong arrives and is nobody's
+    await world.one.links.ping(OTHER)
+    assert await world.dial() is link
+
+
+async def test_a_request_ends_with_its_link(world: World) -> None:
+    await world.dial()
+    world.network.partition({ONE}, {OTHER})
+    pinging = asyncio.create_task(world.one.links.ping(OTHER, timeout_s=60.0))
+    await asyncio.sleep(0.1)
+    started_s = now_s()
+    world.network.cut(OTHER)
+    with pytest.raises(StreamClosed):
+        await pinging
+    assert now_s() == started_s
+
+
+async def test_a_reply_from_another_peer_is_nobodys(world: World) -> None:
+    third = Node(world.network, THIRD)
+    await third.links.serve()
+    link = await world.one.links.to(THIRD)
+    await world.dial()
+    world.network.partition({ONE}, {OTHER})
+    pinging = asyncio.create_task(world.one.links.ping(OTHER, timeout_s=2.0))
+    await link.send(Close(sessions=()))
+    await asyncio.sleep(0.1)
+    for nonce in range(10):
+        await third.received[0][0].send(Pong(nonce=nonce))
+    with pytest.raises(PeerUnreachable):
+        await pinging
+    await third.close()
+
+
+# --- dialling ---
+
+
+async def dials(world: World, monkeypatch: pytest.MonkeyPatch) -> list[PeerId]:
+    seen: list[PeerId] = []
+    open_stream = world.one.transport.open_stream
+
+    async def counting(peer: PeerId, addresses: Sequence[str], protocol: str, *, timeout_s: float) -> Stream:
+        seen.append(peer)
+        return await open_stream(peer, addresses, protocol, timeout_s=timeout_s)
+
+    monkeypatch.setattr(world.one.transport, "open_stream", counting)
+    return seen
+
+
+async def test_callers_at_the_same_time_share_one_dial(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = await dials(world, monkeypatch)
+    got = await asyncio.gather(*(world.dial() for _ in range(10)))
+    assert len(set(map(id, got))) == len(seen) == 1
+    assert len(world.one.links._dialling) == 0
+
+
+async def test_callers_who_wait_for_a_dial_that_fails_never_make_two_links(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first fails, the second waited for it, and a third comes in that very moment."""
+    world.network.cut(OTHER)
+
+    async def fail_then_heal() -> None:
+        with pytest.raises(PeerUnreachable):
+            await world.dial()
+        world.network.heal(OTHER)
+        late.append(asyncio.create_task(world.dial()))
+
+    late: list[asyncio.Task[Link]] = []
+    _, second = await asyncio.gather(fail_then_heal(), world.dial())
+    assert await late[0] is second
+    await asyncio.sleep(0.1)
+    assert world.streams() == 2
+
+
+async def test_a_dead_peer_is_unreachable_and_found_again_when_it_is_back(world: World) -> None:
+    world.network.cut(OTHER)
+    with pytest.raises(PeerUnreachable):
+        await world.dial()
+    world.network.heal(OTHER)
+    await world.dial()
+    assert world.one.lost == []
+
+
+@pytest.mark.parametrize("address", ["garbage", "/ip4/1.2.3.4/tcp/1", f"/ip4/1.2.3.4/tcp/1/p2p/{THIRD}"])
+async def test_addresses_that_cannot_be_this_peers_make_it_unreachable(world: World, address: str) -> None:
+    with pytest.raises(PeerUnreachable, match="cannot be dialled"):
+        await world.one.links.to(OTHER, (address,))
+
+
+async def test_a_cancelled_dial_leaves_nothing(world: World) -> None:
+    dialling = asyncio.create_task(world.dial())
+    await asyncio.sleep(0.03)
+    dialling.cancel()
+    await asyncio.wait([dialling])
+    await asyncio.sleep(0.1)
+    assert world.streams() == 0
+    await world.dial()
+
+
+# --- ends ---
+
+
+async def test_a_dead_remote_ends_its_link_once(world: World) -> None:
+    link = await world.dial()
+    await link.send(*step(1, 10), bulk=True)
+    await asyncio.sleep(0.1)
+    world.network.cut(OTHER)
+    await asyncio.sleep(0.1)
+    assert world.one.lost == [link]
+    assert [lost.remote for lost in world.other.lost] == [ONE]
+    assert world.one.links.known(OTHER) is None
+    with pytest.raises(StreamClosed):
+        await link.send(Close(sessions=()))
+    world.network.heal(OTHER)
+    assert await world.dial() is not link
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\xff" * 40,
+        codec.encode(Ping(nonce=1))[:-1],
+        codec.encode(Ping(nonce=1)) + b"payload",
+        codec.encode(Failed(peer="p", session=SESSION, epoch=1, code="busy", message="nothing expects me")),
+    ],
+    ids=["empty", "noise", "short", "payload", "unexpected"],
+)
+async def test_a_malformed_frame_closes_that_link_only(world: World, frame: bytes) -> None:
+    third = Node(world.network, THIRD)
+    good = await third.links.to(OTHER)
+    stream = await world.raw()
+    await stream.send(frame)
+    assert await ended(stream)
+    assert [lost.remote for lost in world.other.lost] == [ONE]
+    await third.links.ping(OTHER)
+    assert not good.closed
+    await third.close()
+
+
+async def test_one_peer_may_hold_a_few_links_and_no_more(world: World) -> None:
+    """Several processes may share an identity for a moment, say while one replaces the other."""
+    streams = [await world.raw() for _ in range(MAX_INBOUND_LINKS_PER_PEER)]
+    await asyncio.sleep(0.1)
+    assert await ended(await world.raw())
+    third = Node(world.network, THIRD)
+    await third.links.ping(OTHER)
+    await streams[0].close()
+    await asyncio.sleep(0.1)
+    await world.raw()
+    await asyncio.sleep(0.1)
+    assert len(world.other.links._inbound) == MAX_INBOUND_LINKS_PER_PEER + 1
+    await third.close()
+
+
+async def test_all_together_hold_a_bounded_number_of_links(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_INBOUND_LINKS", 2)
+    await world.raw()
+    await world.raw()
+    await asyncio.sleep(0.1)
+    third = Node(world.network, THIRD)
+    with pytest.raises(PeerError):
+        await third.links.ping(OTHER)
+    await third.close()
+
+
+async def test_a_closed_node_neither_dials_nor_accepts(world: World) -> None:
+    link = await world.dial()
+    await world.one.links.close()
+    assert link.closed
+    assert world.one.lost == [link]
+    with pytest.raises(PeerUnreachable):
+        await world.dial()
+    await asyncio.sleep(0.1)
+    assert [lost.remote for lost in world.other.lost] == [ONE], "the other side hears of it at once"
+    await world.other.links.close()
+    assert await ended(await world.raw())
+
+
+async def test_closing_while_others_dial_and_send_leaves_nothing_behind(world: World) -> None:
+    """The fixture looks for what is left."""
+    link = await world.dial()
+    world.other.gate.clear()
+    busy: list[asyncio.Task[Any]] = [
+        asyncio.create_task(link.send(*step(number, 600_000), bulk=True)) for number in range(5)
+    ]
+    third = Node(world.network, THIRD)
+    busy += [asyncio.create_task(third.links.ping(OTHER)), asyncio.create_task(world.one.links.ping(OTHER))]
+    await asyncio.sleep(0.015)
+    await third.close()
+    await world.one.close()
+    await world.other.close()
+    done, pending = await asyncio.wait(busy, timeout=1)
+    assert not pending
+    assert all(
+        task.exception() is None or isinstance(task.exception(), StreamClosed | PeerUnreachable) for task in done
+    )

@@ -1,0 +1,154 @@
+"""Who may write into a storing node's table, and who stays when it is full."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from peers.transport.record_table import RecordTable
+from routing.errors import InvalidRecord
+from routing.records import CLOCK_SLACK_S, MAX_EXPIRY_AHEAD_S, index_key, model_key
+from routing.store import StoredRecord
+from tests.peers.transport.nodes import MODEL, NETWORK, record, signing_key
+
+NOW_S = 1_750_000_000.0
+
+
+def made(number: int, *, sequence: int = 1, lifetime_s: float = 20.0, under: str | None = None) -> StoredRecord:
+    return record(signing_key(number), sequence=sequence, expires_at_s=NOW_S + lifetime_s, under=under)
+
+
+def same_bucket(count: int) -> list[int]:
+    """Numbers of peers that announce under one key."""
+    numbers: dict[str, list[int]] = {}
+    for number in range(1, 1000):
+        bucket = numbers.setdefault(model_key(NETWORK, MODEL, signing_key(number).peer_id), [])
+        bucket.append(number)
+        if len(bucket) == count:
+            return bucket
+    raise AssertionError
+
+
+def put(table: RecordTable, one: StoredRecord, *, now_s: float = NOW_S) -> None:
+    table.put(one, sender=one.subkey, now_s=now_s)
+
+
+def test_a_record_is_kept_until_its_expiry_and_the_clock_slack_have_passed() -> None:
+    table = RecordTable()
+    one = made(1)
+    put(table, one)
+    assert table.get(one.key, now_s=one.expires_at_s + CLOCK_SLACK_S - 0.1) == [one]
+    assert table.get(one.key, now_s=one.expires_at_s + CLOCK_SLACK_S) == []
+    assert len(table) == 0
+
+
+def test_only_the_announced_peer_itself_may_write() -> None:
+    table = RecordTable()
+    with pytest.raises(InvalidRecord, match="may not store"):
+        table.put(made(1), sender=signing_key(2).peer_id, now_s=NOW_S)
+
+
+def test_a_higher_sequence_replaces_and_a_lower_one_is_refused() -> None:
+    table = RecordTable()
+    put(table, made(1, sequence=5))
+    put(table, made(1, sequence=6, lifetime_s=10))
+    with pytest.raises(InvalidRecord, match="sequence 5 is not above 6"):
+        put(table, made(1, sequence=5))
+    put(table, made(1, sequence=6, lifetime_s=10))  # the very same again
+    with pytest.raises(InvalidRecord, match="sequence 6 is not above 6"):
+        put(table, made(1, sequence=6, lifetime_s=11))
+    assert table.get(made(1).key, now_s=NOW_S) == [made(1, sequence=6, lifetime_s=10)]
+
+
+@pytest.mark.parametrize("lifetime_s", [-CLOCK_SLACK_S - 1, MAX_EXPIRY_AHEAD_S + 1, float("nan")])
+def test_an_expiry_out_of_range_is_refused_and_skew_is_named(lifetime_s: float) -> None:
+    stored = replace(made(1), expires_at_s=NOW_S + lifetime_s)
+    with pytest.raises(InvalidRecord) as refusal:
+        put(RecordTable(), stored)
+    assert "clock skew" in refusal.value.hint
+
+
+def test_an_old_record_with_a_later_expiry_is_refused() -> None:
+    table = RecordTable()
+    one = made(1)
+    put(table, one)
+    with pytest.raises(InvalidRecord, match="another expiry"):
+        put(table, replace(one, expires_at_s=one.expires_at_s + 100))
+    assert table.get(one.key, now_s=NOW_S) == [one]
+
+
+def test_in_a_full_key_those_present_may_renew_and_newcomers_wait() -> None:
+    first, second, newcomer = same_bucket(3)
+    table = RecordTable(max_records_per_key=2)
+    put(table, made(first))
+    put(table, made(second, lifetime_s=40))
+    with pytest.raises(InvalidRecord, match="is full"):
+        put(table, made(newcomer))
+    put(table, made(second, sequence=2, lifetime_s=45))
+    after_first_s = NOW_S + 20 + CLOCK_SLACK_S
+    put(table, made(newcomer, lifetime_s=50), now_s=after_first_s)
+    assert len(table.get(made(first).key, now_s=after_first_s)) == 2
+
+
+def test_a_peer_cannot_fill_the_table_with_keys_and_the_table_has_an_end() -> None:
+    table = RecordTable(max_keys_per_peer=1)
+    put(table, made(1))
+    with pytest.raises(InvalidRecord, match="announces under 1 keys"):
+        put(table, made(1, under=index_key(NETWORK, signing_key(1).peer_id)))
+    table = RecordTable(max_records=1)
+    put(table, made(1))
+    with pytest.raises(InvalidRecord, match="table is full"):
+        put(table, made(2))
+
+
+NUMBERS = same_bucket(4)
+
+
+class TableMachine(RuleBasedStateMachine):
+    """Random puts and waits against a plain dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = RecordTable(max_records_per_key=3)
+        self.now_s = NOW_S
+        self.model: dict[str, tuple[StoredRecord, int]] = {}
+
+    def live(self) -> dict[str, tuple[StoredRecord, int]]:
+        return {
+            subkey: held for subkey, held in self.model.items() if held[0].expires_at_s + CLOCK_SLACK_S > self.now_s
+        }
+
+    @rule(number=st.sampled_from(NUMBERS), sequence=st.integers(1, 4), lifetime_s=st.integers(1, 60))
+    def put(self, number: int, sequence: int, lifetime_s: int) -> None:
+        expires_at_s = self.now_s + lifetime_s
+        one = record(signing_key(number), sequence=sequence, expires_at_s=expires_at_s)
+        self.model = self.live()
+        held = self.model.get(one.subkey)
+        allowed = len(self.model) < 3 if held is None else held[0] == one or held[1] < sequence
+        try:
+            self.table.put(one, sender=one.subkey, now_s=self.now_s)
+        except InvalidRecord:
+            assert not allowed
+        else:
+            assert allowed
+            self.model[one.subkey] = (one, sequence)
+
+    @precondition(lambda self: self.model)
+    @rule(seconds=st.integers(1, 40))
+    def wait(self, seconds: int) -> None:
+        self.now_s += seconds
+
+    @invariant()
+    def holds_what_it_should(self) -> None:
+        expected = [one for one, _ in self.live().values()]
+        held = self.table.get(made(NUMBERS[0]).key, now_s=self.now_s)
+        assert sorted(held, key=lambda one: one.subkey) == sorted(expected, key=lambda one: one.subkey)
+        assert len(self.table) == len(expected)
+
+
+TestTableMachine = TableMachine.TestCase
+TestTableMachine.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

@@ -1,0 +1,417 @@
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+import peers.host
+from peers.errors import InsecureIdentity
+from peers.host import Event
+from peers.model.progress import Progress
+from routing.errors import NoRoute
+from routing.health import models
+from routing.identity import SigningKey
+from routing.ids import BlockSpan, ModelId
+from routing.invites import parse
+from routing.records import Announcement, PeerState
+from routing.router import Router
+from swarm.cli import node, output
+from swarm.cli import status as status_view
+from swarm.cli.app import _bytes, app, spread
+
+ADDRESS = "/ip4/127.0.0.1/tcp/4001/p2p/" + SigningKey.from_seed(bytes(32)).peer_id
+COMMANDS = ("bootstrap", "join", "generate", "chat", "status", "demo")
+
+
+def swarm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "swarm", *arguments]
+    return subprocess.run(command, input="", capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command in this process, which keeps its own logging."""
+    monkeypatch.setattr(output, "configure_logging", lambda verbose: None)
+    return lambda *arguments: CliRunner().invoke(app, arguments, prog_name="swarm")
+
+
+# --- help and options ---
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, run: Callable[..., Result]) -> None:
+    done = run(command, "--help")
+    assert done.exit_code == 0
+    assert f"Example:  swarm {command}" in done.stdout
+
+
+def test_help_and_argument_errors_come_without_loading_torch() -> None:
+    probe = "import sys, swarm.cli.app, swarm.network\nprint({'torch', 'transformers', 'hivemind'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("join",),
+        ("join", "m", "--new-swarm", "--no-such-option"),
+        ("join", "m", "--new-swarm", "--dtype", "float8"),
+        ("join", "m", "--new-swarm", "--blocks", "0:1", "--num-blocks", "1"),
+        ("join", "m", "--new-swarm", "--max-memory", "lots"),
+        ("join", "m", "--new-swarm", "--initial-peers", ADDRESS),
+        ("generate", "m", "--top-p", "2"),
+    ],
+)
+def test_a_mistyped_command_is_a_usage_error(arguments: tuple[str, ...], run: Callable[..., Result]) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert "Usage: swarm" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (("join", "m"), "no way into a network was given", "--new-swarm"),
+        (("generate", "m", "-p", "hi"), "no way into a network was given", "--invite"),
+        (("status", "--initial-peers", "127.0.0.1:4001"), "is not an address of this network", "/ip4/"),
+        (("status", "--initial-peers", "/ip4/1.2.3.4/tcp/1"), "does not end in /p2p/", "/ip4/"),
+        (("chat", "m", "--invite", "swarm://AAAA"), "the invite is damaged", "copy the whole link"),
+        (("chat", "m", "--invite", "https://example.org"), "is not an invite", "swarm://"),
+        (("join", "m", "--initial-peers", ADDRESS, "--invite", "swarm://AAAA"), "both an invite and", "already"),
+        (("join", "m", "--new-swarm", "--blocks", "9:3"), "blocks 9:3 are not a range", "A:B"),
+        (("join", "m", "--new-swarm", "--listen", "everywhere"), "is not an address of this network", "/ip4/"),
+        (("generate", "m", "--initial-peers", ADDRESS), "the prompt is empty", "--prompt"),
+    ],
+)
+def test_an_error_is_one_line_and_a_hint(
+    arguments: tuple[str, ...], error: str, hint: str, run: Callable[..., Result]
+) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert error in first
+    assert second.startswith("hint: ")
+    assert hint in second
+
+
+def test_a_process_says_so_too_and_shows_no_traceback() -> None:
+    done = swarm("status", "--invite", "swarm://AAAA")
+    expected = "error: the invite is damaged: its checksum does not match\nhint: copy the whole link\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = swarm("join", "m", "--new-swarm", "--blocks", "9:3", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "InvalidSpan: blocks 9:3 are not a range" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "parsed"),
+    [
+        ("join m --initial-peers /ip4/a /dns/b --json", "join m --initial-peers /ip4/a --initial-peers /dns/b --json"),
+        ("join --initial-peers /ip4/a /ip6/b model", "join --initial-peers /ip4/a --initial-peers /ip6/b model"),
+        ("join --initial-peers /ip4/a model /ip4/b", "join --initial-peers /ip4/a model /ip4/b"),
+        ("join --listen /ip4/a --announce /ip4/b /ip4/c", "join --listen /ip4/a --announce /ip4/b --announce /ip4/c"),
+        ("join --initial-peers /ip4/a --name /ip4/b", "join --initial-peers /ip4/a --name /ip4/b"),
+        ("join /ip4/model --initial-peers /ip4/a", "join /ip4/model --initial-peers /ip4/a"),
+    ],
+)
+def test_several_addresses_may_follow_one_option(typed: str, parsed: str) -> None:
+    assert spread(typed.split()) == parsed.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4GB", 4 * 10**9), ("512MiB", 512 << 20), ("6g", 6 * 10**9), ("1000", 1000), ("1.5 GB", 1_500_000_000)],
+)
+def test_memory_is_read_with_its_unit(text: str, expected: int) -> None:
+    assert _bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "B", "GB", "-1GB", "0", "nan", "inf", "1PB", "12 apples"])
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        _bytes(text)
+
+
+# --- errors, events, bars ---
+
+
+def test_an_error_that_a_task_group_wrapped_is_found() -> None:
+    error = NoRoute("blocks 3:4 are missing")
+    assert output.error_in(ExceptionGroup("serve", [ExceptionGroup("inner", [error])])) is error
+    assert output.error_in(ExceptionGroup("serve", [error, ValueError("a defect")])) is None
+
+
+def test_a_closed_reader_ends_a_command_quietly() -> None:
+    program = "from swarm.cli.output import command; import sys, typer\n"
+    program += "with command(verbose=0, debug=False):\n  while True: sys.stdout.write('x' * 9999)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert "BrokenPipe" not in errors
+
+
+def test_every_event_of_a_node_has_words() -> None:
+    kinds = set(re.findall(r'Event\(\s*"(\w+)"', inspect.getsource(peers.host)))
+    examples = {
+        "connected": {"peer_id": "12D3KooA"},
+        "loading": {"model": "m", "span": [0, 10], "dtype": "float32"},
+        "ready": {
+            "addresses": [ADDRESS],
+            "invite": "swarm://x",
+            "model": "m",
+            "span": [0, 10],
+            "device": "cpu",
+            "cache_tokens": 4096,
+            "decode_ms_per_block": 1.25,
+        },
+        "reachable": {"addresses": [ADDRESS]},
+        "unreachable": {"problems": {ADDRESS: "no answer"}, "hint": "forward the port"},
+        "draining": {},
+        "stopped": {},
+    }
+    assert kinds == set(examples)
+    words = {kind: node.describe(Event(kind, dict(fields))) for kind, fields in examples.items()}
+    assert "blocks 0:10 of m" in words["ready"]
+    assert "swarm://x" in words["ready"]
+    assert "no answer" in words["unreachable"]
+    assert "forward the port" in words["unreachable"]
+
+
+def test_json_events_are_one_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:
+    write = output.event_writer(as_json=True, describe=node.describe)
+    write(Event("ready", {"span": [0, 10]}))
+    write(Event("stopped"))
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
+        {"event": "ready", "span": [0, 10]},
+        {"event": "stopped"},
+    ]
+
+
+def test_bars_are_drawn_on_a_terminal_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with output.Bars() as bars:
+        progress: Progress = bars
+        progress.start("downloading", 100)
+        progress.advance(40)
+        progress.start("converting", 50)  # the first one ended without saying so
+        progress.done()
+    assert "downloading" in terminal.getvalue()
+    assert terminal.getvalue().count("\x1b[?25h") == terminal.getvalue().count("\x1b[?25l") > 0  # the cursor is back
+
+
+# --- identities ---
+
+
+@pytest.fixture
+def locks() -> Iterator[None]:
+    yield
+    while node._locks:
+        os.close(node._locks.pop())
+
+
+@pytest.mark.usefixtures("locks")
+def test_nodes_of_one_user_get_identities_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    names = [node.claim_identity(None, role).name for role in ("peer", "peer", "bootstrap", "peer")]
+    assert names == ["peer.key", "peer-2.key", "bootstrap.key", "peer-3.key"]
+
+
+@pytest.mark.usefixtures("locks")
+def test_an_identity_in_use_is_refused(tmp_path: Path) -> None:
+    node.claim_identity(tmp_path / "mine.key", "peer")
+    with pytest.raises(InsecureIdentity, match="in use"):
+        node.claim_identity(tmp_path / "mine.key", "peer")
+
+
+def test_an_identity_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InsecureIdentity, match="cannot be used"):
+        node.claim_identity(tmp_path / "file" / "mine.key", "peer")
+
+
+def test_a_ready_node_gives_an_invite_to_itself() -> None:
+    invite = parse(node._invite("hive", {"addresses": [ADDRESS]}))
+    assert (invite.network, invite.bootstraps) == ("hive", (ADDRESS,))
+
+
+# --- signals ---
+
+NODE = """
+import asyncio, sys
+from swarm.cli import output, signals
+signals.end_at_once()
+{parent}
+with output.command(verbose=0, debug=False):
+    stop = asyncio.Event()
+    ready = False
+    async def main():
+        global ready
+        print("starting", flush=True)
+        if {starts}:
+            ready = True
+            print("ready", flush=True)
+            await stop.wait()
+            print("draining", flush=True)
+            if {hangs}:
+                await asyncio.sleep(600)
+        else:
+            await asyncio.to_thread(lambda: __import__("time").sleep(600))
+    def ask():
+        stop.set()
+        return ready
+    signals.run(main(), stop=ask)
+print("stopped", flush=True)
+"""
+
+
+def start(program: str, until: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while (line := process.stdout.readline()).strip() != until:
+        assert line, "it ended early"
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=20)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_drains(number: signal.Signals) -> None:
+    process = start(NODE.format(parent="", starts=True, hangs=False), until="ready")
+    process.send_signal(number)
+    assert end(process) == (0, "draining\nstopped\n", "")
+
+
+def test_the_second_signal_ends_at_once() -> None:
+    process = start(NODE.format(parent="", starts=True, hangs=True), until="ready")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "draining\n"
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (130, "", "")
+
+
+def test_a_signal_during_the_start_does_not_wait_for_threads() -> None:
+    process = start(NODE.format(parent="", starts=False, hangs=False), until="starting")
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (130, "", "")
+
+
+def test_the_end_of_the_parent_is_a_signal() -> None:
+    process = start(NODE.format(parent="signals.end_with_parent()", starts=True, hangs=False), until="ready")
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stdin = None
+    assert end(process) == (0, "draining\nstopped\n", "")
+
+
+def test_an_interrupted_command_unwinds_and_says_nothing() -> None:
+    program = "from swarm.cli import output, signals; import time\n"
+    program += "with output.command(verbose=0, debug=False), signals.interruptible():\n"
+    program += "  try:\n    print('working', flush=True); time.sleep(600)\n  finally:\n    print('freed', flush=True)"
+    process = start(program, until="working")
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (130, "freed\n", "")
+
+
+def test_ctrl_c_during_imports_leaves_no_traceback() -> None:
+    program = "from swarm.cli import signals; signals.end_at_once()\n"
+    program += "print('importing', flush=True); import time; time.sleep(9)"
+    process = start(program, until="importing")
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (130, "", "")
+
+
+# --- status ---
+
+
+def announcement(seed: int, span: BlockSpan, **changes: object) -> Announcement:
+    fields: dict[str, object] = {
+        "peer_id": SigningKey.from_seed(bytes([seed]) * 32).peer_id,
+        "model": ModelId(bytes([7]) * 32),
+        "model_name": "tiny",
+        "num_blocks": 6,
+        "span": span,
+        "state": PeerState.ONLINE,
+        "dtype": "float32",
+        "version": "0.1.0",
+        "protocol": 1,
+        "addresses": (),
+        "decode_s_per_block": 0.001,
+        "prefill_s_per_token_block": 0.0001,
+        "cache_tokens": 1024,
+        "free_tokens": 512,
+        "sequence": 1,
+        "expires_at_s": 120.0,
+    }
+    return Announcement(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def view() -> status_view.View:
+    router = Router()
+    alice = announcement(1, BlockSpan(0, 2), name="alice")
+    bob = announcement(2, BlockSpan(1, 4), state=PeerState.DRAINING)
+    carol = announcement(3, BlockSpan(4, 6))
+    router.on_announcements([alice, bob, carol], 100.0)
+    return status_view.View(network="hive", models=models(router.snapshot(100.0)), rtt_s={alice.peer_id: 0.0125})
+
+
+def test_status_names_holders_and_gaps(view: status_view.View) -> None:
+    plain = json.loads(json.dumps(status_view.as_plain(view)))
+    (model,) = plain["models"]
+    assert model["gaps"] == [[2, 4]]
+    assert not model["healthy"]
+    assert [len(holders) for holders in model["blocks"]] == [1, 1, 0, 0, 1, 1]
+    alice, bob, _ = model["peers"]
+    assert (alice["name"], alice["span"], alice["latency_ms"], alice["version"]) == ("alice", [0, 2], 12.5, "0.1.0")
+    assert (bob["state"], bob["latency_ms"]) == ("draining", None)
+
+
+def test_status_is_a_table_for_people(view: status_view.View, capsys: pytest.CaptureFixture[str]) -> None:
+    status_view.show(view)
+    printed = capsys.readouterr().out
+    for expected in ("nobody serves blocks 2:4", "2:4 ", "nobody", "alice (…", "12.5 ms", "no answer", "draining"):
+        assert expected in printed
+    for peer in view.models[0].peers:
+        assert peer.peer_id in printed
+
+
+def test_a_model_is_named_by_its_name_or_the_beginning_of_its_id(view: status_view.View) -> None:
+    (health,) = view.models
+    assert status_view._is_named(health, "tiny")
+    assert status_view._is_named(health, "0707")
+    assert not status_view._is_named(health, "07")
+    assert not status_view._is_named(health, "tin")

@@ -1,0 +1,920 @@
+"""The client's session: every row of its transition table, then a small world of unreliable hops around it.
+
+The world is driven twice: by a seeded simulation over thousands of seeds, and by Hypothesis, which shrinks what it
+finds. `SEED=… pytest tests/swarm/test_session_core.py -k seed` repeats one simulation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from peers.errors import Busy, PeerUnreachable, Refused
+from peers.wire.messages import Code
+from routing.errors import NoRoute, SwarmError
+from routing.ids import BlockSpan, PeerId, SessionId, StepId
+from routing.router import Hop, Route
+from swarm.session.core import (
+    Action,
+    Fail,
+    NeedRoute,
+    OpenHops,
+    PendingStep,
+    Release,
+    SendStep,
+    SessionConfig,
+    SessionCore,
+    State,
+    StepDone,
+    Wait,
+)
+
+P, Q, R = (PeerId(name) for name in "PQR")
+SESSION, CHILD = SessionId(b"s" * 16), SessionId(b"c" * 16)
+LOST = PeerUnreachable("gone")
+FULL = Busy("full", retry_after_s=0.5)
+FORGOT = Refused("who?", code=Code.UNKNOWN_SESSION)
+
+
+def route(*peers: PeerId) -> Route:
+    hops = [Hop(peer_id=peer, span=BlockSpan(at, at + 1), addresses=()) for at, peer in enumerate(peers)]
+    return Route(hops=tuple(hops), cost_s=1.0)
+
+
+def kinds(actions: Sequence[Action]) -> list[type[Action]]:
+    return [type(action) for action in actions]
+
+
+def sent(actions: Sequence[Action]) -> list[PendingStep]:
+    return [action.step for action in actions if isinstance(action, SendStep)]
+
+
+def ready(config: SessionConfig | None = None, *, positions: int = 0) -> SessionCore:
+    """On a route over P and Q, idle, holding `positions`."""
+    core = SessionCore(SESSION, config or SessionConfig())
+    core.submit(0, max(1, positions), 0)
+    core.route_ready(route(P, Q))
+    opened(core)
+    core.result(StepId(1), 1)
+    assert (core.state, core.pending) == (State.READY, ())
+    return core
+
+
+def opened(core: SessionCore) -> list[Action]:
+    assert core.route is not None
+    return [action for hop in core.route.hops for action in core.opened(hop.peer_id, core.epoch)]
+
+
+# --- the rows of the table ---
+
+
+def test_the_first_step_asks_for_a_route_and_is_sent_once_every_hop_is_open() -> None:
+    core = SessionCore(SESSION, SessionConfig())
+    assert (core.state, core.outstanding) == (State.IDLE, False)
+    step, actions = core.submit(0, 3, 2)
+    assert actions == [NeedRoute(frozenset())]
+    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 1)]
+    assert (core.state, core.outstanding) == (State.OPENING, True)
+    assert core.opened(Q, 1) == []
+    assert core.opened(Q, 1) == []
+    assert core.opened(P, 0) == [], "of an older epoch"
+    assert core.opened(P, 1) == [SendStep(PendingStep(step=step, first=0, count=3, want_from=2), 1)]
+    assert (core.state, core.outstanding) == (State.READY, True)
+    (done,) = core.result(step, 1)
+    assert isinstance(done, StepDone)
+    assert (done.step.step, core.outstanding, core.pending) == (step, False, ())
+
+
+def test_without_a_route_the_session_fails() -> None:
+    core = SessionCore(SESSION, SessionConfig())
+    core.submit(0, 1, 0)
+    error = NoRoute("blocks 3:5 are missing")
+    assert core.no_route(error) == [Fail(error)]
+    assert (core.state, core.alive, core.no_route(error), core.route_ready(route(P))) == (State.FAILED, False, [], [])
+
+
+def test_a_ready_session_sends_at_once_within_its_window() -> None:
+    core = ready(SessionConfig(window=2))
+    steps = [core.submit(first, 1, 0) for first in (1, 2, 3)]
+    assert [len(actions) for _, actions in steps] == [1, 1, 0]
+    assert kinds(core.result(steps[0][0], 1)) == [StepDone, SendStep]
+    assert kinds(core.result(steps[1][0], 1)) == [StepDone]
+
+
+def test_a_result_counts_once_and_under_its_epoch_only() -> None:
+    core = ready()
+    step, _ = core.submit(1, 1, 0)
+    assert core.result(step, 0) == []
+    assert core.result(StepId(99), 1) == []
+    assert kinds(core.result(step, 1)) == [StepDone]
+    assert core.result(step, 1) == []
+
+
+def test_results_that_overtake_each_other_are_each_answered_and_leave_no_hole_in_a_replay() -> None:
+    core = ready(SessionConfig(chunk_positions=8), positions=5)
+    (first, _), (second, _), (third, _) = (core.submit(5, 2, 0), core.submit(7, 2, 0), core.submit(9, 2, 0))
+    assert kinds(core.result(second, 1)) == [StepDone]
+    core.hop_lost(P, LOST)
+    core.route_ready(route(R, Q))
+    steps = sent(opened(core))
+    assert [(step.first, step.count, step.replay) for step in steps] == [
+        (0, 5, True),
+        (5, 2, False),
+        (7, 2, True),
+        (9, 2, False),
+    ]
+    assert [steps[1].step, steps[3].step] == [first, third]
+
+
+def test_a_busy_step_is_sent_again_under_its_id_and_so_is_what_came_behind_it() -> None:
+    core = ready()
+    step, _ = core.submit(1, 1, 0)
+    behind, _ = core.submit(2, 1, 0)
+    assert core.busy(1, 0.5, FULL, preempted=False) == [Wait(0.5)]
+    assert (core.state, core.outstanding) == (State.PAUSING, False)
+    during, actions = core.submit(3, 1, 0)
+    assert actions == []
+    assert core.busy(1, 0.5, FULL, preempted=False) == [], "one wait is enough"
+    assert [step.step for step in sent(core.timer())] == [step, behind, during]
+    assert core.timer() == []
+
+
+def test_the_gaps_behind_a_busy_step_are_its_shadow_whenever_they_arrive() -> None:
+    core = ready()
+    steps = [core.submit(first, 1, 0)[0] for first in (1, 2, 3)]
+    core.busy(1, 0.5, FULL, preempted=False)
+    assert core.forgotten(1, FORGOT, gap_at=steps[1]) == []
+    core.timer()
+    assert core.forgotten(1, FORGOT, gap_at=steps[2]) == []
+    assert kinds(core.forgotten(1, FORGOT, gap_at=steps[2])) == [Release, NeedRoute], "each step is excused once"
+
+
+def test_a_hop_that_forgot_the_session_is_believed_also_during_a_pause() -> None:
+    core = ready()
+    core.submit(1, 1, 0)
+    core.busy(1, 0.5, FULL, preempted=False)
+    assert kinds(core.forgotten(1, FORGOT)) == [Release, NeedRoute]
+    assert core.timer() == []
+
+
+def test_a_result_during_a_pause_is_taken_and_not_asked_for_again() -> None:
+    core = ready()
+    (one, _), (two, _) = core.submit(1, 1, 0), core.submit(2, 1, 0)
+    core.busy(1, 0.5, FULL, preempted=False)
+    assert kinds(core.result(one, 1)) == [StepDone]
+    assert [step.step for step in sent(core.timer())] == [two]
+
+
+def test_a_session_that_is_busy_too_often_lets_go_of_its_pages() -> None:
+    core = ready(SessionConfig(max_busy_repeats=2))
+    core.submit(1, 1, 0)
+    for _ in range(2):
+        assert kinds(core.busy(1, 0.5, FULL, preempted=False)) == [Wait]
+        core.timer()
+    assert kinds(core.busy(1, 0.5, FULL, preempted=False)) == [Release, Wait]
+    assert core.state is State.WAITING
+    assert kinds(core.timer()) == [NeedRoute]
+
+
+def test_a_busy_hop_at_opening_is_released_and_asked_again_later() -> None:
+    core = SessionCore(SESSION, SessionConfig())
+    core.submit(0, 1, 0)
+    core.route_ready(route(P, Q))
+    assert core.busy(1, 0.5, FULL, preempted=False) == [Release(route(P, Q)), Wait(0.5)]
+    assert core.opened(Q, 1) == []
+    assert kinds(core.timer()) == [NeedRoute]
+
+
+@pytest.mark.parametrize("pausing", [False, True])
+def test_a_preempted_session_waits_without_pages(pausing: bool) -> None:
+    core = ready(positions=4)
+    core.submit(4, 1, 0)
+    waits = [Wait(0.5)]
+    if pausing:
+        core.busy(1, 0.5, FULL, preempted=False)
+        waits = []  # a timer runs already
+    assert core.busy(1, 0.5, FULL, preempted=True) == [Release(route(P, Q)), *waits]
+    assert core.state is State.WAITING
+    assert kinds(core.timer()) == [NeedRoute]
+    core.route_ready(route(P, Q))
+    assert [(s.first, s.count, s.replay) for s in sent(opened(core))] == [(0, 4, True), (4, 1, False)]
+
+
+def test_a_preempted_session_without_a_pending_step_goes_idle() -> None:
+    core = ready()
+    core.busy(1, 0.5, FULL, preempted=True)
+    assert (core.timer(), core.state) == ([], State.IDLE)
+
+
+def test_one_wait_is_bounded_whatever_a_hop_asks_for_and_all_together_by_patience() -> None:
+    core = ready(SessionConfig(busy_patience_s=100.0, max_wait_s=30.0))
+    core.submit(1, 1, 0)
+    for _ in range(3):
+        actions = core.busy(core.epoch, 1e9, FULL, preempted=True)
+        assert actions[-1] == Wait(30.0)
+        core.timer()
+        core.route_ready(route(P, Q))
+        opened(core)
+    assert core.busy(core.epoch, 1e9, FULL, preempted=True) == [Release(route(P, Q)), Fail(FULL)]
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        lambda core: core.hop_lost(Q, LOST),
+        lambda core: core.stalled(LOST),
+        lambda core: core.forgotten(1, LOST),
+        lambda core: core.refused(Q, 1, LOST),
+    ],
+    ids=["lost", "stalled", "forgotten", "refused"],
+)
+@pytest.mark.parametrize("state", [State.OPENING, State.READY, State.PAUSING])
+def test_whatever_breaks_a_route_leads_to_another_one(
+    happens: Callable[[SessionCore], list[Action]], state: State
+) -> None:
+    core = SessionCore(SESSION, SessionConfig())
+    step, _ = core.submit(0, 1, 0)
+    core.route_ready(route(P, Q))
+    if state is not State.OPENING:
+        opened(core)
+    if state is State.PAUSING:
+        core.busy(1, 0.5, FULL, preempted=False)
+    actions = happens(core)
+    assert kinds(actions) == [Release, NeedRoute]
+    assert core.timer() == [], "an old timer finds nothing to do"
+    assert core.route_ready(route(P, R)) == [OpenHops(route(P, R), 2)]
+    assert [s.step for s in sent(opened(core))] == [step]
+    assert core.result(step, 1) == []
+    assert kinds(core.result(step, 2)) == [StepDone]
+
+
+def test_an_idle_session_that_loses_its_route_looks_for_another_with_its_next_step() -> None:
+    core = ready(positions=3)
+    assert kinds(core.hop_lost(P, LOST)) == [Release]
+    assert (core.state, core.hop_lost(P, LOST)) == (State.IDLE, [])
+    assert kinds(core.submit(3, 1, 0)[1]) == [NeedRoute]
+
+
+def test_a_peer_that_declined_is_avoided_from_then_on_and_a_stranger_does_not_matter() -> None:
+    core = ready()
+    core.submit(1, 1, 0)
+    assert core.refused(R, 1, LOST) == core.hop_lost(R, LOST) == core.refused(Q, 0, LOST) == []
+    assert core.forgotten(0, FORGOT) == core.busy(0, 1.0, FULL, preempted=True) == []
+    assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}))
+
+
+def test_a_session_without_progress_fails_after_its_attempts_also_when_every_replay_succeeds() -> None:
+    core = ready(SessionConfig(max_attempts=3), positions=4)
+    core.submit(4, 1, 0)
+    for _ in range(3):
+        assert kinds(core.hop_lost(P, LOST)) == [Release, NeedRoute]
+        core.route_ready(route(P, Q))
+        replay, _ = sent(opened(core))
+        core.result(replay.step, core.epoch)
+    assert core.hop_lost(P, LOST) == [Release(route(P, Q)), Fail(LOST)]
+
+
+def test_a_result_renews_the_attempts() -> None:
+    core = ready(SessionConfig(max_attempts=1))
+    for first in range(1, 5):
+        step, _ = core.submit(first, 1, 0)
+        core.hop_lost(P, LOST)
+        core.route_ready(route(P, Q))
+        replay, again = sent(opened(core))
+        core.result(replay.step, core.epoch)
+        assert kinds(core.result(again.step, core.epoch)) == [StepDone]
+        assert again.step == step
+    assert core.rebuilds == 4
+
+
+def test_giving_up_fails_and_closing_releases_and_both_are_final() -> None:
+    core = ready()
+    core.submit(1, 1, 0)
+    assert core.give_up(FORGOT) == [Release(route(P, Q)), Fail(FORGOT)]
+    assert core.give_up(FORGOT) == core.close() == []
+    core = ready()
+    step, _ = core.submit(1, 1, 0)
+    assert core.close() == [Release(route(P, Q))]
+    assert core.close() == core.result(step, 1) == core.hop_lost(P, LOST) == core.timer() == []
+    assert not core.alive
+
+
+def test_a_replay_is_cut_into_chunks_and_where_the_rotary_regime_changes() -> None:
+    core = SessionCore(SESSION, SessionConfig(chunk_positions=4), cuts=lambda end: [cut for cut in (6,) if cut < end])
+    core.submit(13, 1, 0)
+    core.route_ready(route(P))
+    core.config = SessionConfig(chunk_positions=4, window=9)
+    steps = sent(opened(core))
+    assert [(step.first, step.count) for step in steps] == [(0, 4), (4, 2), (6, 4), (10, 3), (13, 1)]
+    assert all(step.want_from == step.count for step in steps if step.replay), "nobody reads what a replay returns"
+
+
+def test_the_first_step_of_a_fork_names_its_parent_and_travels_alone() -> None:
+    parent = ready(positions=6)
+    child = parent.fork(CHILD)
+    assert child.unborn
+    step, actions = child.submit(4, 1, 0)
+    assert [(s.step, s.parent) for s in sent(actions)] == [(step, SESSION)]
+    following, actions = child.submit(5, 1, 0)
+    assert actions == []
+    child.busy(1, 0.5, FULL, preempted=False)
+    assert [(s.step, s.parent) for s in sent(child.timer())] == [(step, SESSION)]
+    actions = child.result(step, 1)
+    assert [(s.step, s.parent) for s in sent(actions)] == [(following, None)]
+    assert not child.unborn
+
+
+def test_a_fork_that_loses_its_route_replays_by_itself() -> None:
+    child = ready(positions=6).fork(CHILD)
+    child.submit(4, 1, 0)
+    child.hop_lost(P, LOST)
+    assert not child.unborn
+    child.route_ready(route(P, Q))
+    assert [(s.first, s.count, s.parent) for s in sent(opened(child))] == [(0, 4, None), (4, 1, None)]
+
+
+def test_a_step_that_rolls_back_travels_alone() -> None:
+    """Else a hop that missed it would run the next step on top of what should be gone."""
+    core = ready(positions=9)
+    back, actions = core.submit(4, 2, 0)
+    assert kinds(actions) == [SendStep]
+    following, actions = core.submit(6, 2, 0)
+    assert actions == []
+    core.busy(1, 0.5, FULL, preempted=False)
+    assert [step.step for step in sent(core.timer())] == [back]
+    assert [step.step for step in sent(core.result(back, 1))] == [following]
+    back, actions = core.submit(7, 2, 0)
+    assert actions == [], "not behind another one either"
+    core.hop_lost(P, LOST)
+    core.route_ready(route(P, Q))
+    assert [step.first for step in sent(opened(core))] == [0, 6]
+    assert [step.step for step in sent(core.result(StepId(back + 1), core.epoch))] == [], "the replay came first"
+    assert [step.step for step in sent(core.result(following, core.epoch))] == [back]
+
+
+def test_steps_that_must_stay_in_order_are_known_as_crowded() -> None:
+    core = ready(positions=4)
+    step, _ = core.submit(4, 1, 0)
+    crowded = [core.crowded]
+    core.hop_lost(P, LOST)
+    core.route_ready(route(P, Q))
+    replay, _ = sent(opened(core))
+    crowded.append(core.crowded)  # the step may not overtake its replay
+    core.result(replay.step, core.epoch)
+    crowded.append(core.crowded)
+    core.result(step, core.epoch)
+    core.submit(5, 1, 0)
+    core.submit(6, 1, 0)
+    assert [*crowded, core.crowded] == [False, True, False, True]
+
+
+def test_a_parent_whose_route_is_not_settled_does_not_lend_it() -> None:
+    busy = ready()
+    busy.submit(1, 1, 0)
+    for parent in (busy, ready().fork(CHILD), SessionCore(SESSION, SessionConfig())):
+        child = parent.fork(CHILD)
+        assert (child.unborn, kinds(child.submit(0, 1, 0)[1])) == (False, [NeedRoute])
+
+
+# --- a world of unreliable hops ---
+
+CLIENT = PeerId("client")
+PEERS = tuple(PeerId(f"{span}{copy}") for span in "ABC" for copy in "123")
+CONFIG = SessionConfig(max_attempts=6, busy_patience_s=60.0, window=3, chunk_positions=4, max_busy_repeats=2)
+KEEP_ANSWERS = 3
+
+
+Channel = tuple[PeerId, PeerId, SessionId, object]
+"""From, to, session, and the lane or the epoch."""
+
+
+@dataclass
+class Held:
+    """One session at one hop: the tokens of its positions, and what it answered."""
+
+    epoch: int
+    next: PeerId | None
+    tokens: list[int] = field(default_factory=list)
+    answers: OrderedDict[StepId, Message] = field(default_factory=OrderedDict)
+    preempted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Anything that travels; `digests` tell what each hop held after it ran the step."""
+
+    kind: str
+    session: SessionId
+    epoch: int
+    sender: PeerId
+    step: PendingStep | None = None
+    tokens: tuple[int, ...] = ()
+    digests: tuple[int, ...] = ()
+    next: PeerId | None = None
+
+
+@dataclass
+class Owner:
+    """The caller's side of one session: what it submitted, what it expects, what it got."""
+
+    core: SessionCore
+    history: list[int]
+    parent: Owner | None = None
+    forked_at: int = 0
+    rows: dict[StepId, tuple[int, ...]] = field(default_factory=dict)
+    expected: dict[StepId, int] = field(default_factory=dict)
+    """Digest of the whole sequence behind each unanswered step, in order of submission."""
+    flying: set[StepId] = field(default_factory=set)
+    routes_without_answer: int = 0
+    waited_s: float = 0.0
+    failure: SwarmError | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.core.alive and not self.expected
+
+
+class World:
+    """One client, three spans with three peers each, and a channel per direction, session and epoch.
+
+    A channel keeps its order, and channels overtake each other: so frames of different epochs are reordered. The caller
+    decides what happens next (`events`, `fire`) and which faults occur.
+    """
+
+    def __init__(self) -> None:
+        self.hops: dict[PeerId, dict[SessionId, Held]] = {peer: {} for peer in PEERS}
+        self.dead: set[PeerId] = set()
+        self.leaving: set[PeerId] = set()
+        self.busy: set[PeerId] = set()
+        """Refuse the next step, or open, with "busy"."""
+        self.owners: dict[SessionId, Owner] = {}
+        self.channels: dict[Channel, deque[Message]] = {}
+        self.deferred: list[tuple[str, SessionId, PeerId | None]] = []
+        """Plans, timers and news of broken connections, which may come in any order."""
+        self.disturbed: set[tuple[SessionId, int]] = set()
+        """Where a hop has been given a reason to see a gap."""
+        self.resurrected: set[SessionId] = set()
+        self.log: list[object] = []
+        self._next_token = 0
+        self._routes = 0
+
+    # The caller.
+
+    def open(self) -> Owner:
+        return self._adopt(lambda session: SessionCore(session, CONFIG), [], None)
+
+    def fork(self, parent: Owner, position: int) -> Owner:
+        return self._adopt(parent.core.fork, parent.history[:position], parent)
+
+    def submit(self, owner: Owner, first: int, count: int) -> None:
+        assert first == len(owner.history) or not owner.expected, "a caller rolls back what is answered only"
+        del owner.history[first:]
+        tokens = tuple(range(self._next_token, self._next_token + count))
+        self._next_token += count
+        owner.history += tokens
+        step, actions = owner.core.submit(first, count, 0)
+        owner.rows[step] = tokens
+        owner.expected[step] = hash(tuple(owner.history))
+        self._perform(owner, actions)
+
+    def lowest_rollback(self, owner: Owner) -> int:
+        """Children that are not born yet still need their parent's positions."""
+        return max((o.forked_at for o in self.owners.values() if o.parent is owner and o.core.unborn), default=0)
+
+    def close(self, owner: Owner) -> None:
+        owner.expected.clear()
+        self._perform(owner, owner.core.close())
+
+    # Faults.
+
+    def die(self, peer: PeerId) -> None:
+        self.dead.add(peer)
+        self.hops[peer].clear()
+        for key in [key for key in self.channels if peer in key[:2]]:
+            del self.channels[key]
+        for session, owner in self.owners.items():
+            self._disturb(owner)
+            self.deferred.append(("lost", session, peer))
+
+    def revive(self, peer: PeerId) -> None:
+        self.dead.discard(peer)
+
+    def forget(self, peer: PeerId) -> None:
+        for session in self.hops[peer]:
+            self._disturb(self.owners[session])
+        self.hops[peer].clear()
+
+    def preempt(self, peer: PeerId, session: SessionId) -> None:
+        held = self.hops[peer][session]
+        self._disturb(self.owners[session])
+        held.tokens.clear()
+        held.answers.clear()
+        held.preempted = True
+        self._reply(peer, Message("preempted", session, held.epoch, peer))
+
+    def duplicate(self, key: Channel) -> None:
+        channel = self.channels[key]
+        if channel[0].kind == "step":
+            channel.insert(1, channel[0])  # a client repeats what is not answered yet, not what was long ago
+        elif channel[0].kind not in ("open", "close"):
+            channel.append(channel[0])
+
+    def drop_push(self, key: Channel) -> None:
+        """A push that was lost with the connection between two hops: nobody tells the client."""
+        self._disturb(self.owners[self._take(key).session])
+
+    # What may happen next.
+
+    def num_events(self) -> int:
+        return len(self.channels) + len(self.deferred)
+
+    def fire(self, number: int) -> None:
+        if number < len(self.channels):
+            self._deliver(next(itertools.islice(self.channels, number, None)))
+        else:
+            self._defer(self.deferred.pop(number - len(self.channels)))
+
+    def settle(self, choose: Callable[[int], int]) -> None:
+        """No more faults: everything that can happen happens, in an order of the caller's choice."""
+        self.busy.clear()
+        self.dead.clear()
+        self.leaving.clear()
+        for _ in range(20_000):
+            if events := self.num_events():
+                self.fire(choose(events))
+            elif stuck := [owner for owner in self.owners.values() if owner.core.outstanding]:
+                self._perform(stuck[0], stuck[0].core.stalled(LOST))
+            else:
+                break
+        else:
+            raise AssertionError("the world does not come to rest")
+
+    def finish(self, choose: Callable[[int], int]) -> None:
+        """Come to rest, check that every step was answered or failed, close everything, check that nothing is left."""
+        self.settle(choose)
+        for owner in self.owners.values():
+            assert not owner.expected, f"steps {list(owner.expected)} were never answered"
+            assert owner.core.state in (State.IDLE, State.READY, State.FAILED, State.CLOSED)
+            self._perform(owner, owner.core.close())
+        self.settle(choose)
+        left = {session for hop in self.hops.values() for session in hop}
+        assert left <= self.resurrected, "opened and never closed"
+
+    # Inside.
+
+    def _adopt(self, make: Callable[[SessionId], SessionCore], history: list[int], parent: Owner | None) -> Owner:
+        session = SessionId(bytes([len(self.owners)]) * 16)
+        owner = self.owners[session] = Owner(make(session), history, parent, len(history))
+        return owner
+
+    def _disturb(self, owner: Owner) -> None:
+        self.disturbed.add((owner.core.session, owner.core.epoch))
+
+    def _post(self, sender: PeerId, to: PeerId, message: Message, lane: object) -> None:
+        if sender not in self.dead and to not in self.dead:
+            self.channels.setdefault((sender, to, message.session, lane), deque()).append(message)
+
+    def _reply(self, peer: PeerId, message: Message) -> None:
+        self._post(peer, CLIENT, message, message.epoch)
+
+    def _perform(self, owner: Owner, actions: Sequence[Action]) -> None:
+        core = owner.core
+        for action in actions:
+            match action:
+                case NeedRoute():
+                    self.deferred.append(("plan", core.session, None))
+                case OpenHops(route, epoch):
+                    owner.routes_without_answer += 1
+                    assert owner.routes_without_answer <= CONFIG.max_attempts + 1 + 60 / 0.05
+                    for index, hop in enumerate(route.hops):
+                        following = route.hops[index + 1].peer_id if index + 1 < len(route.hops) else None
+                        if hop.peer_id in self.dead:
+                            self.deferred.append(("lost", core.session, hop.peer_id))
+                        message = Message("open", core.session, epoch, CLIENT, next=following)
+                        self._post(CLIENT, hop.peer_id, message, "control")
+                case SendStep(step, epoch):
+                    assert core.route is not None
+                    assert epoch == core.epoch
+                    assert step.step not in owner.flying, "sent twice without a pause"
+                    owner.flying.add(step.step)
+                    assert len(owner.flying) <= CONFIG.window
+                    if step.parent is not None:
+                        assert (step.parent, len(owner.flying)) == (owner.parent and owner.parent.core.session, 1)
+                    tokens = owner.rows.get(step.step) or tuple(owner.history[step.first : step.first + step.count])
+                    assert len(tokens) == step.count
+                    message = Message("step", core.session, epoch, CLIENT, step, tokens)
+                    self._post(CLIENT, core.route.hops[0].peer_id, message, epoch)
+                case StepDone(step):
+                    assert step.step == next(iter(owner.expected)), "in order of submission, once"
+                case Release(route):
+                    owner.flying.clear()
+                    for hop in route.hops:
+                        self._post(CLIENT, hop.peer_id, Message("close", core.session, 0, CLIENT), "control")
+                case Wait(delay_s):
+                    owner.waited_s += delay_s
+                    assert 0 < delay_s <= CONFIG.max_wait_s
+                    assert owner.waited_s <= CONFIG.busy_patience_s
+                    self.deferred.append(("timer", core.session, None))
+                case Fail(error):
+                    assert isinstance(error, NoRoute) or core.attempts > CONFIG.max_attempts or isinstance(error, Busy)
+                    owner.failure = error
+                    owner.expected.clear()
+
+    def _defer(self, event: tuple[str, SessionId, PeerId | None]) -> None:
+        kind, session, peer = event
+        owner = self.owners[session]
+        self.log.append(event)
+        if kind == "plan":
+            self._routes += 1
+            self._perform(owner, self._plan(owner))
+        elif kind == "timer":
+            if owner.core.state is State.PAUSING:
+                owner.flying.clear()
+            self._perform(owner, owner.core.timer())
+        elif peer is not None:
+            self._perform(owner, owner.core.hop_lost(peer, LOST))
+
+    def _plan(self, owner: Owner) -> list[Action]:
+        hops = []
+        for span in "ABC":
+            alive = [p for p in PEERS if p[0] == span and p not in self.dead and p not in owner.core._avoid]
+            if not alive:
+                return owner.core.no_route(NoRoute(f"nobody serves {span}"))
+            hops.append(alive[self._routes % len(alive)])
+        return owner.core.route_ready(route(*hops))
+
+    def _deliver(self, key: Channel) -> None:
+        message = self._take(key)
+        self.log.append((key[1], message))
+        if key[1] == CLIENT:
+            self._at_client(message)
+        else:
+            self._at_hop(key[1], message)
+
+    def _take(self, key: Channel) -> Message:
+        message = self.channels[key].popleft()
+        if not self.channels[key]:
+            del self.channels[key]
+        return message
+
+    def _at_hop(self, peer: PeerId, message: Message) -> None:
+        sessions, session, epoch = self.hops[peer], message.session, message.epoch
+        held = sessions.get(session)
+
+        def answer(kind: str) -> None:
+            self._reply(peer, Message(kind, session, epoch, peer, message.step))
+
+        if message.kind == "close":
+            sessions.pop(session, None)
+        elif message.kind == "open":
+            if held is not None and epoch <= held.epoch:
+                answer("forgot")  # stale
+            elif peer in self.leaving:
+                answer("refused")
+            elif peer in self.busy:
+                self.busy.discard(peer)
+                answer("busy")
+            else:
+                sessions[session] = Held(epoch, message.next)
+                answer("opened")
+        else:
+            self._step(peer, message, held, answer)
+
+    def _step(self, peer: PeerId, message: Message, held: Held | None, answer: Callable[[str], None]) -> None:
+        step, sessions = message.step, self.hops[peer]
+        assert step is not None
+        owner = self.owners[message.session]
+        if held is None and step.parent is not None and (source := sessions.get(step.parent)) is not None:
+            held = Held(source.epoch, source.next, source.tokens[: step.first], preempted=source.preempted)
+        if held is None:
+            answer("forgot")
+        elif held.epoch != message.epoch:
+            answer("forgot")  # stale
+        elif step.step in held.answers:
+            self._pass_on(peer, held, held.answers[step.step])
+        elif peer in self.busy:
+            self.busy.discard(peer)
+            self._disturb(owner)
+            answer("busy")
+        elif held.preempted and step.first > len(held.tokens):
+            answer("preempted")
+        elif step.first > len(held.tokens):
+            current = message.epoch == owner.core.epoch and owner.core.alive
+            assert not current or (message.session, message.epoch) in self.disturbed, "a gap without a reason"
+            answer("gap")
+        else:
+            if not owner.core.alive or message.epoch != owner.core.epoch:
+                self.resurrected.add(message.session)
+            sessions[message.session] = held
+            del held.tokens[step.first :]
+            held.tokens += message.tokens
+            held.preempted = False
+            digests = (*message.digests, hash(tuple(held.tokens)))
+            output = Message("step", message.session, message.epoch, peer, step, message.tokens, digests)
+            held.answers[step.step] = output
+            while len(held.answers) > KEEP_ANSWERS:
+                held.answers.popitem(last=False)
+            self._pass_on(peer, held, output)
+
+    def _pass_on(self, peer: PeerId, held: Held, output: Message) -> None:
+        if held.next is None:
+            self._reply(
+                peer, Message("result", output.session, output.epoch, peer, output.step, digests=output.digests)
+            )
+        else:
+            self._post(peer, held.next, output, output.epoch)
+
+    def _at_client(self, message: Message) -> None:
+        owner, epoch, peer = self.owners[message.session], message.epoch, message.sender
+        core = owner.core
+        match message.kind:
+            case "opened":
+                self._perform(owner, core.opened(peer, epoch))
+            case "forgot":
+                self._perform(owner, core.forgotten(epoch, FORGOT))
+            case "gap":
+                assert message.step is not None
+                self._perform(owner, core.forgotten(epoch, FORGOT, gap_at=message.step.step))
+            case "refused":
+                self._perform(owner, core.refused(peer, epoch, FORGOT))
+            case "busy" | "preempted":
+                preempted = message.kind == "preempted"
+                self._perform(owner, core.busy(epoch, 0.5, FULL, preempted=preempted))
+            case "result":
+                self._result(owner, message)
+
+    def _result(self, owner: Owner, message: Message) -> None:
+        step = message.step
+        assert step is not None
+        actions = owner.core.result(step.step, message.epoch)
+        if message.epoch == owner.core.epoch:
+            owner.flying.discard(step.step)
+        done = [action for action in actions if isinstance(action, StepDone)]
+        self._perform(owner, done)
+        for action in done:
+            assert message.digests == (owner.expected.pop(action.step.step),) * 3, "every hop held the right positions"
+            del owner.rows[action.step.step]
+            owner.routes_without_answer, owner.waited_s = 0, 0.0
+        self._perform(owner, [action for action in actions if not isinstance(action, StepDone)])
+
+
+def simulate(seed: int) -> World:
+    """A random history of one world."""
+    rng, world = random.Random(seed), World()
+    world.open()
+    fault_rate = rng.choice([0.0, 0.05, 0.2, 0.4])
+    for _ in range(rng.randrange(20, 90)):
+        live = [owner for owner in world.owners.values() if owner.core.alive]
+        if rng.random() < fault_rate:
+            fault(rng, world)
+        elif (rng.random() < 0.15 and live) or not (events := world.num_events()):
+            act(rng, world, live)
+        else:
+            world.fire(rng.randrange(events))
+    world.finish(rng.randrange)
+    return world
+
+
+def act(rng: random.Random, world: World, live: list[Owner]) -> None:
+    if not live:
+        world.open()
+        return
+    owner = rng.choice(live)
+    length, roll = len(owner.history), rng.random()
+    if roll < 0.15 and len(world.owners) < 5 and owner.history:
+        child = world.fork(owner, rng.randrange(1, length + 1)) if rng.random() < 0.8 else world.open()
+        world.submit(child, len(child.history), rng.randrange(1, 4))
+    elif roll < 0.2 and not world.lowest_rollback(owner) and len(live) > 1:
+        world.close(owner)
+    elif roll < 0.5 and owner.idle:
+        world.submit(owner, rng.randint(world.lowest_rollback(owner), length), rng.randrange(1, 4))
+        for _ in range(rng.choice([0, 2])):
+            world.submit(owner, len(owner.history), rng.randrange(1, 4))
+    else:
+        for _ in range(rng.choice([1, 1, 2, 6])):
+            world.submit(owner, len(owner.history), rng.randrange(1, 4))
+
+
+def fault(rng: random.Random, world: World) -> None:
+    peer = rng.choice(PEERS)
+    keys = list(world.channels)
+    match rng.choice(["die", "revive", "forget", "busy", "busy", "preempt", "leave", "duplicate", "drop", "drop"]):
+        case "die" if len(world.dead) < 5:
+            world.die(peer)
+        case "revive":
+            world.revive(peer)
+        case "forget":
+            world.forget(peer)
+        case "busy":
+            world.busy.add(peer)
+        case "preempt" if world.hops[peer]:
+            world.preempt(peer, rng.choice(list(world.hops[peer])))
+        case "leave" if len(world.leaving) < 2:
+            world.leaving.add(peer)
+        case "duplicate" if keys:
+            world.duplicate(rng.choice(keys))
+        case "drop":
+            if pushes := [key for key in keys if CLIENT not in key[:2]]:
+                world.drop_push(rng.choice(pushes))
+        case _:
+            pass
+
+
+SEEDS = [int(os.environ["SEED"])] if "SEED" in os.environ else range(1500)
+
+
+def test_every_seed_answers_every_step_once_and_leaves_nothing_open() -> None:
+    failed = answered = 0
+    for seed in SEEDS:
+        try:
+            world = simulate(seed)
+        except AssertionError as error:
+            raise AssertionError(f"SEED={seed}: {error}") from error
+        failed += sum(owner.failure is not None for owner in world.owners.values())
+        answered += sum(owner.failure is None for owner in world.owners.values())
+    assert answered > failed, "the world is so bad that it proves nothing"
+
+
+def test_the_same_seed_tells_the_same_story() -> None:
+    assert all(simulate(seed).log == simulate(seed).log for seed in range(20))
+
+
+class SessionMachine(RuleBasedStateMachine):
+    """The same world, and Hypothesis chooses what happens."""
+
+    peers = st.sampled_from(PEERS)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.world.open()
+
+    def live(self, *, idle: bool = False) -> list[Owner]:
+        return [o for o in self.world.owners.values() if o.core.alive and (o.idle or not idle)]
+
+    @precondition(lambda self: self.live())
+    @rule(data=st.data(), counts=st.lists(st.integers(1, 6), min_size=1, max_size=5))
+    def submit(self, data: st.DataObject, counts: list[int]) -> None:
+        owner = data.draw(st.sampled_from(self.live()))
+        for count in counts:
+            self.world.submit(owner, len(owner.history), count)
+
+    @precondition(lambda self: any(owner.history for owner in self.live(idle=True)))
+    @rule(data=st.data(), fork=st.booleans())
+    def roll_back_or_fork(self, data: st.DataObject, fork: bool) -> None:
+        owner = data.draw(st.sampled_from([owner for owner in self.live(idle=True) if owner.history]))
+        position = data.draw(st.integers(self.world.lowest_rollback(owner), len(owner.history)))
+        if fork and len(self.world.owners) < 6:
+            owner = self.world.fork(owner, position)
+        self.world.submit(owner, position, 2)
+
+    @precondition(lambda self: self.world.num_events())
+    @rule(data=st.data())
+    def something_happens(self, data: st.DataObject) -> None:
+        self.world.fire(data.draw(st.integers(0, self.world.num_events() - 1)))
+
+    @precondition(lambda self: self.world.num_events())
+    @rule()
+    def everything_happens(self) -> None:
+        for _ in range(30):
+            if self.world.num_events():
+                self.world.fire(0)
+
+    @rule(peer=peers, what=st.sampled_from(["die", "revive", "forget"]))
+    def a_peer(self, peer: PeerId, what: str) -> None:
+        getattr(self.world, what)(peer)
+
+    @rule(peer=peers)
+    def a_peer_is_busy(self, peer: PeerId) -> None:
+        self.world.busy.add(peer)
+
+    @precondition(lambda self: any(self.world.hops.values()))
+    @rule(data=st.data())
+    def a_session_is_preempted(self, data: st.DataObject) -> None:
+        peer = data.draw(st.sampled_from([peer for peer, sessions in self.world.hops.items() if sessions]))
+        self.world.preempt(peer, data.draw(st.sampled_from(list(self.world.hops[peer]))))
+
+    @precondition(lambda self: self.world.channels)
+    @rule(data=st.data())
+    def a_frame_is_repeated_or_lost(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(list(self.world.channels)))
+        if CLIENT in key[:2]:
+            self.world.duplicate(key)
+        else:
+            self.world.drop_push(key)
+
+    def teardown(self) -> None:
+        self.world.finish(lambda events: 0)
+
+
+TestSessionMachine = SessionMachine.TestCase
+TestSessionMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
