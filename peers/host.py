@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -127,8 +128,10 @@ async def run_bootstrap(config: BootstrapConfig, *, emit: Emit, stop: asyncio.Ev
                 },
             )
         )
-        await stop.wait()
-        emit(Event("stopped"))
+        living = asyncio.create_task(node.wait_closed(), name="daemon")
+        stack.push_async_callback(_cancelled, living)
+        await _unless_ended(living, stop.wait())
+    emit(Event("stopped"))
 
 
 async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progress: Progress | None = None) -> None:
@@ -158,6 +161,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         await peer.load(checkpoint, span, plan, threads=config.threads, progress=progress)
         serving = asyncio.create_task(peer.serve(), name="serve")
         stack.push_async_callback(_cancelled, serving)
+        peer.tasks.spawn(node.wait_closed(), name="daemon")
         await _unless_ended(serving, peer.announced())
         emit(
             Event(
@@ -364,7 +368,10 @@ async def _unless_ended(serving: asyncio.Task[None], event: Coroutine[Any, Any, 
     await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if not waiting.done():
         waiting.cancel()
-        await serving
+        try:
+            await serving
+        except BaseExceptionGroup as group:  # of the task group inside; its first member says what happened
+            raise group.exceptions[0] from group
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
@@ -373,33 +380,35 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 
 
 async def _start_node(config: BootstrapConfig | PeerConfig, stack: AsyncExitStack) -> tuple[HivemindNode, SigningKey]:
-    """The transport and DHT under the node's remembered identity and port."""
+    """The transport and DHT under the node's remembered identity and, unless told where to listen, remembered port."""
     key = load_identity(config.identity)
     port_file = config.identity.with_suffix(".port")
-    remembered = port_file.read_text().strip() if not config.listen and port_file.exists() else "0"
-    listen = config.listen or (f"/ip4/0.0.0.0/tcp/{remembered if remembered.isdecimal() else 0}",)
+    remembered = port_file.read_text().strip() if port_file.exists() else ""
+    port = remembered if remembered.isdecimal() else _free_port()
 
-    def node_config(listen: tuple[str, ...]) -> NodeConfig:
+    def node_config(port: str) -> NodeConfig:
         return NodeConfig(
             signing_key=key,
-            listen=listen,
+            listen=config.listen or (f"/ip4/0.0.0.0/tcp/{port}",),
             announce=config.announce,
             initial_peers=config.initial_peers,
             network=config.network,
         )
 
     try:
-        node = await HivemindNode.create(node_config(listen))
+        node = await HivemindNode.create(node_config(port))
     except AddressInUse:
-        if config.listen or remembered == "0":
+        if config.listen:
             raise
-        logger.warning("port %s of last time is taken; choosing another", remembered)
-        node = await HivemindNode.create(node_config(("/ip4/0.0.0.0/tcp/0",)))
+        logger.warning("port %s of last time is taken; choosing another", port)
+        port = _free_port()
+        node = await HivemindNode.create(node_config(port))
     stack.push_async_callback(node.close)
-    if not config.listen and (port := _port_of(node.transport.addresses)):
+    if not config.listen and port != remembered:
         port_file.write_text(port)
     return node, key
 
 
-def _port_of(addresses: Sequence[str]) -> str:
-    return next((address.split("/tcp/")[1].split("/")[0] for address in addresses if "/tcp/" in address), "")
+def _free_port() -> str:
+    with socket.create_server(("", 0)) as server:
+        return str(server.getsockname()[1])

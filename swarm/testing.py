@@ -180,6 +180,9 @@ class LocalNode:
             self._news.notify_all()
 
     def _failure(self, what: str) -> NodeFailed:
+        if self._silent:  # it is about to end: its last words and its exit code are worth a moment
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT_S)
         tail = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         said = next((f"{e['message']} ({e['type']})" for e in self.events if e["event"] == "error"), "")
         code = self._process.poll()
@@ -260,7 +263,12 @@ class LocalSwarm:
         """One more peer; `span` None lets it choose. `arguments` are added to `swarm join`. Raises NodeFailed."""
         peer = self._spawn(span, *arguments, model=model)
         if wait:
-            peer.wait_for("ready", timeout_s=self._start_timeout_s)
+            try:
+                peer.wait_for("ready", timeout_s=self._start_timeout_s)
+            except NodeFailed:
+                self.peers.remove(peer)
+                peer.close()
+                raise
         return peer
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 from hypothesis import settings
@@ -12,3 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A busy machine is no failure. A failing example is printed with what reproduces it.
 settings.register_profile("swarm", deadline=None, print_blob=True)
 settings.load_profile("swarm")
+
+# looptime asks for the current event loop before each test; unless it was told that there is none, asyncio makes one
+# up, nobody closes it, and its ResourceWarning fails whatever test is running when it is collected.
+asyncio.set_event_loop(None)

@@ -285,7 +285,7 @@ def ragged_mask(
     *, mask_function: MaskFunction, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any
 ) -> Pattern:
     """transformers' mask function: no mask yet, only the question it answers. Raises NotPluggable."""
-    if attention_mask is not None or use_vmap:
+    if use_vmap or not (attention_mask is None or attention_mask.all()):
         raise NotPluggable("the model makes a mask that is not a function of positions alone")
     return Pattern(mask_function)
 

@@ -167,7 +167,7 @@ class SoloCache:
     def truncate(self, session: int, length: int) -> None:
         if length == 0:
             self.release(session)
-        elif session in self._caches:
+        elif session in self._caches and self._caches[session].get_seq_length() > length:
             self._caches[session] = _copy(self._caches[session], length)
 
     def release(self, session: int) -> None:
@@ -191,13 +191,17 @@ def _copy(cache: DynamicCache, length: int) -> DynamicCache:
 
 
 def open_cache(model: SpanModel, pages: PagePool) -> SpanCache:
-    """The cache that this model can have, over these pages. Selects the model's attention to go with it."""
+    """The cache that this model can have, over these pages; selects the attention to go with it.
+
+    Raises UnsupportedModel when its layers keep nothing that could be rolled back.
+    """
     shapes = _observe(model)
     if shapes is not None:
         if _agrees(model, shapes):
             return PagedCache(model, shapes, pages)
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
+    _bytes_per_token_alone(model)
     return SoloCache(model)
 
 
@@ -206,9 +210,13 @@ def bytes_per_token(model: SpanModel) -> int:
     shapes = _observe(model)
     if shapes is not None:
         return sum(shape.kv_heads * (shape.key_width + shape.value_width) * shape.dtype.itemsize for shape in shapes)
+    return _bytes_per_token_alone(model)
+
+
+@torch.inference_mode()
+def _bytes_per_token_alone(model: SpanModel) -> int:
     cache = SoloCache(model)
-    with torch.inference_mode():
-        cache.forward([Chunk(session=0, start=0, tokens=4)], _random_hidden(model, 4), model.span, 4)
+    cache.forward([Chunk(session=0, start=0, tokens=4)], _random_hidden(model, 4), model.span, 4)
     return cache.bytes_per_token(0)
 
 
@@ -263,7 +271,7 @@ def _agrees(model: SpanModel, shapes: Sequence[LayerShape]) -> bool:
     A position agrees when it differs by less than 2 % of what the span adds to it, or by a few roundings of its dtype.
     Two of the six that have a past need not: in low precision a token may go to another expert.
     """
-    given_2LH = _random_hidden(model, 12).unflatten(0, (2, 6))
+    given_2LH = _random_hidden(model, 12).view(2, 6, -1)
     pages = PagePool(8, 2)
     paged, solo = PagedCache(model, shapes, pages), SoloCache(model)
     packed = []
@@ -274,7 +282,7 @@ def _agrees(model: SpanModel, shapes: Sequence[LayerShape]) -> bool:
             pages.grow(session, end)
         chunks = [Chunk(session=session, start=start, tokens=end - start) for session in (0, 1)]
         output_TH = paged.forward(chunks, given_2LH[:, start:end].flatten(0, 1), model.span, 6)
-        packed.append(output_TH.unflatten(0, (2, end - start)))
+        packed.append(output_TH.view(2, end - start, -1))
     model.set_attention(None)
     chunk_of = [Chunk(session=session, start=0, tokens=6) for session in (0, 1)]
     alone_2LH = torch.stack([solo.forward([chunk_of[i]], given_2LH[i], model.span, 6) for i in (0, 1)])

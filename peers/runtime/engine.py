@@ -380,9 +380,7 @@ class Engine:
             with torch.inference_mode():
                 while batch := self._wait_for_batch():
                     self._run_batch(batch)
-        except (
-            Exception
-        ) as error:  # the books are wrong and an assertion says so: whoever awaits `broken` ends the peer
+        except Exception as error:  # the books are wrong: whoever awaits `broken` ends the peer
             logger.exception("the engine's thread ended")
             with self._wake:
                 self._stopping = True
@@ -437,8 +435,9 @@ class Engine:
         if session.number not in self._pages.sessions:
             self._pages.open(session.number)
         self._shorten(session)
-        owners = {number: self._by_number[number].owner for number in self._pages.sessions}
-        copies, victims = grow_or_preempt(self._pages, session.number, ticket.end, owners)
+        copies, victims = grow_or_preempt(
+            self._pages, session.number, ticket.end, owner_of=lambda number: self._by_number[number].owner
+        )
         for victim in victims:
             self._preempt(self._by_number[victim])
         if copies is not None:

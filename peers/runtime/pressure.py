@@ -10,23 +10,23 @@ Among the younger ones the heaviest user pays first, so that a flood of sessions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from peers.runtime.pages import PagePool, SlotCopy
 from routing.ids import PeerId
 
 
 def grow_or_preempt(
-    pool: PagePool, session: int, length: int, owners: Mapping[int, PeerId]
+    pool: PagePool, session: int, length: int, owner_of: Callable[[int], PeerId]
 ) -> tuple[list[SlotCopy] | None, list[int]]:
     """Grow `session` to `length`, releasing others' pages, or in the end its own, until it fits.
 
-    `owners` names the owner of every session of the pool. Returns the copies to make, or None when `session` itself had
-    to give way, and the sessions whose pages were released, in that order.
+    `owner_of` knows every session of the pool. Returns the copies to make, or None when `session` itself had to give
+    way, and the sessions whose pages were released, in that order.
     """
     victims: list[int] = []
     while (copies := pool.grow(session, length)) is None:
-        victim = choose_victim(pool, session, owners)
+        victim = choose_victim(pool, session, owner_of)
         pool.release(victim)
         victims.append(victim)
         if victim == session:
@@ -34,16 +34,16 @@ def grow_or_preempt(
     return copies, victims
 
 
-def choose_victim(pool: PagePool, session: int, owners: Mapping[int, PeerId]) -> int:
+def choose_victim(pool: PagePool, session: int, owner_of: Callable[[int], PeerId]) -> int:
     """The youngest session of the owner with the most pages among those younger than `session`, else `session`."""
     younger: dict[PeerId, list[int]] = {}
     for candidate in sorted(pool.sessions):
         if candidate > session and pool.length(candidate):
-            younger.setdefault(owners[candidate], []).append(candidate)
+            younger.setdefault(owner_of(candidate), []).append(candidate)
     if not younger:
         return session
     held: dict[PeerId, list[int]] = {}
     for candidate in pool.sessions:
-        held.setdefault(owners[candidate], []).append(candidate)
+        held.setdefault(owner_of(candidate), []).append(candidate)
     heaviest = max(younger, key=lambda owner: (pool.distinct_pages(held[owner]), younger[owner][-1]))
     return younger[heaviest][-1]

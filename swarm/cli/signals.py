@@ -21,7 +21,9 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which is what `nohup` asks for
+    SIGNALS.append(signal.SIGHUP)
 UNWIND_TIMEOUT_S = 10.0
 """How long a cancelled start may take to end what it started."""
 ORPHAN_TIMEOUT_S = 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import sys
@@ -27,9 +28,9 @@ LOOK_AGAIN_S = 0.5
 LOOK_TIMEOUT_S = 2.0
 """How long an empty index is looked at again: a node that has just joined may ask those who know nothing."""
 PING_TIMEOUT_S = 2.0
+PINGS_TIMEOUT_S = 3.0
+"""For all peers together: whoever has not answered by then shows no latency."""
 MAX_CONCURRENT_PINGS = 32
-MAX_PEERS_PINGED = 256
-"""Keeps the whole look under five seconds in a large swarm; the others show no latency."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,9 @@ async def _ping(client: ClientNode, peers: Sequence[Announcement]) -> dict[PeerI
             except PeerError:
                 return  # no latency is shown: that is the answer
 
-    await asyncio.gather(*map(ping, peers[:MAX_PEERS_PINGED]))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PINGS_TIMEOUT_S):
+            await asyncio.gather(*map(ping, peers))
     return rtt_s
 
 

@@ -88,7 +88,8 @@ def test_a_failed_node_shows_what_it_said(swarm: LocalSwarm) -> None:
         swarm.add_peer((25, 35))
     assert "InvalidSpan" in str(caught.value)
     assert any("error: blocks 25:35" in note for note in caught.value.__notes__)
-    assert not swarm.peers.pop().running
+    assert "exit code 1" in str(caught.value)
+    assert len(swarm.peers) == 3
 
 
 @pytest.fixture

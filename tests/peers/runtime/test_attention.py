@@ -42,7 +42,8 @@ def patterns(draw: st.DrawFn) -> tuple[attention.MaskFunction, Sees]:
         chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long)),
         lambda query, key: key <= query and key // size == query // size,
     )
-    return draw(st.sampled_from([full, sliding, chunked]))
+    chosen: tuple[attention.MaskFunction, Sees] = draw(st.sampled_from([full, sliding, chunked]))
+    return chosen
 
 
 @st.composite

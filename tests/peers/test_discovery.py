@@ -1,0 +1,149 @@
+"""Discovery: what is found, what is measured, and how soon a gap is named."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+
+from peers import discovery as module
+from peers.discovery import Discovery
+from peers.transport.links import Links
+from peers.transport.memory import MemoryNetwork, MemoryStore
+from routing.errors import NoRoute
+from routing.ids import BlockSpan
+from routing.records import index_key, model_key, sign_record
+from routing.router import Router, RouteRequest
+from routing.store import StoredRecord
+from tests.peers.transport.nodes import MODEL, announcement, signing_key
+
+READER, PEER, OTHER = (signing_key(number) for number in (1, 2, 3))
+REQUEST = RouteRequest(model=MODEL, num_blocks=30, bytes_per_token=100)
+
+
+class Store(MemoryStore):
+    """Counts the looks, and may fall silent or hand out nonsense."""
+
+    def __init__(self, network: MemoryNetwork) -> None:
+        super().__init__(network, READER.peer_id)
+        self.looks: asyncio.Queue[Sequence[str]] = asyncio.Queue()
+        self.silent = False
+        self.nonsense: list[StoredRecord] = []
+
+    async def get(self, keys: Sequence[str]) -> list[StoredRecord]:
+        self.looks.put_nowait(keys)
+        if self.silent:
+            await asyncio.Event().wait()
+        return [*self.nonsense, *await super().get(keys)]
+
+
+@dataclass
+class Reader:
+    network: MemoryNetwork
+    store: Store
+    links: Links
+    discovery: Discovery
+
+    async def announce(self, number: int, start: int, end: int) -> None:
+        """A peer that also answers pings."""
+        key = signing_key(number)
+        transport = self.network.transport(key.peer_id)
+        await Links(transport, network="test", software="test").serve()
+        mine = replace(
+            announcement(key, expires_at_s=round(time.time() + 20, 3)),
+            span=BlockSpan(start, end),
+            addresses=transport.addresses,
+        )
+        for name in (model_key("test", MODEL, key.peer_id), index_key("test", key.peer_id)):
+            record = StoredRecord(
+                key=name, subkey=key.peer_id, value=sign_record(mine, name, key), expires_at_s=mine.expires_at_s
+            )
+            assert await self.network.store(key.peer_id).put(record)
+
+
+@pytest.fixture
+async def reader(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Reader]:
+    # real time, because records are verified in a thread; so nothing here may wait for long
+    monkeypatch.setattr(module, "LOOK_AGAIN_S", 0.01)
+    network = MemoryNetwork()
+    links = Links(network.transport(READER.peer_id), network="test", software="test")
+    store = Store(network)
+    made = Discovery(store=store, router=Router(), links=links, network="test")
+    yield Reader(network, store, links, made)
+    await links.close()
+    for key in (READER, PEER, OTHER):
+        if (transport := network.find(key.peer_id)) is not None:
+            await transport.close()
+
+
+async def test_a_route_is_found_as_soon_as_the_missing_blocks_are_announced(reader: Reader) -> None:
+    await reader.announce(2, 0, 10)
+    waiting = asyncio.create_task(reader.discovery.route(REQUEST, patience_s=60.0))
+    for _ in range(3):
+        await reader.store.looks.get()
+    assert not waiting.done()
+    await reader.announce(3, 10, 30)
+    route = await waiting
+    assert [(hop.peer_id, str(hop.span)) for hop in route.hops] == [(PEER.peer_id, "0:10"), (OTHER.peer_id, "10:30")]
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_a_gap_is_named_when_patience_ends_also_while_the_dht_is_silent(reader: Reader, silent: bool) -> None:
+    await reader.announce(2, 0, 10)
+    reader.discovery.watch(MODEL)
+    await reader.discovery.refresh()
+    reader.store.silent = silent
+    started_s = time.monotonic()
+    with pytest.raises(NoRoute) as caught:
+        await reader.discovery.route(REQUEST, patience_s=0.2)
+    assert caught.value.missing == ((10, 30),)
+    assert time.monotonic() - started_s < 4.0
+    assert module.NO_ROUTE_PATIENCE_S < 5.0, "what a user is promised"
+    await reader.discovery._tasks.close()
+
+
+async def test_bad_records_are_dropped_one_by_one(reader: Reader, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    await reader.announce(2, 0, 30)
+    reader.store.nonsense = [
+        StoredRecord(key="k", subkey=OTHER.peer_id, value=b"garbage", expires_at_s=time.time() + 10)
+    ]
+    assert [found.peer_id for found in await reader.discovery.read_index()] == [PEER.peer_id]
+    assert f"dropped a record of {OTHER.peer_id}" in caplog.text
+
+
+async def test_callers_at_the_same_time_share_one_look(reader: Reader) -> None:
+    reader.discovery.watch(MODEL)
+    await asyncio.gather(*(reader.discovery.refresh() for _ in range(10)))
+    assert reader.store.looks.qsize() == 1
+
+
+async def test_peers_are_measured_and_the_silent_ones_are_left_alone(reader: Reader) -> None:
+    await reader.announce(2, 0, 30)
+    await reader.announce(3, 0, 30)
+    reader.discovery.watch(MODEL)
+    await reader.discovery.refresh()
+    now_s, router = reader.discovery.now_s(), reader.discovery.router
+    reader.network.cut(OTHER.peer_id)
+    await reader.discovery.measure(router.snapshot(now_s).peers)
+    assert router.rtt_s(PEER.peer_id, now_s) is not None
+    assert router.rtt_s(OTHER.peer_id, now_s) is None
+    assert [hop.peer_id for hop in (await reader.discovery.route(REQUEST)).hops] == [PEER.peer_id]
+    streams = len(reader.network._streams)
+    await reader.discovery.measure(router.snapshot(now_s).peers)
+    assert len(reader.network._streams) == streams, "not again within half a minute"
+
+
+async def test_running_leaves_nothing_behind(reader: Reader) -> None:
+    before = asyncio.all_tasks()
+    reader.store.silent = True
+    reader.discovery.watch(MODEL)
+    running = asyncio.create_task(reader.discovery.run())
+    await reader.store.looks.get()
+    running.cancel()
+    await asyncio.wait([running])
+    assert asyncio.all_tasks() == before
