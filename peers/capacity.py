@@ -1,6 +1,6 @@
 """How much of a model this machine can host: device, dtype, blocks and cache from what memory allows.
 
-Owns the arithmetic; reads sizes from the checkpoint's headers, so nothing is downloaded or loaded for it.
+Owns the arithmetic; sizes come from the architecture alone, so nothing is downloaded or loaded for it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from peers.errors import PeerTooSmall
-from peers.model.catalog import Checkpoint
-from peers.model.loading import span_tensors
+from peers.model.support import examine
 from peers.wire.tensors import DTYPES, NAMES
 from routing.errors import CallerError, InvalidSpan
 from routing.ids import BlockSpan
@@ -44,7 +43,6 @@ class Plan:
 
 
 def plan_capacity(
-    checkpoint: Checkpoint,
     config: PretrainedConfig,
     *,
     dtype: str = "auto",
@@ -56,21 +54,26 @@ def plan_capacity(
 ) -> Plan:
     """Raises CallerError for a device or dtype that is not here, InvalidSpan for blocks that the model does not have,
     PeerTooSmall when memory does not hold what is asked, or not even one block."""
-    text_config = config.get_text_config()
-    total_blocks: int = text_config.num_hidden_layers
+    anatomy = examine(config)
+    total_blocks = anatomy.num_blocks
     if blocks is not None and blocks.end > total_blocks:
         raise InvalidSpan(f"blocks {blocks}, but this model has {total_blocks}", hint=f"choose within 0:{total_blocks}")
     if num_blocks is not None and not 0 < num_blocks <= total_blocks:
         raise InvalidSpan(f"{num_blocks} blocks, but this model has {total_blocks}", hint=f"choose 1 to {total_blocks}")
     chosen_device = _device(device)
-    chosen_dtype = _dtype(dtype, chosen_device, text_config)
+    stored_dtype: torch.dtype = getattr(config, "dtype", None) or torch.float32
+    chosen_dtype = _dtype(dtype, chosen_device, stored_dtype)
     budget = max_memory_bytes if max_memory_bytes is not None else int(_free_bytes(chosen_device) * MEMORY_SHARE)
     budget -= PROCESS_BYTES if chosen_device.type == "cpu" else 0
-    block_bytes = max(
-        _loaded_bytes(checkpoint, config, BlockSpan(i, i + 1), chosen_dtype)
-        for i in {0, total_blocks // 2, total_blocks - 1}
+    scale = chosen_dtype.itemsize / stored_dtype.itemsize
+    block_bytes = int(
+        max(
+            sum(size for name, size in anatomy.weights.items() if name.startswith(f"{anatomy.layers_path}.{block}."))
+            for block in range(total_blocks)
+        )
+        * scale
     )
-    token_bytes = kv_bytes_per_token(text_config, chosen_dtype)
+    token_bytes = max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize
     wanted = len(blocks) if blocks is not None else num_blocks
     if cache_tokens is None:
         affordable = int((budget / (wanted or 1) - block_bytes) / token_bytes)
@@ -78,7 +81,7 @@ def plan_capacity(
     max_blocks = min(total_blocks, int(budget // (block_bytes + cache_tokens * token_bytes)))
     if max_blocks < (wanted or 1):
         raise PeerTooSmall(
-            f"{wanted or 1} block(s) of {checkpoint.name} with a cache of {cache_tokens} tokens take "
+            f"{wanted or 1} block(s) of this model with a cache of {cache_tokens} tokens take "
             f"{_mib((wanted or 1) * (block_bytes + cache_tokens * token_bytes) + PROCESS_BYTES)}, "
             f"this peer may use {_mib(budget + PROCESS_BYTES)}",
             hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, or allow more --max-memory",
@@ -90,20 +93,6 @@ def plan_capacity(
         max_blocks=wanted or max_blocks,
         cache_tokens=cache_tokens,
     )
-
-
-def kv_bytes_per_token(text_config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Of one block; an estimate from the configuration's usual names, the hidden size where it has none of them."""
-    heads = getattr(text_config, "num_attention_heads", None) or 1
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
-    return int(2 * kv_heads * head_dim * dtype.itemsize)
-
-
-def _loaded_bytes(checkpoint: Checkpoint, config: PretrainedConfig, span: BlockSpan, dtype: torch.dtype) -> int:
-    stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
-    on_disk = checkpoint.num_bytes(span_tensors(checkpoint, config, span))
-    return int(on_disk * max(1.0, dtype.itemsize / stored.itemsize))
 
 
 def _device(name: str) -> torch.device:
@@ -124,12 +113,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, text_config: PretrainedConfig) -> torch.dtype:
+def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
     if name != "auto":
         if name not in DTYPES:
             raise CallerError(f"unknown dtype {name!r}", hint=f"use auto, {', '.join(DTYPES)}")
         return DTYPES[name]
-    stored: torch.dtype = getattr(text_config, "dtype", None) or torch.float32
     if stored not in NAMES:
         return torch.float32
     # half precision without hardware for it is slower on a CPU than float32, and float16 loses range

@@ -142,7 +142,6 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
     model_config = await asyncio.to_thread(load_config, checkpoint)
     plan = await asyncio.to_thread(
         plan_capacity,
-        checkpoint,
         model_config,
         dtype=config.dtype,
         device=config.device,

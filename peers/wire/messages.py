@@ -77,7 +77,7 @@ class Hello(Message, tag="hello", frozen=True, kw_only=True):
 
 
 class Open(Message, tag="open", frozen=True, kw_only=True):
-    """Install one hop of a route. A higher epoch replaces the older route and keeps only the session's age."""
+    """Install one hop of a route. A higher epoch replaces the older route and keeps nothing of it."""
 
     session: Bytes16
     epoch: Epoch

@@ -362,7 +362,8 @@ class SwarmRemote:
         )
         try:
             link = await self._client.links.to(hop.peer_id, hop.addresses)
-            await link.send(message)
+            if core.epoch == epoch and core.route is route:  # else it was released meanwhile
+                await link.send(message)
         except PeerError as error:
             self._lose(session, hop.peer_id, error)
 
@@ -422,8 +423,8 @@ class SwarmRemote:
             parent=None if step.parent is None else step.parent.raw,
             dtype=dtype,
             hidden=self.model.hidden_size,
-            # a prompt's chunks share a lane, also its short last one: they must stay in order
-            bulk=len(payload) >= BULK_BYTES or step.replay or len(core.pending) > 1,
+            # steps under way together share a lane, also a short one behind long ones: they must stay in order
+            bulk=len(payload) >= BULK_BYTES or core.crowded,
         )
         await self._send_to(session, hop.peer_id, hop.addresses, message, payload)
 
@@ -501,8 +502,11 @@ class SwarmRemote:
                 error = Busy(text, retry_after_s=message.retry_after_s)
                 preempted = message.code == Code.PREEMPTED
                 actions = core.busy(epoch, message.retry_after_s, error, preempted=preempted)
-            case Code.UNKNOWN_SESSION | Code.STALE_EPOCH | Code.GAP:
+            case Code.UNKNOWN_SESSION | Code.STALE_EPOCH:
                 actions = core.forgotten(epoch, Refused(text, code=message.code))
+            case Code.GAP:
+                gap_at = None if message.step is None else StepId(message.step)
+                actions = core.forgotten(epoch, Refused(text, code=message.code), gap_at=gap_at)
             case Code.MALFORMED:
                 hops = [hop.peer_id for hop in route.hops]
                 at = hops.index(peer)

@@ -90,7 +90,6 @@ class MemorySwarm:
         node = MemoryNode(self.network, key)
         peer = ServerPeer(node.transport, node.store, key=key, network="test", lease_s=self._lease_s)
         plan = plan_capacity(
-            self.checkpoint,
             load_config(self.checkpoint),
             dtype=self._dtype,
             device=self._device,

@@ -25,12 +25,14 @@ PROMPTS = (
 
 
 def test_greedy_ids_of_128_tokens_equal_local_ones_for_five_prompts_at_once(
-    model: Any, tokenizer: PreTrainedTokenizerBase, greedy: Greedy
+    model: Any, local: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = [tuple(tokenizer(prompt).input_ids) for prompt in PROMPTS]
     with ThreadPoolExecutor(len(prompts)) as threads:
         answers = list(threads.map(lambda prompt: generate(model, prompt, 128), prompts))
-    assert answers == [greedy(prompt, 128) for prompt in prompts]
+    batch = tokenizer(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
+    expected = local.generate(**batch, max_new_tokens=128, min_new_tokens=128, do_sample=False)
+    assert answers == expected[:, batch.input_ids.shape[1] :].tolist()
 
 
 def test_peers_push_to_each_other_and_the_last_one_answers(

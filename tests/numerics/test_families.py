@@ -37,9 +37,9 @@ def test_a_family_through_peers_equals_the_local_model(family: str, tmp_path: Pa
             actual = model(ids[:1]).logits
         scale = expected.abs().max()
         assert (actual - expected).abs().max() <= TOLERANCE * scale
-        one = local.generate(ids[:1], attention_mask=mask[:1], **greedy)
-        assert torch.equal(model.generate(ids[:1], attention_mask=mask[:1], **greedy), one)
-        both = local.generate(ids, attention_mask=mask, **greedy)
-        assert torch.equal(model.generate(ids, attention_mask=mask, **greedy), both)
+        # each row alone: sparse attention (DeepSeek V3.2) lets padding disturb even the local model
+        rows = [local.generate(row[kept > 0][None], **greedy)[0, -8:] for row, kept in zip(ids, mask, strict=True)]
+        together = model.generate(ids, attention_mask=mask, **greedy)
+        assert torch.equal(together[:, -8:], torch.stack(rows))
         assert model._remote_layers.remote.traffic.relays == 0
         assert all(peer.handler.pusher.counts.pushed for peer in swarm.peers[:-1])

@@ -188,7 +188,7 @@ def test_a_prompt_in_chunks_equals_local(world: World) -> None:
 
 @some_kinds
 def test_generation_from_embeddings_equals_local(world: World) -> None:
-    embeds = world.local.get_input_embeddings()(prompt())
+    embeds = world.local.get_input_embeddings()(prompt(2))
     local, ours = both(world, inputs_embeds=embeds, max_new_tokens=6, do_sample=False)
     assert torch.equal(local, ours)
     assert world.remote.runs[0][0].token_ids_T is None

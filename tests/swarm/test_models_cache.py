@@ -37,6 +37,8 @@ class SummingRemote:
         self.open_sessions: set[RemoteSession] = set()
         self.tokens_sent = 0
         self.fails: str | None = None
+        self.backwards = True
+        """Children before their parents, or after them: both must be right."""
         self.route = None
 
     def open(self, parent: RemoteSession | None = None, position: int = 0) -> RemoteSession:
@@ -48,7 +50,8 @@ class SummingRemote:
     def run(self, steps: Sequence[RowStep]) -> list[Tensor]:
         assert len({step.session for step in steps}) == len(steps)
         outputs = {}
-        for step in reversed(steps):
+        self.backwards = not self.backwards
+        for step in reversed(steps) if self.backwards else steps:
             session = step.session
             assert isinstance(session, SummingSession)
             assert session in self.open_sessions
@@ -227,12 +230,14 @@ def test_rows_that_do_the_same_share_a_session_until_they_part() -> None:
     assert not remote.open_sessions
 
 
+@pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
-def test_of_two_rows_that_share_a_session_only_the_longer_one_goes_on_in_it(order: list[int]) -> None:
+def test_of_two_rows_that_share_a_session_only_the_longer_one_goes_on_in_it(order: list[int], backwards: bool) -> None:
     remote = SummingRemote()
     first, held = SwarmCache(remote, 2), []
     forward(first, remote, [[1, 2, 3, 4, 5]])
     held += first.take_strands()
+    remote.backwards = not backwards
     prompts = [[1, 2, 3, 9, 9], [1, 2, 3, 4, 8]]
     cache = SwarmCache(remote, 2, held)
     out_BTD = forward(cache, remote, [prompts[index] for index in order], want_from=4)

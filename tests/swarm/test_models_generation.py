@@ -181,7 +181,7 @@ def test_beams_samples_and_lookups_go_on_from_a_session_and_leave_one_behind(wor
 def test_a_session_reuses_nothing_that_other_rotary_frequencies_made(world: World) -> None:
     with world.model.session():
         ids = world.model.generate(prompt(10), max_new_tokens=3, **GREEDY)
-        for more in (2, 8, 3):
+        for more in (8, 3):
             ids = torch.cat((ids, prompt(more, seed=more)), dim=1)
             ours = world.model.generate(ids, max_new_tokens=3, **GREEDY)
             assert torch.equal(ours, world.local.generate(ids, max_new_tokens=3, **GREEDY))
