@@ -32,7 +32,7 @@ class SwarmModel:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`. What it holds at the peers is released when it ends, fails or is interrupted,
         unless it runs in a `session()` or returns its cache (`return_dict_in_generate`)."""
-        self._remote()
+        self._remote()  # a closed model says so before anything else is looked at
         session = current_session(self._remote_layers)
         with generation(self._remote_layers) if session is None else session.generation() as call:
             result = super().generate(*args, **kwargs)  # type: ignore[misc]

@@ -116,28 +116,22 @@ class RemoteLayers:
             if self._argument(kwargs, name):
                 raise UnsupportedOutput(f"{name}: what happens inside the layers stays at the peers that run them")
 
-        cache, own_cache = kwargs.get("past_key_values"), None
-        use_cache = self._argument(kwargs, "use_cache")
+        cache, one_shot = kwargs.get("past_key_values"), None
         if cache is None:
-            cache = own_cache = self.new_cache()
-            if use_cache:
+            cache = self.new_cache()
+            if self._argument(kwargs, "use_cache"):
                 kwargs["past_key_values"] = cache
+            else:
+                one_shot = cache
         elif not isinstance(cache, SwarmCache):
             raise UnsupportedCache(f"a {type(cache).__name__} holds keys and values here, and the layers are remote")
+        token = _current.set(self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs))
         try:
-            forward = self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs)
-            token = _current.set(forward)
-            try:
-                output = self._own_forward(**kwargs)
-            finally:
-                _current.reset(token)
-        except BaseException:
-            if own_cache is not None:
-                own_cache.close()
-            raise
-        if not use_cache and own_cache is not None:
-            own_cache.close()
-        return output
+            return self._own_forward(**kwargs)
+        finally:
+            _current.reset(token)
+            if one_shot is not None:
+                one_shot.close()
 
     def _argument(self, kwargs: dict[str, Any], name: str) -> object:
         value = kwargs.get(name)

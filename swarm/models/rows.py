@@ -9,7 +9,7 @@ Tensor names: T new positions of one row, D the model's hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -79,7 +79,7 @@ def extend(
     *,
     regime_length: int,
     regime: Hashable,
-    held: Iterable[Strand] = (),
+    held: Sequence[Strand] = (),
 ) -> tuple[list[Row], list[Tensor | None]]:
     """Run what the rows add; return the rows as they then are and each one's wanted outputs, `[T − want_from, D]`.
 
@@ -164,8 +164,7 @@ def _leaders(rows: Sequence[Row], extensions: Sequence[Extension | None]) -> lis
     for index, (row, extension) in enumerate(zip(rows, extensions, strict=True)):
         if extension is None:
             continue
-        state = row.strand if row.length else None
-        key = (state, row.length, extension.first_position, extension.want_from, tuple(extension.tokens))
+        key = (row, extension.first_position, extension.want_from, tuple(extension.tokens))
         leader = first.setdefault(key, index)
         other = extensions[leader]
         assert other is not None
@@ -174,7 +173,7 @@ def _leaders(rows: Sequence[Row], extensions: Sequence[Extension | None]) -> lis
     return leaders
 
 
-def _longest_prefix(held: Iterable[Strand], extension: Extension, regime: Hashable) -> Row:
+def _longest_prefix(held: Sequence[Strand], extension: Extension, regime: Hashable) -> Row:
     """The longest prefix of `extension` that a strand holds, was computed as it would be now, and gives no output."""
     best = Row()
     limit = min(extension.want_from, len(extension.tokens) - 1)

@@ -276,6 +276,14 @@ def test_logits_to_keep_fetches_only_those(world: World) -> None:
         assert world.remote.outputs_wanted == 2 * wanted
 
 
+@pytest.mark.parametrize("world", ["opt"], indirect=True)
+def test_rows_of_the_same_tokens_may_want_different_outputs(world: World) -> None:
+    ids, mask = prompt().repeat(2, 1), padding(left=(0, 2), right=(2, 0))
+    ids[1, 2:] = ids[0, :5]
+    local, ours = (model(ids, attention_mask=mask, logits_to_keep=1).logits[1] for model in (world.local, world.model))
+    torch.testing.assert_close(ours, local, atol=ATOL, rtol=1e-4)
+
+
 # Forwards
 
 
@@ -299,6 +307,14 @@ def test_decoding_by_hand_equals_local(world: World) -> None:
         )
         assert ours.past_key_values is caches[1]
         torch.testing.assert_close(ours.logits, local.logits, atol=ATOL, rtol=1e-4)
+
+
+@pytest.mark.parametrize("world", ["gemma3-vision"], indirect=True)
+def test_a_model_around_the_decoder_may_make_masks_and_embeddings_of_its_own(world: World) -> None:
+    assert_logits_equal(world, prompt(2), padding())
+    assert world.remote.runs[0][0].token_ids_T is not None
+    local, ours = both(world, prompt(2), attention_mask=padding(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(local, ours)
 
 
 def test_losses_equal_local_and_ignore_what_padding_would_predict(world: World) -> None:

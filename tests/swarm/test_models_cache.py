@@ -180,6 +180,7 @@ class CacheMachine(RuleBasedStateMachine):
             named = {row.strand.session for row in self.cache.rows if row.strand is not None}
             assert self.remote.open_sessions == named | {strand.session for strand in self.held}
             assert all(self.cache.get_seq_length() == len(row) for row in self.rows)
+            assert self.cache.kept_BC is None or not self.cache.kept_BC.all()
 
     def teardown(self) -> None:
         if self.cache is not None:

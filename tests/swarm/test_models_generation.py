@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from swarm.errors import SessionClosed
 from swarm.session.remote import RowStep
@@ -86,6 +87,23 @@ def test_a_failed_forward_releases_the_cache_that_it_made_but_no_other(world: Wo
     world.remote.before_run = None
     ours = world.model(prompt(), past_key_values=cache).logits
     torch.testing.assert_close(ours, world.local(prompt().repeat(1, 2)).logits[:, 7:], atol=2e-5, rtol=1e-4)
+
+
+def test_another_remote_model_may_run_inside_a_generation(world: World) -> None:
+    other = world_of("opt")
+    caches = []
+
+    class Listener(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            caches.append(other.model(input_ids).past_key_values)
+            return scores
+
+    with world.model.session():
+        world.model.generate(prompt(), max_new_tokens=3, logits_processor=LogitsProcessorList([Listener()]), **GREEDY)
+        assert len(other.remote.open_sessions) == 3
+    assert other.model(prompt(tokens=1), past_key_values=caches[0]).logits.shape == (1, 1, VOCABULARY)
+    caches.clear()
+    other.remote.assert_clean()
 
 
 # Threads
@@ -186,6 +204,19 @@ def test_a_session_reuses_nothing_that_other_rotary_frequencies_made(world: Worl
             ours = world.model.generate(ids, max_new_tokens=3, **GREEDY)
             assert torch.equal(ours, world.local.generate(ids, max_new_tokens=3, **GREEDY))
             ids = ours
+
+
+@pytest.mark.parametrize("world", ["opt"], indirect=True)
+def test_a_session_reuses_nothing_that_stood_at_other_positions(world: World) -> None:
+    with world.model.session():
+        for first in (0, 5):
+            positions = torch.arange(first, first + 7)[None]
+            ours, local = (
+                model.generate(prompt(), position_ids=positions, max_new_tokens=3, **GREEDY)
+                for model in (world.model, world.local)
+            )
+            assert torch.equal(ours, local)
+    assert world.remote.tokens_sent == 2 * 9
 
 
 def test_a_session_survives_an_interruption(world: World) -> None:

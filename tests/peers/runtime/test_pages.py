@@ -93,7 +93,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert len(self.pool.sessions) == len(self.written)
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
 TestPool = PoolMachine.TestCase
 
 

@@ -121,7 +121,7 @@ work_lists = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(work_lists)
 def test_everything_runs_once_in_order_within_the_budget(works: list[tuple[int, int, str, int]]) -> None:
     desk = Desk()
