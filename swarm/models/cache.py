@@ -173,8 +173,7 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
         dropped = [drop] * len(self.rows)
         if self.kept_BC is not None:
             dropped = self.kept_BC[:, self._columns :].sum(1).tolist()
-            self.kept_BC = self.kept_BC[:, : self._columns]
-            self.kept_BC = None if self.kept_BC.all() else self.kept_BC
+            self.kept_BC = _unless_all(self.kept_BC[:, : self._columns])
         self.rows = [Row(row.strand, row.length - count) for row, count in zip(self.rows, dropped, strict=True)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -188,7 +187,7 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
         chosen = indices.tolist()
         self._replace_rows([self.rows[index] for index in chosen])
         if self.kept_BC is not None:
-            self.kept_BC = self.kept_BC[chosen]
+            self.kept_BC = _unless_all(self.kept_BC[chosen])
 
     def reset(self) -> None:
         self._columns, self.kept_BC = 0, None
@@ -238,6 +237,10 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
     @property
     def is_dummy(self) -> list[bool]:
         return [False] * self._num_layers
+
+
+def _unless_all(kept_BC: Tensor) -> Tensor | None:
+    return None if kept_BC.all() else kept_BC
 
 
 def _release(remote: Remote, strands: set[Strand]) -> None:
