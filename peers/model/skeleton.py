@@ -80,17 +80,18 @@ class _Passage:
 
     def __init__(self, layer: nn.Module, returns: int) -> None:
         self._signature = inspect.signature(layer.forward)
+        self._hidden_name = next(iter(self._signature.parameters))
         self._returns = returns
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden, _ = self._arguments(args, kwargs)
-        return self._output(hidden)
+        # once per block and token: no more than a lookup
+        return self._output(args[0] if args else kwargs[self._hidden_name])
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The hidden states, and all other arguments by name."""
         bound = self._signature.bind(*args, **kwargs).arguments
         others = {**bound, **bound.pop("kwargs", {})}
-        return others.pop(next(iter(self._signature.parameters))), others
+        return others.pop(self._hidden_name), others
 
     def _output(self, hidden: Tensor) -> Any:
         return (hidden, *[None] * (self._returns - 1)) if self._returns else hidden
