@@ -152,7 +152,7 @@ def _examine(config: PretrainedConfig) -> Anatomy:
     if model._is_stateful:
         raise _refusal(config, "its blocks keep recurrent state between steps")
     layers_path = find_layers(model)
-    decoder_path = _find_decoder(model, layers_path)
+    decoder_path = find_decoder(model, layers_path)
     decoder = model.get_submodule(decoder_path)
     layers = list(model.get_submodule(layers_path).children())
     for index, layer in enumerate(layers):
@@ -194,7 +194,7 @@ def find_layers(model: PreTrainedModel) -> str:
     return str(outermost[0])
 
 
-def _find_decoder(model: PreTrainedModel, layers_path: str) -> str:
+def find_decoder(model: PreTrainedModel, layers_path: str) -> str:
     """The path of the innermost module around the blocks that takes embeddings instead of token ids."""
     path = layers_path
     while path:

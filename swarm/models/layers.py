@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peers.model.rotary import rotary_regime
 from peers.model.skeleton import embed_only, install_route
-from peers.model.support import find_layers
+from peers.model.support import find_decoder, find_layers
 from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
 from swarm.models.cache import SwarmCache
 from swarm.models.generation import current_generation
@@ -73,9 +73,10 @@ class RemoteLayers:
     def __init__(self, model: Any) -> None:
         """`model` was made by `peers.model.loading.load_client`, and is changed in place."""
         self.remote: Remote | None = None
-        self.num_blocks = len(model.get_submodule(find_layers(model)))
+        layers_path = find_layers(model)
+        self.num_blocks = len(model.get_submodule(layers_path))
         self.regime = rotary_regime(model)
-        self._decoder = _find_decoder(model)
+        self._decoder = model.get_submodule(find_decoder(model, layers_path))
         self._config = self._decoder.config
         self._own_forward = self._decoder.forward
         self._parameters = tuple(inspect.signature(self._own_forward).parameters)
@@ -195,14 +196,6 @@ class RemoteLayers:
             max_positions=None if unbounded else getattr(self._config, "max_position_embeddings", None),
             window=min((window for window in windows if window), default=None),
         )
-
-
-def _find_decoder(model: Any) -> Any:
-    """The innermost module around the layers that takes embeddings; its forward runs them."""
-    path = find_layers(model)
-    while "inputs_embeds" not in inspect.signature(model.get_submodule(path).forward).parameters:
-        path = path.rpartition(".")[0]
-    return model.get_submodule(path)
 
 
 def _first_wanted(logits_to_keep: int | Tensor, width: int) -> int:
