@@ -22,6 +22,7 @@ from torch import Tensor
 
 from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
+from peers.model.kernels import accelerate
 from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.pages import PagePool
 from peers.runtime.pressure import grow_or_preempt
@@ -370,6 +371,7 @@ class Engine:
     def _main(self, ready: asyncio.Future[None]) -> None:
         torch.set_num_threads(self.config.threads)
         try:
+            accelerate(self.model.module, threads=self.config.threads)
             self._cache = open_cache(self.model, self._pages)
         except Exception as error:  # whatever it is, `start` raises it
             logger.debug("the engine does not start", exc_info=True)

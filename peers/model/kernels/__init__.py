@@ -1,0 +1,5 @@
+"""Linear layers at the speed of memory on a CPU: a small C++ library, made on first use, and where it replaces torch."""
+
+from peers.model.kernels.linear import FastLinear, accelerate
+
+__all__ = ["FastLinear", "accelerate"]

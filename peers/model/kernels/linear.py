@@ -1,0 +1,165 @@
+"""Linear layers that go through the library where it is faster, and through torch everywhere else.
+
+Owns the choice: every `nn.Linear` of a module on the CPU is seen, whatever the architecture; the library's results are
+checked against torch, and both are timed on the layers themselves, before any of them is replaced. What changes is the
+class of a layer, not its weights: names, `state_dict` and torch's own product stay as they were.
+
+Legend: M rows, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peers.model.kernels.build import NoLibrary, library
+
+logger = logging.getLogger(__name__)
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""What the library calls weights and inputs of one dtype."""
+ROWS_TIMED = (1, 4, 16, 64, 256)
+UNLIMITED = 1 << 62
+SAMPLE_BYTES = 64 << 20
+"""Different layers are timed in turn, as in a forward, so that the processor's cache does not flatter anybody."""
+ERROR_MAX = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Relative distance from the exact product; measured: 2e-7 and 2e-3 (the rounding of the result)."""
+
+
+class Pool:
+    """The threads of the library's products in this process."""
+
+    def __init__(self, threads: int) -> None:
+        """Raises NoLibrary."""
+        self._linear = library().hive_linear
+        self._pool = ctypes.c_void_p(library().hive_pool(threads))
+        weakref.finalize(self, library().hive_pool_end, self._pool).atexit = False  # the threads end with the process
+
+    def __deepcopy__(self, memo: object) -> Pool:
+        return self  # modules are copied for parts of a span; threads are not
+
+    def linear(self, input_xK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+        """`F.linear` of contiguous tensors of one dtype on the CPU; the bias is float32. [..., N]"""
+        N, K = weight_NK.shape
+        output_xN = input_xK.new_empty((*input_xK.shape[:-1], N))
+        self._linear(
+            self._pool,
+            KINDS[weight_NK.dtype],
+            input_xK.data_ptr(),
+            weight_NK.data_ptr(),
+            None,
+            None if bias_N is None else bias_N.data_ptr(),
+            output_xN.data_ptr(),
+            input_xK.numel() // K,
+            N,
+            K,
+        )
+        return output_xN
+
+
+class FastLinear(nn.Linear):
+    """A linear layer whose products of up to `rows_max` rows the library makes. Made by `accelerate` only."""
+
+    pool: Pool
+    dtype: torch.dtype
+    """Of the weights when this was decided; a model that was moved to another one is torch's again."""
+    rows_max: int
+    bias_float32: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, values = self.weight, input.numel()
+        if (
+            not 0 < values <= self.rows_max * self.in_features
+            or input.dtype is not self.dtype
+            or weight.dtype is not self.dtype
+            or weight.device.type != "cpu"
+            or (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+        ):
+            return F.linear(input, weight, self.bias)
+        return self.pool.linear(input.contiguous(), weight, self.bias_float32)
+
+
+def accelerate(module: nn.Module, *, threads: int) -> int:
+    """Let the library make the products of `module`'s linear layers where it is exact and faster than torch.
+
+    Measures for a fraction of a second, with torch's threads as they are set. Returns the number of layers changed.
+    One line of the log says so when there is nothing to gain.
+    """
+    layers = [layer for layer in module.modules() if _suits(layer)]
+    if not layers:
+        return 0
+    try:
+        pool = Pool(threads)
+    except NoLibrary as error:
+        logger.warning("linear layers run at torch's speed, not at memory's: %s", error)
+        return 0
+    changed = 0
+    for dtype in {layer.weight.dtype for layer in layers}:
+        alike = [layer for layer in layers if layer.weight.dtype is dtype]
+        rows_max = _rows_max(pool, alike)
+        if not rows_max:
+            logger.warning("linear layers in %s stay with torch, which is faster here", dtype)
+            continue
+        for layer in alike:
+            layer.__class__ = FastLinear
+            fast: FastLinear = layer  # type: ignore[assignment]
+            fast.pool, fast.dtype, fast.rows_max = pool, dtype, rows_max
+            fast.bias_float32 = None if layer.bias is None else layer.bias.detach().float()
+            changed += 1
+        logger.info("%d linear layers in %s at memory's speed, up to %d rows", len(alike), dtype, rows_max)
+    return changed
+
+
+def _suits(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Linear:  # a subclass has reasons of its own
+        return False
+    weight = layer.weight
+    hollow = not any(weight.stride())
+    return weight.device.type == "cpu" and weight.dtype in KINDS and weight.is_contiguous() and not hollow
+
+
+def _rows_max(pool: Pool, layers: Sequence[nn.Linear]) -> int:
+    """The largest of ROWS_TIMED up to which the library is never slower; 0 when it is slower or wrong at one row."""
+    shape = max((layer.weight.shape for layer in layers), key=lambda shape: shape.numel())
+    sample: list[Tensor] = []
+    for layer in layers:
+        if layer.weight.shape == shape and sum(weight.nbytes for weight in sample) < SAMPLE_BYTES:
+            sample.append(layer.weight.detach())
+    rows_max = 0
+    for rows in ROWS_TIMED:
+        input_MK = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(sample[0].dtype)
+        if not _exact(pool, input_MK, sample[0]):
+            logger.error("the compiled linear products are wrong on this machine; torch's are used")
+            return 0
+        some = sample[: max(2, 64 // rows)]  # many rows take long, and hardly depend on memory
+        with torch.inference_mode():
+            ours_s = _fastest_s(lambda weight: pool.linear(input_MK, weight, None), some)
+            torch_s = _fastest_s(lambda weight: F.linear(input_MK, weight), some)
+        if ours_s > torch_s:
+            break
+        rows_max = rows
+    return rows_max if rows_max < ROWS_TIMED[-1] else UNLIMITED
+
+
+def _exact(pool: Pool, input_MK: Tensor, weight_NK: Tensor) -> bool:
+    right_MN = input_MK.double() @ weight_NK.double().T
+    wrong_MN = pool.linear(input_MK, weight_NK, None).double() - right_MN
+    return bool(wrong_MN.norm() <= ERROR_MAX[weight_NK.dtype] * right_MN.norm())
+
+
+def _fastest_s(product: Callable[[Tensor], Tensor], weights: Sequence[Tensor], turns: int = 3) -> float:
+    """Seconds for all of `weights` once; whatever else the machine does only adds."""
+    best_s = float("inf")
+    for _ in range(turns):
+        started_s = time.perf_counter()
+        for weight in weights:
+            product(weight)
+        best_s = min(best_s, time.perf_counter() - started_s)
+    return best_s
