@@ -27,6 +27,7 @@ from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.pages import PagePool
 from peers.runtime.pressure import grow_or_preempt
 from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Scheduler
+from peers.wire.tensors import finite
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId, SessionId
 
@@ -469,15 +470,15 @@ class Engine:
         ).cpu()
 
     def _settle(self, batch: _Batch, output_TH: Tensor, compute_s: float) -> None:
-        outputs = torch.split(output_TH, [pick.tokens for _, pick in batch])
-        all_finite = bool(output_TH.isfinite().all())
+        outputs = (output_TH,) if len(batch) == 1 else torch.split(output_TH, [pick.tokens for _, pick in batch])
+        all_finite = finite(output_TH)
         answers: list[tuple[asyncio.Future[Done], Done]] = []
         with self._wake:
             self._running = set()
             self._token_s += 0.1 * (compute_s / len(output_TH) - self._token_s)
             now_s = time.perf_counter()
             for (ticket, pick), output in zip(batch, outputs, strict=True):
-                if not all_finite and not output.isfinite().all():
+                if not all_finite and not finite(output):
                     self._fail_late(ticket, NonFiniteOutput("the model made NaN or infinity of this session's input"))
                     continue
                 ticket.compute_s += compute_s
@@ -506,6 +507,9 @@ class Engine:
 
 def _filled(result: Tensor | None, offset: int, output: Tensor, length: int) -> Tensor:
     """`result` with `output` at `offset`; a tensor like any other, not one of inference mode, as others will use it."""
+    if len(output) == length:
+        with torch.inference_mode(False):
+            return output.clone()
     if result is None:
         with torch.inference_mode(False):
             result = torch.empty(length, output.shape[1], dtype=output.dtype)

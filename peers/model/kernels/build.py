@@ -68,7 +68,12 @@ def _compile(compiler: str, arguments: list[str]) -> str | None:
     """None when it went well, else the first line of what the compiler said."""
     try:
         run = subprocess.run(
-            [compiler, *arguments], capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT_S, check=False
+            [compiler, *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMPILE_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return f"it did not end within {COMPILE_TIMEOUT_S:.0f} s"

@@ -215,58 +215,70 @@ inline void relax() {
 #endif
 }
 
-// Helpers that sleep between products. One product at a time: callers take turns.
+// Helpers that sleep between products. One product at a time: callers take turns. Work is taken in small parts by whoever
+// comes, so a helper that the system lets wait delays nobody: the caller does its share too.
 class Pool {
   public:
     explicit Pool(int helpers) {
-        for (int index = 0; index < helpers; ++index) threads.emplace_back([this, index] { serve(index); });
+        for (int index = 0; index < helpers; ++index) threads.emplace_back([this] { serve(); });
     }
     ~Pool() {
-        work = nullptr;
-        publish();
+        ended.store(true);
+        announce();
         for (auto &thread : threads) thread.join();
     }
     void run(Work task, const Job &what, size_t weight_bytes) {
+        if (threads.empty() || weight_bytes < 2 * SHARE_BYTES) return task(what, 0, what.N);
         std::lock_guard<std::mutex> turn(one_at_a_time);
-        int wanted = (int)std::min<size_t>(threads.size() + 1, std::max<size_t>(1, weight_bytes / SHARE_BYTES));
-        if (wanted == 1) return task(what, 0, what.N);
-        work = task, job = &what, parts = wanted;
-        left.store((int)threads.size(), std::memory_order_relaxed);
-        publish();
-        part(0);
-        for (int spins = 0; left.load(std::memory_order_acquire); ++spins)
+        uint32_t number = uint32_t(ticket.load(std::memory_order_relaxed) >> 32) + 1;
+        ticket.store(uint64_t(number) << 32 | UINT32_MAX);  // late helpers of the last product find nothing to take
+        work = task, job = what;
+        tiles = (what.N + COLUMNS - 1) / COLUMNS;
+        parts.store((uint32_t)std::min<size_t>(4 * (threads.size() + 1), weight_bytes / SHARE_BYTES));
+        done.store(0);
+        ticket.store(uint64_t(number) << 32);
+        announce();
+        while (take(number)) {}
+        for (int spins = 0; done.load(std::memory_order_acquire) < parts; ++spins)
             if (spins < SPINS) relax();
             else std::this_thread::yield();
     }
 
   private:
-    void publish() {
+    void announce() {
         round.fetch_add(1, std::memory_order_release);
         round.notify_all();
     }
-    void part(int index) {
-        if (index >= parts) return;
-        size_t tiles = (job->N + COLUMNS - 1) / COLUMNS;
-        work(*job, tiles * index / parts * COLUMNS, std::min(job->N, tiles * (index + 1) / parts * COLUMNS));
+    // Do one part of product `number`; false when there is none left. The fields are read while a part of it is held,
+    // and until that part is done they do not change.
+    bool take(uint32_t number) {
+        uint64_t now = ticket.load(std::memory_order_acquire);
+        do {
+            if (uint32_t(now >> 32) != number || uint32_t(now) >= parts.load(std::memory_order_relaxed)) return false;
+        } while (!ticket.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel, std::memory_order_acquire));
+        size_t part = uint32_t(now), all = parts.load(std::memory_order_relaxed);
+        work(job, tiles * part / all * COLUMNS, std::min(job.N, tiles * (part + 1) / all * COLUMNS));
+        done.fetch_add(1, std::memory_order_release);
+        return true;
     }
-    void serve(int index) {
-        for (unsigned seen = 0;;) {
+    void serve() {
+        for (unsigned seen = 0; !ended.load();) {
             for (int spins = 0; spins < SPINS && round.load(std::memory_order_acquire) == seen; ++spins) relax();
             round.wait(seen, std::memory_order_acquire);
             seen = round.load(std::memory_order_acquire);
-            if (!work) return;
-            part(index + 1);
-            left.fetch_sub(1, std::memory_order_release);
+            while (take(uint32_t(ticket.load(std::memory_order_acquire) >> 32))) {}
         }
     }
 
     std::vector<std::thread> threads;
     std::mutex one_at_a_time;
+    std::atomic<bool> ended{false};
     std::atomic<unsigned> round{0};
-    std::atomic<int> left{0};
+    std::atomic<uint64_t> ticket{0};   // number of the product << 32 | its next part
+    std::atomic<uint32_t> parts{0}, done{0};
+    size_t tiles = 0;
     Work work = nullptr;
-    const Job *job = nullptr;
-    int parts = 1;
+    Job job{};
 };
 
 }  // namespace

@@ -105,7 +105,7 @@ def accelerate(module: nn.Module, *, threads: int) -> int:
         alike = [layer for layer in layers if layer.weight.dtype is dtype]
         rows_max = _rows_max(pool, alike)
         if not rows_max:
-            logger.warning("linear layers in %s stay with torch, which is faster here", dtype)
+            logger.info("linear layers in %s stay with torch, which is faster here", dtype)
             continue
         for layer in alike:
             layer.__class__ = FastLinear
