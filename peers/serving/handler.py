@@ -23,7 +23,7 @@ from peers.transport.base import MAX_FRAME_BYTES
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
-from peers.wire.codec import MAX_HEADER_BYTES
+from peers.wire.codec import OVERHEAD_BYTES
 from peers.wire.messages import MAX_HOPS, MAX_POSITIONS, Close, Code, Failed, Open, Opened, Pong, Result, Step
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, ModelId, SessionId
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 SWEEP_S = 5.0
 """How often leases are looked at."""
-MAX_PAYLOAD_BYTES = MAX_FRAME_BYTES - MAX_HEADER_BYTES
+MAX_PAYLOAD_BYTES = MAX_FRAME_BYTES - OVERHEAD_BYTES
 """What came in must also go out, under a header that has grown."""
 
 

@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 STREAM_PROTOCOL = "/hiveswarm/link"
 BULK_BYTES = 64 * 1024
 """Payloads from this size on travel in the bulk lane."""
+JOINED_BYTES = 1 << 20
+"""Messages share a frame up to this size; a larger one has a frame of its own."""
 HELLO_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 30.0
 """A peer that reads nothing for this long is given up; until then back-pressure holds the sender."""
@@ -51,22 +54,25 @@ class Link:
         self.closed = False
         self._owner = owner
         self._addresses = tuple(addresses)
-        self._lanes: dict[str, Stream] = {}
+        self._lanes: dict[str, Lane] = {}
         self._opening = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"<Link {'to' if self.outbound else 'from'} {self.remote[-8:]}>"
 
     async def send(self, message: AnyMessage, payload: codec.Buffer = b"", *, bulk: bool = False) -> None:
-        """One message, in order within its lane. Waits for back-pressure up to SEND_TIMEOUT_S. Raises StreamClosed."""
+        """One message, in order within its lane. Waits for back-pressure up to SEND_TIMEOUT_S. Raises StreamClosed.
+
+        Messages that several tasks send in one turn of the event loop share a frame.
+        """
         if self.closed:
             raise StreamClosed(f"the link with {self.remote} is closed")
         try:
-            stream = self._lanes.get(BULK if bulk else SMALL)
-            if stream is None:
-                stream = await self._missing_lane()
+            lane = self._lanes.get(BULK if bulk else SMALL)
+            if lane is None:
+                lane = await self._missing_lane()
             async with asyncio.timeout(SEND_TIMEOUT_S):
-                await stream.send(codec.encode(message), payload)
+                await lane.send(message, payload)
         except TimeoutError as error:
             await self.close()
             raise StreamClosed(f"{self.remote} read nothing for {SEND_TIMEOUT_S:.0f} s") from error
@@ -74,7 +80,7 @@ class Link:
             await self.close()
             raise
 
-    async def _missing_lane(self) -> Stream:
+    async def _missing_lane(self) -> Lane:
         if not self.outbound:
             return next(iter(self._lanes.values()))  # the other side opens lanes, or does without
         async with self._opening:
@@ -87,17 +93,68 @@ class Link:
         if not self.closed:
             self.closed = True
             self._owner.forget(self)
-            await asyncio.gather(*(stream.close() for stream in self._lanes.values()))
+            await asyncio.gather(*(lane.stream.close() for lane in self._lanes.values()))
 
     @property
     def addresses(self) -> tuple[str, ...]:
         return self._addresses
 
     def adopt(self, lane: str, stream: Stream) -> None:
-        self._lanes[lane] = stream
+        self._lanes[lane] = Lane(stream, self._owner.tasks)
 
     def has(self, lane: str) -> bool:
         return lane in self._lanes
+
+
+@dataclass(slots=True, eq=False)
+class _Frame:
+    """Messages that will leave together."""
+
+    sent: asyncio.Future[None]
+    parts: list[codec.Buffer] = field(default_factory=list)
+    size: int = 0
+
+    def fail(self, error: PeerError) -> None:
+        self.sent.set_exception(error)
+        self.sent.exception()  # marked as seen: every sender may have been cancelled
+
+    def ended(self, _: object) -> None:
+        """Whoever was to send it has ended, perhaps before it began."""
+        if not self.sent.done():
+            self.fail(StreamClosed("this node is closing"))
+
+
+class Lane:
+    """One stream of a link, and the frame that leaves next."""
+
+    def __init__(self, stream: Stream, tasks: Tasks) -> None:
+        self.stream = stream
+        self._tasks = tasks
+        self._next: _Frame | None = None
+
+    async def send(self, message: AnyMessage, payload: codec.Buffer) -> None:
+        """Returns when the frame with this message was sent; raises what the stream raises."""
+        payload_bytes = payload.nbytes if isinstance(payload, memoryview) else len(payload)
+        head = codec.encode(message, payload_bytes)
+        size = len(head) + payload_bytes
+        frame = self._next
+        if frame is None or frame.size + size > JOINED_BYTES:
+            frame = self._next = _Frame(asyncio.get_running_loop().create_future())
+            flush = self._tasks.spawn(self._flush(frame), name="send")  # after all who have something to send now
+            flush.add_done_callback(frame.ended)
+        frame.parts += (head, payload)
+        frame.size += size
+        await asyncio.shield(frame.sent)
+
+    async def _flush(self, frame: _Frame) -> None:
+        if self._next is frame:
+            self._next = None
+        try:
+            await self.stream.send(*frame.parts)
+        except PeerError as error:
+            frame.fail(error)
+        else:
+            frame.sent.set_result(None)
 
 
 class Links:
@@ -124,7 +181,7 @@ class Links:
         self._inbound: dict[tuple[PeerId, bytes], Link] = {}
         self._requests: dict[int, tuple[Link, asyncio.Future[AnyMessage]]] = {}
         self._nonces = itertools.count(1)
-        self._tasks = Tasks()
+        self.tasks = Tasks()
         self._skew_named: set[PeerId] = set()
         self._closed = False
 
@@ -199,7 +256,7 @@ class Links:
         """End every link, and neither dial nor accept another."""
         self._closed = True
         await asyncio.gather(*(link.close() for link in (*self._outbound.values(), *self._inbound.values())))
-        await self._tasks.close()
+        await self.tasks.close()
 
     # --- lanes ---
 
@@ -223,7 +280,7 @@ class Links:
             await stream.close()
             raise
         link.adopt(lane, stream)
-        self._tasks.spawn(self._read(link, stream), name=f"read {lane} {link.remote[-8:]}")
+        self.tasks.spawn(self._read(link, stream), name=f"read {lane} {link.remote[-8:]}")
 
     async def _accept(self, stream: Stream) -> None:
         try:
@@ -256,8 +313,8 @@ class Links:
     async def _read(self, link: Link, stream: Stream) -> None:
         try:
             while True:
-                message, payload = codec.decode(await stream.receive())
-                await self._dispatch(link, message, payload)
+                for message, payload in codec.decode(await stream.receive()):
+                    await self._dispatch(link, message, payload)
         except StreamClosed as error:
             logger.debug("%r ended: %s", link, error)
         except PeerError as error:
@@ -302,9 +359,9 @@ class Links:
 
     @staticmethod
     async def _receive_hello(stream: Stream) -> Hello:
-        message, _ = codec.decode(await stream.receive())
-        if not isinstance(message, Hello):
-            raise ProtocolError(f"{stream.remote} began with {type(message).__name__} instead of hello")
+        (message, _), *others = codec.decode(await stream.receive())
+        if others or not isinstance(message, Hello):
+            raise ProtocolError(f"{stream.remote} began with {type(message).__name__} instead of hello alone")
         return message
 
     def _check(self, hello: Hello, remote: PeerId) -> None:

@@ -1,8 +1,11 @@
 """Messages ⇄ frames: one typed, size-bounded decoder for everything that strangers send.
 
-    frame = header length (4 bytes, big-endian, <= MAX_HEADER_BYTES) ‖ header (MessagePack map) ‖ payload (raw rows)
+    frame   = one or more messages
+    message = its length (4 bytes, big-endian) ‖ header length (4 bytes, <= MAX_HEADER_BYTES)
+              ‖ header (MessagePack map) ‖ payload (raw rows)
 
-The payload is interpreted by `peers.wire.tensors` with the dtype and shape that the header names, and must be empty
+What is sent together travels in one frame: it arrives together, and steps of many sessions find one forward. A payload
+is interpreted by `peers.wire.tensors` with the dtype and shape that the header names, and must be empty
 for messages that carry no tensor.
 """
 
@@ -18,35 +21,49 @@ from peers.errors import ProtocolError
 from peers.wire.messages import AnyMessage, Relay, Result, Step
 
 MAX_HEADER_BYTES = 32 * 1024
-_LENGTH = struct.Struct(">I")
+_LENGTHS = struct.Struct(">II")
+_LENGTH_BYTES = 4
+OVERHEAD_BYTES = _LENGTHS.size + MAX_HEADER_BYTES
+"""The most that a message takes besides its payload."""
 _BY_TAG: dict[str, type[AnyMessage]] = {kind.__struct_config__.tag: kind for kind in get_args(AnyMessage)}
 
 Buffer = bytes | bytearray | memoryview
 
 
-def encode(message: AnyMessage) -> bytes:
-    """The frame's head (length and header); the payload, if any, follows it in the same frame."""
+def encode(message: AnyMessage, payload_bytes: int = 0) -> bytes:
+    """A message's head (lengths and header); its payload of `payload_bytes`, if any, follows it in the same frame."""
     header: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
     assert len(header) <= MAX_HEADER_BYTES, f"{type(message).__name__} header of {len(header)} bytes"
-    return _LENGTH.pack(len(header)) + header
+    return _LENGTHS.pack(_LENGTH_BYTES + len(header) + payload_bytes, len(header)) + header
 
 
-def decode(frame: Buffer) -> tuple[AnyMessage, memoryview]:
-    """One frame as a typed message and its payload (a view into `frame`, empty where the message carries no tensor).
+def decode(frame: Buffer) -> list[tuple[AnyMessage, memoryview]]:
+    """A frame's messages, each typed and with its payload (a view into `frame`, empty where it carries no tensor).
 
     Raises ProtocolError for anything that `encode` of this protocol version would not have produced, save for map
     fields that it does not know, which are ignored so that later versions may add some.
     """
+    messages: list[tuple[AnyMessage, memoryview]] = []
     view = memoryview(frame)
-    if len(view) < _LENGTH.size:
-        raise ProtocolError("a frame shorter than its own length field")
-    (header_bytes,) = _LENGTH.unpack_from(view)
-    if header_bytes > MAX_HEADER_BYTES or header_bytes > len(view) - _LENGTH.size:
-        raise ProtocolError(f"a header of {header_bytes} bytes in a frame of {len(view)}")
-    payload = view[_LENGTH.size + header_bytes :]
+    while not messages or len(view):
+        if len(view) < _LENGTHS.size:
+            raise ProtocolError("a message shorter than its own length fields")
+        message_bytes, header_bytes = _LENGTHS.unpack_from(view)
+        end = _LENGTH_BYTES + message_bytes
+        if header_bytes > MAX_HEADER_BYTES or _LENGTHS.size + header_bytes > end or end > len(view):
+            raise ProtocolError(
+                f"a header of {header_bytes} bytes in a message of {message_bytes}, {len(view)} of which came"
+            )
+        payload_at = _LENGTHS.size + header_bytes
+        messages.append((_message(view[_LENGTHS.size : payload_at], end - payload_at), view[payload_at:end]))
+        view = view[end:]
+    return messages
+
+
+def _message(header: memoryview, payload_bytes: int) -> AnyMessage:
     try:
         fields = msgpack.unpackb(
-            view[_LENGTH.size : _LENGTH.size + header_bytes],
+            header,
             raw=False,
             use_list=False,
             strict_map_key=True,
@@ -69,6 +86,6 @@ def decode(frame: Buffer) -> tuple[AnyMessage, memoryview]:
         msgspec.ValidationError,
     ) as error:
         raise ProtocolError(f"an unreadable message: {error}") from error
-    if len(payload) and not isinstance(message, Step | Relay | Result):
-        raise ProtocolError(f"{type(message).__name__} with {len(payload)} bytes of payload")
-    return message, payload
+    if payload_bytes and not isinstance(message, Step | Relay | Result):
+        raise ProtocolError(f"{type(message).__name__} with {payload_bytes} bytes of payload")
+    return message

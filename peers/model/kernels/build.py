@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL:
         raise NoLibrary("there is no C++ compiler (install g++ or clang)")
     try:
         return _declared(ctypes.CDLL(str(_compiled(compiler))))
-    except OSError as error:  # of the cache folder, the compiler's start, or the loader
+    except (OSError, subprocess.SubprocessError) as error:  # of the cache folder, the compiler, or the loader
         raise NoLibrary(str(error)) from error
 
 

@@ -12,8 +12,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 #if defined(__AVX2__)
@@ -220,13 +220,14 @@ inline void relax() {
 class Pool {
   public:
     explicit Pool(int helpers) {
-        for (int index = 0; index < helpers; ++index) threads.emplace_back([this] { serve(); });
+        try {
+            for (int index = 0; index < helpers; ++index) threads.emplace_back([this] { serve(); });
+        } catch (...) {
+            end();
+            throw;
+        }
     }
-    ~Pool() {
-        ended.store(true);
-        announce();
-        for (auto &thread : threads) thread.join();
-    }
+    ~Pool() { end(); }
     void run(Work task, const Job &what, size_t weight_bytes) {
         if (threads.empty() || weight_bytes < 2 * SHARE_BYTES) return task(what, 0, what.N);
         std::lock_guard<std::mutex> turn(one_at_a_time);
@@ -245,6 +246,11 @@ class Pool {
     }
 
   private:
+    void end() {
+        ended.store(true);
+        announce();
+        for (auto &thread : threads) thread.join();
+    }
     void announce() {
         round.fetch_add(1, std::memory_order_release);
         round.notify_all();
@@ -296,6 +302,12 @@ void hive_linear(void *pool, int kind, const void *x, const void *w, const float
     ((Pool *)pool)->run(WORKS[kind], job, N * K * BYTES[kind]);
 }
 
-void *hive_pool(int threads) { return new (std::nothrow) Pool(threads - 1); }
+void *hive_pool(int threads) {  // null when the system gives no more threads
+    try {
+        return new Pool(threads - 1);
+    } catch (const std::exception &) {
+        return nullptr;
+    }
+}
 void hive_pool_end(void *pool) { delete (Pool *)pool; }
 }

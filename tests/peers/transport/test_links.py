@@ -150,7 +150,7 @@ async def test_a_version_mismatch_names_both_versions_at_both_ends(
 ) -> None:
     caplog.set_level(logging.INFO)
     stream = await world.raw(version=PROTOCOL_VERSION + 6)
-    answer, _ = codec.decode(await stream.receive())
+    ((answer, _),) = codec.decode(await stream.receive())
     assert isinstance(answer, Hello)
     assert answer.version == PROTOCOL_VERSION, "the newer side can say what is wrong as well"
     assert await ended(stream)
@@ -241,7 +241,7 @@ async def test_a_stranger_who_opens_only_a_bulk_lane_is_answered_on_it(world: Wo
     stream = await world.raw(lane=BULK)
     await stream.receive()
     await stream.send(codec.encode(Ping(nonce=5)))
-    assert codec.decode(await stream.receive())[0] == Pong(nonce=5)
+    assert codec.decode(await stream.receive())[0][0] == Pong(nonce=5)
 
 
 # --- lanes ---
@@ -513,3 +513,31 @@ async def test_closing_while_others_dial_and_send_leaves_nothing_behind(world: W
     assert all(
         task.exception() is None or isinstance(task.exception(), StreamClosed | PeerUnreachable) for task in done
     )
+
+
+async def test_what_several_tasks_send_in_one_turn_travels_in_one_frame(world: World) -> None:
+    third = world.network.transport(THIRD)
+    frames: list[list[AnyMessage]] = []
+
+    async def collect(stream: Stream) -> None:
+        await stream.receive()
+        await stream.send(codec.encode(a_hello()))
+        while True:
+            frames.append([message for message, _ in codec.decode(await stream.receive())])
+
+    await third.serve(STREAM_PROTOCOL, collect)
+    link = await world.one.links.to(THIRD)
+    sent = [Close(sessions=(bytes([number] * 16),)) for number in range(5)]
+    await asyncio.gather(*map(link.send, sent))
+    await link.send(sent[0])
+    await asyncio.sleep(0.1)
+    assert frames == [sent, sent[:1]]
+    await third.close()
+
+
+async def test_messages_of_one_frame_are_dispatched_in_order(world: World) -> None:
+    stream = await world.raw()
+    await stream.receive()
+    await stream.send(b"".join(codec.encode(Ping(nonce=nonce)) for nonce in (1, 2, 3)))
+    answers = [codec.decode(await stream.receive()) for _ in range(3)]
+    assert [message for frame in answers for message, _ in frame] == [Pong(nonce=nonce) for nonce in (1, 2, 3)]

@@ -53,23 +53,30 @@ MESSAGES: list[AnyMessage] = [
 
 def frame_of(fields: object, payload: bytes = b"") -> bytes:
     header = msgpack.packb(fields)
-    return struct.pack(">I", len(header)) + header + payload
+    return struct.pack(">II", 4 + len(header) + len(payload), len(header)) + header + payload
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
 def test_every_message_survives_the_trip(message: AnyMessage) -> None:
-    decoded, payload = codec.decode(codec.encode(message))
+    ((decoded, payload),) = codec.decode(codec.encode(message))
     assert decoded == message
     assert len(payload) == 0
 
 
 def test_a_payload_comes_back_whole() -> None:
-    _, payload = codec.decode(codec.encode(STEP) + b"12345678")
+    ((_, payload),) = codec.decode(codec.encode(STEP, 8) + b"12345678")
     assert bytes(payload) == b"12345678"
 
 
+@given(st.lists(st.tuples(st.sampled_from(MESSAGES), st.binary(max_size=9)), min_size=1, max_size=5))
+def test_messages_that_share_a_frame_come_back_in_order(sent: list[tuple[AnyMessage, bytes]]) -> None:
+    sent = [(message, payload if isinstance(message, Step | Relay | Result) else b"") for message, payload in sent]
+    frame = b"".join(codec.encode(message, len(payload)) + payload for message, payload in sent)
+    assert [(message, bytes(payload)) for message, payload in codec.decode(frame)] == sent
+
+
 def test_unknown_fields_are_ignored_so_that_later_versions_may_add_some() -> None:
-    assert codec.decode(frame_of({"t": "ping", "nonce": 1, "later": [1, 2]}))[0] == Ping(nonce=1)
+    assert codec.decode(frame_of({"t": "ping", "nonce": 1, "later": [1, 2]}))[0][0] == Ping(nonce=1)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +85,9 @@ def test_unknown_fields_are_ignored_so_that_later_versions_may_add_some() -> Non
         b"",
         b"\x00\x00",
         struct.pack(">I", 1 << 31),
-        struct.pack(">I", 50) + b"short",
+        struct.pack(">II", 50, 46) + b"short",
+        struct.pack(">II", 4, 46) + frame_of({"t": "ping", "nonce": 1}),
+        frame_of({"t": "ping", "nonce": 1}) + b"\x00",
         frame_of([1, 2]),
         frame_of({"t": "nothing"}),
         frame_of({"t": "ping"}),
@@ -97,7 +106,7 @@ def test_what_no_encoder_would_write_is_refused(frame: bytes) -> None:
 
 @given(st.binary(max_size=300))
 def test_random_bytes_raise_only_protocol_errors(junk: bytes) -> None:
-    for frame in (junk, struct.pack(">I", len(junk)) + junk):
+    for frame in (junk, struct.pack(">II", len(junk) + 4, len(junk)) + junk):
         with contextlib.suppress(ProtocolError):
             codec.decode(frame)
 
