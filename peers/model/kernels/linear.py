@@ -1,4 +1,4 @@
-"""Linear layers that go through the library where it is faster, and through torch everywhere else.
+"""Linear layers and experts that go through the library where it is faster, and through torch everywhere else.
 
 Owns the choice: every `nn.Linear` of a module on the CPU is seen, whatever the architecture; the library's results are
 checked against torch, and both are timed on the layers themselves, before any of them is replaced. What changes is the
@@ -9,10 +9,8 @@ Legend: M rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -20,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peers.model.kernels.build import NoLibrary, library
+from peers.model.kernels import experts
+from peers.model.kernels.build import NoLibrary
+from peers.model.kernels.pool import KINDS, Pool
 
 logger = logging.getLogger(__name__)
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-"""What the library calls weights and inputs of one dtype."""
-ROWS_TIMED = (1, 4, 16, 64, 256)
+ROWS_TIMED = (1, 4, 8, 12, 16, 32, 64, 256)
 UNLIMITED = 1 << 62
 MARGIN = 1.05
 """So much slower than torch a product may seem: two measurements are never quite alike."""
@@ -36,39 +34,6 @@ ERROR_MAX = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Relative distance from the exact product; measured: 2e-7 and 2e-3 (the rounding of the result)."""
 
 Product = Callable[[Tensor, Tensor, None], Tensor]
-
-
-class Pool:
-    """The threads of the library's products in this process."""
-
-    def __init__(self, threads: int) -> None:
-        """Raises NoLibrary."""
-        self._linear = library().hive_linear
-        self._pool = ctypes.c_void_p(library().hive_pool(threads))
-        if not self._pool:
-            raise NoLibrary(f"{threads} threads could not be started")
-        weakref.finalize(self, library().hive_pool_end, self._pool).atexit = False  # the threads end with the process
-
-    def __deepcopy__(self, memo: object) -> Pool:
-        return self  # modules are copied for parts of a span; threads are not
-
-    def linear(self, input_xK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        """`F.linear` of contiguous tensors of one dtype on the CPU; the bias is float32. [..., N]"""
-        N, K = weight_NK.shape
-        output_xN = input_xK.new_empty((*input_xK.shape[:-1], N))
-        self._linear(
-            self._pool,
-            KINDS[weight_NK.dtype],
-            input_xK.data_ptr(),
-            weight_NK.data_ptr(),
-            None,
-            None if bias_N is None else bias_N.data_ptr(),
-            output_xN.data_ptr(),
-            input_xK.numel() // K,
-            N,
-            K,
-        )
-        return output_xN
 
 
 class FastLinear(nn.Linear):
@@ -87,6 +52,7 @@ class FastLinear(nn.Linear):
             or input.dtype is not self.dtype
             or weight.dtype is not self.dtype
             or weight.device.type != "cpu"
+            or torch.is_autocast_enabled("cpu")
             or (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
         ):
             return F.linear(input, weight, self.bias)
@@ -120,6 +86,8 @@ def accelerate(module: nn.Module, *, threads: int) -> int:
             fast.pool, fast.dtype, fast.rows_max = pool, dtype, rows_max
             fast.bias_float32 = None if layer.bias is None else layer.bias.detach().float()
             changed += 1
+        for mixture in (mixture for mixture in module.modules() if experts.suits(mixture, dtype)):
+            experts.install(mixture, pool, rows_max)
         logger.info("%d linear layers in %s at memory's speed, up to %d rows", len(alike), dtype, rows_max)
     return changed
 
