@@ -20,6 +20,7 @@ from transformers.utils.logging import set_tqdm_hook
 from peers.errors import CorruptCheckpoint, UnsupportedModel
 from peers.model.cutting import SpanModel, hollow_meta
 from peers.model.progress import Progress, Silent
+from peers.model.quantization import NONE, quantize
 from peers.model.skeleton import install_skeleton
 from peers.model.support import Anatomy, build_on_meta, check_supported, examine, find_layers, language_config, one_line
 from routing.errors import InvalidSpan
@@ -80,11 +81,13 @@ def load_span(
     *,
     dtype: torch.dtype | Literal["auto"],
     device: torch.device | str,
+    quantization: str = NONE,
     progress: Progress | None = None,
 ) -> SpanModel:
     """Download what is missing, read the blocks `span` and nothing else, and cut the rest of the model away.
 
-    Raises UnsupportedModel (before any weights are touched), InvalidSpan, CorruptCheckpoint, and what `fetch` raises.
+    `quantization` (see `peers.model.quantization`) changes the blocks after they were read. Raises UnsupportedModel
+    (before any weights are touched), InvalidSpan, CorruptCheckpoint, and what `fetch` raises.
     """
     config = load_config(checkpoint)
     anatomy = examine(config)
@@ -93,6 +96,7 @@ def load_span(
     folder = checkpoint.fetch(span_tensors(checkpoint, config, span), progress)
     keep = _in_blocks(anatomy.layers_path, span)
     model = _read(folder, config, anatomy, keep, dtype=dtype, device=device, label=f"blocks {span}", progress=progress)
+    quantize(model.get_submodule(anatomy.layers_path), quantization)
     return SpanModel(model.requires_grad_(False), anatomy, span)
 
 

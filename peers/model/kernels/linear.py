@@ -9,6 +9,7 @@ Legend: M rows, N outputs, K inputs.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from peers.model.kernels import experts
 from peers.model.kernels.build import NoLibrary
+from peers.model.kernels.int8 import Int8Linear
 from peers.model.kernels.pool import KINDS, Pool
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,8 @@ SAMPLE_BYTES = 64 << 20
 ERROR_MAX = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Relative distance from the exact product; measured: 2e-7 and 2e-3 (the rounding of the result)."""
 
-Product = Callable[[Tensor, Tensor, None], Tensor]
+Layer = nn.Linear | Int8Linear
+Product = Callable[[Tensor, Layer], Tensor]
 
 
 class FastLinear(nn.Linear):
@@ -65,8 +68,11 @@ def accelerate(module: nn.Module, *, threads: int) -> int:
     Measures for a fraction of a second, with torch's threads as they are set. Returns the number of layers changed.
     One line of the log says so when there is nothing to gain.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and _suits(layer)]
-    if not layers:
+    kinds: dict[tuple[type, torch.dtype], list[Layer]] = {}
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | Int8Linear) and _suits(layer):
+            kinds.setdefault((type(layer), layer.weight.dtype), []).append(layer)
+    if not kinds:
         return 0
     try:
         pool = Pool(threads)
@@ -74,67 +80,83 @@ def accelerate(module: nn.Module, *, threads: int) -> int:
         logger.info("linear layers run at torch's speed, not at memory's: %s", error)
         return 0
     changed = 0
-    for dtype in {layer.weight.dtype for layer in layers}:
-        alike = [layer for layer in layers if layer.weight.dtype is dtype]
-        rows_max = _rows_max(pool, alike)
+    for (kind, dtype), layers in kinds.items():
+        rows_max = _rows_max(pool, layers)
         if not rows_max:
-            logger.info("linear layers in %s stay with torch, which is faster here", dtype)
+            logger.info("%s layers in %s stay with torch, which is faster here", kind.__name__, dtype)
             continue
-        for layer in alike:
-            fast = cast(FastLinear, layer)
-            fast.__class__ = FastLinear
-            fast.pool, fast.dtype, fast.rows_max = pool, dtype, rows_max
-            fast.bias_float32 = None if layer.bias is None else layer.bias.detach().float()
+        for layer in layers:
+            if not isinstance(layer, Int8Linear):
+                layer.__class__ = FastLinear
+                fast = cast(FastLinear, layer)
+                fast.dtype, fast.bias_float32 = dtype, None if layer.bias is None else layer.bias.detach().float()
+            layer.pool, layer.rows_max = pool, rows_max
             changed += 1
-        for mixture in (mixture for mixture in module.modules() if experts.suits(mixture, dtype)):
+        for mixture in (mixture for mixture in module.modules() if experts.dtype_of(mixture) is dtype):
             experts.install(mixture, pool, rows_max)
-        logger.info("%d linear layers in %s at memory's speed, up to %d rows", len(alike), dtype, rows_max)
+        logger.info("%d %s layers in %s at memory's speed, up to %d rows", len(layers), kind.__name__, dtype, rows_max)
     return changed
 
 
-def _suits(layer: nn.Linear) -> bool:
+def _suits(layer: Layer) -> bool:
+    if isinstance(layer, Int8Linear):
+        return layer.weight_NK.device.type == "cpu" and (layer.dtype, torch.int8) in KINDS
     if type(layer) is not nn.Linear:  # a subclass has reasons of its own
         return False
     weight = layer.weight
     hollow = not any(weight.stride())
-    return weight.device.type == "cpu" and weight.dtype in KINDS and weight.is_contiguous() and not hollow
+    return (
+        weight.device.type == "cpu" and (weight.dtype, weight.dtype) in KINDS and weight.is_contiguous() and not hollow
+    )
 
 
-def _rows_max(pool: Pool, layers: Sequence[nn.Linear]) -> int:
+def _rows_max(pool: Pool, layers: Sequence[Layer]) -> int:
     """The largest of ROWS_TIMED up to which the library is never slower; 0 when it is slower or wrong at one row."""
-    shape = max((layer.weight.shape for layer in layers), key=lambda shape: shape.numel())
-    sample: list[Tensor] = []
-    for layer in layers:
-        if layer.weight.shape == shape and sum(weight.nbytes for weight in sample) < SAMPLE_BYTES:
-            sample.append(layer.weight.detach())
+    shape = max(((layer.out_features, layer.in_features) for layer in layers), key=lambda shape: shape[0] * shape[1])
+    alike = [layer for layer in layers if (layer.out_features, layer.in_features) == shape]
+    alike = alike[: max(2, SAMPLE_BYTES // _weights(alike[0])[0].nbytes)]
     rows_max = 0
     for rows in ROWS_TIMED:
-        input_MK = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(sample[0].dtype)
-        if not _exact(pool, input_MK, sample[0]):
+        input_MK = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(alike[0].weight.dtype)
+        if not _exact(pool, input_MK, alike[0]):
             logger.error("the compiled linear products are wrong on this machine; torch's are used")
             return 0
-        some = sample[: max(2, 64 // rows)]  # many rows take long, and hardly depend on memory
-        ours_s, torch_s = _fastest_s((pool.linear, F.linear), input_MK, some)
+        some = alike[: max(2, 64 // rows)]  # many rows take long, and hardly depend on memory
+        ours_s, torch_s = _fastest_s((functools.partial(_product, pool), _torch_product), input_MK, some)
         if ours_s > MARGIN * torch_s:
             break
         rows_max = rows
     return rows_max if rows_max < ROWS_TIMED[-1] else UNLIMITED
 
 
-def _exact(pool: Pool, input_MK: Tensor, weight_NK: Tensor) -> bool:
-    right_MN = input_MK.double() @ weight_NK.double().T
-    wrong_MN = pool.linear(input_MK, weight_NK, None).double() - right_MN
-    return bool(wrong_MN.norm() <= ERROR_MAX[weight_NK.dtype] * right_MN.norm())
+def _weights(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    return (layer.weight_NK, layer.scale_N) if isinstance(layer, Int8Linear) else (layer.weight, None)
+
+
+def _product(pool: Pool, input_MK: Tensor, layer: Layer) -> Tensor:
+    weight_NK, scale_N = _weights(layer)
+    return pool.linear(input_MK, weight_NK, None, scale_N)
+
+
+def _torch_product(input_MK: Tensor, layer: Layer) -> Tensor:
+    return F.linear(input_MK, layer.weight)
+
+
+def _exact(pool: Pool, input_MK: Tensor, layer: Layer) -> bool:
+    weight_NK, scale_N = _weights(layer)
+    right_MN = input_MK.double() @ weight_NK.double().T * (1 if scale_N is None else scale_N.double())
+    wrong_MN = _product(pool, input_MK, layer).double() - right_MN
+    return bool(wrong_MN.norm() <= ERROR_MAX[input_MK.dtype] * right_MN.norm())
 
 
 @torch.inference_mode()
-def _fastest_s(products: Sequence[Product], input_MK: Tensor, weights: Sequence[Tensor], turns: int = 4) -> list[float]:
-    """Seconds for all of `weights` once, by each product in turn; whatever else the machine does only adds."""
+def _fastest_s(products: Sequence[Product], input_MK: Tensor, layers: Sequence[Layer], turns: int = 4) -> list[float]:
+    """Seconds for all of `layers` once, by each product in turn; whatever else the machine does only adds."""
     best_s = [float("inf")] * len(products)
     for _ in range(turns):
         for index, product in enumerate(products):
             started_s = time.perf_counter()
-            for weight in weights:
-                product(input_MK, weight, None)
+            for layer in layers:
+                product(input_MK, layer)
             best_s[index] = min(best_s[index], time.perf_counter() - started_s)
     return best_s

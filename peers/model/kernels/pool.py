@@ -13,8 +13,13 @@ from torch import Tensor
 
 from peers.model.kernels.build import NoLibrary, library
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-"""What the library calls weights and inputs of one dtype."""
+KINDS = {
+    (torch.float32, torch.float32): 0,
+    (torch.bfloat16, torch.bfloat16): 1,
+    (torch.float32, torch.int8): 2,
+    (torch.bfloat16, torch.int8): 3,
+}
+"""What the library calls a pair of dtypes: of the input (and the output), and of the weights."""
 
 
 class Pool:
@@ -31,16 +36,21 @@ class Pool:
     def __deepcopy__(self, memo: object) -> Pool:
         return self  # modules are copied for parts of a span; threads are not
 
-    def linear(self, input_xK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        """`F.linear` of contiguous tensors of one dtype on the CPU; the bias is float32. [..., N]"""
+    def linear(
+        self, input_xK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, scale_N: Tensor | None = None
+    ) -> Tensor:
+        """`F.linear` of contiguous tensors on the CPU, [..., N] in the input's dtype; bias and scale are float32.
+
+        With `scale_N` the weights are `weight * scale`.
+        """
         N, K = weight_NK.shape
         output_xN = input_xK.new_empty((*input_xK.shape[:-1], N))
         self._linear(
             self._pool,
-            KINDS[weight_NK.dtype],
+            KINDS[input_xK.dtype, weight_NK.dtype],
             input_xK.data_ptr(),
             weight_NK.data_ptr(),
-            None,
+            None if scale_N is None else scale_N.data_ptr(),
             None if bias_N is None else bias_N.data_ptr(),
             output_xN.data_ptr(),
             input_xK.numel() // K,
