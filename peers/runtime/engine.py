@@ -33,6 +33,9 @@ from routing.ids import BlockSpan, PeerId, SessionId
 
 logger = logging.getLogger(__name__)
 
+SHORT_TOKENS = 64
+"""In a short forward torch has little to share out besides linear layers, and its helpers, which go on spinning when
+their part is done, would stand in the way of the library's."""
 RETRY_AFTER_S_MIN = 0.05
 RETRY_AFTER_S_MAX = 5.0
 
@@ -170,6 +173,9 @@ class Engine:
         self._running: set[int] = set()
         self._count = 0
         self._token_s = 0.0
+        self._accelerated = False
+        self._alone = False
+        """Whether torch computes in this thread alone, which is when the library's threads have the other cores."""
         self._stopping = False
         self._wake = threading.Condition()  # guards everything above
         self._thread: threading.Thread | None = None
@@ -372,7 +378,7 @@ class Engine:
     def _main(self, ready: asyncio.Future[None]) -> None:
         torch.set_num_threads(self.config.threads)
         try:
-            accelerate(self.model.module, threads=self.config.threads)
+            self._accelerated = accelerate(self.model.module, threads=self.config.threads) > 0
             self._cache = open_cache(self.model, self._pages)
         except Exception as error:  # whatever it is, `start` raises it
             logger.debug("the engine does not start", exc_info=True)
@@ -462,6 +468,9 @@ class Engine:
             chunks.append(Chunk(session=ticket.session.number, start=start, tokens=pick.tokens))
             inputs.append(ticket.work.hidden[pick.offset : pick.offset + pick.tokens].to(self.model.dtype))
         hidden_TH = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        if self._alone != (alone := self._accelerated and len(hidden_TH) <= SHORT_TOKENS):
+            self._alone = alone
+            torch.set_num_threads(1 if alone else self.config.threads)
         return self._cache.forward(
             chunks,
             hidden_TH.to(self.model.device, non_blocking=True),

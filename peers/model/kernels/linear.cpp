@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -32,7 +33,7 @@ constexpr int LANES = 4, ROWS = 4;
 constexpr int COLUMNS = 4;
 constexpr size_t SLICE_BYTES = 256 << 10;   // of x, so that it stays in the second-level cache
 constexpr size_t SHARE_BYTES = 128 << 10;   // of w per thread: below it, waking one costs more than it gives
-constexpr int SPINS = 200;                  // about as long as a layer takes between two products
+constexpr auto SPIN = std::chrono::microseconds(100);  // longer than a layer takes between two products
 
 template <class T>
 using Vector __attribute__((vector_size(LANES * sizeof(T)))) = T;
@@ -215,7 +216,18 @@ inline void relax() {
 #endif
 }
 
-// Helpers that sleep between products. One product at a time: callers take turns. Work is taken in small parts by whoever
+// Whether `ready` came true soon: going to sleep and being woken takes longer than most products.
+template <class Ready>
+bool spin(Ready ready) {
+    for (auto until = std::chrono::steady_clock::now() + SPIN; std::chrono::steady_clock::now() < until;)
+        for (int turn = 0; turn < 8; ++turn) {
+            if (ready()) return true;
+            relax();
+        }
+    return ready();
+}
+
+// Helpers that sleep when there is nothing to do. One product at a time: callers take turns. Work is taken in small parts by whoever
 // comes, so a helper that the system lets wait delays nobody: the caller does its share too.
 class Pool {
   public:
@@ -240,9 +252,8 @@ class Pool {
         ticket.store(uint64_t(number) << 32);
         announce();
         while (take(number)) {}
-        for (int spins = 0; done.load(std::memory_order_acquire) < parts; ++spins)
-            if (spins < SPINS) relax();
-            else std::this_thread::yield();
+        if (!spin([&] { return done.load(std::memory_order_acquire) == parts; }))
+            while (done.load(std::memory_order_acquire) < parts) std::this_thread::yield();
     }
 
   private:
@@ -269,8 +280,8 @@ class Pool {
     }
     void serve() {
         for (unsigned seen = 0; !ended.load();) {
-            for (int spins = 0; spins < SPINS && round.load(std::memory_order_acquire) == seen; ++spins) relax();
-            round.wait(seen, std::memory_order_acquire);
+            if (!spin([&] { return round.load(std::memory_order_acquire) != seen; }))
+                round.wait(seen, std::memory_order_acquire);
             seen = round.load(std::memory_order_acquire);
             while (take(uint32_t(ticket.load(std::memory_order_acquire) >> 32))) {}
         }
