@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,11 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
+from peers.model.kernels import Pool, Visits
+
 RAGGED = "swarm_ragged"
+SHORT_TOKENS = 16
+"""New positions of a session up to which the library attends: a decoded token, or a few drafted ones."""
 SCORES_LIMIT = 1 << 24
 """Scores held at once where they are written out (soft-capping, sinks, keys wider than values): 64 MiB in float32."""
 
@@ -41,6 +46,8 @@ class Pattern:
     function: MaskFunction
     views: dict[int, View] = field(default_factory=dict)
     """What each segment reads under this pattern; filled by the first layer that uses it."""
+    plans: list[Plan] = field(default_factory=list)
+    """Which segments the library attends for; at most one, made by the first layer that uses the pattern."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +80,14 @@ class View:
     mask_nL: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Short segments go through the library together, the others through torch one by one."""
+
+    visits: Visits | None
+    others: Sequence[int]
+
+
 class Attender(Protocol):
     """What a forward under `attending` does with each layer's queries, keys and values."""
 
@@ -96,12 +111,19 @@ class NotPluggable(Exception):
 class RaggedBatch:
     """The segments of one forward, packed in order, over the pools of the layers it runs through, in their order."""
 
-    def __init__(self, segments: Sequence[Segment], pools: Iterable[LayerPool], device: torch.device) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        pools: Iterable[LayerPool],
+        device: torch.device,
+        library: Pool | None = None,
+    ) -> None:
         self.segments = segments
         self.positions_T = torch.tensor([p for s in segments for p in range(s.start, s.end)], device=device)
         self._slots_T = torch.tensor([slot for s in segments for slot in _last_slots(s)], device=device)
-        self._sizes = [segment.tokens for segment in segments]
+        self._rows = list(accumulate((segment.tokens for segment in segments), initial=0))
         self._pools = iter(pools)
+        self._library = library
 
     def attend(
         self,
@@ -117,23 +139,50 @@ class RaggedBatch:
         keys, values = pool.keys_1JSK, pool.values_1JSV
         keys.index_copy_(2, self._slots_T, k_1JTK)
         values.index_copy_(2, self._slots_T, v_1JTV)
+        if not pattern.plans:
+            pattern.plans.append(self._plan(pattern, q_1HTK))
+        (plan,) = pattern.plans
         _, H, T, K = q_1HTK.shape
         J = keys.shape[1]
-        q_TJGK = q_1HTK[0].transpose(0, 1).reshape(T, J, H // J, K)
-        outputs = []
-        for index, q_nJGK in enumerate((q_TJGK,) if len(self._sizes) == 1 else torch.split(q_TJGK, self._sizes)):
-            view = pattern.views.get(index)
-            if view is None:
-                view = pattern.views[index] = see(self.segments[index], pattern.function, q_1HTK)
+        out_THV = q_1HTK.new_empty(T, H, values.shape[3])
+        if plan.visits is not None:
+            assert self._library is not None
+            self._library.attend(q_1HTK, keys, values, out_THV, plan.visits, scale, softcap, sinks_H)
+        for index in plan.others:
+            view, rows = pattern.views[index], slice(self._rows[index], self._rows[index + 1])
             if len(view.runs) == 1:
                 first, count = view.runs[0]
                 k_1JLK, v_1JLV = keys.narrow(2, first, count), values.narrow(2, first, count)
             else:
                 k_1JLK = torch.cat([keys.narrow(2, first, count) for first, count in view.runs], 2)
                 v_1JLV = torch.cat([values.narrow(2, first, count) for first, count in view.runs], 2)
-            outputs.append(attend_one(q_nJGK, k_1JLK, v_1JLV, view.mask_nL, scale, softcap, sinks_H))
-        out_TJGV = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return out_TJGV.reshape(1, T, H, -1)
+            q_nJGK = q_1HTK[0, :, rows].transpose(0, 1).reshape(-1, J, H // J, K)
+            out_nJGV = attend_one(q_nJGK, k_1JLK, v_1JLV, view.mask_nL, scale, softcap, sinks_H)
+            out_THV[rows] = out_nJGV.reshape(-1, H, out_THV.shape[2])
+        return out_THV[None]
+
+    def _plan(self, pattern: Pattern, like: Tensor) -> Plan:
+        others: list[int] = []
+        segments: list[tuple[int, int, int, int]] = []
+        runs: list[tuple[int, int]] = []
+        positions = 0
+        for index, segment in enumerate(self.segments):
+            causal = pattern.function is causal_mask_function
+            short = self._library is not None and segment.tokens <= SHORT_TOKENS and (causal or segment.tokens == 1)
+            view = None
+            if not (short and causal):
+                view = pattern.views[index] = see(segment, pattern.function, like)
+                short = short and view.mask_nL is None
+            if not short:
+                others.append(index)
+                continue
+            own = segment.runs if view is None else view.runs
+            segments.append((self._rows[index], segment.tokens, len(runs), len(own)))
+            runs += own
+            positions += sum(count for _, count in own)
+        if not segments:
+            return Plan(None, others)
+        return Plan(Visits(torch.tensor(segments), torch.tensor(runs), positions), others)
 
 
 def attend_one(

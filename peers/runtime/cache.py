@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from peers.errors import UnsupportedModel
 from peers.model.cutting import SpanModel
+from peers.model.kernels import Pool
 from peers.runtime.attention import (
     RAGGED,
     LayerPool,
@@ -89,10 +90,13 @@ class PagedCache:
     shares_pages = True
     packs_sessions = True
 
-    def __init__(self, model: SpanModel, shapes: Sequence[LayerShape], pages: PagePool) -> None:
+    def __init__(
+        self, model: SpanModel, shapes: Sequence[LayerShape], pages: PagePool, library: Pool | None = None
+    ) -> None:
         slots = pages.num_pages * pages.page_size
         self._model = model
         self._pages = pages
+        self._library = library
         self._pools = [_allocate(shape, slots, model.device) for shape in shapes]
 
     def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
@@ -102,7 +106,7 @@ class PagedCache:
             )
             for chunk in chunks
         ]
-        batch = RaggedBatch(segments, self._pools, self._model.device)
+        batch = RaggedBatch(segments, self._pools, self._model.device, self._library)
         with attending(batch) as cache:
             return self._model.forward(
                 hidden_TH[None], batch.positions_T[None], span=span, past_key_values=cache, regime_length=regime_length
@@ -190,15 +194,18 @@ def _copy(cache: DynamicCache, length: int) -> DynamicCache:
     return copied
 
 
-def open_cache(model: SpanModel, pages: PagePool) -> SpanCache:
+def open_cache(model: SpanModel, pages: PagePool, library: Pool | None = None) -> SpanCache:
     """The cache that this model can have, over these pages; selects the attention to go with it.
+
+    With `library`, short segments attend through it where that was found to say the same.
 
     Raises UnsupportedModel when its layers keep nothing that could be rolled back.
     """
     shapes = _observe(model)
     if shapes is not None:
-        if _agrees(model, shapes):
-            return PagedCache(model, shapes, pages)
+        for backend in dict.fromkeys((library, None)):
+            if _agrees(model, shapes, backend):
+                return PagedCache(model, shapes, pages, backend)
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
     _bytes_per_token_alone(model)
@@ -265,7 +272,7 @@ def _observe(model: SpanModel) -> list[LayerShape] | None:
 
 
 @torch.inference_mode()
-def _agrees(model: SpanModel, shapes: Sequence[LayerShape]) -> bool:
+def _agrees(model: SpanModel, shapes: Sequence[LayerShape], library: Pool | None) -> bool:
     """Whether two sessions packed together, piece by piece, come out as each of them alone and at once.
 
     A position agrees when it differs by less than 2 % of what the span adds to it, or by a few roundings of its dtype.
@@ -273,7 +280,7 @@ def _agrees(model: SpanModel, shapes: Sequence[LayerShape]) -> bool:
     """
     given_2LH = _random_hidden(model, 12).view(2, 6, -1)
     pages = PagePool(8, 2)
-    paged, solo = PagedCache(model, shapes, pages), SoloCache(model)
+    paged, solo = PagedCache(model, shapes, pages, library), SoloCache(model)
     packed = []
     for session in (0, 1):
         pages.open(session)

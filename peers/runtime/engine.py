@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
-from peers.model.kernels import accelerate
+from peers.model.kernels import accelerate, pool_for
 from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.pages import PagePool
 from peers.runtime.pressure import grow_or_preempt
@@ -378,8 +378,9 @@ class Engine:
     def _main(self, ready: asyncio.Future[None]) -> None:
         torch.set_num_threads(self.config.threads)
         try:
-            self._accelerated = accelerate(self.model.module, threads=self.config.threads) > 0
-            self._cache = open_cache(self.model, self._pages)
+            library = pool_for(self.model.device, self.config.threads)
+            self._accelerated = library is not None and accelerate(self.model.module, library) > 0
+            self._cache = open_cache(self.model, self._pages, library)
         except Exception as error:  # whatever it is, `start` raises it
             logger.debug("the engine does not start", exc_info=True)
             self._loop.call_soon_threadsafe(ready.set_exception, error)

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from peers.model.catalog import Checkpoint, resolve
-from peers.model.kernels import accelerate
+from peers.model.kernels import accelerate, pool_for
 from peers.model.loading import load_client
 from peers.model.progress import Progress
 from routing.errors import CallerError
@@ -79,7 +79,8 @@ def load_model(
     """
     model: Any = load_client(checkpoint, dtype=dtype, device=device, progress=progress)
     model.eval().requires_grad_(False)  # without gradients to ask for, a plain forward needs no torch.no_grad()
-    accelerate(model, threads=torch.get_num_threads())  # of all linear layers only the head is here
+    if (pool := pool_for(model.device, torch.get_num_threads())) is not None:
+        accelerate(model, pool)  # of all linear layers only the head is here
     layers = RemoteLayers(model)
     model.__class__ = _swarm_class(model.__class__)
     model._remote_layers = layers

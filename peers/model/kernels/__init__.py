@@ -1,5 +1,6 @@
-"""Linear layers at the speed of memory on a CPU: a small C++ library, made on first use, beside torch's own."""
+"""Linear layers and attention at the speed of memory on a CPU: a small C++ library, made on first use."""
 
 from peers.model.kernels.linear import FastLinear, accelerate
+from peers.model.kernels.pool import Pool, Visits, pool_for
 
-__all__ = ["FastLinear", "accelerate"]
+__all__ = ["FastLinear", "Pool", "Visits", "accelerate", "pool_for"]

@@ -21,7 +21,7 @@ from peers.model.storage import cache_folder, locked
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("linear.cpp")
+SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 COMPILE_TIMEOUT_S = 120.0
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 TARGETS = (("-march=native",), ("-mcpu=native",), ())
@@ -45,18 +45,24 @@ def library() -> ctypes.CDLL:
 
 
 def _compiled(compiler: str, targets: tuple[tuple[str, ...], ...] = TARGETS) -> Path:
-    source = SOURCE.read_bytes()
-    key = [source, compiler.encode(), _version(compiler), _processor(), *map(str.encode, (*FLAGS, *map(str, targets)))]
+    key = [
+        *(source.read_bytes() for source in SOURCES),
+        compiler.encode(),
+        _version(compiler),
+        _processor(),
+        *map(str.encode, (*FLAGS, *map(str, targets))),
+    ]
     path = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(key)).hexdigest()[:24]}.so"
     if path.exists():
         return path
     with locked(path):
         if not path.exists():
-            logger.info("compiling %s with %s (once)", SOURCE.name, compiler)
+            logger.info("compiling the kernels with %s (once)", compiler)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 product = Path(folder) / path.name
+                units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
                 for target in targets:
-                    refusal = _compile(compiler, [*FLAGS, *target, str(SOURCE), "-o", str(product)])
+                    refusal = _compile(compiler, [*FLAGS, *target, *units, "-o", str(product)])
                     if refusal is None:
                         os.replace(product, path)
                         return path
@@ -100,4 +106,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.hive_pool_end.restype, found.hive_pool_end.argtypes = None, [pointer]
     found.hive_linear.restype = None
     found.hive_linear.argtypes = [pointer, ctypes.c_int, *[pointer] * 5, *[size] * 3]
+    found.hive_attend.restype = None
+    found.hive_attend.argtypes = [pointer, ctypes.c_int, *[pointer] * 5, size, pointer, pointer, *[size] * 7]
+    found.hive_attend.argtypes += [ctypes.c_float, ctypes.c_float, size]
     return found

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peers.model.kernels import experts
-from peers.model.kernels.build import NoLibrary
 from peers.model.kernels.int8 import Int8Linear
 from peers.model.kernels.pool import KINDS, Pool
 
@@ -62,7 +61,7 @@ class FastLinear(nn.Linear):
         return self.pool.linear(input.contiguous(), weight, self.bias_float32)
 
 
-def accelerate(module: nn.Module, *, threads: int) -> int:
+def accelerate(module: nn.Module, pool: Pool) -> int:
     """Let the library make the products of `module`'s linear layers where it is exact and faster than torch.
 
     Measures for a fraction of a second, with torch's threads as they are set. Returns the number of layers changed.
@@ -72,13 +71,6 @@ def accelerate(module: nn.Module, *, threads: int) -> int:
     for layer in module.modules():
         if isinstance(layer, nn.Linear | Int8Linear) and _suits(layer):
             kinds.setdefault((type(layer), layer.weight.dtype), []).append(layer)
-    if not kinds:
-        return 0
-    try:
-        pool = Pool(threads)
-    except NoLibrary as error:
-        logger.info("linear layers run at torch's speed, not at memory's: %s", error)
-        return 0
     changed = 0
     for (kind, dtype), layers in kinds.items():
         rows_max = _rows_max(pool, layers)

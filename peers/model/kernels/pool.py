@@ -6,12 +6,16 @@ Owns the threads that make them. Knows no modules.
 from __future__ import annotations
 
 import ctypes
+import logging
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peers.model.kernels.build import NoLibrary, library
+
+logger = logging.getLogger(__name__)
 
 KINDS = {
     (torch.float32, torch.float32): 0,
@@ -22,12 +26,25 @@ KINDS = {
 """What the library calls a pair of dtypes: of the input (and the output), and of the weights."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Visits:
+    """What some rows of a forward attend to; the same for every layer that sees alike."""
+
+    segments_n4: Tensor
+    """int64: first row, rows, first run, runs. The rows are the last positions of those runs, each seeing itself and
+    what came before."""
+    runs_n2: Tensor
+    """int64: first slot, slots; of each segment in order."""
+    positions: int
+    """Of all segments together."""
+
+
 class Pool:
-    """The threads of the library's products in this process."""
+    """The library's threads in one process, and what they can be asked to do."""
 
     def __init__(self, threads: int) -> None:
         """Raises NoLibrary."""
-        self._linear = library().hive_linear
+        self._linear, self._attend = library().hive_linear, library().hive_attend
         self._pool = ctypes.c_void_p(library().hive_pool(threads))
         if not self._pool:
             raise NoLibrary(f"{threads} threads could not be started")
@@ -58,3 +75,48 @@ class Pool:
             K,
         )
         return output_xN
+
+    def attend(
+        self,
+        q_1HTK: Tensor,
+        keys_1JSK: Tensor,
+        values_1JSV: Tensor,
+        out_THV: Tensor,
+        visits: Visits,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> None:
+        """Attention of the rows that `visits` names, written to those rows of `out_THV`; float32 or bfloat16."""
+        _, H, _, K = q_1HTK.shape
+        _, J, S, V = values_1JSV.shape
+        if q_1HTK.stride(3) != 1:
+            q_1HTK = q_1HTK.contiguous()
+        sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
+        self._attend(
+            self._pool,
+            KINDS[q_1HTK.dtype, keys_1JSK.dtype],
+            q_1HTK.data_ptr(),
+            keys_1JSK.data_ptr(),
+            values_1JSV.data_ptr(),
+            out_THV.data_ptr(),
+            visits.segments_n4.data_ptr(),
+            len(visits.segments_n4),
+            visits.runs_n2.data_ptr(),
+            None if sinks_H is None else sinks_H.data_ptr(),
+            *(H, J, K, V, S, q_1HTK.stride(1), q_1HTK.stride(2)),
+            scale,
+            softcap or 0.0,
+            visits.positions,
+        )
+
+
+def pool_for(device: torch.device, threads: int) -> Pool | None:
+    """The library's threads for a module on `device`; None, and one line in the log, where it cannot be had."""
+    if device.type != "cpu":
+        return None
+    try:
+        return Pool(threads)
+    except NoLibrary as error:
+        logger.info("linear layers and attention run at torch's speed, not at memory's: %s", error)
+        return None

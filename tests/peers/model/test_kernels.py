@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peers.model.kernels import FastLinear, accelerate, build, experts, linear
+from peers.model.kernels import FastLinear, accelerate, build, experts, linear, pool_for
 from peers.model.kernels.build import NoLibrary
 from peers.model.kernels.pool import Pool
 from tests.helpers.families import FAMILIES, random_model
@@ -135,7 +135,7 @@ def test_accelerated_layers_say_the_same_and_stay_what_they_were(dtype: torch.dt
     layers = Layers(dtype)
     names, x = list(layers.state_dict()), matrix(5, 64, 0, dtype)
     before = layers(x)
-    assert accelerate(layers, threads=1) == 2
+    assert accelerate(layers, POOLS[1]) == 2
     assert isinstance(layers.first, FastLinear)
     assert isinstance(layers.first, nn.Linear)
     assert list(layers.state_dict()) == names
@@ -150,7 +150,7 @@ def test_accelerated_layers_say_the_same_and_stay_what_they_were(dtype: torch.dt
 @pytest.mark.usefixtures("eager_library")
 def test_gradients_and_other_dtypes_are_torchs_own() -> None:
     layers = Layers()
-    accelerate(layers, threads=1)
+    accelerate(layers, POOLS[1])
     x = matrix(2, 64, 0).requires_grad_()
     layers(x).sum().backward()
     assert x.grad is not None
@@ -167,7 +167,7 @@ def test_hollow_weights_and_subclasses_are_left_alone() -> None:
 
     layers = nn.ModuleList([Own(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, device="meta")]).requires_grad_(False)
     layers[1].weight.data = torch.zeros(()).expand(8, 8)
-    assert accelerate(layers, threads=1) == 0
+    assert accelerate(layers, POOLS[1]) == 0
     assert [type(layer) for layer in layers] == [Own, nn.Linear, nn.Linear]
 
 
@@ -175,14 +175,14 @@ def test_hollow_weights_and_subclasses_are_left_alone() -> None:
 def test_a_library_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     right = Pool.linear
     monkeypatch.setattr(Pool, "linear", lambda *arguments: right(*arguments) * 1.01)
-    assert accelerate(layers := Layers(), threads=1) == 0
+    assert accelerate(layers := Layers(), POOLS[1]) == 0
     assert type(layers.first) is nn.Linear
     assert "wrong on this machine" in caplog.text
 
 
 def test_a_library_that_is_slower_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_fastest_s", lambda *_: (2.0, 1.0))
-    assert accelerate(Layers(), threads=1) == 0
+    assert accelerate(Layers(), POOLS[1]) == 0
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -191,7 +191,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch, ca
 
     monkeypatch.setattr("peers.model.kernels.pool.library", none)
     with caplog.at_level(logging.INFO):
-        assert accelerate(Layers(), threads=1) == 0
+        assert pool_for(torch.device("cpu"), 1) is None
     assert caplog.text.count("install g++ or clang") == 1
 
 

@@ -16,6 +16,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from peers.model.kernels import Pool
 from peers.runtime import attention
 from peers.runtime.attention import (
     LayerPool,
@@ -85,14 +86,18 @@ def by_definition(
     return torch.einsum("hl,lhv->hv", scores_HL.softmax(1)[:, : len(seen)], values_LH)
 
 
+LIBRARIES = {"torch": None, "library": Pool(1), "library in two threads": Pool(2)}
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
 @settings(max_examples=70, deadline=None)
 @given(data=st.data())
-def test_a_ragged_batch_attends_as_each_of_its_sessions_would_alone(data: st.DataObject) -> None:
-    J, G = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
-    K = data.draw(st.sampled_from([4, 8]))
-    V = data.draw(st.sampled_from([K, K, 6]))
+def test_a_ragged_batch_attends_as_each_of_its_sessions_would_alone(backend: str, data: st.DataObject) -> None:
+    J, G = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
+    K = data.draw(st.sampled_from([4, 8, 32, 64, 72]))
+    V = data.draw(st.sampled_from([K, K, 6, 84]))
     extents = data.draw(
-        st.lists(st.tuples(st.integers(0, 12), st.one_of(st.just(1), st.integers(1, 7))), min_size=1, max_size=6)
+        st.lists(st.tuples(st.integers(0, 40), st.one_of(st.just(1), st.integers(1, 20))), min_size=1, max_size=6)
     )
     segment_runs = data.draw(runs([start + tokens for start, tokens in extents]))
     function, sees = data.draw(patterns())
@@ -124,13 +129,36 @@ def test_a_ragged_batch_attends_as_each_of_its_sessions_would_alone(data: st.Dat
     def packed(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts).transpose(0, 1)[None]
 
-    batch = RaggedBatch(segments, [pool], torch.device("cpu"))
+    batch = RaggedBatch(segments, [pool], torch.device("cpu"), LIBRARIES[backend])
     output = batch.attend(
         packed(queries), packed(keys), packed(values), Pattern(function), 0.3, softcap, sinks if len(sinks) else None
     )
-    torch.testing.assert_close(output[0].double(), torch.stack(expected), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(output[0].double(), torch.stack(expected), atol=4e-6, rtol=1e-5)
     for (start, _), session_runs, k in zip(extents, segment_runs, keys, strict=True):
         assert torch.equal(pool.keys_1JSK[0, :, slots_of(session_runs)[start:]], k.transpose(0, 1))
+
+
+def test_long_sessions_are_shared_out_among_threads_in_bfloat16() -> None:
+    J, G, K, lengths = 2, 4, 64, (700, 1900, 1)
+    generator = torch.Generator().manual_seed(0)
+    slots = sum(lengths)
+    pool = LayerPool(
+        keys_1JSK=torch.randn(1, J, slots, K, generator=generator).bfloat16(),
+        values_1JSV=torch.randn(1, J, slots, K, generator=generator).bfloat16(),
+    )
+    firsts = [0, 700, 2600]
+    segments = [
+        Segment(start=length - 1, tokens=1, runs=[(first, length)])
+        for first, length in zip(firsts, lengths, strict=True)
+    ]
+    q, k, v = (torch.randn(1, heads, 3, K, generator=generator).bfloat16() for heads in (J * G, J, J))
+    batch = RaggedBatch(segments, [pool], torch.device("cpu"), LIBRARIES["library in two threads"])
+    output = batch.attend(q, k, v, Pattern(causal_mask_function), 0.125, None, None)
+    for row, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
+        keys = pool.keys_1JSK[0, :, first : first + length].transpose(0, 1)
+        values = pool.values_1JSV[0, :, first : first + length].transpose(0, 1)
+        right = by_definition(q[0, :, row], keys, values, list(range(length)), 0.125, None, torch.empty(0))
+        torch.testing.assert_close(output[0, row].double(), right, atol=1e-2, rtol=1e-2)
 
 
 def test_long_prompts_are_scored_a_few_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

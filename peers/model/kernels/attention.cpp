@@ -1,0 +1,197 @@
+// Attention of a few new positions per session over its own pages: y = softmax(q · kᵀ · scale) · v, for many sessions at
+// once. Keys and values are read where they lie; nothing is gathered, padded or repeated for heads that share them.
+//
+// One unit of work is one session and one key/value head with the G query heads that share it. Scores are written out for
+// one position at a time (G · L numbers), so that softmax is the definition's. Sums are float32.
+
+#include <cmath>
+
+#include "pool.h"
+#include "vectors.h"
+
+namespace {
+
+struct Segment {
+    int64_t first, count;          // rows of q and y
+    int64_t first_run, num_runs;   // slots of all positions up to the last new one, in order
+};
+struct Run {
+    int64_t slot, count;
+};
+struct Job {
+    const void *q, *keys, *values;
+    void *y;
+    const Segment *segments;
+    const Run *runs;
+    const float *sinks;   // H, or null
+    int64_t num_segments, H, J, K, V, S, q_head, q_row;   // S slots of the pool; strides of q in values
+    float scale, softcap;
+};
+
+// e^x to about 2e-7 for x <= 0, as Cephes' expf: 2^n times a polynomial of the rest.
+inline Floats exponential(Floats x) {
+    const Floats low = Floats{} - 87.0f;
+    x = x < low ? low : x;
+    const Floats magic = Floats{} + 12582912.0f;  // adding it rounds to the nearest integer
+    Floats n = x * 1.44269504f + magic;
+    auto bits = load<Vector<int32_t>>((const int32_t *)&n);
+    n -= magic;
+    x -= n * 0.693359375f;
+    x += n * 2.12194440e-4f;
+    Floats y = x * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    y = y * x * x + x + 1.0f;
+    auto power = ((bits - 0x4b400000) + 127) << 23;
+    return y * load<Floats>((const float *)&power);
+}
+
+template <class T>
+inline float dot(const float *q, const T *key, int64_t K) {
+    Floats total = {};
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES) total += floats(q + k) * floats(key + k);
+    float sum;
+    sums<1>(&total, &sum);
+    for (; k < K; ++k) sum += q[k] * number(key[k]);
+    return sum;
+}
+
+// Scores of one query head over a run of keys.
+template <class T>
+void score(const float *q, const T *keys, int64_t count, int64_t K, float *out) {
+    int64_t at = 0;
+    if (K % LANES == 0)
+        for (; at + 4 <= count; at += 4) {
+            Floats total[4] = {};
+            for (int64_t k = 0; k < K; k += LANES) {
+                Floats left = floats(q + k);
+                for (int key = 0; key < 4; ++key) total[key] += left * floats(keys + (at + key) * K + k);
+            }
+            sums<4>(total, out + at);
+        }
+    for (; at < count; ++at) out[at] = dot(q, keys + at * K, K);
+}
+
+// Turn scores into weights; returns their sum. Padded to whole vectors by the caller.
+inline float soften(float *scores, int64_t count, float softcap, const float *sink) {
+    if (softcap > 0)
+        for (int64_t at = 0; at < count; ++at) scores[at] = std::tanh(scores[at] / softcap) * softcap;
+    float largest = sink ? *sink : scores[0];
+    for (int64_t at = 0; at < count; ++at) largest = std::max(largest, scores[at]);
+    float sum = sink ? std::exp(*sink - largest) : 0;
+    int64_t at = 0;
+    Floats total = {};
+    for (; at + LANES <= count; at += LANES) {
+        Floats weight = exponential(floats(scores + at) - largest);
+        std::memcpy(scores + at, &weight, sizeof weight);
+        total += weight;
+    }
+    float lanes;
+    sums<1>(&total, &lanes);
+    for (; at < count; ++at) lanes += scores[at] = std::exp(scores[at] - largest);
+    return sum + lanes;
+}
+
+// WIDTH vectors of the output from value column v on, for HEADS query heads: sums over all runs stay in registers.
+template <int HEADS, int WIDTH, class T>
+inline void mix(const Job &job, const T *values, const Run *runs, int64_t num_runs, int64_t length, const float *weights,
+                int64_t stride, int64_t v, float *out) {
+    Floats total[HEADS][WIDTH] = {};
+    int64_t position = 0;
+    for (int64_t run = 0; run < num_runs && position < length; ++run) {
+        const T *from = values + runs[run].slot * job.V + v;
+        int64_t count = std::min(runs[run].count, length - position);
+        for (int64_t at = 0; at < count; ++at, ++position) {
+            Floats value[WIDTH];
+            for (int column = 0; column < WIDTH; ++column) value[column] = floats(from + at * job.V + column * LANES);
+            for (int head = 0; head < HEADS; ++head)
+                for (int column = 0; column < WIDTH; ++column)
+                    total[head][column] += value[column] * weights[head * stride + position];
+        }
+    }
+    for (int head = 0; head < HEADS; ++head) std::memcpy(out + head * job.V + v, total[head], sizeof total[head]);
+}
+
+template <int HEADS, class T>
+void mix_all(const Job &job, const T *values, const Run *runs, int64_t num_runs, int64_t length, const float *weights,
+             int64_t stride, float *out) {
+    int64_t v = 0;
+    for (; v + 4 * LANES <= job.V; v += 4 * LANES)
+        mix<HEADS, 4>(job, values, runs, num_runs, length, weights, stride, v, out);
+    for (; v + LANES <= job.V; v += LANES)
+        mix<HEADS, 1>(job, values, runs, num_runs, length, weights, stride, v, out);
+    for (; v < job.V; ++v)
+        for (int head = 0; head < HEADS; ++head) {
+            float total = 0;
+            int64_t position = 0;
+            for (int64_t run = 0; run < num_runs; ++run)
+                for (int64_t at = 0; at < runs[run].count && position < length; ++at, ++position)
+                    total += weights[head * stride + position] * number(values[(runs[run].slot + at) * job.V + v]);
+            out[head * job.V + v] = total;
+        }
+}
+
+template <class T>
+void one(const Job &job, const Segment &segment, int64_t j, std::vector<float> &scratch) {
+    const int64_t G = job.H / job.J;
+    const Run *runs = job.runs + segment.first_run;
+    int64_t all = 0;
+    for (int64_t run = 0; run < segment.num_runs; ++run) all += runs[run].count;
+    const T *keys = (const T *)job.keys + j * job.S * job.K, *values = (const T *)job.values + j * job.S * job.V;
+    scratch.resize(G * (all + job.K + job.V) + G);
+    float *scores = scratch.data(), *query = scores + G * all, *out = query + G * job.K, *total = out + G * job.V;
+    for (int64_t row = 0; row < segment.count; ++row) {
+        const int64_t length = all - segment.count + row + 1;  // a position sees itself and what came before
+        for (int64_t g = 0; g < G; ++g) {
+            const T *q = (const T *)job.q + (j * G + g) * job.q_head + (segment.first + row) * job.q_row;
+            for (int64_t k = 0; k < job.K; ++k) query[g * job.K + k] = number(q[k]) * job.scale;
+        }
+        int64_t position = 0;
+        for (int64_t run = 0; run < segment.num_runs && position < length; ++run) {
+            int64_t count = std::min(runs[run].count, length - position);
+            for (int64_t g = 0; g < G; ++g)
+                score(query + g * job.K, keys + runs[run].slot * job.K, count, job.K, scores + g * all + position);
+            position += count;
+        }
+        for (int64_t g = 0; g < G; ++g)
+            total[g] = soften(scores + g * all, length, job.softcap, job.sinks ? job.sinks + j * G + g : nullptr);
+        int64_t g = 0;
+        constexpr int MOST = REGISTERS == 32 ? 4 : 2;
+        for (; g + MOST <= G; g += MOST)
+            mix_all<MOST>(job, values, runs, segment.num_runs, length, scores + g * all, all, out + g * job.V);
+        for (; g < G; ++g) mix_all<1>(job, values, runs, segment.num_runs, length, scores + g * all, all, out + g * job.V);
+        for (g = 0; g < G; ++g) {
+            T *y = (T *)job.y + ((segment.first + row) * job.H + j * G + g) * job.V;
+            for (int64_t v = 0; v < job.V; ++v) store(y + v, out[g * job.V + v] / total[g]);
+        }
+    }
+}
+
+template <class T>
+void share(const void *what, size_t part, size_t parts) {
+    const Job &job = *(const Job *)what;
+    thread_local std::vector<float> scratch;
+    const int64_t units = job.num_segments * job.J;
+    for (int64_t unit = units * part / parts, end = units * (part + 1) / parts; unit < end; ++unit)
+        one<T>(job, job.segments[unit / job.J], unit % job.J, scratch);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Called by peers/model/kernels/pool.py. q is [H, T, K] with the given strides (in values) and K contiguous; keys are
+// [J, S, K], values [J, S, V], y is [T, H, V]; kind: 0 float32 · 1 bfloat16. softcap 0: none. sinks may be null.
+void hive_attend(void *pool, int kind, const void *q, const void *keys, const void *values, void *y,
+                 const int64_t *segments, int64_t num_segments, const int64_t *runs, const float *sinks, int64_t H,
+                 int64_t J, int64_t K, int64_t V, int64_t S, int64_t q_head, int64_t q_row, float scale, float softcap,
+                 int64_t positions) {
+    Job job{q, keys, values, y, (const Segment *)segments, (const Run *)runs, sinks, num_segments, H, J, K, V, S,
+            q_head, q_row, scale, softcap};
+    size_t bytes = positions * J * (K + V) * (kind ? 2 : 4);
+    ((hive::Pool *)pool)->run(kind ? share<Bfloat> : share<float>, &job, bytes, num_segments * J);
+}
+}

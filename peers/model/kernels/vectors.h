@@ -1,0 +1,102 @@
+// Vectors as wide as the processor's, made of float32 whatever is stored. The compiler's own (GCC, Clang): one source for
+// every processor, with what compilers do badly by themselves spelled out for x86.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, REGISTERS = 16;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
+template <class T>
+using Vector __attribute__((vector_size(LANES * sizeof(T)))) = T;
+using Floats = Vector<float>;
+
+struct Bfloat { uint16_t bits; };
+
+template <class T, class From>
+T load(const From *at) {
+    T value;
+    std::memcpy(&value, at, sizeof(T));
+    return value;
+}
+
+// Vectors of float32 from what the weights are. Compilers widen small integers one by one unless told how.
+inline Floats floats(const float *at) { return load<Floats>(at); }
+#if defined(__AVX512F__)
+inline Floats floats(const Bfloat *at) {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(at)), 16);
+}
+inline Floats floats(const int8_t *at) {
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(at)));
+}
+#elif defined(__AVX2__)
+inline Floats floats(const Bfloat *at) {
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(at)), 16);
+}
+inline Floats floats(const int8_t *at) {
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at)));
+}
+#else
+inline Floats floats(const Bfloat *at) {
+    auto wide = __builtin_convertvector(load<Vector<uint16_t>>(at), Vector<uint32_t>) << 16;
+    Floats value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+inline Floats floats(const int8_t *at) {
+    return __builtin_convertvector(__builtin_convertvector(load<Vector<int8_t>>(at), Vector<int32_t>), Floats);
+}
+#endif
+
+inline float number(float value) { return value; }
+inline float number(int8_t value) { return value; }
+inline float number(Bfloat value) {
+    uint32_t wide = uint32_t(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &wide, sizeof result);
+    return result;
+}
+
+inline void store(float *at, float value) { *at = value; }
+inline void store(Bfloat *at, float value) {  // to the nearest, ties to even
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    at->bits = value != value ? 0x7fc0 : uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+// The sum over the lanes of each of `columns` vectors.
+template <int columns>
+inline void sums(const Floats *totals, float *result) {
+#if defined(__AVX2__)
+    if constexpr (columns == 4) {
+        __m256 half[4];
+        for (int column = 0; column < 4; ++column)
+#if defined(__AVX512F__)
+            half[column] = _mm256_add_ps(_mm512_castps512_ps256((__m512)totals[column]),
+                                         _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)totals[column], 1)));
+#else
+            half[column] = (__m256)totals[column];
+#endif
+        __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+        _mm_storeu_ps(result, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+        return;
+    }
+#endif
+    for (int column = 0; column < columns; ++column) {
+        result[column] = 0;
+        for (int lane = 0; lane < LANES; ++lane) result[column] += totals[column][lane];
+    }
+}
+
+}  // namespace
