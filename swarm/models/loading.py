@@ -20,6 +20,7 @@ from peers.model.loading import load_client
 from peers.model.progress import Progress
 from routing.errors import CallerError
 from swarm.models.base import SwarmModel
+from swarm.models.head import share_head
 from swarm.models.layers import RemoteLayers, asked_of_model
 from swarm.network import DEFAULT_NETWORK, Entrance
 from swarm.session import driver
@@ -81,6 +82,7 @@ def load_model(
     model.eval().requires_grad_(False)  # without gradients to ask for, a plain forward needs no torch.no_grad()
     if (pool := pool_for(model.device, torch.get_num_threads())) is not None:
         accelerate(model, pool)  # of all linear layers only the head is here
+    share_head(model)
     layers = RemoteLayers(model)
     model.__class__ = _swarm_class(model.__class__)
     model._remote_layers = layers

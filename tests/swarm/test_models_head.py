@@ -1,0 +1,99 @@
+"""Threads that meet at a head get their own rows' products, in fewer products than there are threads."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swarm.models.head import Meeting, share_head
+
+WEIGHT = torch.arange(12.0).view(4, 3)
+DEADLINE_S = 30
+
+
+class Head:
+    """A product that waits for a sign, so that others come meanwhile."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.began, self.go_on = threading.Event(), threading.Event()
+        self.fails = False
+
+    def __call__(self, rows_MK: Tensor) -> Tensor:
+        self.sizes.append(len(rows_MK))
+        self.began.set()
+        assert self.go_on.wait(DEADLINE_S)
+        if self.fails:
+            self.fails = False
+            raise MemoryError("no room")
+        return rows_MK @ WEIGHT.T
+
+
+def crowd(meeting: Meeting, head: Head, count: int) -> tuple[list[Tensor | None], list[BaseException]]:
+    """One caller, then `count - 1` who come while its product runs."""
+    outputs: list[Tensor | None] = [None] * count
+    errors: list[BaseException] = []
+
+    def call(index: int) -> None:
+        try:
+            outputs[index] = meeting(torch.full((1, index % 2 + 1, 3), float(index)))
+        except MemoryError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(count)]
+    threads[0].start()
+    assert head.began.wait(DEADLINE_S)
+    for thread in threads[1:]:
+        thread.start()
+    while len(meeting._waiting) < count - 1:
+        threading.Event().wait(0.001)
+    head.go_on.set()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    return outputs, errors
+
+
+def test_rows_that_wait_share_one_product() -> None:
+    head = Head()
+    outputs, errors = crowd(Meeting(head), head, 6)
+    assert not errors
+    assert head.sizes == [1, 2 + 1 + 2 + 1 + 2]
+    for index, output in enumerate(outputs):
+        assert output is not None
+        assert torch.equal(output, torch.full((1, index % 2 + 1, 3), float(index)) @ WEIGHT.T)
+        assert output.untyped_storage().nbytes() == output.nbytes
+
+
+def test_a_product_that_fails_fails_only_who_ran_it() -> None:
+    head = Head()
+    head.fails = True
+    outputs, errors = crowd(Meeting(head), head, 4)
+    assert len(errors) == 1
+    assert [index for index, output in enumerate(outputs) if output is None] == [0]
+
+
+def test_gradients_flow_through_the_layers_own_product() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 4).requires_grad_(False)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    model = Model()
+    share_head(model)
+    x = torch.ones(2, 3, requires_grad=True)
+    model.head(x).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        torch.testing.assert_close(model.head(x), x @ model.head.weight.T + model.head.bias)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 1, 3)])
+def test_any_shape_comes_back(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    assert torch.equal(Meeting(lambda rows: rows @ WEIGHT.T)(x), x @ WEIGHT.T)
