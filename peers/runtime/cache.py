@@ -38,6 +38,7 @@ from peers.runtime.attention import (
     see,
 )
 from peers.runtime.pages import PagePool, SlotCopy
+from peers.runtime.program import TOKENS_MAX, Attend, NotFlat, Programs, record
 from routing.ids import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class PagedCache:
         self._model = model
         self._pages = pages
         self._library = library
+        self._programs: Programs | None = None
         self._pools = [_allocate(shape, slots, model.device) for shape in shapes]
 
     def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
@@ -107,10 +109,27 @@ class PagedCache:
             for chunk in chunks
         ]
         batch = RaggedBatch(segments, self._pools, self._model.device, self._library)
+        if self._programs is not None and len(hidden_TH) <= TOKENS_MAX and span == self._model.span:
+            regime = self._model.regime
+            if regime.key(regime_length) == regime.key(1):
+                return self._programs(hidden_TH[None], batch.positions_T[None], batch.attend)[0]
         with attending(batch) as cache:
             return self._model.forward(
                 hidden_TH[None], batch.positions_T[None], span=span, past_key_values=cache, regime_length=regime_length
             )[0]
+
+    def record(self) -> None:
+        """Let short forwards of the whole span go by a program from now on, where there is one (`program`)."""
+        model = self._model
+
+        def forward(hidden_1TH: Tensor, position_ids_1T: Tensor, attend: Attend) -> Tensor:
+            with attending(_By(attend)) as cache:
+                return model.forward(hidden_1TH, position_ids_1T, past_key_values=cache, regime_length=1)
+
+        try:
+            self._programs = record(forward, _random_hidden(model, 1)[0], _Observer().attend)
+        except NotFlat as error:
+            logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         for move in copies:
@@ -205,7 +224,9 @@ def open_cache(model: SpanModel, pages: PagePool, library: Pool | None = None) -
     if shapes is not None:
         for backend in dict.fromkeys((library, None)):
             if _agrees(model, shapes, backend):
-                return PagedCache(model, shapes, pages, backend)
+                cache = PagedCache(model, shapes, pages, backend)
+                cache.record()
+                return cache
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
     _bytes_per_token_alone(model)
@@ -225,6 +246,13 @@ def _bytes_per_token_alone(model: SpanModel) -> int:
     cache = SoloCache(model)
     cache.forward([Chunk(session=0, start=0, tokens=4)], _random_hidden(model, 4), model.span, 4)
     return cache.bytes_per_token(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _By:
+    """Attends as told."""
+
+    attend: Attend
 
 
 class _Observer:
@@ -248,7 +276,7 @@ class _Observer:
         self.shapes.append(LayerShape(kv_heads=J, key_width=K, value_width=V, dtype=k_1JTK.dtype))
         mask_nL = see(Segment(start=0, tokens=T, runs=[(0, T)]), pattern.function, q_1HTK).mask_nL
         q_TJGK = q_1HTK[0].transpose(0, 1).reshape(T, J, H // J, K)
-        return attend_one(q_TJGK, k_1JTK, v_1JTV, mask_nL, scale, softcap, sinks_H).reshape(1, T, H, V)
+        return attend_one(q_TJGK, k_1JTK, v_1JTV, mask_nL, scale, softcap, sinks_H).reshape(1, T, H, V).contiguous()
 
 
 @torch.inference_mode()

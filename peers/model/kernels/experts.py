@@ -61,11 +61,12 @@ def install(module: Any, pool: Pool, rows_max: int) -> None:
 
 
 def _select(module: Any) -> None:
-    ALL_EXPERTS_FUNCTIONS.register(HIVE, _forward)
+    ALL_EXPERTS_FUNCTIONS.register(HIVE, forward)
     module.config._experts_implementation = HIVE
 
 
-def _forward(self: Any, hidden_TH: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+def forward(self: Any, hidden_TH: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+    """[T, H]; what transformers' experts interface calls."""
     counts_E = torch.bincount(chosen_Tk.reshape(-1), minlength=self.num_experts).tolist()
     pool = getattr(self, "hive_pool", None)
     if (

@@ -46,14 +46,15 @@ def alone() -> Local:
 class Gate:
     """Stops the engine's thread in front of a forward."""
 
-    def __init__(self, model: SpanModel) -> None:
-        self._forward = model.forward
+    def __init__(self, of: Engine | SpanModel) -> None:
+        owner: Any = of._cache if isinstance(of, Engine) else of
+        self._forward = owner.forward
         self._open = threading.Event()
         self._reached = threading.Event()
         self.forwards = 0
         self.failure: Exception | None = None
         self._open.set()
-        model.forward = self._pass  # type: ignore[method-assign]
+        owner.forward = self._pass
 
     def _pass(self, *args: Any, **kwargs: Any) -> Tensor:
         self._reached.set()
@@ -96,9 +97,8 @@ async def test_works_of_one_session_run_in_submission_order(local: Local) -> Non
 
 
 async def test_sessions_that_are_ready_together_share_a_forward(local: Local) -> None:
-    model = local.cut()
-    async with running(model) as engine:
-        gate, sessions = Gate(model), [new_session() for _ in range(6)]
+    async with running(local.cut()) as engine:
+        gate, sessions = Gate(engine), [new_session() for _ in range(6)]
         gate.close()
         runs = asyncio.gather(*(engine.run(work(session, 0, 2)) for session in [*sessions, new_session()]))
         await gate.reached()
@@ -167,7 +167,7 @@ async def test_a_session_that_can_never_fit_is_told_so(local: Local) -> None:
 async def test_a_full_queue_answers_busy(local: Local) -> None:
     model = local.cut()
     async with running(model, max_queued_tokens=100) as engine:
-        gate = Gate(model)
+        gate = Gate(engine)
         gate.close()
         accepted = [asyncio.ensure_future(engine.run(work(new_session(), 0, 40))) for _ in range(2)]
         await gate.reached()
@@ -179,9 +179,8 @@ async def test_a_full_queue_answers_busy(local: Local) -> None:
 
 
 async def test_a_release_in_the_running_forward_takes_effect_after_it(local: Local) -> None:
-    model = local.cut()
-    async with running(model) as engine:
-        gate, session, other = Gate(model), new_session(), new_session()
+    async with running(local.cut()) as engine:
+        gate, session, other = Gate(engine), new_session(), new_session()
         gate.close()
         doomed = asyncio.ensure_future(engine.run(work(session, 0, 8)))
         await gate.reached()
@@ -206,9 +205,8 @@ async def test_a_release_in_the_running_forward_takes_effect_after_it(local: Loc
 @pytest.mark.parametrize("pages_after", [(0, 512), (1, 512 - 64)])
 async def test_a_cancelled_work_keeps_what_was_computed(local: Local, pages_after: tuple[int, int]) -> None:
     forwards, free = pages_after
-    model = local.cut()
-    async with running(model) as engine:
-        gate, session = Gate(model), new_session()
+    async with running(local.cut()) as engine:
+        gate, session = Gate(engine), new_session()
         gate.close()
         blocker = asyncio.ensure_future(engine.run(work(new_session(), 0, 1))) if not forwards else None
         if blocker:
@@ -229,9 +227,8 @@ async def test_a_cancelled_work_keeps_what_was_computed(local: Local, pages_afte
 
 
 async def test_one_sessions_nan_is_nobody_elses(local: Local) -> None:
-    model = local.cut()
-    async with running(model) as engine:
-        gate, poisoned, healthy = Gate(model), new_session(), new_session()
+    async with running(local.cut()) as engine:
+        gate, poisoned, healthy = Gate(engine), new_session(), new_session()
         await together(*(engine.run(work(session, 0, 4)) for session in (poisoned, healthy)))
         expected = await engine.run(work(healthy, 4, 1))
         before = gate.forwards
@@ -256,11 +253,10 @@ async def test_a_forward_that_raises_fails_its_works_and_nothing_else(
     local: Local, alone: Local, family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     subject = local if family == "llama" else alone
-    model = subject.cut()
-    async with running(model) as engine:
+    async with running(subject.cut()) as engine:
         sequence = Sequence(subject, engine)
         await sequence.step(6)
-        gate = Gate(model)
+        gate = Gate(engine)
         gate.failure = RuntimeError("out of memory")
         with pytest.raises(ComputeFailed):
             await engine.run(work(sequence.session, 6, 9))
@@ -288,9 +284,8 @@ async def test_forks_diverge_without_disturbing_each_other(local: Local, alone: 
 
 
 async def test_a_fork_is_of_what_its_parent_holds_when_it_is_submitted(local: Local) -> None:
-    model = local.cut()
-    async with running(model) as engine:
-        gate, parent = Gate(model), Sequence(local, engine)
+    async with running(local.cut()) as engine:
+        gate, parent = Gate(engine), Sequence(local, engine)
         await parent.step(10)
         with pytest.raises(PositionGap, match="holds 0"):
             await engine.run(work(new_session(), 4, 1, parent=(new_session(), 4)))
@@ -365,10 +360,9 @@ async def test_a_preempted_session_is_told_to_replay_at_its_next_step(local: Loc
 
 
 async def test_stopping_finishes_what_is_queued_and_refuses_the_rest(local: Local) -> None:
-    model = local.cut()
-    engine = Engine(model, EngineConfig(cache_tokens=1024))
+    engine = Engine(local.cut(), EngineConfig(cache_tokens=1024))
     await engine.start()
-    gate = Gate(model)
+    gate = Gate(engine)
     gate.close()
     runs = [asyncio.ensure_future(engine.run(work(new_session(), 0, 300))) for _ in range(2)]
     await gate.reached()
@@ -382,10 +376,9 @@ async def test_stopping_finishes_what_is_queued_and_refuses_the_rest(local: Loca
 
 
 async def test_stopping_gives_up_at_its_deadline(local: Local) -> None:
-    model = local.cut()
-    engine = Engine(model, EngineConfig(cache_tokens=512))
+    engine = Engine(local.cut(), EngineConfig(cache_tokens=512))
     await engine.start()
-    gate = Gate(model)
+    gate = Gate(engine)
     gate.close()
     run = asyncio.ensure_future(engine.run(work(new_session(), 0, 1)))
     await gate.reached()

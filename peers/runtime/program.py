@@ -1,0 +1,278 @@
+"""Short forwards as flat programs: the tensor operations that a span's Python would call, without that Python.
+
+Owns the recording of a span's forward, its translation into one function, and the proof that both say the same. One
+token through ten layers spends a third of its time in module calls and argument handling, which this leaves out;
+nothing is compiled, so a program is there within a second. Every architecture gets one whose forward does not depend on
+values; where it does, and where anything else goes wrong, there is none, and the model's own forward runs.
+
+A forward of T positions is recorded at T = 1, 2 and 3. Where the last two differ only in integers, these are taken for
+linear in T, so that one program serves every T from 2 on; it is then checked at another T. Linear layers, experts and
+attention are recorded as one operation each.
+
+Legend: T positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from peers.model.kernels import opaque
+from peers.model.support import one_line
+from peers.runtime.attention import Pattern
+
+TOKENS_MAX = 64
+"""Positions up to which a forward goes by a program; beyond, tensors are what takes the time."""
+CHECKED_TOKENS = 5
+CHECKED_POSITION = 200
+
+
+class Attend(Protocol):
+    """Returns [1, T, H, V], contiguous."""
+
+    def __call__(
+        self,
+        q_1HTK: Tensor,
+        k_1JTK: Tensor,
+        v_1JTV: Tensor,
+        pattern: Pattern,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor: ...
+
+
+class NotFlat(Exception):
+    """This forward cannot be a program; the message says why."""
+
+
+Forward = Callable[[Tensor, Tensor, Attend], Tensor]
+"""(hidden [1, T, H], position ids [1, T], the attention of this forward) → hidden [1, T, H]"""
+
+
+class Programs:
+    """One program for T = 1 and one for all larger T, of one span in one rotary regime."""
+
+    def __init__(self, one: Forward, several: Forward) -> None:
+        self._one, self._several = one, several
+
+    def __call__(self, hidden_1TH: Tensor, position_ids_1T: Tensor, attend: Attend) -> Tensor:
+        """For T up to TOKENS_MAX."""
+        run = self._one if hidden_1TH.shape[1] == 1 else self._several
+        return run(hidden_1TH, position_ids_1T, attend)
+
+
+def record(forward: Forward, like_H: Tensor, rehearse: Attend) -> Programs:
+    """The programs of `forward`, whose hidden states are like `like_H`. Takes about a second, in one thread at a time.
+
+    `rehearse` attends in a forward that no session is in, and says the same for the same arguments. Raises NotFlat.
+    """
+    one, two, three = (_record(forward, like_H, tokens) for tokens in (1, 2, 3))
+    programs = Programs(_translate(one, one), _translate(two, three))
+    for tokens in (1, CHECKED_TOKENS):
+        hidden_1TH, position_ids_1T = _example(like_H, tokens, CHECKED_POSITION)
+        expected = forward(hidden_1TH, position_ids_1T, rehearse)
+        try:
+            same = torch.equal(programs(hidden_1TH, position_ids_1T, rehearse), expected)
+        except RuntimeError as error:  # a shape or a layout that is not linear in T
+            raise NotFlat(f"recorded, {tokens} positions do not run ({one_line(error)})") from error
+        if not same:
+            raise NotFlat(f"recorded and run, {tokens} positions come out differently")
+    return programs
+
+
+class _Attention:
+    """A recorded call of the attention function."""
+
+    def __init__(self, pattern: int, scale: float, softcap: float | None) -> None:
+        self.settings = (pattern, scale, softcap)
+
+    def __call__(self, q_1HTK: Tensor, k_1JTK: Tensor, v_1JTV: Tensor, *sinks: Tensor) -> Tensor:
+        _, H, T, _ = q_1HTK.shape
+        return q_1HTK.new_zeros(1, T, H, v_1JTV.shape[3])
+
+
+class _Recorder:
+    """What was called in one recording besides tensor operations."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[..., Tensor]] = []
+        self.owners: list[object] = []
+        self.patterns: list[Pattern] = []
+        self.graph = Graph()
+        self.constants: Any = None
+
+    def opaque(self, function: Callable[..., Tensor], owner: object, *inputs: Tensor) -> Tensor:
+        """One operation of the recording, whatever `function` does inside; `owner` is what it belongs to."""
+        self.calls.append(function)
+        self.owners.append(owner)
+        output: Tensor = torch.ops.hive_program.opaque(list(inputs), len(self.calls) - 1)
+        return output
+
+    def attend(
+        self,
+        q_1HTK: Tensor,
+        k_1JTK: Tensor,
+        v_1JTV: Tensor,
+        pattern: Pattern,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        if not any(pattern is known for known in self.patterns):
+            self.patterns.append(pattern)
+        number = next(index for index, known in enumerate(self.patterns) if known is pattern)
+        sinks = () if sinks_H is None else (sinks_H,)
+        return self.opaque(_Attention(number, scale, softcap), None, q_1HTK, k_1JTK, v_1JTV, *sinks)
+
+
+_active = threading.local()
+_library = torch.library.Library("hive_program", "DEF")  # type: ignore[no-untyped-call]
+_library.define("opaque(Tensor[] inputs, int call) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl(  # type: ignore[no-untyped-call]
+    "opaque", lambda inputs, call: _active.recorder.calls[call](*inputs), "CompositeExplicitAutograd"
+)
+
+
+def _record(forward: Forward, like_H: Tensor, tokens: int) -> _Recorder:
+    recorder = _active.recorder = _Recorder()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
+            run = make_fx(lambda hidden, positions: forward(hidden, positions, recorder.attend), tracing_mode="real")
+            module = run(*_example(like_H, tokens, 0))
+    except Exception as error:  # whatever an architecture's own code does not bear: it runs as it is
+        raise NotFlat(f"its forward cannot be recorded ({one_line(error)})") from error
+    finally:
+        del _active.recorder
+    module.graph.eliminate_dead_code()
+    recorder.graph, recorder.constants = module.graph, module
+    return recorder
+
+
+def _example(like_H: Tensor, tokens: int, start: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(start)
+    hidden_1TH = torch.randn(1, tokens, like_H.shape[-1], generator=generator).to(like_H)
+    return hidden_1TH, torch.arange(start, start + tokens, device=like_H.device)[None]
+
+
+def _translate(first: _Recorder, second: _Recorder) -> Forward:
+    """One function that does what both recordings did, at T = 2 and T = 3 where they differ."""
+    nodes, others = list(first.graph.nodes), list(second.graph.nodes)
+    if len(nodes) != len(others) or len(first.patterns) != len(second.patterns):
+        raise NotFlat("what it does depends on how many positions there are")
+    writer = _Writer(first, second)
+    for node, other in zip(nodes, others, strict=True):
+        if node.op != other.op or (node.op == "call_function" and node.target is not other.target):
+            raise NotFlat("what it does depends on how many positions there are")
+        writer.write(node, other)
+    return writer.function()
+
+
+class _Writer:
+    """Turns nodes into the source of one function; anything that has no literal is bound to a name."""
+
+    def __init__(self, first: _Recorder, second: _Recorder) -> None:
+        self._first, self._second = first, second
+        self._names: dict[Node, str] = {}
+        self._bound: dict[str, Any] = {}
+        self._lines: list[str] = []
+        self._inputs = iter(("hidden", "positions"))
+        self._order = {node: index for index, node in enumerate(first.graph.nodes)}
+
+    def write(self, node: Node, other: Node) -> None:
+        name = self._names[node] = f"v{len(self._names)}"
+        match node.op:
+            case "placeholder":
+                self._lines.append(f"{name} = {next(self._inputs)}")
+            case "get_attr":
+                self._names[node] = self._constant(node, other)
+            case "call_function":
+                self._lines.append(f"{name} = {self._call(node, other)}")
+                dead = [used for used in node.all_input_nodes if max(used.users, key=self._order.__getitem__) is node]
+                names = [self._names[used] for used in dead if self._names[used].startswith("v")]
+                if names:
+                    self._lines.append(f"del {', '.join(names)}")
+            case "output":
+                self._lines.append(f"return {self._text(node.args[0], other.args[0])}")
+            case op:
+                raise NotFlat(f"a recorded {op}")
+
+    def function(self) -> Forward:
+        functions = [pattern.function for pattern in self._second.patterns]
+        self._bound["make_patterns"] = lambda: [Pattern(function) for function in functions]
+        body = "\n    ".join(["T, patterns = hidden.shape[1], make_patterns()", *self._lines])
+        scope: dict[str, Any] = {}
+        source = f"def program(hidden, positions, attend, {', '.join(f'{n}={n}' for n in self._bound)}):\n    {body}\n"
+        exec(compile(source, "<recorded forward>", "exec"), dict(self._bound), scope)
+        program: Forward = scope["program"]
+        return program
+
+    def _call(self, node: Node, other: Node) -> str:
+        if node.target is torch.ops.hive_program.opaque.default:
+            return self._opaque(node, other)
+        target: Any = node.target
+        positional = [self._text(a, b) for a, b in zip(node.args, other.args, strict=True)]
+        named = [f"{key}={self._text(value, other.kwargs[key])}" for key, value in node.kwargs.items()]
+        return f"{self._bind(getattr(target, '_op', target))}({', '.join(positional + named)})"
+
+    def _opaque(self, node: Node, other: Node) -> str:
+        inputs, number = node.args
+        call, same = self._first.calls[number], self._second.calls[other.args[1]]  # type: ignore[index]
+        texts = [self._text(a, b) for a, b in zip(inputs, other.args[0], strict=True)]  # type: ignore[arg-type]
+        if isinstance(call, _Attention):
+            if not isinstance(same, _Attention) or call.settings != same.settings:
+                raise NotFlat("its attention depends on how many positions there are")
+            pattern, scale, softcap = call.settings
+            q, k, v, sinks = [*texts, "None"][:4]
+            return f"attend({q}, {k}, {v}, patterns[{pattern}], {scale!r}, {softcap!r}, {sinks})"
+        if self._first.owners[number] is not self._second.owners[other.args[1]]:  # type: ignore[index]
+            raise NotFlat("which layers it uses depends on how many positions there are")
+        return f"{self._bind(call)}({', '.join(texts)})"
+
+    def _constant(self, node: Node, other: Node) -> str:
+        value, same = (_attribute(r.constants, n.target) for r, n in ((self._first, node), (self._second, other)))
+        if value is not same and not (value.shape == same.shape and torch.equal(value, same)):
+            raise NotFlat("a tensor that it makes depends on how many positions there are")
+        return self._bind(value)
+
+    def _text(self, value: Any, other: Any) -> str:
+        match value:
+            case Node():
+                return self._names[value]
+            case list() | tuple():
+                parts = [self._text(a, b) for a, b in zip(value, other, strict=True)]
+                return f"[{', '.join(parts)}]"
+            case bool() | None | str():
+                if value != other:
+                    raise NotFlat("an option depends on how many positions there are")
+                return repr(value)
+            case int():
+                slope = other - value  # at T = 2 and T = 3
+                return repr(value) if not slope else f"{value - 2 * slope} + {slope} * T"
+            case float() if value == other and math.isfinite(value):
+                return repr(value)
+            case _:
+                if value != other:
+                    raise NotFlat("a value depends on how many positions there are")
+                return self._bind(value)
+
+    def _bind(self, value: Any) -> str:
+        for name, known in self._bound.items():
+            if known is value:
+                return name
+        name = f"c{len(self._bound)}"
+        self._bound[name] = value
+        return name
+
+
+def _attribute(module: Any, path: Any) -> Tensor:
+    for name in str(path).split("."):
+        module = getattr(module, name)
+    return module.detach() if isinstance(module, Tensor) else module
