@@ -127,7 +127,7 @@ class PagedCache:
                 return model.forward(hidden_1TH, position_ids_1T, past_key_values=cache, regime_length=1)
 
         try:
-            self._programs = record(forward, _random_hidden(model, 1)[0], _Observer().attend)
+            self._programs = record(forward, _random_hidden(model, 1)[0], _Observer().attend, model.max_positions)
         except NotFlat as error:
             logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
 

@@ -32,6 +32,7 @@ TOKENS_MAX = 64
 """Positions up to which a forward goes by a program; beyond, tensors are what takes the time."""
 CHECKED_TOKENS = 5
 CHECKED_POSITION = 200
+"""Where the check begins, far from where was recorded, if the model has that many positions."""
 
 
 class Attend(Protocol):
@@ -69,7 +70,7 @@ class Programs:
         return run(hidden_1TH, position_ids_1T, attend)
 
 
-def record(forward: Forward, like_H: Tensor, rehearse: Attend) -> Programs:
+def record(forward: Forward, like_H: Tensor, rehearse: Attend, max_positions: int = CHECKED_POSITION * 2) -> Programs:
     """The programs of `forward`, whose hidden states are like `like_H`. Takes about a second, in one thread at a time.
 
     `rehearse` attends in a forward that no session is in, and says the same for the same arguments. Raises NotFlat.
@@ -77,7 +78,7 @@ def record(forward: Forward, like_H: Tensor, rehearse: Attend) -> Programs:
     one, two, three = (_record(forward, like_H, tokens) for tokens in (1, 2, 3))
     programs = Programs(_translate(one, one), _translate(two, three))
     for tokens in (1, CHECKED_TOKENS):
-        hidden_1TH, position_ids_1T = _example(like_H, tokens, CHECKED_POSITION)
+        hidden_1TH, position_ids_1T = _example(like_H, tokens, max(0, min(CHECKED_POSITION, max_positions - tokens)))
         expected = forward(hidden_1TH, position_ids_1T, rehearse)
         try:
             same = torch.equal(programs(hidden_1TH, position_ids_1T, rehearse), expected)
