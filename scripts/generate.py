@@ -10,7 +10,6 @@ import argparse
 
 from transformers import AutoTokenizer, TextStreamer
 
-from peers.model.catalog import resolve
 from swarm import SwarmModelForCausalLM
 
 arguments = argparse.ArgumentParser(description="Generate text through a swarm.")
@@ -20,12 +19,12 @@ arguments.add_argument("prompt")
 arguments.add_argument("--max-new-tokens", type=int, default=128)
 options = arguments.parse_args()
 
-tokenizer = AutoTokenizer.from_pretrained(resolve(options.model).folder)
-chat = [{"role": "user", "content": options.prompt}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-
 # Embeddings, norm and head are here; the layers in between are wherever their peers are.
 with SwarmModelForCausalLM.from_pretrained(options.model, invite=options.invite) as model:
+    # from the files that came with the model; none of them is run as code
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True, trust_remote_code=False)
+    chat = [{"role": "user", "content": options.prompt}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     model.generate(
         **inputs,
         max_new_tokens=options.max_new_tokens,

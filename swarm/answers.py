@@ -79,9 +79,12 @@ class Answer:
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's own. Raises CallerError when it has none."""
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder)
+        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise CallerError(f"{checkpoint.name} has no tokenizer that can be loaded: {error}") from error
+        raise CallerError(
+            f"{checkpoint.name} has no tokenizer that can be loaded: {error}",
+            hint="give the folder or id of a checkpoint with a tokenizer",
+        ) from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

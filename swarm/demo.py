@@ -40,7 +40,7 @@ def run(
         for peer in swarm.peers:
             say(f"  {_name(peer)} serves blocks {peer.span} (process {peer.pid})")
         say(f"healthy after {time.monotonic() - started_s:.0f} s; join it from elsewhere with {swarm.invite}")
-        with SwarmModelForCausalLM.from_pretrained(MODEL, invite=swarm.invite) as model:
+        with SwarmModelForCausalLM.from_pretrained(checkpoint, invite=swarm.invite) as model:
             tokenizer = load_tokenizer(checkpoint)
             say(f"\n> {prompt}\n")
             result = answer(

@@ -23,6 +23,7 @@ from routing.addresses import validate_multiaddr
 from routing.errors import InvalidAddress
 from routing.identity import SigningKey
 from routing.invites import parse
+from routing.records import check_network
 from routing.router import Router
 from routing.store import RecordStore
 from routing.version import SOFTWARE
@@ -48,16 +49,19 @@ class Node(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entrance:
-    """Where a network is entered: its name and the addresses of nodes that know it."""
+    """Where a network is entered: its name and the addresses of nodes that know it. Raises CallerError."""
 
     network: str
     addresses: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_network(self.network)
 
     @classmethod
     def of(
         cls, *, initial_peers: Sequence[str] = (), invite: str | None = None, network: str = DEFAULT_NETWORK
     ) -> Entrance:
-        """From either kind of argument that people give. Raises InvalidAddress."""
+        """From either kind of argument that people give. Raises InvalidAddress, CallerError."""
         if invite is not None:
             if initial_peers:
                 raise InvalidAddress("both an invite and initial peers", hint="an invite holds the peers already")

@@ -16,7 +16,7 @@ from routing.addresses import validate_multiaddr
 from routing.errors import CallerError, InvalidAddress
 from routing.ids import BlockSpan
 from swarm.cli import signals
-from swarm.cli.output import command
+from swarm.cli.output import Bars, command, say, write
 
 if TYPE_CHECKING:
     from swarm.network import Entrance
@@ -391,10 +391,9 @@ def demo(
     """
     with command(verbose=verbose, debug=debug), signals.interruptible():
         from swarm import demo as show
-        from swarm.cli.output import Bars, say
 
         with Bars() as bars:
-            show.run(prompt, max_new_tokens=max_new_tokens, say=say, write=_write, progress=bars)
+            show.run(prompt, max_new_tokens=max_new_tokens, say=say, write=write, progress=bars)
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
@@ -445,9 +444,3 @@ def _bytes(text: str) -> int:
     if not 0 < value < 1 << 62:  # not a number is refused here, too
         raise typer.BadParameter(f"{text!r} is no amount of memory: write for example 6GB or 512MiB")
     return int(value)
-
-
-def _write(text: str) -> None:
-    """To stdout, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -12,11 +12,12 @@ import typer
 from transformers import PreTrainedTokenizerBase
 
 from peers.model.catalog import Checkpoint, resolve
+from peers.model.loading import check_folder
 from routing.errors import SwarmError
 from swarm import SwarmModelForCausalLM
 from swarm.answers import Answer, Message, Sampling, answer, encode_chat, encode_prompt, load_tokenizer
 from swarm.cli import signals
-from swarm.cli.output import Bars, print_error, say
+from swarm.cli.output import Bars, print_error, say, write
 from swarm.network import Entrance
 
 HELP = "/reset begins a new conversation · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
@@ -34,13 +35,12 @@ class Connection:
     def open(self) -> tuple[Any, Checkpoint]:
         """The remote model (close it) and its checkpoint. Raises SwarmError."""
         with Bars() as bars:
-            checkpoint = resolve(self.model, token=self.token, progress=bars)
+            checkpoint = resolve(self.model, token=self.token, progress=bars, accept=check_folder)
             model = SwarmModelForCausalLM.from_pretrained(
-                self.model,
+                checkpoint,
                 initial_peers=self.entrance.addresses,
                 network=self.entrance.network,
                 dtype=self.dtype,
-                token=self.token,
                 progress=bars,
             )
         return model, checkpoint
@@ -162,12 +162,6 @@ def _read_line() -> str | None:
                 raise
             signals.raise_on_signal()
             say("\n(Ctrl-D leaves)")
-
-
-def write(text: str) -> None:
-    """To stdout, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _silent(text: str) -> None:

@@ -77,6 +77,12 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def write(text: str) -> None:
+    """A piece of a result to stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def configure_logging(verbose: int) -> None:
     """0: warnings; 1: our own lifecycle; 2: every step of ours, and what libraries say."""
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "INFO" if verbose > 1 else "ERROR")

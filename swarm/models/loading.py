@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.kernels import accelerate, pool_for
-from peers.model.loading import load_client
+from peers.model.loading import check_folder, load_client
 from peers.model.progress import Progress
 from routing.errors import CallerError
 from swarm.models.base import SwarmModel
@@ -37,7 +37,7 @@ class SwarmModelForCausalLM(SwarmModel):
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | Checkpoint,
         *,
         initial_peers: Sequence[str] = (),
         invite: str | None = None,
@@ -49,7 +49,7 @@ class SwarmModelForCausalLM(SwarmModel):
         progress: Progress | None = None,
         remote: Remote | None = None,
     ) -> Any:
-        """Load the ends of `model` (a folder, hub id or built-in name) and enter a network for its layers.
+        """Load the ends of `model` (a folder, hub id, built-in name or Checkpoint) and enter a network for its layers.
 
         The network is entered by `invite`, or by `initial_peers` and its name; `remote` stands in for it. Only the
         client's own tensors are downloaded (`cache`: where to; `token`: for gated repositories). Layers run in each
@@ -62,8 +62,9 @@ class SwarmModelForCausalLM(SwarmModel):
             connect = functools.partial(driver.connect, entrance)
         else:
             connect = functools.partial(_given, remote)
-        checkpoint = resolve(model, cache=cache, token=token, progress=progress)
-        return load_model(checkpoint, dtype=own_dtype, device=device, connect=connect, progress=progress)
+        if isinstance(model, str):
+            model = resolve(model, cache=cache, token=token, progress=progress, accept=check_folder)
+        return load_model(model, dtype=own_dtype, device=device, connect=connect, progress=progress)
 
 
 def load_model(

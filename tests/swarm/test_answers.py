@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peers.model.catalog import resolve
 from routing.errors import CallerError
-from swarm.answers import Answer, Sampling, answer, encode_chat, encode_prompt
+from swarm.answers import Answer, Sampling, answer, encode_chat, encode_prompt, load_tokenizer
 from swarm.errors import ContextTooLong
 
 TEMPLATE = (
@@ -112,3 +114,24 @@ def test_a_chat_needs_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
         assert json.dumps(encode_chat(tokenizer, messages)) == json.dumps([0, 3, 4, 0])
     finally:
         tokenizer.chat_template = None
+
+
+def test_a_tokenizer_that_needs_a_strangers_code_is_refused_without_asking(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "stranger"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    checkpoint = resolve(str(folder), cache=tmp_path / "cache")
+    assert load_tokenizer(checkpoint)("w3").input_ids == [5]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    with pytest.raises(CallerError, match="no tokenizer that can be loaded") as caught:
+        load_tokenizer(checkpoint)
+    assert caught.value.hint
+    assert not asked
+    assert not (tmp_path / "ran").exists()
