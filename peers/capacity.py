@@ -5,6 +5,7 @@ Owns the arithmetic; sizes come from the architecture alone, so nothing is downl
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import psutil
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig
 
 from peers.errors import PeerTooSmall
 from peers.model.support import examine
+from peers.runtime.engine import EngineConfig
 from peers.wire.tensors import DTYPES, NAMES
 from routing.errors import CallerError, InvalidSpan
 from routing.ids import BlockSpan
@@ -23,6 +25,7 @@ MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""
 CACHE_TOKENS_DEFAULT = 16_384
 CACHE_TOKENS_MIN = 256
+_DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,18 @@ class Plan:
         return NAMES[self.dtype]
 
 
+def check_options(*, dtype: str, device: str, cache_tokens: int | None) -> None:
+    """What can be refused before the model is known. Raises CallerError: no such dtype or device here, no cache."""
+    _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise CallerError(f"unknown dtype {dtype!r}", hint=f"use auto, {', '.join(DTYPES)}")
+    if cache_tokens is not None:
+        try:
+            EngineConfig(cache_tokens=cache_tokens)
+        except ValueError as error:
+            raise CallerError(str(error), hint="give --cache-tokens more, or leave it out") from error
+
+
 def plan_capacity(
     config: PretrainedConfig,
     *,
@@ -52,8 +67,9 @@ def plan_capacity(
     blocks: BlockSpan | None = None,
     num_blocks: int | None = None,
 ) -> Plan:
-    """Raises CallerError for a device or dtype that is not here, InvalidSpan for blocks that the model does not have,
-    PeerTooSmall when memory does not hold what is asked, or not even one block."""
+    """Raises what `check_options` raises, InvalidSpan for blocks that the model does not have, PeerTooSmall when memory
+    does not hold what is asked, or not even one block."""
+    check_options(dtype=dtype, device=device, cache_tokens=cache_tokens)
     anatomy = examine(config)
     total_blocks = anatomy.num_blocks
     if blocks is not None and blocks.end > total_blocks:
@@ -100,10 +116,9 @@ def _device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda:0")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CallerError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:1 or mps") from error
+    if not _DEVICE.fullmatch(name):
+        raise CallerError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:1 or mps")
+    device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise CallerError(
             f"device {name} is not here ({torch.cuda.device_count()} CUDA devices)", hint="use --device cpu"
@@ -115,8 +130,6 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
     if name != "auto":
-        if name not in DTYPES:
-            raise CallerError(f"unknown dtype {name!r}", hint=f"use auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     if stored not in NAMES:
         return torch.float32

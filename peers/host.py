@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from peers.capacity import Plan, plan_capacity
+from peers.capacity import Plan, check_options, plan_capacity
 from peers.discovery import Discovery
 from peers.errors import AddressInUse
 from peers.identity import load_identity
@@ -43,7 +43,7 @@ from routing.errors import PeerError
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, PeerId
 from routing.placement import choose_span
-from routing.records import Announcement, PeerState
+from routing.records import MAX_MODEL_NAME_CHARS, Announcement, PeerState, check_network, check_peer_name
 from routing.router import Router
 from routing.store import RecordStore
 from routing.version import SOFTWARE, VERSION
@@ -67,8 +67,8 @@ Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BootstrapConfig:
-    """A DHT entry node."""
+class NodeOptions:
+    """What every node is told. Raises CallerError on a bad network name."""
 
     network: str
     identity: Path
@@ -77,26 +77,28 @@ class BootstrapConfig:
     announce: tuple[str, ...] = ()
     """Addresses that others reach this node by, where they differ from those it listens on."""
     initial_peers: tuple[str, ...] = ()
-    """Other bootstraps of the same network."""
+    """Nodes of the network to join through; empty: this one begins a network."""
+
+    def __post_init__(self) -> None:
+        check_network(self.network)
+
+
+class BootstrapConfig(NodeOptions):
+    """A DHT entry node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PeerConfig:
-    """A server peer."""
+class PeerConfig(NodeOptions):
+    """A server peer. Raises CallerError also on a name that no record can carry."""
 
     model: str
-    network: str
-    identity: Path
-    initial_peers: tuple[str, ...] = ()
-    """Empty: this peer starts a swarm of its own."""
     blocks: BlockSpan | None = None
     num_blocks: int | None = None
     """With neither `blocks` nor `num_blocks`, as many as memory holds, where they are missing most."""
     dtype: str = "auto"
     device: str = "auto"
-    listen: tuple[str, ...] = ()
-    announce: tuple[str, ...] = ()
     name: str = ""
+    """What others see beside the peer id."""
     max_memory_bytes: int | None = None
     threads: int | None = None
     cache_tokens: int | None = None
@@ -104,10 +106,10 @@ class PeerConfig:
     """Access token of the model hub."""
 
     def __post_init__(self) -> None:
+        NodeOptions.__post_init__(self)
+        check_peer_name(self.name)
         if self.threads is not None and self.threads < 1:
             raise ValueError("threads is at least 1")
-        if self.cache_tokens is not None and self.cache_tokens < 1:
-            raise ValueError("cache_tokens is at least 1")
 
 
 async def run_bootstrap(config: BootstrapConfig, *, emit: Emit, stop: asyncio.Event) -> None:
@@ -135,26 +137,29 @@ async def run_bootstrap(config: BootstrapConfig, *, emit: Emit, stop: asyncio.Ev
 
 
 async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progress: Progress | None = None) -> None:
-    """Join, serve until `stop` is set, drain, leave. Raises SwarmError when joining fails."""
-    checkpoint = await asyncio.to_thread(
-        resolve, config.model, token=config.token, progress=progress, accept=check_folder
-    )
-    model_config = await asyncio.to_thread(load_config, checkpoint)
-    plan = await asyncio.to_thread(
-        plan_capacity,
-        model_config,
-        dtype=config.dtype,
-        device=config.device,
-        max_memory_bytes=config.max_memory_bytes,
-        cache_tokens=config.cache_tokens,
-        blocks=config.blocks,
-        num_blocks=config.num_blocks,
-    )
+    """Join, serve until `stop` is set, drain, leave. Raises SwarmError when joining fails.
+
+    What can be refused without the model (options, identity, port, entry nodes) is refused before it is downloaded.
+    """
+    check_options(dtype=config.dtype, device=config.device, cache_tokens=config.cache_tokens)
     async with AsyncExitStack() as stack:
         node, key = await _start_node(config, stack)
         peer = ServerPeer(node.transport, node.store, key=key, network=config.network, name=config.name)
         stack.push_async_callback(peer.close)
         emit(Event("connected", {"peer_id": key.peer_id, "addresses": list(node.transport.addresses)}))
+        checkpoint = await asyncio.to_thread(
+            resolve, config.model, token=config.token, progress=progress, accept=check_folder
+        )
+        plan = await asyncio.to_thread(
+            plan_capacity,
+            await asyncio.to_thread(load_config, checkpoint),
+            dtype=config.dtype,
+            device=config.device,
+            max_memory_bytes=config.max_memory_bytes,
+            cache_tokens=config.cache_tokens,
+            blocks=config.blocks,
+            num_blocks=config.num_blocks,
+        )
         span = config.blocks or await peer.choose_span(checkpoint, plan)
         emit(Event("loading", {"model": checkpoint.name, "span": [span.start, span.end], "dtype": plan.dtype_name}))
         await peer.load(checkpoint, span, plan, threads=config.threads, progress=progress)
@@ -267,7 +272,7 @@ class ServerPeer:
         self._describe_static = Announcement(
             peer_id=self._transport.peer_id,
             model=checkpoint.model_id,
-            model_name=checkpoint.name[-64:],
+            model_name=checkpoint.name[-MAX_MODEL_NAME_CHARS:],
             num_blocks=plan.num_blocks,
             span=span,
             state=self.state,
@@ -378,7 +383,7 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def _start_node(config: BootstrapConfig | PeerConfig, stack: AsyncExitStack) -> tuple[HivemindNode, SigningKey]:
+async def _start_node(config: NodeOptions, stack: AsyncExitStack) -> tuple[HivemindNode, SigningKey]:
     """The transport and DHT under the node's remembered identity and, unless told where to listen, remembered port."""
     key = load_identity(config.identity)
     port_file = config.identity.with_suffix(".port")
@@ -399,9 +404,9 @@ async def _start_node(config: BootstrapConfig | PeerConfig, stack: AsyncExitStac
     except AddressInUse:
         if config.listen:
             raise
-        logger.warning("port %s of last time is taken; choosing another", port)
-        port = _free_port()
-        node = await HivemindNode.create(node_config(port))
+        logger.warning("port %s of last time is taken; using another for this time", port)
+        # not remembered: a router may forward last time's port to this machine
+        node, port = await HivemindNode.create(node_config(_free_port())), remembered
     stack.push_async_callback(node.close)
     if not config.listen and port != remembered:
         port_file.write_text(port)

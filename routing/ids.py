@@ -49,14 +49,6 @@ class ModelId:
         if len(self.digest) != MODEL_ID_BYTES:
             raise CallerError(f"a model id has {MODEL_ID_BYTES} bytes, not {len(self.digest)}")
 
-    @classmethod
-    def from_hex(cls, text: str) -> ModelId:
-        """Raises CallerError when `text` is not 64 hexadecimal digits."""
-        try:
-            return cls(bytes.fromhex(text))
-        except ValueError as error:
-            raise CallerError(f"not a model id: {text!r}") from error
-
     @property
     def hex(self) -> str:
         return self.digest.hex()

@@ -44,6 +44,7 @@ MAX_RECORDS_PER_KEY: Final = 800
 
 MAX_BLOCKS: Final = 4096
 MAX_ADDRESSES: Final = 8
+MAX_MODEL_NAME_CHARS: Final = 96
 MAX_CACHE_TOKENS: Final = 2**40
 MAX_SECONDS_PER_BLOCK: Final = 3600.0
 
@@ -100,11 +101,11 @@ class Announcement:
 
     def __post_init__(self) -> None:
         public_key_of(self.peer_id)
-        _check_text("model name", self.model_name, max_chars=96, min_chars=1)
+        _check_text("model name", self.model_name, max_chars=MAX_MODEL_NAME_CHARS, min_chars=1)
         _check_text("dtype", self.dtype, max_chars=16, min_chars=1)
         _check_text("quantization", self.quantization, max_chars=32, min_chars=1)
         _check_text("version", self.version, max_chars=32, min_chars=1)
-        _check_text("peer name", self.name, max_chars=48)
+        check_peer_name(self.name)
         _check_number("number of blocks", self.num_blocks, 1, MAX_BLOCKS)
         _check_number("end of the span", self.span.end, 1, self.num_blocks)
         _check_number("protocol", self.protocol, 0, 2**16 - 1)
@@ -150,6 +151,12 @@ def check_network(network: str) -> str:
             f"{network[:64]!r} is not a network name", hint="use 1 to 32 lower-case letters, digits, '.', '_' and '-'"
         )
     return network
+
+
+def check_peer_name(name: str) -> str:
+    """The name itself, when a record can carry it. Raises CallerError."""
+    _check_text("peer name", name, max_chars=48)
+    return name
 
 
 def model_keys(network: str, model: ModelId) -> tuple[str, ...]:
@@ -323,7 +330,10 @@ def _check_key(key: str, announcement: Announcement) -> None:
 def _check_text(what: str, text: str, *, max_chars: int, min_chars: int = 0) -> None:
     # `isprintable` is false for control characters, line separators and the marks that reverse a terminal's text.
     if not (min_chars <= len(text) <= max_chars and text.isprintable()):
-        raise CallerError(f"the {what} must have {min_chars} to {max_chars} printable characters")
+        raise CallerError(
+            f"the {what} must have {min_chars} to {max_chars} printable characters",
+            hint="choose a shorter one without control characters",
+        )
 
 
 def _check_number(what: str, value: float, least: float, most: float) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from routing.addresses import validate_multiaddr
 from routing.errors import CallerError, InvalidAddress
 from routing.ids import BlockSpan
+from routing.records import check_network
 from swarm.cli import signals
 from swarm.cli.output import Bars, command, say, write
 
@@ -160,20 +161,12 @@ def bootstrap(
     with command(verbose=verbose, debug=debug):
         if exit_with_parent:
             signals.end_with_parent()
-        entry = tuple(validate_multiaddr(address, need_peer_id=True) for address in initial_peers or ())
-        listening, announced = _own_addresses(listen), _own_addresses(announce)
+        entrance = _entrance(initial_peers, None, network) if initial_peers else None
+        options = _node_options("bootstrap", entrance, network, listen, announce, identity)
         from peers.host import BootstrapConfig
         from swarm.cli import node
-        from swarm.network import DEFAULT_NETWORK
 
-        config = BootstrapConfig(
-            network=network or DEFAULT_NETWORK,
-            identity=node.claim_identity(identity, "bootstrap"),
-            listen=listening,
-            announce=announced,
-            initial_peers=entry,
-        )
-        node.bootstrap(config, as_json=as_json)
+        node.bootstrap(BootstrapConfig(**options), as_json=as_json)
 
 
 @app.command(epilog=_example("swarm join smollm2-135m-instruct --invite swarm://…"))
@@ -232,22 +225,17 @@ def join(
         entrance = None if new_swarm else _entrance(initial_peers, invite, network)
         span = None if blocks is None else BlockSpan.parse(blocks)
         memory = None if max_memory is None else _bytes(max_memory)
-        listening, announced = _own_addresses(listen), _own_addresses(announce)
+        options = _node_options("peer", entrance, network, listen, announce, identity)
         from peers.host import PeerConfig
         from swarm.cli import node
-        from swarm.network import DEFAULT_NETWORK
 
         config = PeerConfig(
+            **options,
             model=model,
-            network=entrance.network if entrance else network or DEFAULT_NETWORK,
-            identity=node.claim_identity(identity, "peer"),
-            initial_peers=entrance.addresses if entrance else (),
             blocks=span,
             num_blocks=num_blocks,
             dtype=dtype,
             device=device,
-            listen=listening,
-            announce=announced,
             name=name,
             max_memory_bytes=memory,
             threads=threads,
@@ -401,7 +389,8 @@ def spread(arguments: Sequence[str]) -> list[str]:
     spreading, result = "", list[str]()
     for argument in arguments:
         if argument.startswith("-"):
-            spreading = argument if argument in ("--initial-peers", "--listen", "--announce") else ""
+            option = argument.partition("=")[0]
+            spreading = option if option in ("--initial-peers", "--listen", "--announce") else ""
         elif spreading and result[-1] != spreading and argument.startswith(("/ip", "/dns")):
             result.append(spreading)
         elif result[-1:] != [spreading]:
@@ -416,8 +405,28 @@ def _entrance(initial_peers: list[str] | None, invite: str | None, network: str 
     return Entrance.of(initial_peers=initial_peers or (), invite=invite, network=network or DEFAULT_NETWORK)
 
 
-def _own_addresses(addresses: list[str] | None) -> tuple[str, ...]:
-    return tuple(validate_multiaddr(address, need_peer_id=False) for address in addresses or ())
+def _node_options(
+    role: str,
+    entrance: Entrance | None,
+    network: str | None,
+    listen: list[str] | None,
+    announce: list[str] | None,
+    identity: Path | None,
+) -> dict[str, Any]:
+    """The fields of `peers.host.NodeOptions`. Claims the identity, once the addresses are found to be valid."""
+    own = {
+        name: tuple(validate_multiaddr(address, need_peer_id=False) for address in addresses or ())
+        for name, addresses in (("listen", listen), ("announce", announce))
+    }
+    from swarm.cli import node
+    from swarm.network import DEFAULT_NETWORK
+
+    return {
+        "network": entrance.network if entrance else check_network(network or DEFAULT_NETWORK),
+        "initial_peers": entrance.addresses if entrance else (),
+        "identity": node.claim_identity(identity, role),
+        **own,
+    }
 
 
 def _prompt(given: str | None) -> str:

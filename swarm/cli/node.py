@@ -13,7 +13,7 @@ from typing import Any, cast
 import typer
 
 from peers.errors import InsecureIdentity
-from peers.host import BootstrapConfig, Event, PeerConfig, run_bootstrap, run_peer
+from peers.host import BootstrapConfig, Emit, Event, PeerConfig, run_bootstrap, run_peer
 from routing.errors import SwarmError
 from routing.invites import MAX_BOOTSTRAPS, Invite
 from swarm.cli import signals
@@ -72,9 +72,6 @@ def _lock(identity: Path) -> bool:
         return True
     os.close(descriptor)
     return False
-
-
-Emit = Callable[[Event], None]
 
 
 def _run(node: Callable[[Emit, asyncio.Event], Coroutine[Any, Any, None]], *, network: str, as_json: bool) -> None:

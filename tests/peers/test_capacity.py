@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,7 +46,15 @@ def test_blocks_that_the_model_does_not_have_are_refused(wrong: dict[str, object
         plan_capacity(CONFIG, device="cpu", max_memory_bytes=4 << 30, **wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"device": "abacus"}, {"device": "cuda:77"}, {"dtype": "int3", "device": "cpu"}])
-def test_a_device_or_dtype_that_is_not_here_is_refused(wrong: dict[str, str]) -> None:
-    with pytest.raises(CallerError):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"device": name} for name in ("abacus", "meta", "xpu", "cpu:7", "cuda:", "cuda:-1", "cuda:77")),
+        {"dtype": "int3", "device": "cpu"},
+        *({"device": "cpu", "cache_tokens": tokens} for tokens in (-1, 0, 1, 15)),
+    ],
+)
+def test_a_device_or_dtype_that_is_not_here_or_no_cache_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(CallerError) as caught:
         plan_capacity(CONFIG, max_memory_bytes=4 << 30, **wrong)
+    assert caught.value.hint

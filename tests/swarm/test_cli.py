@@ -93,6 +93,9 @@ def test_a_mistyped_command_is_a_usage_error(arguments: tuple[str, ...], run: Ca
         (("join", "m", "--initial-peers", ADDRESS, "--invite", "swarm://AAAA"), "both an invite and", "already"),
         (("join", "m", "--new-swarm", "--blocks", "9:3"), "blocks 9:3 are not a range", "A:B"),
         (("join", "m", "--new-swarm", "--listen", "everywhere"), "is not an address of this network", "/ip4/"),
+        (("join", "m", "--new-swarm", "--network", "My Network"), "is not a network name", "lower-case"),
+        (("bootstrap", "--network", "My Network"), "is not a network name", "lower-case"),
+        (("generate", "m", "--initial-peers", ADDRESS, "--network", "A"), "is not a network name", "lower-case"),
         (("generate", "m", "--initial-peers", ADDRESS), "the prompt is empty", "--prompt"),
     ],
 )
@@ -130,6 +133,7 @@ def test_debug_shows_the_traceback() -> None:
         ("join --initial-peers /ip4/a model /ip4/b", "join --initial-peers /ip4/a model /ip4/b"),
         ("join --listen /ip4/a --announce /ip4/b /ip4/c", "join --listen /ip4/a --announce /ip4/b --announce /ip4/c"),
         ("join --initial-peers /ip4/a --name /ip4/b", "join --initial-peers /ip4/a --name /ip4/b"),
+        ("join --listen=/ip4/a /ip4/b m", "join --listen=/ip4/a --listen /ip4/b m"),
         ("join /ip4/model --initial-peers /ip4/a", "join /ip4/model --initial-peers /ip4/a"),
     ],
 )

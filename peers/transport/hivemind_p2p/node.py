@@ -9,27 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import resource
-import stat
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Self
 
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
-from peers.errors import InsecureIdentity, PeerUnreachable
+from peers.errors import PeerUnreachable
 from peers.transport.hivemind_p2p.daemon import Daemon, translated
 from peers.transport.hivemind_p2p.dht import DhtStore, RecordProtocol, create_dht
 from peers.transport.hivemind_p2p.streams import HivemindTransport
 from routing.addresses import peer_id_in, validate_multiaddr
 from routing.errors import CallerError, InvalidAddress, PeerError, Unavailable
-from routing.identity import SigningKey, key_from_identity_file
+from routing.identity import SigningKey
 from routing.ids import PeerId
 from routing.records import CLOCK_SLACK_S, check_network
 
@@ -50,10 +47,8 @@ class NodeConfig:
 
     network: str
     """Nodes of different networks refuse each other's streams and DHT calls."""
-    signing_key: SigningKey | None = None
+    signing_key: SigningKey
     """The node's identity; the records it announces must be signed with the same key."""
-    identity_path: Path | None = None
-    """Instead of `signing_key`: an identity file that nobody else may read. With neither, a new identity is made up."""
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     """Multiaddrs to listen on; port 0 lets the system choose."""
     announce: tuple[str, ...] = ()
@@ -66,8 +61,6 @@ class NodeConfig:
 
     def __post_init__(self) -> None:
         check_network(self.network)
-        if self.signing_key is not None and self.identity_path is not None:
-            raise CallerError("give a signing key or an identity file, not both")
         if not (self.client_mode or self.listen):
             raise InvalidAddress("a node that serves must listen somewhere", hint="for example /ip4/0.0.0.0/tcp/0")
         for address in (*self.listen, *self.announce):
@@ -81,26 +74,6 @@ class NodeConfig:
         if not self.startup_timeout_s > 0:
             raise CallerError("the startup timeout must be positive")
 
-    def read_key(self) -> SigningKey:
-        """The node's key: given, read from the file, or new. Raises InsecureIdentity."""
-        if self.signing_key is not None:
-            return self.signing_key
-        if self.identity_path is None:
-            return SigningKey.from_seed(os.urandom(32))
-        try:
-            mode = self.identity_path.stat().st_mode
-            data = self.identity_path.read_bytes()
-        except OSError as error:
-            raise InsecureIdentity(f"cannot read the identity file {self.identity_path}: {error.strerror}") from error
-        if stat.S_IMODE(mode) & 0o077:
-            raise InsecureIdentity(
-                f"others may read the identity file {self.identity_path}", hint=f"chmod 600 {self.identity_path}"
-            )
-        try:
-            return key_from_identity_file(data)
-        except CallerError as error:
-            raise InsecureIdentity(f"{self.identity_path}: {error}", hint=error.hint) from error
-
 
 class HivemindNode:
     """`transport` for streams, `store` for records. Belongs to the event loop that created it; no forks, no threads.
@@ -108,12 +81,10 @@ class HivemindNode:
     Use `create`, then `close` (or `async with`).
     """
 
-    def __init__(
-        self, config: NodeConfig, key: SigningKey, daemon: Daemon, transport: HivemindTransport, dht: DHTNode
-    ) -> None:
+    def __init__(self, config: NodeConfig, daemon: Daemon, transport: HivemindTransport, dht: DHTNode) -> None:
         self.config: Final = config
-        self.signing_key: Final = key
-        self.peer_id: Final = key.peer_id
+        self.signing_key: Final = config.signing_key
+        self.peer_id: Final = self.signing_key.peer_id
         self.transport: Final = transport
         self.store: Final = DhtStore(dht, self._trusted)
         self.clock_skew_s: float | None = None
@@ -131,15 +102,14 @@ class HivemindNode:
     async def create(cls, config: NodeConfig) -> Self:
         """Start the daemon, listen, and join through the initial peers, within `config.startup_timeout_s`.
 
-        Raises AddressInUse (port taken, or no such address here), InsecureIdentity, PeerUnreachable (none of the
-        initial peers answers), Unavailable (the daemon does not start).
+        Raises AddressInUse (port taken, or no such address here), PeerUnreachable (none of the initial peers answers),
+        Unavailable (the daemon does not start).
         """
-        key = config.read_key()
         _raise_descriptor_limit()
         async with contextlib.AsyncExitStack() as parts:
             try:
                 async with asyncio.timeout(config.startup_timeout_s):
-                    node = await cls._start(config, key, parts)
+                    node = await cls._start(config, parts)
                     await node._join()
             except TimeoutError as error:
                 raise Unavailable(
@@ -150,7 +120,8 @@ class HivemindNode:
         return node
 
     @classmethod
-    async def _start(cls, config: NodeConfig, key: SigningKey, parts: contextlib.AsyncExitStack) -> Self:
+    async def _start(cls, config: NodeConfig, parts: contextlib.AsyncExitStack) -> Self:
+        key = config.signing_key
         daemon = Daemon(key, listen=config.listen, announce=config.announce, client_mode=config.client_mode)
         parts.push_async_callback(daemon.stop)
         await daemon.start()
@@ -162,7 +133,7 @@ class HivemindNode:
         await transport.listen()
         with translated(None):
             dht = await create_dht(p2p, config.network, client_mode=config.client_mode)
-        return cls(config, key, daemon, transport, dht)
+        return cls(config, daemon, transport, dht)
 
     async def __aenter__(self) -> Self:
         return self

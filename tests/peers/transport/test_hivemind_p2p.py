@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import hivemind.dht.protocol
 import hivemind.p2p.p2p_daemon_bindings.control
@@ -27,13 +26,12 @@ from google.protobuf.message import DecodeError
 from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.proto import dht_pb2
 
-from peers.errors import AddressInUse, InsecureIdentity, PeerUnreachable, ProtocolError, Refused, StreamClosed
+from peers.errors import AddressInUse, PeerUnreachable, ProtocolError, Refused, StreamClosed
 from peers.transport.base import Stream
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig, dht, node, streams
 from peers.transport.hivemind_p2p.daemon import translated
 from peers.transport.record_table import _Entry
 from routing.errors import CallerError, InvalidAddress, SwarmError, Unavailable
-from routing.identity import SigningKey, identity_file_bytes
 from routing.records import MAX_EXPIRY_AHEAD_S, model_keys
 from routing.store import StoredRecord
 from tests.peers.transport.nodes import MODEL, NETWORK, foreign_records, record, signing_key
@@ -110,7 +108,7 @@ def hold(holder: HivemindNode, one: StoredRecord) -> None:
 
 
 async def test_no_process_is_left_after_close_and_closing_twice_is_harmless() -> None:
-    created = await HivemindNode.create(NodeConfig(network=NETWORK))
+    created = await HivemindNode.create(NodeConfig(network=NETWORK, signing_key=signing_key(1)))
     daemon = psutil.Process(created.daemon_pid)
     assert daemon.is_running()
     assert os.getsid(daemon.pid) != os.getsid(0), "Ctrl-C in a terminal must not reach the daemon"
@@ -124,8 +122,9 @@ async def test_no_process_is_left_after_close_and_closing_twice_is_harmless() ->
 _SCRIPT = """
 import asyncio
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
+from routing.identity import SigningKey
 async def main():
-    node = await HivemindNode.create(NodeConfig(network="test"))
+    node = await HivemindNode.create(NodeConfig(network="test", signing_key=SigningKey.from_seed(bytes(32))))
     print(node.daemon_pid, flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())
@@ -165,7 +164,9 @@ async def test_a_daemon_that_dies_is_reported_and_its_streams_end(swarm: Swarm) 
 
 def test_a_node_lives_in_any_threads_loop_and_raises_the_descriptor_limit() -> None:
     async def live() -> str:
-        async with await HivemindNode.create(NodeConfig(network=NETWORK, client_mode=True)) as created:
+        async with await HivemindNode.create(
+            NodeConfig(network=NETWORK, signing_key=signing_key(1), client_mode=True)
+        ) as created:
             return created.peer_id
 
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -186,7 +187,7 @@ async def test_a_taken_port_and_a_foreign_address_are_named(swarm: Swarm) -> Non
     taken = await swarm.node(1)
     for address in (f"/ip4/127.0.0.1/tcp/{port_of(taken)}", "/ip4/192.0.2.1/tcp/0"):
         with pytest.raises(AddressInUse, match=address) as refusal:
-            await HivemindNode.create(NodeConfig(network=NETWORK, listen=(address,)))
+            await HivemindNode.create(NodeConfig(network=NETWORK, signing_key=signing_key(2), listen=(address,)))
         assert refusal.value.hint
 
 
@@ -200,12 +201,11 @@ async def test_a_taken_port_and_a_foreign_address_are_named(swarm: Swarm) -> Non
         {"initial_peers": ("/ip4/127.0.0.1/tcp/4001",)},
         {"network": "No Such Name"},
         {"startup_timeout_s": 0.0},
-        {"signing_key": signing_key(1), "identity_path": Path("identity")},
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(CallerError):
-        NodeConfig(**{"network": NETWORK} | wrong)  # type: ignore[arg-type]
+        NodeConfig(**{"network": NETWORK, "signing_key": signing_key(1)} | wrong)  # type: ignore[arg-type]
 
 
 async def test_initial_peers_that_do_not_answer_are_named(swarm: Swarm) -> None:
@@ -214,42 +214,18 @@ async def test_initial_peers_that_do_not_answer_are_named(swarm: Swarm) -> None:
     nobody = f"/ip4/127.0.0.1/tcp/1/p2p/{signing_key(9).peer_id}"
     for address, network in ((nobody, NETWORK), (strangers_id, NETWORK), (bootstrap.addresses[0], "elsewhere")):
         with pytest.raises(PeerUnreachable, match=address.split("/")[-1]) as refusal:
-            await HivemindNode.create(NodeConfig(network=network, initial_peers=(address,)))
+            await HivemindNode.create(NodeConfig(network=network, signing_key=signing_key(2), initial_peers=(address,)))
         assert network in refusal.value.hint
     one_of_two = (nobody, *bootstrap.addresses)
-    async with await HivemindNode.create(NodeConfig(network=NETWORK, initial_peers=one_of_two)) as joined:
+    config = NodeConfig(network=NETWORK, signing_key=signing_key(2), initial_peers=one_of_two)
+    async with await HivemindNode.create(config) as joined:
         assert joined.known_nodes == 1
-
-
-async def test_an_identity_file_gives_the_node_its_id_and_must_be_private(tmp_path: Path) -> None:
-    path = tmp_path / "identity"
-    config = NodeConfig(network=NETWORK, identity_path=path)
-    with pytest.raises(InsecureIdentity, match="No such file"):
-        config.read_key()
-    path.write_bytes(b"not a key")
-    path.chmod(0o600)
-    with pytest.raises(InsecureIdentity, match="Ed25519"):
-        config.read_key()
-    path.write_bytes(identity_file_bytes(signing_key(5)))
-    path.chmod(0o644)
-    with pytest.raises(InsecureIdentity, match="others may read") as refusal:
-        config.read_key()
-    assert "chmod 600" in refusal.value.hint
-    path.chmod(0o600)
-    async with await HivemindNode.create(config) as created:
-        assert created.peer_id == signing_key(5).peer_id
 
 
 async def test_announced_addresses_replace_those_listened_on() -> None:
     config = NodeConfig(network=NETWORK, signing_key=signing_key(1), announce=("/dns4/example.org/tcp/4001",))
     async with await HivemindNode.create(config) as created:
         assert created.addresses == (f"/dns4/example.org/tcp/4001/p2p/{signing_key(1).peer_id}",)
-
-
-async def test_a_new_identity_is_made_up_when_none_is_given() -> None:
-    config = NodeConfig(network=NETWORK, client_mode=True)
-    assert isinstance(config.read_key(), SigningKey)
-    assert config.read_key().peer_id != config.read_key().peer_id
 
 
 async def test_an_address_that_never_answers_costs_the_deadline_and_no_more(swarm: Swarm) -> None:
@@ -315,7 +291,10 @@ async def test_a_reader_that_lost_everybody_finds_them_again(swarm: Swarm, monke
 
 
 async def test_new_initial_peers_can_be_given_to_a_running_node(swarm: Swarm) -> None:
-    alone, bootstrap = await swarm.node(1), await HivemindNode.create(NodeConfig(network=NETWORK))
+    alone, bootstrap = (
+        await swarm.node(1),
+        await HivemindNode.create(NodeConfig(network=NETWORK, signing_key=signing_key(2))),
+    )
     async with bootstrap:
         await alone.reconnect(bootstrap.addresses)
         assert alone.known_nodes == 1
