@@ -1,7 +1,7 @@
 """Errors of a node, below the three branches of `routing.errors`.
 
 CallerError:  UnknownModel · UnsupportedModel · CorruptCheckpoint · NotEnoughDisk · GatedModel · PeerTooSmall ·
-              InsecureIdentity · AddressInUse · MissingExtra
+              InsecureIdentity · AddressInUse · MissingExtra · UnsupportedPlatform
 PeerError:    ProtocolError · VersionMismatch · PeerUnreachable · StreamClosed · Refused
 Unavailable:  Busy · Preempted · HubUnreachable
 """
@@ -45,6 +45,12 @@ class AddressInUse(CallerError):
 
 class MissingExtra(CallerError):
     """A feature needs an optional dependency; the message is the line that installs it."""
+
+
+class UnsupportedPlatform(CallerError):
+    """This system cannot run a node."""
+
+    default_hint = "use Linux or macOS; under Windows, Linux in WSL 2"
 
 
 class ProtocolError(PeerError):

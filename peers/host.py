@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,7 @@ from peers.identity import load_identity
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import check_folder, load_config, load_span
 from peers.model.progress import Progress
+from peers.platform import require_platform
 from peers.runtime.engine import Engine, EngineConfig
 from peers.runtime.probe import Speed, measure_speed
 from peers.serving.admission import Admission, AdmissionLimits
@@ -34,7 +35,6 @@ from peers.serving.ledger import Ledger, LedgerLimits
 from peers.serving.push import Delivery
 from peers.serving.reachability import DialBackService, ask_to_dial_back
 from peers.transport.base import Transport
-from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
 from peers.wire.messages import PROTOCOL_VERSION
@@ -47,6 +47,9 @@ from routing.records import MAX_MODEL_NAME_CHARS, Announcement, PeerState, check
 from routing.router import Router
 from routing.store import RecordStore
 from routing.version import SOFTWARE, VERSION
+
+if TYPE_CHECKING:
+    from peers.transport.hivemind_p2p import HivemindNode
 
 logger = logging.getLogger(__name__)
 
@@ -385,6 +388,9 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 
 async def _start_node(config: NodeOptions, stack: AsyncExitStack) -> tuple[HivemindNode, SigningKey]:
     """The transport and DHT under the node's remembered identity and, unless told where to listen, remembered port."""
+    require_platform()
+    from peers.transport.hivemind_p2p import HivemindNode, NodeConfig  # only where the platform has what it needs
+
     key = load_identity(config.identity)
     port_file = config.identity.with_suffix(".port")
     remembered = port_file.read_text().strip() if port_file.exists() else ""

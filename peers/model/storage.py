@@ -6,7 +6,6 @@ Knows nothing about what the files mean.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -44,6 +43,8 @@ def require_disk(folder: Path, needed_bytes: int, purpose: str) -> None:
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Hold the lock that belongs to `target` across processes; the kernel lets go of it when a holder dies."""
+    import fcntl  # not everywhere: `peers.platform` says so in words
+
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_name(f".{target.name}.lock"), "w") as file:
         try:

@@ -9,11 +9,18 @@ from __future__ import annotations
 import os
 import sys
 
-from swarm.cli import signals
+from peers.platform import require_platform
+from routing.errors import SwarmError
 
 
 def main() -> None:
-    """The console script. From its first line on, Ctrl-C leaves no traceback."""
+    """The console script. From its first lines on, Ctrl-C leaves no traceback."""
+    try:
+        require_platform()
+    except SwarmError as error:
+        sys.exit(f"error: {error}\nhint: {error.hint}")
+    from swarm.cli import signals  # which, as the rest, another platform may not be able to import
+
     signals.end_at_once()
     from swarm.cli.app import app, spread
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -61,6 +60,8 @@ def claim_identity(path: Path | None, role: str) -> Path:
 
 
 def _lock(identity: Path) -> bool:
+    import fcntl  # not everywhere: `peers.platform` says so in words
+
     try:
         identity.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(identity.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -18,6 +18,7 @@ from peers.model.catalog import Checkpoint, resolve
 from peers.model.kernels import accelerate, pool_for
 from peers.model.loading import check_folder, load_client
 from peers.model.progress import Progress
+from peers.platform import require_platform
 from routing.errors import CallerError
 from swarm.models.base import SwarmModel
 from swarm.models.head import share_head
@@ -58,6 +59,7 @@ class SwarmModelForCausalLM(SwarmModel):
         own_dtype = _dtype(dtype)
         connect: Callable[[RemoteModel, Embed], Remote]
         if remote is None:
+            require_platform()
             entrance = Entrance.of(initial_peers=initial_peers, invite=invite, network=network)
             connect = functools.partial(driver.connect, entrance)
         else:

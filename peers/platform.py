@@ -1,0 +1,29 @@
+"""Whether a node can run on this machine at all: found out before anything is downloaded.
+
+Knows what the node needs of the system. Imports only what every Python has, so that it can be asked before the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+from peers.errors import UnsupportedPlatform
+
+SYSTEMS = ("Linux", "Darwin")
+
+
+def require_platform() -> None:
+    """Raises UnsupportedPlatform: another system, or no libp2p daemon for this one."""
+    system = platform.system()
+    if system not in SYSTEMS:
+        raise UnsupportedPlatform(f"{system} has neither the UNIX sockets nor the file locks that a node needs")
+    hivemind = importlib.util.find_spec("hivemind")
+    folders = (hivemind and hivemind.submodule_search_locations) or ()
+    if not any(os.access(Path(folder, "hivemind_cli", "p2pd"), os.X_OK) for folder in folders):
+        raise UnsupportedPlatform(
+            f"hivemind is here without its libp2p daemon for {system} on {platform.machine()}",
+            hint="on x86-64 or arm64, install it again: pip install --force-reinstall --no-deps hivemind",
+        )

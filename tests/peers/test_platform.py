@@ -1,0 +1,72 @@
+"""A machine that cannot run a node is told so in words, whichever door it comes through."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peers.errors import UnsupportedPlatform
+from peers.platform import require_platform
+
+WITHOUT_UNIX = """
+import platform, signal, sys
+sys.modules["fcntl"] = None
+del signal.SIGHUP
+"""
+COMMAND_LINE = """
+platform.system = lambda: "Windows"
+from swarm.cli import main
+sys.argv = ["swarm", "generate", "no/such-model", "--prompt", "x"]
+main()
+"""
+PEER = """
+import asyncio, pathlib
+from peers.host import PeerConfig, run_peer
+platform.system = lambda: "Windows"
+config = PeerConfig(model="no/such-model", network="hive", identity=pathlib.Path("nowhere.key"))
+asyncio.run(run_peer(config, emit=print, stop=asyncio.Event()))
+"""
+CLIENT = """
+from swarm import SwarmModelForCausalLM
+platform.system = lambda: "Windows"
+SwarmModelForCausalLM.from_pretrained("no/such-model", initial_peers=["anybody"])
+"""
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_UNIX + program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_this_platform_is_supported() -> None:
+    require_platform()
+
+
+def test_the_command_line_says_it_in_one_line_and_a_hint() -> None:
+    done = run(COMMAND_LINE)
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: Windows has neither")
+    assert hint.startswith("hint: use Linux")
+
+
+@pytest.mark.parametrize("program", [PEER, CLIENT], ids=["peer", "client"])
+def test_python_programs_get_a_typed_error_before_any_download(program: str) -> None:
+    done = run(program)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("peers.errors.UnsupportedPlatform: Windows has neither")
+
+
+def test_a_hivemind_without_its_daemon_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    empty = importlib.util.spec_from_file_location("hivemind", submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    for spec in (empty, None):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+        with pytest.raises(UnsupportedPlatform, match="riscv64") as caught:
+            require_platform()
+        assert "install" in caught.value.hint
