@@ -38,21 +38,31 @@ class CallerError(SwarmError):
 class PeerError(SwarmError):
     """One remote peer misbehaved or failed; another peer may succeed."""
 
+    default_hint = "another peer may succeed: try again"
+
 
 class Unavailable(SwarmError):
     """Nobody can serve this now; waiting or adding peers may help."""
+
+    default_hint = "wait a little and try again"
 
 
 class InvalidAddress(CallerError):
     """A multiaddr, peer id or invite that cannot be read."""
 
+    default_hint = "write for example /ip4/203.0.113.7/tcp/4001/p2p/12D3Koo…, or copy the whole address or invite again"
+
 
 class InvalidSpan(CallerError):
     """A block range that is empty, reversed or outside the model."""
 
+    default_hint = "write A:B with 0 <= A < B, within the model's blocks; B is not included"
+
 
 class InvalidRecord(PeerError):
     """An announcement that is malformed, forged, expired or stored under the wrong key."""
+
+    default_hint = "update that peer, and set the clocks of both machines"
 
 
 class NoRoute(Unavailable):

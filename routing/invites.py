@@ -47,7 +47,9 @@ class Invite:
     def __post_init__(self) -> None:
         check_network(self.network)
         if not 1 <= len(self.bootstraps) <= MAX_BOOTSTRAPS:
-            raise CallerError(f"an invite names 1 to {MAX_BOOTSTRAPS} bootstrap addresses")
+            raise CallerError(
+                f"an invite names 1 to {MAX_BOOTSTRAPS} bootstrap addresses", hint="give the most reliable of them"
+            )
         for address in self.bootstraps:
             validate_multiaddr(address, need_peer_id=True)
 
@@ -57,7 +59,9 @@ class Invite:
         body = bytes([_FORMAT]) + msgpack.packb(fields)
         link = SCHEME + base64.urlsafe_b64encode(body + _checksum(body)).decode("ascii").rstrip("=")
         if len(link) > MAX_LINK_CHARS:
-            raise CallerError(f"the invite link has {len(link)} characters, above {MAX_LINK_CHARS}")
+            raise CallerError(
+                f"the invite link has {len(link)} characters, above {MAX_LINK_CHARS}", hint="give fewer addresses"
+            )
         return link
 
 

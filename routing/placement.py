@@ -22,7 +22,7 @@ def choose_span(announcements: Iterable[Announcement], num_blocks: int, max_bloc
     one block fits.
     """
     if max_blocks < 1:
-        raise CallerError("not even one block fits into the memory of this peer")
+        raise CallerError("not even one block fits into the memory of this peer", hint="allow it more memory")
     length = min(max_blocks, num_blocks)
     replication = [0] * num_blocks
     for announcement in announcements:

@@ -42,6 +42,8 @@ N = TypeVar("N", bound="LocalNode")
 class NodeFailed(Unavailable):
     """A node's process did not start, or ended; its notes hold the end of what it wrote to stderr."""
 
+    default_hint = "the notes of this error are the end of its log"
+
 
 def model_folder(name: str, *, progress: Progress | None = None) -> Path:
     """The local checkpoint folder of a built-in model, fetched first where needed. Raises UnknownModel and others."""

@@ -282,12 +282,12 @@ def _translated(name: str, endpoint: str) -> Iterator[None]:
     except GatedRepoError as error:
         raise GatedModel(
             f"{name} is gated: its owner wants you to accept conditions",
-            hint="accept them on the model's page, then set HF_TOKEN to your access token",
+            hint="accept them on the model's page, then give your access token: --token TOKEN, or set HF_TOKEN",
         ) from error
     except RepositoryNotFoundError as error:
         raise UnknownModel(
             f"the hub at {endpoint} has no model {name!r}",
-            hint="check the spelling; for a private model set HF_TOKEN to your access token",
+            hint="check the spelling; for a private model give --token TOKEN, or set HF_TOKEN",
         ) from error
     except (RevisionNotFoundError, EntryNotFoundError) as error:
         raise UnknownModel(f"a file of {name} is no longer on the hub", hint="run again") from error
@@ -295,7 +295,8 @@ def _translated(name: str, endpoint: str) -> Iterator[None]:
         status = error.response.status_code
         if status in (401, 403):
             raise GatedModel(
-                f"the hub refuses access to {name} ({status})", hint="set HF_TOKEN to an access token that may read it"
+                f"the hub refuses access to {name} ({status})",
+                hint="give --token TOKEN, or set HF_TOKEN, to one that may read it",
             ) from error
         raise HubUnreachable(f"the hub at {endpoint} answered {status} for {name}", hint="try again later") from error
     except (HTTPError, OfflineModeIsEnabled, TimeoutError) as error:

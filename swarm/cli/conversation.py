@@ -18,6 +18,7 @@ from swarm import SwarmModelForCausalLM
 from swarm.answers import Answer, Message, Sampling, answer, encode_chat, encode_prompt, load_tokenizer
 from swarm.cli import signals
 from swarm.cli.output import Bars, print_error, say, write
+from swarm.errors import ContextTooLong
 from swarm.network import Entrance
 
 HELP = "/reset begins a new conversation · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
@@ -138,6 +139,8 @@ def _converse(
             answer(model, tokenizer, prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, write=take)
         except SwarmError as error:
             messages.pop()
+            if isinstance(error, ContextTooLong):
+                error.hint = "/reset begins a new conversation"
             print_error(error)
             continue
         except signals.Interrupted as interruption:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import MambaConfig
+from transformers import LlamaConfig, MambaConfig
 
 import swarm.models.loading
 from peers.errors import PeerUnreachable, UnsupportedModel
@@ -15,6 +16,8 @@ from peers.model import catalog
 from routing.errors import CallerError
 from routing.identity import SigningKey
 from swarm import SwarmModelForCausalLM
+from swarm.answers import Sampling
+from swarm.cli import conversation
 from swarm.cli.conversation import Connection
 from swarm.network import Entrance
 from tests.helpers.families import FAMILIES, save_checkpoint
@@ -60,3 +63,16 @@ def test_a_command_resolves_its_model_once(tmp_path: Path, monkeypatch: pytest.M
 def test_a_bad_network_name_is_refused_before_the_model_is_looked_for() -> None:
     with pytest.raises(CallerError, match="not a network name"):
         SwarmModelForCausalLM.from_pretrained("./nowhere", initial_peers=[NOBODY], network="My Network")
+
+
+def test_a_conversation_that_fills_the_context_points_to_reset(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["hello", None])
+    monkeypatch.setattr(conversation, "_read_line", lambda: next(lines))
+    monkeypatch.setattr(conversation, "encode_chat", lambda tokenizer, messages: [1] * 32)
+    model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=32))
+    conversation._converse(model, SimpleNamespace(), [], sampling=Sampling(), max_new_tokens=1)
+    error, hint = capsys.readouterr().err.splitlines()
+    assert "context has 32" in error
+    assert "/reset" in hint

@@ -68,11 +68,13 @@ class NodeConfig:
             if "/p2p/" in address:
                 raise InvalidAddress(f"{address} names a peer", hint="this node adds its own id")
         if any("/tcp/0/" in f"{address}/" or "/udp/0/" in f"{address}/" for address in self.announce):
-            raise InvalidAddress("an announced address needs the port that others dial")
+            raise InvalidAddress(
+                "an announced address needs the port that others dial", hint="for example /ip4/203.0.113.7/tcp/4001"
+            )
         for address in self.initial_peers:
             validate_multiaddr(address, need_peer_id=True)
         if not self.startup_timeout_s > 0:
-            raise CallerError("the startup timeout must be positive")
+            raise CallerError("the startup timeout must be positive", hint="leave it at its default")
 
 
 class HivemindNode:
