@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,17 +33,23 @@ from peers.serving.announce import Announcer
 from peers.serving.handler import Handler, Served
 from peers.serving.ledger import Ledger, LedgerLimits
 from peers.serving.push import Delivery
-from peers.serving.reachability import DialBackService, ask_to_dial_back
+from peers.serving.reachability import RETRY_S, DialBackService, Verdict, watch_reachability
 from peers.transport.base import Transport
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
 from peers.wire.messages import PROTOCOL_VERSION
-from routing.addresses import peer_id_in
-from routing.errors import PeerError
+from routing.errors import Unavailable
 from routing.identity import SigningKey
-from routing.ids import BlockSpan, PeerId
+from routing.ids import BlockSpan
 from routing.placement import choose_span
-from routing.records import MAX_MODEL_NAME_CHARS, Announcement, PeerState, check_network, check_peer_name
+from routing.records import (
+    CLOCK_SLACK_S,
+    MAX_MODEL_NAME_CHARS,
+    Announcement,
+    PeerState,
+    check_network,
+    check_peer_name,
+)
 from routing.router import Router
 from routing.store import RecordStore
 from routing.version import SOFTWARE, VERSION
@@ -147,7 +153,14 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
     check_options(dtype=config.dtype, device=config.device, cache_tokens=config.cache_tokens)
     async with AsyncExitStack() as stack:
         node, key = await _start_node(config, stack)
-        peer = ServerPeer(node.transport, node.store, key=key, network=config.network, name=config.name)
+        peer = ServerPeer(
+            node.transport,
+            node.store,
+            key=key,
+            network=config.network,
+            name=config.name,
+            outage=lambda problem: emit(_outage(problem, node.clock_skew_s)),
+        )
         stack.push_async_callback(peer.close)
         emit(Event("connected", {"peer_id": key.peer_id, "addresses": list(node.transport.addresses)}))
         checkpoint = await asyncio.to_thread(
@@ -186,8 +199,10 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
                 },
             )
         )
-        if config.initial_peers:
-            peer.tasks.spawn(_check_reachability(peer, config.initial_peers, emit), name="reachability")
+        reachability = watch_reachability(
+            peer.links, config.initial_peers, lambda verdict: emit(_reachability(verdict))
+        )
+        peer.tasks.spawn(reachability, name="reachability")
         await _unless_ended(serving, stop.wait())
         emit(Event("draining"))
         await peer.drain(timeout_s=DRAIN_TIMEOUT_S)
@@ -206,7 +221,9 @@ class ServerPeer:
         network: str,
         name: str = "",
         lease_s: float = 60.0,
+        outage: Callable[[Unavailable | None], None] | None = None,
     ) -> None:
+        """`outage` hears when no other node takes this peer's record any more, and (None) when that is over."""
         self.tasks = Tasks()
         self.links = Links(transport, network=network, software=SOFTWARE)
         self.router = Router()
@@ -222,10 +239,11 @@ class ServerPeer:
         self._network = network
         self._name = name
         self._lease_s = lease_s
-        self._first_announcement = asyncio.Event()
         self._describe_static: Announcement
         self._closers = AsyncExitStack()
-        self._announcer = Announcer(store, key, network=network, describe=self._describe, unheard=self._unheard)
+        self._announcer = Announcer(
+            store, key, network=network, describe=self._describe, outage=outage or self._log_outage
+        )
         DialBackService(self.links)
 
     async def choose_span(self, checkpoint: Checkpoint, plan: Plan) -> BlockSpan:
@@ -300,19 +318,22 @@ class ServerPeer:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.handler.run(), name="handler")
                 group.create_task(self.engine.broken(), name="engine")
-                group.create_task(self._announce(), name="announce")
+                group.create_task(self._announcer.run(), name="announce")
                 group.create_task(self.tasks.failed(), name="background")
         finally:
             await self.tasks.close()
 
     async def announced(self) -> None:
-        """Wait until the first announcement has been put."""
-        await self._first_announcement.wait()
+        """Wait until others have taken this peer's record for the first time."""
+        await self._announcer.heard.wait()
 
     async def drain(self, *, timeout_s: float) -> None:
         """Tell the swarm that this peer leaves, take nothing new, let running steps finish."""
         self.state = PeerState.DRAINING
-        await self._announcer.announce()
+        try:
+            await self._announcer.announce()
+        except Unavailable as error:
+            logger.info("nobody could be told that this peer leaves: %s", error)
         await self.handler.drain(timeout_s=timeout_s)
 
     async def close(self) -> None:
@@ -320,11 +341,6 @@ class ServerPeer:
         await self.tasks.close()
         await self.links.close()
         await self._closers.aclose()
-
-    async def _announce(self) -> None:
-        await self._announcer.announce()
-        self._first_announcement.set()
-        await self._announcer.run()
 
     def _describe(self, sequence: int, expires_at_s: float) -> Announcement:
         return replace(
@@ -336,37 +352,35 @@ class ServerPeer:
             expires_at_s=expires_at_s,
         )
 
-    def _unheard(self) -> None:
-        logger.warning("no other node keeps this peer's record now; still trying")
-
-
-async def _check_reachability(peer: ServerPeer, helpers: Sequence[str], emit: Emit) -> None:
-    own = peer.links.transport.addresses
-    for address in helpers:
-        helper = peer_id_in(address)
-        if helper is None or helper == peer.links.transport.peer_id:
-            continue
-        try:
-            results = await ask_to_dial_back(peer.links, PeerId(helper), [address], own)
-        except PeerError as error:
-            logger.info("could not ask %s to dial back: %s", helper, error)
-            continue
-        reached = [address for address, problem in results.items() if not problem]
-        problems = {address: problem for address, problem in results.items() if problem}
-        if reached:
-            emit(Event("reachable", {"addresses": reached}))
+    @staticmethod
+    def _log_outage(problem: Unavailable | None) -> None:
+        if problem is None:
+            logger.warning("others hold this peer's record again")
         else:
-            emit(
-                Event(
-                    "unreachable",
-                    {
-                        "problems": problems,
-                        "hint": "forward the TCP port to this machine and give --announce /ip4/PUBLIC_IP/tcp/PORT; "
-                        "until then others cannot send work here",
-                    },
-                )
-            )
-        return
+            logger.warning("nobody takes this peer's record; trying on: %s", problem)
+
+
+def _reachability(verdict: Verdict) -> Event:
+    if verdict.reached:
+        return Event("reachable", {"addresses": list(verdict.reached)})
+    if verdict.unasked:
+        hint = f"this node asks again every {RETRY_S:.0f} s"
+        return Event("reachability_unknown", {"reason": verdict.unasked, "hint": hint})
+    hint = "forward the TCP port to this machine and give --announce /ip4/PUBLIC_IP/tcp/PORT; "
+    hint += "until then others cannot send work here"
+    return Event("unreachable", {"problems": dict(verdict.problems), "hint": hint})
+
+
+def _outage(problem: Unavailable | None, clock_skew_s: float | None) -> Event:
+    if problem is None:
+        return Event("announced")
+    reason, hint = str(problem), problem.hint
+    if clock_skew_s is not None and abs(clock_skew_s) > CLOCK_SLACK_S:
+        reason = (
+            f"this machine's clock is {abs(clock_skew_s):.0f} s {'ahead' if clock_skew_s > 0 else 'behind'}: {reason}"
+        )
+        hint = "set the clock, best by NTP"
+    return Event("unannounced", {"reason": reason, "hint": hint})
 
 
 async def _unless_ended(serving: asyncio.Task[None], event: Coroutine[Any, Any, object]) -> None:

@@ -25,8 +25,8 @@ class StoredRecord:
 class RecordStore(Protocol):
     """Where records are published and read. Answers are hints from strangers until verified."""
 
-    async def put(self, record: StoredRecord) -> bool:
-        """Publish; true when at least one node accepted it."""
+    async def put(self, record: StoredRecord) -> None:
+        """Publish. Raises Unavailable, which says why, when no node accepted it."""
         ...
 
     async def get(self, keys: Sequence[str]) -> list[StoredRecord]:

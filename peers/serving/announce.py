@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from routing.errors import Unavailable
 from routing.identity import SigningKey
 from routing.records import RECORD_LIFETIME_S, RECORD_RENEW_S, Announcement, index_key, model_key, sign_record
 from routing.store import RecordStore, StoredRecord
@@ -33,20 +34,22 @@ class Announcer:
         *,
         network: str,
         describe: Describe,
-        unheard: Callable[[], None],
+        outage: Callable[[Unavailable | None], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`unheard` is called each time no node accepted the record, so that the host can look for the swarm again."""
+        """`outage` hears once why nobody takes this peer's record any more, and once (None) when that is over."""
         self._store = store
         self._key = key
         self._network = network
         self._describe = describe
-        self._unheard = unheard
+        self._outage = outage
         self._clock = clock
         self._sequence = 0
+        self.heard = asyncio.Event()
+        """Set for good once other nodes have taken a record."""
 
-    async def announce(self) -> bool:
-        """Put the present state under both keys; False when no other node accepted it."""
+    async def announce(self) -> None:
+        """Put the present state under both keys. Raises Unavailable when no node took it."""
         now_s = self._clock()
         # milliseconds grow over restarts without a file, and the larger of the two also while a clock is set back
         self._sequence = max(self._sequence + 1, int(now_s * 1000))
@@ -57,21 +60,34 @@ class Announcer:
         )
         try:
             async with asyncio.timeout(PUT_TIMEOUT_S):
-                accepted = await asyncio.gather(*(self._put(announcement, key) for key in keys))
-        except TimeoutError:
-            logger.warning("the DHT did not take this peer's record within %.0f s", PUT_TIMEOUT_S)
-            return False
-        return all(accepted)
+                outcomes = await asyncio.gather(*(self._put(announcement, key) for key in keys), return_exceptions=True)
+        except TimeoutError as error:
+            raise Unavailable(
+                f"the DHT did not take this peer's record within {PUT_TIMEOUT_S:.0f} s",
+                hint="check the network; it is tried again",
+            ) from error
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+        self.heard.set()
 
     async def run(self) -> None:
         """Announce every RECORD_RENEW_S seconds until cancelled."""
+        before: Unavailable | None = None
         while True:
-            if not await self.announce():
-                self._unheard()
+            problem: Unavailable | None = None
+            try:
+                await self.announce()
+            except Unavailable as error:
+                problem = error
+                logger.info("not announced: %s", error)
+            if (problem is None) != (before is None):
+                self._outage(problem)
+            before = problem
             await asyncio.sleep(RECORD_RENEW_S)
 
-    async def _put(self, announcement: Announcement, key: str) -> bool:
+    async def _put(self, announcement: Announcement, key: str) -> None:
         value = sign_record(announcement, key, self._key)
-        return await self._store.put(
+        await self._store.put(
             StoredRecord(key=key, subkey=announcement.peer_id, value=value, expires_at_s=announcement.expires_at_s)
         )

@@ -11,11 +11,14 @@ import logging
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from peers.errors import ProtocolError
+from peers.errors import Busy, ProtocolError
 from peers.transport.links import Link, Links
 from peers.wire.messages import DialBack, DialBackReply
+from routing.addresses import peer_id_in
+from routing.errors import PeerError
 from routing.ids import PeerId
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,13 @@ DIAL_TIMEOUT_S = 5.0
 GREETING_TIMEOUT_S = 2.0
 MIN_INTERVAL_S = 5.0
 MAX_CONCURRENT = 4
+MAX_ROUNDS = 4
+"""How often helpers are asked that have other dials under way, or were asked by us just now."""
+RETRY_S = 30.0
+"""Between two looks as long as nobody reaches this node: its owner may be setting up the router."""
+LOOK_S = 2.0
+"""How often the transport looks for new addresses, too."""
+_TOO_OFTEN = "asked too often; try later"
 _IP_TCP = re.compile(r"/ip[46]/([^/]+)/tcp/(\d{1,5})(?=/|$)")
 _GREETING = b"\x13/multistream/1.0.0\n"
 """What a libp2p listener says first, unasked (specs/connections, multistream-select)."""
@@ -42,7 +52,7 @@ class DialBackService:
     async def _answer(self, link: Link, message: DialBack, _: memoryview) -> None:
         now_s = self._clock()
         if now_s - self._last_s.get(link.remote, -MIN_INTERVAL_S) < MIN_INTERVAL_S or self._slots.locked():
-            results = tuple((address, "asked too often; try later") for address in message.addresses)
+            results = tuple((address, _TOO_OFTEN) for address in message.addresses)
         else:
             self._last_s[link.remote] = now_s
             self._last_s.move_to_end(link.remote)
@@ -56,10 +66,73 @@ class DialBackService:
         await link.send(DialBackReply(nonce=message.nonce, results=results))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What another node found when it dialled this one."""
+
+    reached: tuple[str, ...] = ()
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """Address → what went wrong."""
+    unasked: str = field(default="", compare=False)
+    """Why nobody could be asked; the others are empty then."""
+
+
+async def watch_reachability(links: Links, helpers: Sequence[str], tell: Callable[[Verdict], None]) -> None:
+    """Tell the first verdict and each that differs, until cancelled. `helpers`: full addresses of other nodes.
+
+    They are asked again every RETRY_S seconds until this node is reached, and whenever its own addresses change.
+    """
+    told: Verdict | None = None
+    while True:
+        own = links.transport.addresses
+        verdict = await find_out(links, helpers, own)
+        if verdict != told:
+            tell(verdict)
+            told = verdict
+        try:
+            async with asyncio.timeout(None if verdict.reached else RETRY_S):
+                while links.transport.addresses == own:  # noqa: ASYNC110  # a transport tells nobody of a change
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            logger.debug("asking again whether this node can be reached")
+
+
+async def find_out(links: Links, helpers: Sequence[str], own_addresses: Sequence[str]) -> Verdict:
+    """Ask the helpers one after another until one has dialled back; while one of them is busy, several times."""
+    addresses: dict[PeerId, list[str]] = {}
+    for address in helpers:
+        peer = peer_id_in(address)
+        if peer is not None and peer != links.transport.peer_id:
+            addresses.setdefault(peer, []).append(address)
+    failures: list[str] = []
+    for _ in range(MAX_ROUNDS):
+        failures, retry_after_s = [], 0.0
+        for helper, where in addresses.items():
+            try:
+                results = await ask_to_dial_back(links, helper, where, own_addresses)
+            except Busy as error:
+                failures.append(str(error))
+                retry_after_s = error.retry_after_s
+            except PeerError as error:
+                failures.append(str(error))
+            else:
+                return Verdict(
+                    reached=tuple(address for address, problem in results.items() if not problem),
+                    problems={address: problem for address, problem in results.items() if problem},
+                )
+        if not retry_after_s:
+            break
+        await asyncio.sleep(retry_after_s)
+    return Verdict(unasked="; ".join(failures) or "there is no other node to ask")
+
+
 async def ask_to_dial_back(
     links: Links, helper: PeerId, helper_addresses: Sequence[str], own_addresses: Sequence[str]
 ) -> dict[str, str]:
-    """Ask `helper` to dial `own_addresses`; maps each to "" (reached) or to what went wrong. Raises PeerError."""
+    """Ask `helper` to dial `own_addresses`; maps each to "" (reached) or to what went wrong.
+
+    Raises PeerError, and Busy when the helper dials for others or has dialled for us just now.
+    """
     link = await links.to(helper, helper_addresses)
     reply = await links.request(
         link,
@@ -68,6 +141,8 @@ async def ask_to_dial_back(
     )
     if not isinstance(reply, DialBackReply):
         raise ProtocolError(f"{helper} answered a request to dial back with {type(reply).__name__}")
+    if any(problem == _TOO_OFTEN for _, problem in reply.results):
+        raise Busy(f"{helper} was asked too often", retry_after_s=MIN_INTERVAL_S)
     return dict(reply.results)
 
 

@@ -18,7 +18,7 @@ from peers.errors import PeerUnreachable, ProtocolError, StreamClosed
 from peers.transport.base import MAX_FRAME_BYTES, MAX_STREAMS_PER_PEER, Buffer, Handler, frame_bytes
 from peers.transport.record_table import RecordTable
 from routing.addresses import peer_id_in, validate_multiaddr
-from routing.errors import CallerError, InvalidAddress, InvalidRecord, SwarmError
+from routing.errors import CallerError, InvalidAddress, InvalidRecord, SwarmError, Unavailable
 from routing.ids import PeerId
 from routing.store import StoredRecord
 
@@ -326,16 +326,14 @@ class MemoryStore:
         self._network = network
         self._peer_id = peer_id
 
-    async def put(self, record: StoredRecord) -> bool:
+    async def put(self, record: StoredRecord) -> None:
         await self._round_trip()
         if self._network.is_cut(self._peer_id):
-            return False
+            raise Unavailable("no node can be reached")
         try:
             self._network.table.put(record, sender=self._peer_id, now_s=self._network.clock())
         except InvalidRecord as error:
-            logger.warning("the announcement under %s was not accepted: %s", record.key, error)
-            return False
-        return True
+            raise Unavailable(f"no node accepted the record under {record.key}: {error}", hint=error.hint) from error
 
     async def get(self, keys: Sequence[str]) -> list[StoredRecord]:
         await self._round_trip()

@@ -133,6 +133,12 @@ def describe(event: Event) -> str:
             problems = cast(dict[str, str], fields["problems"])
             lines = [f"  {address}: {problem}" for address, problem in problems.items()]
             return "\n".join(["NOT reachable from outside:", *lines, f"what to do: {fields['hint']}"])
+        case "reachability_unknown":
+            return f"not known yet whether others reach this node: {fields['reason']}; {fields['hint']}"
+        case "unannounced":
+            return f"NOT announced, so nobody finds this node: {fields['reason']}\nwhat to do: {fields['hint']}"
+        case "announced":
+            return "announced again: others find this node"
         case "draining":
             return "leaving: running steps finish first (Ctrl-C again to end at once)"
         case _:

@@ -62,7 +62,7 @@ class Reader:
             record = StoredRecord(
                 key=name, subkey=key.peer_id, value=sign_record(mine, name, key), expires_at_s=mine.expires_at_s
             )
-            assert await self.network.store(key.peer_id).put(record)
+            await self.network.store(key.peer_id).put(record)
 
 
 @pytest.fixture

@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from peers import host
 from peers.errors import AddressInUse, InsecureIdentity
 from peers.host import BootstrapConfig, Event, PeerConfig, run_bootstrap, run_peer
-from routing.errors import CallerError, SwarmError
+from peers.serving.reachability import DialBackService
+from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
+from peers.transport.links import Links
+from routing.errors import CallerError, SwarmError, Unavailable
+from routing.identity import SigningKey
 from routing.records import MAX_MODEL_NAME_CHARS
 from tests.helpers.families import FAMILIES, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
@@ -97,3 +103,88 @@ def test_a_long_name_of_a_model_is_announced_whole(tmp_path: Path) -> None:
     save_checkpoint(FAMILIES["llama"], folder)
     with MemorySwarm(folder, [(0, 1)], cache=tmp_path / "cache") as swarm:
         assert swarm.peers[0]._describe(1, 0.0).model_name == folder.name
+
+
+# --- announcing ---
+
+
+class Life:
+    """A peer of a tiny model from start to stop, and what it said."""
+
+    def __init__(self, config: PeerConfig) -> None:
+        self.kinds: list[str] = []
+        self.events: dict[str, Event] = {}
+        self._said = asyncio.Condition()
+        self._stop = asyncio.Event()
+        self._config = config
+
+    async def wait_for(self, kind: str) -> Event:
+        async with self._said, asyncio.timeout(30):
+            await self._said.wait_for(lambda: kind in self.events)
+        return self.events[kind]
+
+    def _emit(self, event: Event) -> None:
+        self.kinds.append(event.kind)
+        self.events[event.kind] = event
+        self._tasks.create_task(self._notify())
+
+    async def _notify(self) -> None:
+        async with self._said:
+            self._said.notify_all()
+
+    async def __aenter__(self) -> Life:
+        self._tasks = asyncio.TaskGroup()
+        await self._tasks.__aenter__()
+        self._tasks.create_task(run_peer(self._config, emit=self._emit, stop=self._stop))
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._stop.set()
+        await self._tasks.__aexit__(*error)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HIVESWARM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("peers.serving.announce.RECORD_RENEW_S", 0.5)
+    save_checkpoint(FAMILIES["llama"], tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+async def test_the_first_peer_of_a_network_becomes_ready_alone(tmp_path: Path, tiny: Path) -> None:
+    async with Life(peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1)) as life:
+        unknown = await life.wait_for("reachability_unknown")
+    assert life.kinds == ["connected", "loading", "ready", "reachability_unknown", "draining", "stopped"]
+    assert "no other node" in str(unknown.fields["reason"])
+
+
+async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_have_its_record(
+    tmp_path: Path, tiny: Path
+) -> None:
+    entry = NodeConfig(network="hive", signing_key=SigningKey.from_seed(bytes(32)))
+    bootstrap = await HivemindNode.create(entry)
+    (address,) = bootstrap.transport.addresses
+    config = peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1, initial_peers=(address,))
+    async with Life(config) as life:
+        await life.wait_for("connected")
+        await bootstrap.close()
+        lost = await life.wait_for("unannounced")
+        assert lost.fields["hint"]
+        assert "none can be reached" in str(lost.fields["reason"])
+        async with await HivemindNode.create(replace(entry, listen=(address.partition("/p2p/")[0],))) as again:
+            links = Links(again.transport, network="hive", software="test")
+            DialBackService(links)
+            await links.serve()
+            await life.wait_for("reachable")
+            await links.close()
+    kinds = [kind for kind in life.kinds if not kind.startswith("reach")]
+    assert kinds[:5] == ["connected", "loading", "unannounced", "announced", "ready"]
+
+
+def test_a_wrong_clock_is_named_as_the_reason() -> None:
+    problem = Unavailable("no DHT node accepted the record")
+    behind, right, unknown = (host._outage(problem, skew_s).fields for skew_s in (-60.0, 2.0, None))
+    assert "60 s behind" in str(behind["reason"])
+    assert "clock" in str(behind["hint"])
+    assert right == unknown == {"reason": str(problem), "hint": problem.hint}
+    assert host._outage(None, -60.0).kind == "announced"

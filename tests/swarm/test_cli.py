@@ -192,6 +192,9 @@ def test_every_event_of_a_node_has_words() -> None:
         },
         "reachable": {"addresses": [ADDRESS]},
         "unreachable": {"problems": {ADDRESS: "no answer"}, "hint": "forward the port"},
+        "reachability_unknown": {"reason": "nobody answers", "hint": "wait"},
+        "unannounced": {"reason": "clock skew", "hint": "set the clock"},
+        "announced": {},
         "draining": {},
         "stopped": {},
     }
@@ -201,6 +204,8 @@ def test_every_event_of_a_node_has_words() -> None:
     assert "swarm://x" in words["ready"]
     assert "no answer" in words["unreachable"]
     assert "forward the port" in words["unreachable"]
+    assert "nobody answers" in words["reachability_unknown"]
+    assert "clock skew" in words["unannounced"]
 
 
 def test_json_events_are_one_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,13 +257,14 @@ class DhtStore:
     """`RecordStore` over the DHT.
 
     `trusted` gives nodes to use besides the nearest: the user chose them, so nobody can hide a model's records by
-    making up ids close to its keys.
+    making up ids close to its keys. `first` says whether this node began the network: then it may be a DHT by itself.
     """
 
-    def __init__(self, node: DHTNode, trusted: Callable[[], list[PeerID]]) -> None:
+    def __init__(self, node: DHTNode, trusted: Callable[[], list[PeerID]], first: Callable[[], bool]) -> None:
         self._node = node
         self._protocol: RecordProtocol = node.protocol
         self._trusted = trusted
+        self._first = first
         # Verified before, by key and subkey: most records did not change since the last look.
         self._seen: OrderedDict[str, dict[str, tuple[StoredRecord, int]]] = OrderedDict()
         self._verified = 0
@@ -273,18 +274,20 @@ class DhtStore:
         """What this node keeps for others; None in client mode."""
         return self._protocol.table
 
-    async def put(self, record: StoredRecord) -> bool:
+    async def put(self, record: StoredRecord) -> None:
         """See `RecordStore.put`. A record of another peer than this node is refused by everyone."""
         _, near = await self._look_up([record.key], records=False)
         peers = list(dict.fromkeys([*near[record.key], *self._trusted()]))
-        # Here too: others may ask this node first, and one that is alone is its own DHT.
-        kept = self._keep(record)
-        outcomes = await asyncio.gather(*(self._store_at(peer, record) for peer in peers)) or kept
-        accepted = None in outcomes
-        if not accepted:
-            reason = outcomes[0] if outcomes else "no DHT node is known"
-            logger.warning("no DHT node accepted the announcement of peer %s: %s", record.subkey, reason)
-        return accepted
+        kept = self._keep(record)  # here too, because others may ask this node first
+        outcomes = await asyncio.gather(*(self._store_at(peer, record) for peer in peers))
+        if not peers and self._first():
+            outcomes = kept
+        if None not in outcomes:
+            reason = outcomes[0] if outcomes else "none can be reached"
+            raise Unavailable(
+                f"no DHT node accepted the record: {reason}",
+                hint="check the network; it is tried again" if not peers else "is this machine's clock right?",
+            )
 
     async def get(self, keys: Sequence[str]) -> list[StoredRecord]:
         """See `RecordStore.get`: verified, at most one for each key and subkey, the one with the highest sequence.

@@ -88,7 +88,7 @@ class HivemindNode:
         self.signing_key: Final = config.signing_key
         self.peer_id: Final = self.signing_key.peer_id
         self.transport: Final = transport
-        self.store: Final = DhtStore(dht, self._trusted)
+        self.store: Final = DhtStore(dht, self._trusted, lambda: not self._initial_peers)
         self.clock_skew_s: float | None = None
         """Our clock minus that of the initial peer last met; beyond the slack, announcements are refused."""
         self._daemon = daemon

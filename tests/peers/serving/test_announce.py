@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from peers.serving.announce import PUT_TIMEOUT_S, Announcer
+from routing.errors import Unavailable
 from routing.records import RECORD_LIFETIME_S, RECORD_RENEW_S, Announcement, index_key, model_key, verify_record
 from routing.store import StoredRecord
 from tests.peers.transport.nodes import MODEL, announcement, signing_key
@@ -26,11 +27,12 @@ class Shelf:
         self.accepts = True
         self.answers = True
 
-    async def put(self, record: StoredRecord) -> bool:
+    async def put(self, record: StoredRecord) -> None:
         if not self.answers:
             await asyncio.Event().wait()
         self.records.append(record)
-        return self.accepts
+        if not self.accepts:
+            raise Unavailable("no node accepted it")
 
     async def get(self, keys: Sequence[str]) -> list[StoredRecord]:
         return [record for record in self.records if record.key in keys]
@@ -39,17 +41,17 @@ class Shelf:
 class Peer:
     def __init__(self) -> None:
         self.shelf = Shelf()
-        self.unheard = 0
+        self.outages: list[str | None] = []
         self.skew_s = 1_750_000_000.0
         self.announcer = Announcer(
-            self.shelf, KEY, network="n", describe=self.describe, unheard=self.nobody, clock=self.now_s
+            self.shelf, KEY, network="n", describe=self.describe, outage=self.outage, clock=self.now_s
         )
 
     def now_s(self) -> float:
         return self.skew_s + asyncio.get_running_loop().time()
 
-    def nobody(self) -> None:
-        self.unheard += 1
+    def outage(self, problem: Unavailable | None) -> None:
+        self.outages.append(problem and str(problem))
 
     @staticmethod
     def describe(sequence: int, expires_at_s: float) -> Announcement:
@@ -64,7 +66,7 @@ class Peer:
 
 async def test_an_announcement_stands_under_its_models_key_and_in_the_index() -> None:
     peer = Peer()
-    assert await peer.announcer.announce()
+    await peer.announcer.announce()
     assert [record.key for record in peer.shelf.records] == [
         model_key("n", MODEL, KEY.peer_id),
         index_key("n", KEY.peer_id),
@@ -83,20 +85,37 @@ async def test_the_sequence_grows_also_while_the_clock_stands_still_or_is_set_ba
     assert sequences == sorted(set(sequences))
 
 
-async def test_records_are_renewed_and_the_host_hears_when_nobody_took_one() -> None:
+async def test_records_are_renewed_and_each_outage_is_told_once_with_its_end() -> None:
     peer = Peer()
     running = asyncio.create_task(peer.announcer.run())
     await asyncio.sleep(3.5 * RECORD_RENEW_S)
-    assert (len(peer.shelf.records), peer.unheard) == (8, 0)
+    assert (len(peer.shelf.records), peer.outages) == (8, [])
     peer.shelf.accepts = False
-    await asyncio.sleep(RECORD_RENEW_S)
-    assert peer.unheard == 1
+    await asyncio.sleep(3 * RECORD_RENEW_S)
+    assert peer.outages == ["no node accepted it"]
     peer.shelf.answers = False
-    await asyncio.sleep(RECORD_RENEW_S + PUT_TIMEOUT_S)
-    assert peer.unheard == 2
+    await asyncio.sleep(2 * (RECORD_RENEW_S + PUT_TIMEOUT_S))
+    assert peer.outages == ["no node accepted it"]
     peer.shelf.accepts = peer.shelf.answers = True
-    await asyncio.sleep(2 * RECORD_RENEW_S)
-    assert (peer.unheard, len(peer.shelf.records) > 10) == (2, True)
+    await asyncio.sleep(2 * (RECORD_RENEW_S + PUT_TIMEOUT_S))
+    assert peer.outages == ["no node accepted it", None]
     running.cancel()
     await asyncio.wait([running])
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_peer_counts_as_heard_only_once_others_have_taken_its_record() -> None:
+    peer = Peer()
+    peer.shelf.answers = False
+    running = asyncio.create_task(peer.announcer.run())
+    await asyncio.sleep(PUT_TIMEOUT_S + 1)
+    assert peer.outages == ["the DHT did not take this peer's record within 10 s"]
+    peer.shelf.answers, peer.shelf.accepts = True, False
+    await asyncio.sleep(2 * RECORD_RENEW_S)
+    assert not peer.announcer.heard.is_set()
+    peer.shelf.accepts = True
+    await asyncio.wait_for(peer.announcer.heard.wait(), RECORD_RENEW_S)
+    await asyncio.sleep(0)
+    assert peer.outages[1:] == [None]
+    running.cancel()
+    await asyncio.wait([running])

@@ -9,11 +9,20 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from peers.errors import PeerUnreachable, ProtocolError
+from peers.errors import Busy, PeerUnreachable, ProtocolError
 from peers.serving import reachability
-from peers.serving.reachability import MIN_INTERVAL_S, DialBackService, ask_to_dial_back
+from peers.serving.reachability import (
+    MAX_ROUNDS,
+    MIN_INTERVAL_S,
+    DialBackService,
+    Verdict,
+    ask_to_dial_back,
+    find_out,
+    watch_reachability,
+)
+from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.links import Link, Links
-from peers.transport.memory import MemoryNetwork
+from peers.transport.memory import MemoryNetwork, MemoryTransport
 from peers.wire.messages import DialBack, Pong
 from routing.identity import SigningKey
 
@@ -132,9 +141,11 @@ async def test_what_is_no_tcp_address_is_named_and_harms_nobody(pair: Pair) -> N
 async def test_who_asks_too_often_is_told_so_and_dials_nobody(pair: Pair) -> None:
     async with listener(greet) as address:
         assert await pair.ask(address) == [""]
-        assert await pair.ask(address) == ["asked too often; try later"]
-        pair.now_s += MIN_INTERVAL_S - 0.1
-        assert await pair.ask(address) == ["asked too often; try later"]
+        for wait_s in (0.0, MIN_INTERVAL_S - 0.1):
+            pair.now_s += wait_s
+            with pytest.raises(Busy, match="too often") as caught:
+                await pair.ask(address)
+            assert caught.value.retry_after_s == MIN_INTERVAL_S
         pair.now_s += 0.1
         assert await pair.ask(address) == [""]
 
@@ -152,3 +163,95 @@ async def test_a_helper_that_is_gone_is_a_peers_error(pair: Pair) -> None:
     await pair.helper.transport.close()
     with pytest.raises(PeerUnreachable):
         await pair.ask("/ip4/127.0.0.1/tcp/80")
+
+
+# --- verdicts ---
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MIN_INTERVAL_S", "RETRY_S", "LOOK_S"):
+        monkeypatch.setattr(reachability, name, 0.05)
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_busy_helper_is_asked_again_and_no_verdict_is_made_of_it(pair: Pair) -> None:
+    helpers = pair.helper.transport.addresses
+    pair.service._slots = asyncio.Semaphore(0)  # as when four others are dialled just now
+    waiting = asyncio.create_task(find_out(pair.asker, helpers, ["/ip4/127.0.0.1/tcp/1"]))
+    await asyncio.sleep(0.07)
+    pair.service._slots.release()
+    verdict = await waiting
+    assert verdict.problems["/ip4/127.0.0.1/tcp/1"].startswith("refused: ")
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_nobody_to_ask_is_a_verdict_of_its_own_that_says_why(pair: Pair) -> None:
+    assert (await find_out(pair.asker, (), ())).unasked == "there is no other node to ask"
+    pair.service._slots = asyncio.Semaphore(0)
+    busy = await find_out(pair.asker, pair.helper.transport.addresses, ["/ip4/127.0.0.1/tcp/1"])
+    assert busy.unasked == f"{HELPER} was asked too often"
+    await pair.helper.transport.close()
+    gone = await find_out(pair.asker, pair.helper.transport.addresses, ["/ip4/127.0.0.1/tcp/1"])
+    assert HELPER in gone.unasked
+    assert (gone.reached, gone.problems) == ((), {})
+    assert MAX_ROUNDS * MIN_INTERVAL_S > reachability.DIAL_TIMEOUT_S + reachability.GREETING_TIMEOUT_S
+
+
+@asynccontextmanager
+async def watching(links: Links, *helpers: str) -> AsyncIterator[asyncio.Queue[Verdict]]:
+    told: asyncio.Queue[Verdict] = asyncio.Queue()
+    task = asyncio.create_task(watch_reachability(links, helpers, told.put_nowait))
+    yield told
+    task.cancel()
+    await asyncio.wait([task])
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_it_is_asked_again_until_reached_and_when_addresses_change_and_told_only_once(
+    pair: Pair,
+) -> None:
+    own = ["/ip4/127.0.0.1/tcp/1"]
+    helpers = pair.helper.transport.addresses
+
+    class Moving(MemoryTransport):
+        addresses = property(lambda self: tuple(own))  # type: ignore[assignment]
+
+    pair.asker.transport.__class__ = Moving
+    pair.service._clock = lambda: asyncio.get_running_loop().time() * 1e6  # never too often
+    async with watching(pair.asker, *helpers) as told, listener(greet) as address, asyncio.timeout(10):
+        assert not (await told.get()).reached
+        await asyncio.sleep(0.2)
+        assert told.empty()
+        own[:] = [address]
+        assert (await told.get()).reached == (address,)
+        await asyncio.sleep(0.2)
+        assert told.empty()
+        own[:] = ["/ip4/127.0.0.1/tcp/2"]
+        assert list((await told.get()).problems) == own
+
+
+async def test_two_real_nodes_find_out_what_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over libp2p, from restart to restart; the second of two lies about its port."""
+    monkeypatch.setattr(reachability, "RETRY_S", 0.2)
+    monkeypatch.setattr(reachability, "MIN_INTERVAL_S", 1.0)
+    keys = [SigningKey.from_seed(bytes([number]) * 32) for number in (7, 8)]
+    async with await HivemindNode.create(NodeConfig(network="test", signing_key=keys[0])) as helper:
+        served = Links(helper.transport, network="test", software="test")
+        DialBackService(served)
+        await served.serve()
+        wrong = "/ip4/127.0.0.1/tcp/1"
+        for announce in ((), (wrong,)):
+            config = NodeConfig(
+                network="test", signing_key=keys[1], announce=announce, initial_peers=helper.transport.addresses
+            )
+            async with await HivemindNode.create(config) as node:
+                links = Links(node.transport, network="test", software="test")
+                async with watching(links, *helper.transport.addresses) as told:
+                    verdict = await asyncio.wait_for(told.get(), 20)
+                if announce:
+                    assert verdict.problems[f"{wrong}/p2p/{node.peer_id}"].startswith("refused: ")
+                else:
+                    assert verdict.reached == node.transport.addresses
+                await links.close()
+        await served.close()

@@ -260,7 +260,8 @@ async def test_a_swarm_heals_when_its_only_bootstrap_returns(swarm: Swarm, monke
     listen = f"/ip4/127.0.0.1/tcp/{port_of(bootstrap)}"
     await bootstrap.close()
     mine = record(member.signing_key)
-    await member.store.put(mine)
+    with pytest.raises(Unavailable):
+        await member.store.put(mine)
     assert await reader.store.get(KEYS) == [mine], "the others still know each other"
     await eventually(lambda: member.known_nodes == 0)
     # Many attempts fail meanwhile: libp2p alone would now wait longer and longer.
@@ -271,7 +272,7 @@ async def test_a_swarm_heals_when_its_only_bootstrap_returns(swarm: Swarm, monke
     newcomer = await swarm.node(4, client_mode=True)
     assert await newcomer.store.get(KEYS) == [mine]
     renewed = record(member.signing_key, sequence=2)
-    assert await member.store.put(renewed)
+    await member.store.put(renewed)
     assert await reader.store.get(KEYS) == [renewed]
 
 
@@ -285,7 +286,7 @@ async def test_a_reader_that_lost_everybody_finds_them_again(swarm: Swarm, monke
     swarm.bootstrap = None
     bootstrap = await swarm.node(1, listen=listen)
     mine = record(bootstrap.signing_key)
-    assert await bootstrap.store.put(mine)
+    await bootstrap.store.put(mine)
     await eventually(lambda: reader.known_nodes == 1, within_s=5)
     assert await reader.store.get(KEYS) == [mine]
 
@@ -309,7 +310,7 @@ async def test_a_node_that_hangs_delays_readers_and_writers_by_the_grace_only(sw
     os.kill(hung.daemon_pid, signal.SIGSTOP)
     try:
         started_s = time.monotonic()
-        assert await writer.store.put(mine)
+        await writer.store.put(mine)
         assert time.monotonic() - started_s < dht.STRAGGLER_GRACE_S + 1
         started_s = time.monotonic()
         assert await reader.store.get(KEYS) == [mine]
@@ -324,8 +325,8 @@ async def test_a_node_that_hangs_delays_readers_and_writers_by_the_grace_only(sw
 async def test_bad_records_are_dropped_one_by_one(swarm: Swarm) -> None:
     bootstrap, liar, reader = await swarm.node(1), await swarm.node(2), await swarm.node(3, client_mode=True)
     honest = [record(bootstrap.signing_key), record(liar.signing_key)]
-    assert await bootstrap.store.put(honest[0])
-    assert await liar.store.put(honest[1])
+    await bootstrap.store.put(honest[0])
+    await liar.store.put(honest[1])
     later = honest[0].expires_at_s + 100
     hold(liar, replace(honest[0], expires_at_s=later))
     hold(liar, replace(record(signing_key(8)), key=honest[1].key))
@@ -339,7 +340,7 @@ async def test_bad_records_are_dropped_one_by_one(swarm: Swarm) -> None:
 async def test_the_highest_sequence_wins_not_the_latest_expiry(swarm: Swarm) -> None:
     bootstrap, lagging, reader = await swarm.node(1), await swarm.node(2), await swarm.node(3, client_mode=True)
     new = record(bootstrap.signing_key, sequence=2)
-    assert await bootstrap.store.put(new)
+    await bootstrap.store.put(new)
     hold(lagging, record(bootstrap.signing_key, sequence=1, expires_at_s=time.time() + MAX_EXPIRY_AHEAD_S - 1))
     assert await reader.store.get(KEYS) == [new]
 
@@ -362,7 +363,7 @@ async def test_five_thousand_valid_foreign_records_do_not_hide_an_honest_peer(sw
         bootstrap.store.table.put(foreign, sender=foreign.subkey, now_s=time.time())
     for sequence in (1, 2):
         mine = record(honest.signing_key, sequence=sequence)
-        assert await honest.store.put(mine)
+        await honest.store.put(mine)
         found = await reader.store.get(KEYS)
         assert mine in found
         assert len(found) == 5001
@@ -420,11 +421,19 @@ async def test_too_many_keys_and_too_many_calls_are_refused(strangers: tuple[Hiv
     assert dht.CALLS_AT_ONCE // 2 < len(outcomes) - len(refused) < 2 * dht.CALLS_AT_ONCE
 
 
-async def test_refused_announcements_say_why(swarm: Swarm, caplog: pytest.LogCaptureFixture) -> None:
+async def test_refused_announcements_say_why(swarm: Swarm) -> None:
     await swarm.node(1)
     late = await swarm.node(2)
-    assert not await late.store.put(record(late.signing_key, expires_at_s=time.time() + 1000))
-    assert "expires in 1000 s" in caplog.text
+    with pytest.raises(Unavailable, match="expires in 1000 s"):
+        await late.store.put(record(late.signing_key, expires_at_s=time.time() + 1000))
+
+
+async def test_only_the_node_that_began_a_network_is_a_dht_by_itself(swarm: Swarm) -> None:
+    first, other = await swarm.node(1), await swarm.node(2)
+    await first.store.put(record(first.signing_key))
+    await first.close()
+    with pytest.raises(Unavailable, match="none can be reached"):
+        await other.store.put(record(other.signing_key))
 
 
 # Foreign errors.

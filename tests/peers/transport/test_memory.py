@@ -11,7 +11,7 @@ import pytest
 from peers.errors import PeerUnreachable, StreamClosed
 from peers.transport.base import Stream
 from peers.transport.memory import MemoryNetwork, MemoryTransport
-from routing.errors import CallerError
+from routing.errors import CallerError, Unavailable
 from routing.ids import PeerId
 from tests.peers.transport.nodes import record, signing_key
 
@@ -156,9 +156,10 @@ async def test_the_store_takes_a_round_trip_and_is_out_of_reach_for_the_dead() -
     mine = record(signing_key(1))
     store = network.store(ONE)
     started_s = now_s()
-    assert await store.put(mine)
+    await store.put(mine)
     assert await network.store(OTHER).get([mine.key]) == [mine]
     assert now_s() - started_s == pytest.approx(0.2)
     network.cut(ONE)
-    assert not await store.put(mine)
+    with pytest.raises(Unavailable):
+        await store.put(mine)
     assert await store.get([mine.key]) == []
