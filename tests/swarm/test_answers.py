@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -135,3 +136,15 @@ def test_a_tokenizer_that_needs_a_strangers_code_is_refused_without_asking(
     assert caught.value.hint
     assert not asked
     assert not (tmp_path / "ran").exists()
+
+
+def test_no_file_of_ours_lets_a_tokenizer_run_code() -> None:
+    root = Path(__file__).parents[2]
+    sources = [path for folder in ("scripts", "swarm", "peers") for path in (root / folder).rglob("*.py")]
+    calls = [
+        {argument.arg: ast.unparse(argument.value) for argument in node.keywords}
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "AutoTokenizer.from_pretrained"
+    ]
+    assert calls == [{"local_files_only": "True", "trust_remote_code": "False"}] * 2  # of swarm.answers and the example
