@@ -59,6 +59,8 @@ class RouteRequest:
     """Of hidden state on the wire."""
     cache_tokens: int = 0
     """KV positions that the session will need at every hop."""
+    protocol: int | None = None
+    """The version that the asking node speaks; peers of another one cannot be understood."""
     previous: Route | None = None
     """The route in use: kept unless another one is clearly better."""
 
@@ -116,6 +118,12 @@ class Router:
         """
         announcements = self._directory.snapshot(now_s).of_model(request.model)
         excluded = dict.fromkeys(request.avoid, "avoided") | self._reputation.backed_off(now_s)
+        if request.protocol is not None:
+            excluded |= {
+                a.peer_id: f"speaks protocol {a.protocol}, this node speaks {request.protocol}"
+                for a in announcements
+                if a.protocol != request.protocol
+            }
         busy, previous = self._reputation.busy(now_s), _hops_of(request.previous)
         # These hold the session's cache already: how much more they have room for does not matter.
         settled = {peer for peer, _ in previous}

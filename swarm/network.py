@@ -45,6 +45,8 @@ class Node(Protocol):
     @property
     def store(self) -> RecordStore: ...
     async def close(self) -> None: ...
+    async def wait_closed(self) -> None:
+        """Returns when the node is closed. Raises Unavailable when it ends by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,11 @@ class ClientNode:
 
     def start(self) -> None:
         self.tasks.spawn(self.discovery.run(), name="discovery")
+        self.tasks.spawn(self.node.wait_closed(), name="node")
+
+    async def failed(self) -> None:
+        """Never returns; raises what ended a part of this client, so that whoever waits for the network can be told."""
+        await self.tasks.failed()
 
     async def close(self) -> None:
         await self.tasks.close()

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from peers.serving.ledger import Entry
 from peers.transport.links import Link, Links
 from peers.wire.messages import Relay, Result, Step
-from routing.errors import PeerError
+from routing.errors import PeerError, SwarmError, Unavailable
 
 logger = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 3.0
+MAX_WARMING = 16
+"""Successors dialled ahead of the first push at once."""
 RETRY_PUSH_S = 30.0
 """After a failed dial outputs go through the client for this long before the successor is tried again."""
 
@@ -46,14 +48,20 @@ class Pusher:
         self.counts = PushCounts()
         self._links = links
         self._clock = clock
+        self._warming = 0
 
     async def warm(self, entry: Entry[Delivery, Link]) -> None:
         """Dial the successor while the client is still opening the other hops."""
         assert entry.next is not None
+        if self._warming >= MAX_WARMING:
+            return  # strangers name the addresses; the first push dials too
+        self._warming += 1
         try:
             await self._links.to(entry.next, entry.next_addresses, timeout_s=DIAL_TIMEOUT_S)
-        except PeerError as error:
+        except (PeerError, Unavailable) as error:
             self._relay_for_now(entry, error)
+        finally:
+            self._warming -= 1
 
     async def deliver(self, entry: Entry[Delivery, Link], delivery: Delivery) -> None:
         """Send one output on its way. A client that is gone is no error here: its link's end releases its sessions."""
@@ -67,7 +75,7 @@ class Pusher:
             try:
                 link = await self._links.to(entry.next, entry.next_addresses, timeout_s=DIAL_TIMEOUT_S)
                 await link.send(message, delivery.payload, bulk=delivery.bulk)
-            except PeerError as error:
+            except (PeerError, Unavailable) as error:  # Unavailable: out of descriptors, for example
                 self._relay_for_now(entry, error)
             else:
                 self.counts.pushed += 1
@@ -76,7 +84,7 @@ class Pusher:
         if await self._to_client(entry, relay, delivery):
             self.counts.relayed += 1
 
-    def _relay_for_now(self, entry: Entry[Delivery, Link], error: PeerError) -> None:
+    def _relay_for_now(self, entry: Entry[Delivery, Link], error: SwarmError) -> None:
         entry.relay_until_s = self._clock() + RETRY_PUSH_S
         logger.warning("session %s: relaying through the client, %s: %s", entry.session, entry.next, error)
 

@@ -52,6 +52,10 @@ class Link:
         self.remote = remote
         self.outbound = outbound
         self.closed = False
+        self.wanted = False
+        """Whether anybody but a ping asked for it."""
+        self.pings = 0
+        """Under way."""
         self._owner = owner
         self._addresses = tuple(addresses)
         self._lanes: dict[str, Lane] = {}
@@ -94,6 +98,14 @@ class Link:
             self.closed = True
             self._owner.forget(self)
             await asyncio.gather(*(lane.stream.close() for lane in self._lanes.values()))
+
+    def retire(self) -> None:
+        """As `close`, in the background: nobody gets this link any more."""
+        if not self.closed:
+            self.closed = True
+            self._owner.forget(self)
+            for lane in self._lanes.values():
+                self._owner.tasks.spawn(lane.stream.close(), name=f"close {self.remote[-8:]}")
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -200,11 +212,13 @@ class Links:
     async def to(self, peer: PeerId, addresses: Sequence[str] = (), *, timeout_s: float = 10.0) -> Link:
         """The link that this node dialled to `peer`, made now if there is none.
 
-        Raises PeerUnreachable, VersionMismatch or ProtocolError.
+        Raises PeerUnreachable, VersionMismatch, ProtocolError, or Unavailable when this node cannot dial at all.
         """
-        link = self._outbound.get(peer)
-        if link is not None:
-            return link
+        link = self._outbound.get(peer) or await self._dial(peer, addresses, timeout_s)
+        link.wanted = True
+        return link
+
+    async def _dial(self, peer: PeerId, addresses: Sequence[str], timeout_s: float) -> Link:
         if self._closed:
             raise PeerUnreachable(f"{peer} is not dialled: this node is closing")
         lock = self._dialling.setdefault(peer, asyncio.Lock())
@@ -226,13 +240,22 @@ class Links:
         return self._outbound.get(peer)
 
     async def ping(self, peer: PeerId, addresses: Sequence[str] = (), *, timeout_s: float = 5.0) -> tuple[float, Pong]:
-        """Round-trip seconds through both event loops, and the peer's present load. Raises PeerError."""
-        link = await self.to(peer, addresses, timeout_s=timeout_s)
-        started_s = asyncio.get_running_loop().time()
-        reply = await self.request(link, lambda nonce: Ping(nonce=nonce), timeout_s=timeout_s)
-        if not isinstance(reply, Pong):
-            raise ProtocolError(f"{peer} answered a ping with {type(reply).__name__}")
-        return asyncio.get_running_loop().time() - started_s, reply
+        """Round-trip seconds through both event loops, and the peer's present load. Raises as `to` does.
+
+        A link that was made only for this is closed again: peers have room for so many, and most of a swarm is pinged.
+        """
+        link = self._outbound.get(peer) or await self._dial(peer, addresses, timeout_s)
+        link.pings += 1
+        try:
+            started_s = asyncio.get_running_loop().time()
+            reply = await self.request(link, lambda nonce: Ping(nonce=nonce), timeout_s=timeout_s)
+            if not isinstance(reply, Pong):
+                raise ProtocolError(f"{peer} answered a ping with {type(reply).__name__}")
+            return asyncio.get_running_loop().time() - started_s, reply
+        finally:
+            link.pings -= 1
+            if not (link.wanted or link.pings):
+                link.retire()
 
     async def request(
         self, link: Link, build: Callable[[int], Ping | DialBack], *, timeout_s: float

@@ -21,8 +21,8 @@ from peers.errors import Busy, PeerUnreachable, ProtocolError, Refused
 from peers.transport.links import BULK_BYTES, Link
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
-from peers.wire.messages import Close, Code, Failed, Open, Opened, Relay, Result, Step
-from routing.errors import NoRoute, PeerError, SwarmError
+from peers.wire.messages import PROTOCOL_VERSION, Close, Code, Failed, Open, Opened, Relay, Result, Step
+from routing.errors import PeerError, SwarmError, Unavailable
 from routing.ids import ModelId, PeerId, SessionId, StepId
 from routing.router import Route, RouteRequest
 from swarm.errors import SessionClosed
@@ -98,6 +98,7 @@ class _Session(RemoteSession):
         "outbox",
         "parent",
         "pumping",
+        "route",
         "rows",
         "silence_s",
     )
@@ -111,6 +112,8 @@ class _Session(RemoteSession):
         self.rows: dict[StepId, tuple[torch.Tensor, int]] = {}
         self.outbox: deque[SendStep] = deque()
         self.pumping = False
+        self.route: Route | None = None
+        """The last one that was planned for this session."""
         self.deadline_s = 0.0
         self.silence_s = SILENCE_S
         self.idle_looks = 0
@@ -148,6 +151,9 @@ class SwarmRemote:
         self._rng = rng or random.Random()
         self._tasks = Tasks()
         self._goodbyes = Tasks()
+        self._guard = Tasks()
+        self._failure: SwarmError | None = None
+        """Why nothing can be run any more, should this client's own node have ended."""
         self._state = _State()
         self._closed = False
         network.call(self._start())
@@ -161,6 +167,8 @@ class SwarmRemote:
     def run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._closed:
             raise SessionClosed("this model's connection to the swarm was closed")
+        if self._failure is not None:
+            raise self._failure
         results = self._network.call(self._run(steps))
         return [
             result.to(device=step.hidden_TD.device, dtype=step.hidden_TD.dtype)
@@ -200,12 +208,32 @@ class SwarmRemote:
         links.on_lost(self._link_lost)
         self._client.discovery.watch(self.model.model)
         self._tasks.spawn(self._watch(), name="watch sessions")
+        self._guard.spawn(self._end_with_network(), name="end with the network")
 
     async def _stop(self) -> None:
         self._release(tuple(self._state.sessions.values()))
         await self._goodbyes.settled(timeout_s=GOODBYE_TIMEOUT_S)
         await self._goodbyes.close()
+        await self._guard.close()
         await self._tasks.close()
+
+    async def _end_with_network(self) -> None:
+        """Fail every session, now and later, once a part of this client ended: nobody would answer them any more."""
+        parts = [asyncio.ensure_future(part) for part in (self._client.failed(), self._tasks.failed())]
+        try:
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            error = next(iter(done)).exception()
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+        if not isinstance(error, SwarmError):
+            error = Unavailable(f"this client failed: {type(error).__name__}: {error}", hint="make the model again")
+        self._failure = error
+        logger.error("%s", error)
+        for session in tuple(self._state.sessions.values()):
+            if session.core is not None:
+                self._perform(session, session.core.give_up(error))
 
     async def _run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         sessions = [step.session for step in steps]
@@ -303,7 +331,7 @@ class SwarmRemote:
                 case NeedRoute():
                     self._tasks.spawn(self._plan(session, action.avoid), name=f"plan {core.session}")
                 case OpenHops():
-                    self._state.last_route = action.route
+                    self._state.last_route = session.route = action.route
                     self.traffic.rebuilds += action.epoch > 1
                     self._renew_deadline(session)
                     for index in range(len(action.route.hops)):
@@ -337,10 +365,12 @@ class SwarmRemote:
             tokens=max((step.count for step in pending), default=1),
             bytes_per_token=self.model.hidden_size * 4,
             cache_tokens=max((step.first + step.count for step in pending), default=0),
+            protocol=PROTOCOL_VERSION,
+            previous=session.route,
         )
         try:
             route = await self._client.discovery.route(request)
-        except NoRoute as error:
+        except Unavailable as error:  # no route, or this node has ended
             self._perform(session, core.no_route(error))
         else:
             self._perform(session, core.route_ready(route))
@@ -366,6 +396,8 @@ class SwarmRemote:
                 await link.send(message)
         except PeerError as error:
             self._lose(session, hop.peer_id, error)
+        except Unavailable as error:  # of this client's own node: no other route helps
+            self._perform(session, core.give_up(error))
 
     def _close_hops(self, route: Route, session: SessionId) -> None:
         for hop in route.hops:
@@ -437,6 +469,8 @@ class SwarmRemote:
             await link.send(message, payload, bulk=message.bulk)
         except PeerError as error:
             self._lose(session, peer, error)
+        except Unavailable as error:
+            self._perform(session, session.core.give_up(error))
         else:
             self.traffic.steps += 1
             self.traffic.bytes_sent += len(payload)
@@ -583,6 +617,9 @@ class SwarmRemote:
             for hop, pong in zip(route.hops, pongs, strict=True):
                 if isinstance(pong, PeerError):
                     self._lose(session, hop.peer_id, pong)
+                    return
+                if isinstance(pong, Unavailable):
+                    self._perform(session, core.give_up(pong))
                     return
                 if isinstance(pong, BaseException):
                     raise pong

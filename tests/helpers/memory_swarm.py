@@ -42,6 +42,10 @@ class MemoryNode:
     def __init__(self, network: MemoryNetwork, key: SigningKey, *, client_mode: bool = False) -> None:
         self.transport: MemoryTransport = network.transport(key.peer_id, client_mode=client_mode)
         self.store: RecordStore = network.store(key.peer_id)
+        self.died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def wait_closed(self) -> None:
+        await asyncio.shield(self.died)
 
     async def close(self) -> None:
         await self.transport.close()

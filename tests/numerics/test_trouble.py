@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import StoppingCriteria
 
-from routing.errors import NoRoute
+from routing.errors import NoRoute, Unavailable
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 
@@ -85,6 +85,37 @@ def test_a_hop_that_dies_is_replaced_and_the_ids_stay_the_same(
     assert torch.equal(actual, generate(local, ids, num_beams=beams))
     assert model._remote_layers.remote.traffic.rebuilds >= 1
     assert used[dies] not in [hop.peer_id for hop in model._remote_layers.remote.route.hops]
+
+
+def test_a_client_whose_own_node_ends_says_so_at_once_and_from_then_on(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+    gone = Unavailable("the daemon ended")
+
+    def die() -> None:
+        swarm.thread.post(swarm.thread.client.node.died.set_exception, gone)  # type: ignore[attr-defined]
+
+    with pytest.raises(Unavailable, match="the daemon ended"):
+        generate(model, prompt(), max_new_tokens=4000, stopping_criteria=[AtToken(5, die)])
+    with pytest.raises(Unavailable, match="the daemon ended"):
+        generate(model, prompt())
+
+
+@pytest.mark.parametrize("error", [Unavailable("no descriptors left"), RuntimeError("a bug")])
+def test_nothing_hangs_when_a_client_cannot_dial(
+    make_swarm: Callable[..., MemorySwarm], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_swarm([(0, NUM_BLOCKS)])
+    model = swarm.model()
+
+    async def to(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(swarm.thread.client.links, "to", to)
+    with pytest.raises(Unavailable, match=str(error)):
+        generate(model, prompt())
 
 
 def test_a_gap_is_named(make_swarm: Callable[..., MemorySwarm]) -> None:

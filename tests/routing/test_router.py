@@ -45,6 +45,14 @@ def test_the_nearer_peer_is_taken_and_a_failed_one_replaced() -> None:
     assert peers_of(router.plan(REQUEST, NOW_S + 10))[1] == peer(1)
 
 
+def test_peers_of_another_protocol_are_left_out_and_both_versions_named() -> None:
+    router = router_with(THREE[0], replace(THREE[1], protocol=7), THREE[2])
+    assert len(router.plan(REQUEST, NOW_S).hops) == 3
+    with pytest.raises(NoRoute, match="speaks protocol 7, this node speaks 1") as raised:
+        router.plan(replace(REQUEST, protocol=1), NOW_S)
+    assert raised.value.missing == ((10, 20),)
+
+
 def test_a_success_ends_the_back_off() -> None:
     router = router_with(*THREE)
     router.on_failure(peer(1), NOW_S, "stream closed")

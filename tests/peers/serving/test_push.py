@@ -11,6 +11,7 @@ import torch
 
 from peers.serving.push import DIAL_TIMEOUT_S, RETRY_PUSH_S
 from peers.wire.messages import Code, Failed, Relay, Result
+from routing.errors import Unavailable
 from tests.peers.serving.hops import LATENCY_S, Client, Hop, Route, expected, peer_id, session_id, step_of
 
 pytestmark = pytest.mark.looptime
@@ -122,6 +123,20 @@ async def test_a_hop_that_cannot_reach_the_next_one_goes_through_the_client_and_
         await client.step(first, 3, 6)
         assert torch.equal(await client.result(), expected(route.hops, 6, 7))
         assert first.handler.pusher.counts.pushed == 1
+
+
+async def test_a_hop_that_can_dial_nobody_goes_through_the_client_and_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Route() as route:
+        client, (first, *_) = route.client, route.hops
+
+        async def to(*_: object, **__: object) -> None:
+            raise Unavailable("no descriptors left")
+
+        monkeypatch.setattr(first.handler.pusher._links, "to", to)
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        await carry(client, route.hops)
+        assert torch.equal(await client.result(), expected(route.hops, 0, 5))
 
 
 async def test_a_fork_knows_that_the_next_hop_cannot_be_reached() -> None:

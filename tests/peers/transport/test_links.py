@@ -462,7 +462,7 @@ async def test_one_peer_may_hold_a_few_links_and_no_more(world: World) -> None:
     await asyncio.sleep(0.1)
     assert await ended(await world.raw())
     third = Node(world.network, THIRD)
-    await third.links.ping(OTHER)
+    await third.links.to(OTHER)
     await streams[0].close()
     await asyncio.sleep(0.1)
     await world.raw()
@@ -541,3 +541,17 @@ async def test_messages_of_one_frame_are_dispatched_in_order(world: World) -> No
     await stream.send(b"".join(codec.encode(Ping(nonce=nonce)) for nonce in (1, 2, 3)))
     answers = [codec.decode(await stream.receive()) for _ in range(3)]
     assert [message for frame in answers for message, _ in frame] == [Pong(nonce=nonce) for nonce in (1, 2, 3)]
+
+
+async def test_a_link_that_only_pings_wanted_is_closed_again_and_any_other_stays(world: World) -> None:
+    await asyncio.gather(world.one.links.ping(OTHER), world.one.links.ping(OTHER))
+    assert world.one.links.known(OTHER) is None
+    await asyncio.sleep(0.1)
+    assert world.streams() == 0
+    pinging = asyncio.create_task(world.one.links.ping(OTHER))
+    await asyncio.sleep(0.025)  # the ping is on its way
+    link = await world.dial()
+    await pinging
+    assert world.one.links.known(OTHER) is link
+    await world.one.links.ping(OTHER)
+    assert world.one.links.known(OTHER) is link
