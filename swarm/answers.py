@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from peers.model.catalog import Checkpoint
+from peers.model.support import one_line
 from routing.errors import CallerError
 from swarm.errors import ContextTooLong
 
@@ -80,9 +81,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's own. Raises CallerError when it has none."""
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a stranger's file runs through the tokenizer's own code: KeyError, TypeError, …
         raise CallerError(
-            f"{checkpoint.name} has no tokenizer that can be loaded: {error}",
+            f"{checkpoint.name} has no tokenizer that can be loaded ({one_line(error)})",
             hint="give the folder or id of a checkpoint with a tokenizer",
         ) from error
 

@@ -1,0 +1,98 @@
+"""`swarm chat` as a person meets it: at a terminal, with Ctrl-C and Ctrl-D."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from swarm.testing import LocalSwarm
+from tests.integration.conftest import MODEL
+
+DEADLINE_S = 90.0
+
+
+class Terminal:
+    """A process at the other end of a pseudo-terminal, read until something is on the screen."""
+
+    def __init__(self, *command: str) -> None:
+        self.end, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "swarm", *command],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=_own_the_terminal,
+            env=os.environ | {"TERM": "xterm"},
+        )
+        os.close(theirs)
+        self.screen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def wait_for(self, text: str, *, since: int = 0) -> int:
+        """Where the screen ends once `text` stands on it, behind `since`."""
+        return self._wait(lambda: text in self.screen[since:], repr(text))
+
+    def wait_for_more(self, count: int, *, since: int) -> int:
+        """Where the screen ends once it has so many characters behind `since`."""
+        return self._wait(lambda: len(self.screen) >= since + count, f"{count} characters behind {since}")
+
+    def _wait(self, met: Callable[[], bool], what: str) -> int:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not met():
+            assert time.monotonic() < deadline_s, f"no {what} in {self.screen!r}"
+            if select.select([self.end], [], [], 1.0)[0]:
+                try:
+                    self.screen += os.read(self.end, 65536).decode(errors="replace")
+                except OSError:  # the other end is closed
+                    raise AssertionError(f"it ended: {self.screen!r}") from None
+        return len(self.screen)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.end)
+
+
+def _own_the_terminal() -> None:
+    """So that Ctrl-C reaches the process as a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def terminal(swarm: LocalSwarm) -> Iterator[Terminal]:
+    options = ("--invite", swarm.invite, "--dtype", "float32", "--max-new-tokens", "400")
+    terminal = Terminal("chat", MODEL, *options)
+    yield terminal
+    terminal.close()
+
+
+def test_an_answer_can_be_stopped_and_the_conversation_goes_on(terminal: Terminal) -> None:
+    at = terminal.wait_for("> ")
+    assert "/reset begins a new conversation" in terminal.screen
+    terminal.type("Write a very long story about a dragon.\n")
+    at = terminal.wait_for_more(100, since=terminal.wait_for("dragon.", since=at))
+    terminal.type("\x03")
+    at = terminal.wait_for("> ", since=at)
+    terminal.type("/reset\n")
+    at = terminal.wait_for("a new conversation", since=at)
+    at = terminal.wait_for("> ", since=at)
+    terminal.type("What is the capital of France? One word.\n")
+    at = terminal.wait_for("Paris", since=at)
+    terminal.type("\x03")
+    terminal.wait_for("> ", since=at)
+    terminal.type("\x04")
+    assert terminal.process.wait(DEADLINE_S) == 0
+    assert "Traceback" not in terminal.screen
