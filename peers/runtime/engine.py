@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from peers.model.cutting import SpanModel
 from peers.model.kernels import accelerate, pool_for
 from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.pages import PagePool
+from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import grow_or_preempt
 from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Scheduler
 from peers.wire.tensors import finite
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 SHORT_TOKENS = 64
 """In a short forward torch has little to share out besides linear layers, and its helpers, which go on spinning when
 their part is done, would stand in the way of the library's."""
+Sharing = Literal["owner", "network"]
 RETRY_AFTER_S_MIN = 0.05
 RETRY_AFTER_S_MAX = 5.0
 
@@ -76,6 +79,10 @@ class EngineConfig:
     """CPU threads of the forward."""
     max_queued_tokens: int = 16384
     """Bound of the queue: beyond it callers are told to come back, before their tensors pile up in memory."""
+    share_prefixes: Sharing = "owner"
+    """Whose sessions may begin with positions that another one computed. With "network" anybody's, given the same keys:
+    for swarms whose members trust each other, as answers then come sooner for what somebody asked before, and whoever
+    sends other positions than its keys stand for misleads everybody."""
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.cache_tokens < self.page_size:
@@ -117,8 +124,15 @@ class Done:
 class EngineStats:
     total_tokens: int
     free_tokens: int
+    """No session holds these, though prefixes may be kept there until somebody needs the room."""
     queued_tokens: int
     sessions: int
+    kept_tokens: int = 0
+    """In the pages that are free but for a prefix."""
+    prefix_hits: int = 0
+    """Sessions that began with positions of another one."""
+    prefix_tokens: int = 0
+    """With how many, all of them together."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -166,6 +180,7 @@ class Engine:
         self.model = model
         self.config = config
         self._pages = PagePool(config.cache_tokens // config.page_size, config.page_size)
+        self._prefixes = PrefixIndex(self._pages)
         self._scheduler = Scheduler(config.token_budget)
         self._sessions: dict[SessionId, _Session] = {}
         self._by_number: dict[int, _Session] = {}
@@ -212,6 +227,22 @@ class Engine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, deadline_s)
 
+    def open(self, session: SessionId, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
+        """Begin a new session with what is kept of the prefix that `keys` name; returns how many positions it holds.
+
+        Key i stands for everything that decides positions `[0, (i + 1) · PREFIX_POSITIONS)` of the session here. What
+        its works compute in that order from now on is kept under the keys, also after its release.
+        """
+        with self._wake:
+            assert session not in self._sessions
+            if not keys or not self._cache.shares_pages:
+                return 0
+            state = self._admit(session, owner)
+            state.span = span
+            scope = (span, owner if self.config.share_prefixes == "owner" else None)
+            state.held = self._prefixes.open(state.number, scope, keys)
+            return state.held
+
     async def run(self, work: Work) -> Done:
         """Run one work and return its output.
 
@@ -250,11 +281,15 @@ class Engine:
     def stats(self) -> EngineStats:
         with self._wake:
             size = self.config.page_size
+            kept_tokens = self._pages.idle_pages * size
             return EngineStats(
                 total_tokens=self._pages.num_pages * size,
-                free_tokens=self._pages.free_pages * size,
+                free_tokens=self._pages.free_pages * size + kept_tokens,
                 queued_tokens=self._scheduler.queued_tokens,
                 sessions=len(self._sessions),
+                kept_tokens=kept_tokens,
+                prefix_hits=self._prefixes.hits,
+                prefix_tokens=self._prefixes.hit_positions,
             )
 
     # On the event loop, under the lock
@@ -281,8 +316,7 @@ class Engine:
         if work.parent is not None:
             self._check_fork(session, *work.parent)
         if session is None:
-            session = self._sessions[work.session] = _Session(number=self._next(), owner=work.owner)
-            self._by_number[session.number] = session
+            session = self._admit(work.session, work.owner)
         if work.parent is not None:
             self._fork(self._sessions[work.parent[0]], session, work.parent[1])
         ticket = _Ticket(
@@ -304,6 +338,11 @@ class Engine:
             )
         )
         return ticket
+
+    def _admit(self, session: SessionId, owner: PeerId) -> _Session:
+        state = self._sessions[session] = _Session(number=self._next(), owner=owner)
+        self._by_number[state.number] = state
+        return state
 
     def _check_fork(self, child: _Session | None, parent_id: SessionId, position: int) -> None:
         if child is not None and (child.held or self._scheduler.works_of(child.number)):
@@ -371,6 +410,7 @@ class Engine:
     def _drop_pages(self, session: _Session) -> None:
         if session.number in self._pages.sessions:
             self._pages.release(session.number)
+        self._prefixes.close(session.number)
         self._cache.release(session.number)
 
     # In the engine's thread
@@ -441,12 +481,19 @@ class Engine:
                 raise self._preemption()
             raise PositionGap(work.start, held)
         ticket.begun = True
+        if session.span != work.span:
+            self._prefixes.close(session.number)
+        self._prefixes.begun(session.number, work.start, ticket.end)
         session.span, session.held, session.preempted = work.span, work.start, False
         if session.number not in self._pages.sessions:
             self._pages.open(session.number)
         self._shorten(session)
         copies, victims = grow_or_preempt(
-            self._pages, session.number, ticket.end, owner_of=lambda number: self._by_number[number].owner
+            self._pages,
+            self._prefixes,
+            session.number,
+            ticket.end,
+            owner_of=lambda number: self._by_number[number].owner,
         )
         for victim in victims:
             self._preempt(self._by_number[victim])
@@ -455,6 +502,7 @@ class Engine:
 
     def _preempt(self, session: _Session) -> None:
         """Its pages are gone already; tell those who wait for it. Its age stays until it is released."""
+        self._prefixes.close(session.number)
         self._cache.release(session.number)
         session.held, session.preempted = 0, True
         self._fail_all(session, self._preemption())
@@ -494,6 +542,7 @@ class Engine:
                 ticket.compute_s += compute_s
                 result = ticket.result = _filled(ticket.result, pick.offset, output, len(ticket.work.hidden))
                 ticket.session.held = ticket.work.start + pick.offset + pick.tokens
+                self._prefixes.computed(ticket.session.number, ticket.session.held)
                 if ticket.settled:  # cancelled or released meanwhile
                     self._shorten(ticket.session)
                     self._reap(ticket.session)

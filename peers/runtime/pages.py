@@ -1,7 +1,8 @@
 """Which page of the KV cache holds which positions of which session. Integers only.
 
 Owns the free list, the reference counts (a forked session shares its parent's pages until one of the two writes) and
-every session's block table. Knows neither tensors nor users nor why a session must go: `pressure` decides that.
+every session's block table. Pages may also be held without a session, as `prefixes` does. Knows neither tensors nor
+users nor why a session must go: `pressure` decides that.
 
 A *slot* is the room for one position at every layer; page `p` of size `s` is the slots `[p·s, (p + 1)·s)`. A session's
 positions `[i·s, (i + 1)·s)` lie in the i-th page of its table. Pages are taken next to each other wherever that is
@@ -16,7 +17,7 @@ Invariant: free pages + pages with a reference = all pages.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, KeysView
+from collections.abc import Iterable, KeysView, Sequence
 from dataclasses import dataclass, field
 
 _FREE_RUN = re.compile(rb"\x01+")
@@ -90,22 +91,55 @@ class PagePool:
         """How many pages these sessions hold together, shared ones counted once."""
         return len({page for session in sessions for page in self._tables[session].pages})
 
+    @property
+    def idle_pages(self) -> int:
+        """Pages that are held, but not by a session."""
+        return self.used_pages - self.distinct_pages(self._tables)
+
     def pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
 
-    def open(self, session: int) -> None:
+    def open(self, session: int, pages: Sequence[int] = ()) -> None:
+        """A new session; with `pages`, which somebody holds, it begins with the positions that fill them."""
         assert session not in self._tables
-        self._tables[session] = _Table()
+        table = self._tables[session] = _Table(length=len(pages) * self.page_size)
+        table.extend(pages)
+        self.hold(pages)
 
     def fork(self, parent: int, child: int, length: int) -> None:
         """`child` begins with the first `length` positions of `parent`, in the same pages; costs no page."""
-        assert child not in self._tables
-        source, table = self._tables[parent], _Table(length=length)
-        assert length <= source.length
-        table.extend(source.pages[: self.pages_for(length)])
-        for page in table.pages:
+        assert length <= self._tables[parent].length
+        self.open(child, self._tables[parent].pages[: self.pages_for(length)])
+        self._tables[child].length = length
+
+    def pages(self, session: int, first: int, end: int) -> list[int]:
+        """The pages of positions `[first, end)`, both at the edge of a page."""
+        assert end <= self._tables[session].length
+        return self._tables[session].pages[first // self.page_size : end // self.page_size]
+
+    def hold(self, pages: Iterable[int]) -> None:
+        """Keep these pages, which are in use, as they are until they are let go, whatever becomes of their sessions."""
+        for page in pages:
+            assert self._references[page]
             self._references[page] += 1
-        self._tables[child] = table
+
+    def let_go(self, pages: Iterable[int]) -> None:
+        """Undo one `hold`."""
+        for page in pages:
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._is_free[page] = 1
+                self.free_pages += 1
+
+    def makes_room(self, page: int, session: int) -> bool:
+        """Whether letting go of `page` frees it, or spares `session` a copy of it."""
+        table = self._tables[session]
+        is_tail = table.length % self.page_size > 0 and table.pages[-1] == page
+        return self._references[page] - is_tail == 1
+
+    def missing(self, session: int, length: int) -> int:
+        """How many pages are too few, or, negative, to spare, for `session` to grow to `length`."""
+        return self._needed(self._tables[session], length) - self.free_pages
 
     def grow(self, session: int, length: int) -> list[SlotCopy] | None:
         """Make positions up to `length` writable and return the copies that must come first.
@@ -116,20 +150,16 @@ class PagePool:
         table = self._tables[session]
         pages = table.pages
         assert length >= table.length
-        filled, tail = divmod(table.length, self.page_size)
-        copies_tail = length > table.length and tail > 0 and self._references[pages[filled]] > 1
-        missing = self.pages_for(length) - len(pages) + copies_tail
-        if missing > self.free_pages:
+        if (needed := self._needed(table, length)) > self.free_pages:
             return None
         copies = []
-        if copies_tail:
-            (shared,) = table.cut(filled)
-            self._references[shared] -= 1
-        table.extend(self._take(missing, after=pages[-1] if pages else None))
-        if copies_tail:
-            copies.append(
-                SlotCopy(source=shared * self.page_size, target=pages[filled] * self.page_size, slots=tail),
-            )
+        shared = self._shared_tail(table, length)
+        filled, tail = divmod(table.length, self.page_size)
+        if shared is not None:
+            self.let_go(table.cut(filled))
+        table.extend(self._take(needed, after=pages[-1] if pages else None))
+        if shared is not None:
+            copies.append(SlotCopy(source=shared * self.page_size, target=pages[filled] * self.page_size, slots=tail))
         table.length = length
         return copies
 
@@ -137,11 +167,11 @@ class PagePool:
         """Forget every position from `length` on."""
         table = self._tables[session]
         assert length <= table.length
-        self._drop(table.cut(self.pages_for(length)))
+        self.let_go(table.cut(self.pages_for(length)))
         table.length = length
 
     def release(self, session: int) -> None:
-        self._drop(self._tables.pop(session).pages)
+        self.let_go(self._tables.pop(session).pages)
 
     def runs(self, session: int, length: int) -> list[tuple[int, int]]:
         """The slots of positions `[0, length)` in order, as `(first slot, count)`, neighbouring pages as one."""
@@ -152,6 +182,16 @@ class PagePool:
                 runs.append((page * self.page_size, slots))
                 length -= slots
         return runs
+
+    def _needed(self, table: _Table, length: int) -> int:
+        copied = self._shared_tail(table, length) is not None
+        return self.pages_for(length) - len(table.pages) + copied
+
+    def _shared_tail(self, table: _Table, length: int) -> int | None:
+        """The page that growing to `length` must replace by a copy: the last one, where it has room and is shared."""
+        if length > table.length and table.length % self.page_size and self._references[table.pages[-1]] > 1:
+            return table.pages[-1]
+        return None
 
     def _take(self, count: int, after: int | None) -> list[int]:
         taken: list[int] = []
@@ -170,10 +210,3 @@ class PagePool:
         """Where a run of `count` pages should begin: in the largest gap, with room to grow on both sides of it."""
         start, end = max((match.span() for match in _FREE_RUN.finditer(self._is_free)), key=lambda gap: gap[1] - gap[0])
         return start if start == 0 else start + max(0, end - start - count) // 2
-
-    def _drop(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            self._references[page] -= 1
-            if not self._references[page]:
-                self._is_free[page] = 1
-                self.free_pages += 1

@@ -6,6 +6,7 @@ number of preemptions, so nobody can take pages from the oldest one: it runs to 
 and a pool that holds any single session finishes all of them.
 
 Among the younger ones the heaviest user pays first, so that a flood of sessions costs mostly the one who sent it.
+Pages that are only kept for sessions to come go before any session's.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peers.runtime.pages import PagePool, SlotCopy
+from peers.runtime.prefixes import PrefixIndex
 from routing.ids import PeerId
 
 
 def grow_or_preempt(
-    pool: PagePool, session: int, length: int, owner_of: Callable[[int], PeerId]
+    pool: PagePool, prefixes: PrefixIndex, session: int, length: int, owner_of: Callable[[int], PeerId]
 ) -> tuple[list[SlotCopy] | None, list[int]]:
     """Grow `session` to `length`, releasing others' pages, or in the end its own, until it fits.
 
@@ -26,6 +28,8 @@ def grow_or_preempt(
     """
     victims: list[int] = []
     while (copies := pool.grow(session, length)) is None:
+        if prefixes.make_room(session, length):
+            continue
         victim = choose_victim(pool, session, owner_of)
         pool.release(victim)
         victims.append(victim)

@@ -25,6 +25,10 @@ PROTOCOL_VERSION = 1
 MAX_POSITIONS = 1 << 24
 MAX_HOPS = 64
 MAX_CLOSED_SESSIONS = 512
+PREFIX_POSITIONS = 64
+"""Positions for which one prefix key stands."""
+MAX_PREFIX_KEYS = 512
+"""Of 16 bytes each, in a header of 32 KiB: the first 32,768 positions of a session can be shared."""
 
 Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peers.runtime.pages import PagePool
+from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import choose_victim, grow_or_preempt
 from routing.ids import PeerId
 
@@ -27,19 +28,19 @@ def test_the_youngest_session_of_the_heaviest_user_goes_first() -> None:
     pool = pool_with({0: 1, 1: 2, 2: 4, 3: 3, 4: 1}, 11)
     owners = {0: ALICE, 1: BOB, 2: CAROL, 3: BOB, 4: CAROL}
     assert choose_victim(pool, 0, owners.__getitem__) == 4  # carol and bob hold five pages each; carol's is younger
-    assert grow_or_preempt(pool, 0, 4, owners.__getitem__) == ([], [4, 3])
+    assert grow_or_preempt(pool, PrefixIndex(pool), 0, 4, owners.__getitem__) == ([], [4, 3])
 
 
 def test_an_older_session_never_pays() -> None:
     pool = pool_with({0: 8, 1: 1}, 9)
     owners = {0: ALICE, 1: BOB}
-    assert grow_or_preempt(pool, 1, 2, owners.__getitem__) == (None, [1])
+    assert grow_or_preempt(pool, PrefixIndex(pool), 1, 2, owners.__getitem__) == (None, [1])
     assert pool.length(0) == 8
 
 
 def test_a_session_without_pages_is_no_victim() -> None:
     pool = pool_with({0: 4, 1: 0}, 4)
-    assert grow_or_preempt(pool, 0, 5, {0: ALICE, 1: BOB}.__getitem__) == (None, [0])
+    assert grow_or_preempt(pool, PrefixIndex(pool), 0, 5, {0: ALICE, 1: BOB}.__getitem__) == (None, [0])
 
 
 def test_shared_pages_count_once() -> None:
@@ -73,6 +74,7 @@ def test_a_pool_too_small_for_all_sessions_at_once_finishes_every_one(
     num_pages: int, page_size: int, wishes: list[tuple[PeerId, int, int]], seed: int
 ) -> None:
     pool = PagePool(num_pages, page_size)
+    prefixes = PrefixIndex(pool)
     clients = {
         number: Client(number, owner, min(length, num_pages * page_size), step)
         for number, (owner, length, step) in enumerate(wishes)
@@ -87,7 +89,9 @@ def test_a_pool_too_small_for_all_sessions_at_once_finishes_every_one(
             if client.number not in pool.sessions:
                 pool.open(client.number)
             length = min(client.held + client.step, client.length)
-            copies, victims = grow_or_preempt(pool, client.number, length, lambda number: clients[number].owner)
+            copies, victims = grow_or_preempt(
+                pool, prefixes, client.number, length, lambda number: clients[number].owner
+            )
             for victim in victims:
                 clients[victim].held = 0
             if copies is not None:
