@@ -26,7 +26,7 @@ from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import check_folder, load_config, load_span
 from peers.model.progress import Progress
 from peers.platform import require_platform
-from peers.runtime.engine import Engine, EngineConfig
+from peers.runtime.engine import Engine, EngineConfig, Sharing
 from peers.runtime.probe import Speed, measure_speed
 from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.announce import Announcer
@@ -111,6 +111,8 @@ class PeerConfig(NodeOptions):
     max_memory_bytes: int | None = None
     threads: int | None = None
     cache_tokens: int | None = None
+    share_prefixes: Sharing = "owner"
+    """Whose sessions may begin with what another one computed: see `EngineConfig`."""
     token: str | None = None
     """Access token of the model hub."""
 
@@ -178,7 +180,14 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         )
         span = config.blocks or await peer.choose_span(checkpoint, plan)
         emit(Event("loading", {"model": checkpoint.name, "span": [span.start, span.end], "dtype": plan.dtype_name}))
-        await peer.load(checkpoint, span, plan, threads=config.threads, progress=progress)
+        await peer.load(
+            checkpoint,
+            span,
+            plan,
+            threads=config.threads,
+            share_prefixes=config.share_prefixes,
+            progress=progress,
+        )
         serving = asyncio.create_task(peer.serve(), name="serve")
         stack.push_async_callback(_cancelled, serving)
         peer.tasks.spawn(node.wait_closed(), name="daemon")
@@ -266,13 +275,18 @@ class ServerPeer:
         threads: int | None = None,
         progress: Progress | None = None,
         page_size: int | None = None,
+        share_prefixes: Sharing = "owner",
         speed: Speed | None = None,
     ) -> None:
         """Load the weights, start the engine, measure its speed unless it is given. Raises SwarmError."""
         model = await asyncio.to_thread(
             load_span, checkpoint, span, dtype=plan.dtype, device=plan.device, progress=progress
         )
-        engine_config = EngineConfig(cache_tokens=plan.cache_tokens, threads=threads or torch.get_num_threads())
+        engine_config = EngineConfig(
+            cache_tokens=plan.cache_tokens,
+            threads=threads or torch.get_num_threads(),
+            share_prefixes=share_prefixes,
+        )
         if page_size is not None:
             engine_config = replace(engine_config, page_size=page_size)
         self.engine = Engine(model, engine_config)

@@ -34,6 +34,9 @@ class Hop:
     peer_id: PeerId
     span: BlockSpan
     addresses: tuple[str, ...]
+    dtype: str = ""
+    quantization: str = ""
+    """In which the peer computes, as it says; like `addresses`, of the moment when the route was planned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +154,7 @@ class Router:
             if path.cost_s > (1 - HYSTERESIS) * staying_s:
                 hops = previous
         return Route(
-            hops=tuple(Hop(peer_id=peer, span=span, addresses=usable[peer].addresses) for peer, span in hops),
+            hops=tuple(_hop(usable[peer], span) for peer, span in hops),
             cost_s=path_cost_s([(self._cost(usable[peer], request, now_s), len(span)) for peer, span in hops]),
         )
 
@@ -180,6 +183,16 @@ def _without_slow_strangers(
         if best is None or takes_s < best[0] or (takes_s == best[0] and a.peer_id < best[1].peer_id):
             fastest[key] = (takes_s, a)
     return kept | {a.peer_id: a for _, a in fastest.values()}
+
+
+def _hop(announcement: Announcement, span: BlockSpan) -> Hop:
+    return Hop(
+        peer_id=announcement.peer_id,
+        span=span,
+        addresses=announcement.addresses,
+        dtype=announcement.dtype,
+        quantization=announcement.quantization,
+    )
 
 
 def _hops_of(route: Route | None) -> tuple[tuple[PeerId, BlockSpan], ...]:

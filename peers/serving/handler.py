@@ -100,10 +100,12 @@ class Handler:
         except (Busy, Refused) as error:
             await link.send(self._failure(error, message.session, message.epoch))
             return
-        self._engine.release(entry.session)  # a new route starts from nothing
+        self._engine.release(entry.session)  # a new route starts from nothing but a prefix that is kept here
+        entry.positions = self._engine.open(entry.session, entry.owner, entry.span, message.prefix)
         if entry.next is not None:
             self._tasks.spawn(self.pusher.warm(entry), name=f"warm {entry.session}")
-        await link.send(Opened(session=message.session, epoch=message.epoch, lease_s=self.ledger.limits.lease_s))
+        lease_s, held = self.ledger.limits.lease_s, entry.positions
+        await link.send(Opened(session=message.session, epoch=message.epoch, lease_s=lease_s, held=held))
 
     async def _step(self, link: Link, message: Step, payload: memoryview) -> None:
         payload_bytes = len(payload)

@@ -89,7 +89,7 @@ class Entry(Generic[Answer, OwnerLink]):
     relay_until_s: float = 0.0
     """Until then outputs go through the client without trying `next` again."""
     positions: int = 0
-    """Positions held once every accepted step has run."""
+    """Positions held once every accepted step has run; to begin with, those of a prefix that was kept."""
     born: bool = True
     """False for a fork whose first step has not run yet."""
     running: dict[StepId, Run] = field(default_factory=dict)
@@ -125,7 +125,8 @@ class Ledger(Generic[Answer, OwnerLink]):
         return self._entries.get(session)
 
     def open(self, owner: PeerId, link: OwnerLink, message: Open, now_s: float) -> Entry[Answer, OwnerLink]:
-        """Install a session or give it a new route; a new route starts at position 0 of its own replay.
+        """Install a session or give it a new route; a new route holds no positions until its first step, or
+        until the caller says how many it begins with.
 
         Raises Busy when the table or the owner's share is full, Refused (stale_epoch, forbidden) otherwise.
         """

@@ -41,6 +41,7 @@ PeerText = Annotated[str, Meta(min_length=1, max_length=128)]
 Address = Annotated[str, Meta(min_length=1, max_length=512)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=8)]
 ShortText = Annotated[str, Meta(max_length=64)]
+PrefixKeys = Annotated[tuple[Bytes16, ...], Meta(max_length=MAX_PREFIX_KEYS)]
 Sentence = Annotated[str, Meta(max_length=1024)]
 Timings = Annotated[tuple[tuple[Seconds, Seconds], ...], Meta(max_length=MAX_HOPS)]
 """For each hop passed so far: seconds in its queue, seconds of compute."""
@@ -81,7 +82,11 @@ class Hello(Message, tag="hello", frozen=True, kw_only=True):
 
 
 class Open(Message, tag="open", frozen=True, kw_only=True):
-    """Install one hop of a route. A higher epoch replaces the older route and keeps nothing of it."""
+    """Install one hop of a route. A higher epoch replaces the older route and keeps nothing of it.
+
+    Key i of `prefix` names everything that decides the session's positions `[0, (i + 1) · PREFIX_POSITIONS)` at this
+    hop, and nothing else; who sends it has made it so that nobody else can. The steps that follow send those positions.
+    """
 
     session: Bytes16
     epoch: Epoch
@@ -93,6 +98,7 @@ class Open(Message, tag="open", frozen=True, kw_only=True):
     next: PeerText | None
     """Where outputs go; None: back to the client, on its own stream."""
     next_addresses: Addresses = ()
+    prefix: PrefixKeys = ()
 
 
 class Opened(Message, tag="opened", frozen=True, kw_only=True):
@@ -101,6 +107,8 @@ class Opened(Message, tag="opened", frozen=True, kw_only=True):
     session: Bytes16
     epoch: Epoch
     lease_s: Seconds
+    held: Count = 0
+    """The hop holds so many positions of the offered prefix: the first step may start there, or below."""
 
 
 class Step(Message, tag="step", frozen=True, kw_only=True):

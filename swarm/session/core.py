@@ -7,8 +7,9 @@ stalls or forgets. The driver performs the actions and reports what happened.
     idle      submit                             routing   NeedRoute
     routing   route_ready                        opening   OpenHops (next epoch)
     routing   no_route                           failed    Fail
-    opening   opened by the last missing hop     ready     SendStep: replay of what is older than the pending steps,
-                                                           then the pending steps under their own ids
+    opening   opened by the last missing hop     ready     Skip what every hop holds already; SendStep: replay of what
+                                                           is older than the pending steps, then the pending steps
+                                                           under their own ids
     ready     submit                             ready     SendStep
     ready     result                             ready     StepDone, SendStep (window moves)
     ready     busy                               pausing   Wait; what is not answered is sent again afterwards
@@ -97,10 +98,22 @@ class NeedRoute:
 
 @dataclass(frozen=True, slots=True)
 class OpenHops:
-    """Install `route` under `epoch`; answer each hop with `opened`, `refused` or `hop_lost`."""
+    """Install `route` under `epoch`; answer each hop with `opened`, `refused` or `hop_lost`.
+
+    A hop may be asked what it holds of the first `offer` positions: they will be sent as they now stand in the history.
+    """
 
     route: Route
     epoch: int
+    offer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Every hop holds the first `positions` of the session already. So much for `steps`: their outputs nobody wants."""
+
+    positions: int
+    steps: tuple[PendingStep, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +152,7 @@ class Fail:
     error: SwarmError
 
 
-Action = NeedRoute | OpenHops | SendStep | StepDone | Release | Wait | Fail
+Action = NeedRoute | OpenHops | Skip | SendStep | StepDone | Release | Wait | Fail
 
 
 class SessionCore:
@@ -162,6 +175,9 @@ class SessionCore:
         self._sent: dict[StepId, PendingStep] = {}
         self._unsent: deque[PendingStep] = deque()
         self._missing: set[PeerId] = set()
+        self._held = 0
+        """Positions that every hop of the route held when it was opened."""
+        self._offers = True
         self._avoid: set[PeerId] = set()
         self._next_step = 0
         self._end = 0
@@ -247,20 +263,24 @@ class SessionCore:
         self.route = route
         self.state = State.OPENING
         self._missing = {hop.peer_id for hop in route.hops}
-        return [OpenHops(route, self.epoch)]
+        self._held = offer = self._settled_until() if self._offers else 0
+        return [OpenHops(route, self.epoch, offer)]
 
     def no_route(self, error: SwarmError) -> list[Action]:
         return self._fail(error) if self.state is State.ROUTING else []
 
-    def opened(self, peer: PeerId, epoch: int) -> list[Action]:
+    def opened(self, peer: PeerId, epoch: int, held: int = 0) -> list[Action]:
+        """`peer` holds the first `held` positions of what it was offered."""
         if self.state is not State.OPENING or epoch != self.epoch:
             return []
         self._missing.discard(peer)
+        self._held = min(self._held, held)
         if self._missing:
             return []
         self.state = State.READY
-        self._unsent = deque(self._steps_from_nothing())
-        return self._send()
+        actions = self._skip()
+        self._unsent = deque(self._steps_beyond_held())
+        return actions + self._send()
 
     def result(self, step: StepId, epoch: int) -> list[Action]:
         """The last hop answered `step`."""
@@ -289,6 +309,8 @@ class SessionCore:
         if gap_at in self._behind_busy:
             self._behind_busy.discard(gap_at)
             return []
+        if gap_at is not None and self._held:
+            self._offers = False  # some hop does not hold what it said it holds: believe nobody any more
         return self._rebuild(error)
 
     def stalled(self, error: SwarmError) -> list[Action]:
@@ -350,15 +372,35 @@ class SessionCore:
             return False
         return peer is None or any(hop.peer_id == peer for hop in self.route.hops)
 
-    def _steps_from_nothing(self) -> Iterable[PendingStep]:
-        """The pending steps, and before each of them a replay of what hops that hold nothing must hold by then."""
-        held = 0
+    def _settled_until(self) -> int:
+        """Up to here the history holds what the pending steps send, and no later one of them undoes it."""
+        end = self._pending[0].first
+        for step in self._pending:
+            if step.first < end:
+                return min(step.first for step in self._pending)
+            end = step.first + step.count
+        return end
+
+    def _skip(self) -> list[Action]:
+        """Take off the pending steps what every hop holds and nobody wants to hear."""
+        wanted = (step.first + step.want_from for step in self._pending if step.want_from < step.count)
+        self._held = min(self._held, self._settled_until(), *wanted)
+        if not self._held:
+            return []
+        steps = tuple(step for step in self._pending if step.first + step.count <= self._held)
+        self._pending = deque(step for step in self._pending if step not in steps)
+        return [Skip(self._held, steps)]
+
+    def _steps_beyond_held(self) -> Iterable[PendingStep]:
+        """The pending steps, and before each of them a replay of what hops must hold by then beyond what they do."""
+        held = self._held
         for step in self._pending:
             # a later step may have been answered before an earlier one: there the pending steps leave a hole
             bounds = [held, *(cut for cut in self._cuts(step.first) if cut > held), step.first]
             for start, end in pairwise(bounds):
                 yield from self._replay_chunks(start, end)
-            yield replace(step, alone=step.first < held)
+            alone = self._held <= step.first < held
+            yield replace(_beyond(step, self._held), alone=alone)
             held = step.first + step.count
 
     def _replay_chunks(self, start: int, end: int) -> Iterable[PendingStep]:
@@ -409,3 +451,9 @@ class SessionCore:
         self.state = State.FAILED
         self._pending.clear()
         return [*actions, Fail(error)]
+
+
+def _beyond(step: PendingStep, held: int) -> PendingStep:
+    """The step without the positions below `held`, of which no output is wanted."""
+    cut = max(0, held - step.first)
+    return replace(step, first=step.first + cut, count=step.count - cut, want_from=step.want_from - cut)

@@ -21,7 +21,18 @@ from peers.errors import Busy, PeerUnreachable, ProtocolError, Refused
 from peers.transport.links import BULK_BYTES, Link
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
-from peers.wire.messages import PROTOCOL_VERSION, Close, Code, Failed, Open, Opened, Relay, Result, Step
+from peers.wire.messages import (
+    PREFIX_POSITIONS,
+    PROTOCOL_VERSION,
+    Close,
+    Code,
+    Failed,
+    Open,
+    Opened,
+    Relay,
+    Result,
+    Step,
+)
 from routing.errors import PeerError, SwarmError, Unavailable
 from routing.ids import ModelId, PeerId, SessionId, StepId
 from routing.router import Route, RouteRequest
@@ -37,9 +48,11 @@ from swarm.session.core import (
     SendStep,
     SessionConfig,
     SessionCore,
+    Skip,
     Wait,
 )
 from swarm.session.history import History, Segment
+from swarm.session.prefix import describe_blocks, prefix_keys
 from swarm.session.remote import Embed, RemoteSession, RowStep
 
 logger = logging.getLogger(__name__)
@@ -71,6 +84,8 @@ class Traffic:
     results: int = 0
     relays: int = 0
     rebuilds: int = 0
+    prefix_positions: int = 0
+    """Positions not sent, because every hop of a route held them already when it was opened."""
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -95,6 +110,7 @@ class _Session(RemoteSession):
         "futures",
         "history",
         "idle_looks",
+        "offered",
         "outbox",
         "parent",
         "pumping",
@@ -114,6 +130,8 @@ class _Session(RemoteSession):
         self.pumping = False
         self.route: Route | None = None
         """The last one that was planned for this session."""
+        self.offered = 0
+        """Positions that the hops of the present route were asked for."""
         self.deadline_s = 0.0
         self.silence_s = SILENCE_S
         self.idle_looks = 0
@@ -139,8 +157,10 @@ class SwarmRemote:
         config: SessionConfig | None = None,
         owns_network: bool = True,
         rng: random.Random | None = None,
+        prefix_secret: bytes | None = None,
     ) -> None:
-        """`owns_network`: `close` ends the network too. `rng` spreads retries."""
+        """`owns_network`: `close` ends the network too. `rng` spreads retries. Sessions of remotes with the same
+        `prefix_secret` (16 to 64 bytes; by default random) can share what peers hold of their prompts."""
         self.model = model
         self.traffic = Traffic()
         self._network = network
@@ -149,6 +169,7 @@ class SwarmRemote:
         self._config = config or SessionConfig()
         self._owns_network = owns_network
         self._rng = rng or random.Random()
+        self._prefix_secret = prefix_secret or secrets.token_bytes(32)
         self._tasks = Tasks()
         self._goodbyes = Tasks()
         self._guard = Tasks()
@@ -334,9 +355,13 @@ class SwarmRemote:
                     self._state.last_route = session.route = action.route
                     self.traffic.rebuilds += action.epoch > 1
                     self._renew_deadline(session)
-                    for index in range(len(action.route.hops)):
-                        work = self._open_hop(session, action.route, index, action.epoch)
+                    for index, prefix in enumerate(self._offer(session, action)):
+                        work = self._open_hop(session, action.route, index, action.epoch, prefix)
                         self._tasks.spawn(work, name=f"open {core.session}")
+                case Skip():
+                    self.traffic.prefix_positions += action.positions
+                    for step in action.steps:
+                        self._done(session, step, session.rows[step.step][0][:0])
                 case Release():
                     session.outbox.clear()
                     self._close_hops(action.route, core.session)
@@ -347,6 +372,15 @@ class SwarmRemote:
                     self._forget(session, action.error)
         if session.outbox and not session.pumping and not defer_sending:
             self._tasks.spawn(self._pump(session), name=f"send {core.session}")
+
+    def _offer(self, session: _Session, action: OpenHops) -> list[tuple[bytes, ...]]:
+        """The keys to offer, for each hop of the route."""
+        assert session.core is not None
+        hops, (rows_TD, _) = action.route.hops, session.rows[session.core.pending[0].step]
+        blocks = describe_blocks(session.history.between(0, action.offer), self.model.regime_key)
+        session.offered = len(blocks) * PREFIX_POSITIONS
+        start = (self._prefix_secret, self.model.model, tensors.NAMES[rows_TD.dtype])
+        return [prefix_keys(*start, hops[:index], blocks) for index in range(len(hops))]
 
     def _done(self, session: _Session, step: PendingStep, rows: torch.Tensor) -> None:
         session.rows.pop(step.step, None)
@@ -375,7 +409,9 @@ class SwarmRemote:
         else:
             self._perform(session, core.route_ready(route))
 
-    async def _open_hop(self, session: _Session, route: Route, index: int, epoch: int) -> None:
+    async def _open_hop(
+        self, session: _Session, route: Route, index: int, epoch: int, prefix: tuple[bytes, ...]
+    ) -> None:
         core = session.core
         assert core is not None
         hop = route.hops[index]
@@ -389,6 +425,7 @@ class SwarmRemote:
             previous=route.hops[index - 1].peer_id if index else None,
             next=None if following is None else following.peer_id,
             next_addresses=() if following is None else following.addresses,
+            prefix=prefix,
         )
         try:
             link = await self._client.links.to(hop.peer_id, hop.addresses)
@@ -439,6 +476,7 @@ class SwarmRemote:
             rows_TD = await asyncio.to_thread(self._embed_again, segments)
         else:
             rows_TD, regime_length = known
+            rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
         if core.route is None or core.epoch != action.epoch:
             return
         dtype = tensors.NAMES[rows_TD.dtype]
@@ -490,8 +528,13 @@ class SwarmRemote:
 
     async def _opened(self, link: Link, message: Opened, _: memoryview) -> None:
         session = self._session_of(link, message.session)
-        if session is not None and session.core is not None:
-            self._perform(session, session.core.opened(link.remote, message.epoch))
+        if session is None or session.core is None or message.epoch != session.core.epoch:
+            return
+        if message.held > session.offered:
+            error = ProtocolError(f"{link.remote} holds {message.held} positions, more than it was asked for")
+            self._lose(session, link.remote, error)
+            return
+        self._perform(session, session.core.opened(link.remote, message.epoch, message.held))
 
     async def _result(self, link: Link, message: Result, payload: memoryview) -> None:
         session = self._session_of(link, message.session)

@@ -50,16 +50,26 @@ def through(span: BlockSpan, hidden: Tensor) -> Tensor:
 
 
 class ToyEngine:
-    """`run`, `release`, `held` and `stats` of the real one, works in order of submission, a moment of time for each."""
+    """What the handler calls of the real one: works in order of submission, a moment of time for each."""
 
     def __init__(self) -> None:
         self.sessions: dict[SessionId, Tensor] = {}
         self.ran: list[Work] = []
+        self.opened: list[tuple[SessionId, PeerId, BlockSpan, tuple[bytes, ...]]] = []
+        self.kept = 0
+        """With how many positions the next sessions begin."""
         self.compute_s = 0.005
         self.errors: list[Exception] = []
         """Raised by the next works, one each."""
         self._turn = asyncio.Lock()
         self._ended: dict[SessionId, asyncio.Event] = {}
+
+    def open(self, session: SessionId, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
+        if not keys:
+            return 0
+        self.opened.append((session, owner, span, tuple(keys)))
+        self.sessions[session] = rows(0, self.kept)
+        return self.kept
 
     async def run(self, work: Work) -> Done:
         if self.errors:

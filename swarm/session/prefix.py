@@ -1,0 +1,49 @@
+"""Keys for what a session holds at a hop, which nobody can make without the secret of whoever opens it.
+
+Owns what a key commits to: everything that decides the hop's positions up to the end of one block. Equal keys are equal
+positions; and as a hop sees nothing but keyed hashes, it cannot try out what a prompt might have been. Knows neither
+sessions nor links.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+
+from peers.wire.messages import MAX_PREFIX_KEYS, PREFIX_POSITIONS
+from routing.ids import ModelId
+from routing.router import Hop
+from swarm.session.history import Segment
+
+
+def describe_blocks(segments: Iterable[Segment], regime_key: Callable[[int], object]) -> list[bytes]:
+    """What enters block 0 of the model at each whole block of positions from 0 on, up to the first embedding that came
+    without a token id."""
+    positions: list[tuple[int, int, object]] = []
+    for segment in segments:
+        if segment.token_ids is None or len(positions) >= MAX_PREFIX_KEYS * PREFIX_POSITIONS:
+            break
+        regime = regime_key(segment.regime_length)
+        positions += [(token_id, segment.position_offset, regime) for token_id in segment.token_ids.tolist()]
+    blocks = min(len(positions) // PREFIX_POSITIONS, MAX_PREFIX_KEYS)
+    return [repr(positions[at * PREFIX_POSITIONS :][:PREFIX_POSITIONS]).encode() for at in range(blocks)]
+
+
+def prefix_keys(
+    secret: bytes, model: ModelId, wire_dtype: str, upstream: Sequence[Hop], blocks: Iterable[bytes]
+) -> tuple[bytes, ...]:
+    """A key for each of `blocks` at the hop that follows `upstream`.
+
+    Hops before it, and the dtypes in which they compute and send, decide what arrives there, and so differs what it
+    holds. A key also commits to all blocks before its own.
+    """
+    hops = [(hop.peer_id, hop.span.start, hop.span.end, hop.dtype, hop.quantization) for hop in upstream]
+    key, keys = _hash(secret, repr((model.digest, wire_dtype, hops)).encode()), []
+    for block in blocks:
+        key = _hash(secret, key + block)
+        keys.append(key)
+    return tuple(keys)
+
+
+def _hash(secret: bytes, content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16, key=secret).digest()
