@@ -17,6 +17,7 @@ from peers.capacity import plan_capacity
 from peers.host import ServerPeer
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import load_config
+from peers.runtime.engine import Sharing
 from peers.runtime.probe import Speed
 from peers.transport.memory import MemoryNetwork, MemoryTransport
 from routing.identity import SigningKey
@@ -51,6 +52,14 @@ class MemoryNode:
         await self.transport.close()
 
 
+class Guest(NetworkThread):
+    """One more client in the thread of another one."""
+
+    def __init__(self, host: NetworkThread, client: ClientNode) -> None:
+        self._loop, self._thread, self.client = host._loop, host._thread, client
+        self.post(client.start)
+
+
 class MemorySwarm:
     """`spans` as (start, end) pairs; every peer on one thread, all of one checkpoint folder."""
 
@@ -67,6 +76,7 @@ class MemorySwarm:
         lease_s: float = 60.0,
         session_config: SessionConfig | None = None,
         cache: Path | None = None,
+        share_prefixes: Sharing = "owner",
     ) -> None:
         self.checkpoint: Checkpoint = resolve(str(folder), cache=cache)
         self.network: MemoryNetwork
@@ -79,6 +89,8 @@ class MemorySwarm:
         self._lease_s = lease_s
         self._latency_s = latency_s
         self._session_config = session_config
+        self._share_prefixes: Sharing = share_prefixes
+        self._guests: list[Guest] = []
         self._spans = spans
         self._models: list[Any] = []
         self.thread = NetworkThread(self._make)
@@ -87,6 +99,9 @@ class MemorySwarm:
         self.network = MemoryNetwork(latency_s=self._latency_s)
         for start, end in self._spans:
             await self._add(BlockSpan(start, end))
+        return await self._client()
+
+    async def _client(self) -> ClientNode:
         return ClientNode(MemoryNode(self.network, new_key(), client_mode=True), network="test")
 
     async def _add(self, span: BlockSpan) -> ServerPeer:
@@ -101,7 +116,15 @@ class MemorySwarm:
             cache_tokens=self._cache_tokens,
             blocks=span,
         )
-        await peer.load(self.checkpoint, span, plan, threads=1, page_size=self._page_size, speed=SPEED)
+        await peer.load(
+            self.checkpoint,
+            span,
+            plan,
+            threads=1,
+            page_size=self._page_size,
+            share_prefixes=self._share_prefixes,
+            speed=SPEED,
+        )
         self._serving.append(asyncio.create_task(peer.serve()))
         await peer.announced()
         self.peers.append(peer)
@@ -110,11 +133,22 @@ class MemorySwarm:
     def add_peer(self, start: int, end: int) -> ServerPeer:
         return self.thread.call(self._add(BlockSpan(start, end)))
 
-    def model(self) -> Any:
-        """A client's model; closed with the swarm."""
+    def model(self, *, guest: bool = False, prefix_secret: bytes | None = None) -> Any:
+        """A client's model; closed with the swarm. A `guest` is a client of its own."""
+        thread = self.thread
+        if guest:
+            thread = Guest(self.thread, self.thread.call(self._client()))
+            self._guests.append(thread)
 
         def connect(model: RemoteModel, embed: Embed) -> SwarmRemote:
-            return SwarmRemote(self.thread, model, embed, config=self._session_config, owns_network=False)
+            return SwarmRemote(
+                thread,
+                model,
+                embed,
+                config=self._session_config,
+                owns_network=False,
+                prefix_secret=prefix_secret,
+            )
 
         model = load_model(self.checkpoint, dtype=torch.float32, device="cpu", connect=connect)
         self._models.append(model)
@@ -161,6 +195,8 @@ class MemorySwarm:
             model.close()
 
         async def stop() -> None:
+            for guest in self._guests:
+                await guest.client.close()
             for task in self._serving:
                 task.cancel()
             await asyncio.gather(*self._serving, return_exceptions=True)

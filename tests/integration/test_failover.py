@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from peers.wire.messages import PREFIX_POSITIONS
 from routing.errors import NoRoute
 from swarm import SwarmModelForCausalLM
 from swarm.testing import LocalPeer, LocalSwarm
@@ -82,6 +83,24 @@ def test_a_killed_peer_is_replaced_without_changing_a_token(
     assert generate(client, prompt, 48, streamer=At(20, kill)) == greedy(prompt, 48)
     assert middle(client, failing) is not killed[0]
     assert driver(client).traffic.rebuilds >= 1
+
+
+def test_a_peer_killed_after_a_prefix_hit_is_replaced_without_changing_a_token(
+    client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy
+) -> None:
+    known = prompt * 8
+    asked = (*known, *prompt[:3])
+    assert len(known) >= PREFIX_POSITIONS
+    assert generate(client, known, 2) == greedy(known, 2)
+    killed: list[LocalPeer] = []
+
+    def kill() -> None:
+        killed.append(middle(client, failing))
+        killed[0].kill()
+
+    assert generate(client, asked, 24, streamer=At(8, kill)) == greedy(asked, 24)
+    assert middle(client, failing) is not killed[0]
+    assert driver(client).traffic.prefix_positions == len(known) // PREFIX_POSITIONS * PREFIX_POSITIONS
 
 
 def test_a_hung_peer_is_replaced_without_changing_a_token(

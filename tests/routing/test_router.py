@@ -31,7 +31,10 @@ def peers_of(route: Route) -> list[str]:
 
 def test_three_peers_of_ten_blocks_make_a_route_with_their_addresses() -> None:
     route = router_with(*THREE).plan(REQUEST, NOW_S)
-    assert route.hops == tuple(Hop(peer_id=a.peer_id, span=a.span, addresses=a.addresses) for a in THREE)
+    assert route.hops == tuple(
+        Hop(peer_id=a.peer_id, span=a.span, addresses=a.addresses, dtype=a.dtype, quantization=a.quantization)
+        for a in THREE
+    )
     assert route.cost_s > 0
 
 

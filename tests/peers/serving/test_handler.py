@@ -305,6 +305,28 @@ async def test_a_session_is_released_when_its_client_closes_it_and_only_its_clie
         assert hop.empty
 
 
+async def test_a_session_begins_with_what_is_kept_of_its_prefix() -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        hop.engine.kept = 5
+        keys = (b"k" * 16, b"l" * 16)
+        (message,) = client.opens(route.hops, prefix=keys)
+        await client.send(hop, message)
+        opened, _ = await client.next(Opened)
+        assert opened.held == 5
+        assert hop.engine.opened == [(session_id(1), client.transport.peer_id, hop.span, keys)]
+        await client.step(hop, 1, 6)
+        assert await client.refusal() == Code.GAP
+        await runs(client, hop, 2, 5)
+        await runs(client, hop, 3, 3, 4)  # nobody has to begin with all of it
+        (message,) = client.opens(route.hops, epoch=2)
+        await client.send(hop, message)
+        opened, _ = await client.next(Opened)
+        assert opened.held == 0
+        await client.step(hop, 4, 1, epoch=2)
+        assert await client.refusal() == Code.GAP
+
+
 async def test_a_session_is_released_when_its_lease_is_over(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with Alone(lease_s=60.0) as route:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peers.errors import ProtocolError
 from peers.wire import codec, tensors
 from peers.wire.messages import (
+    MAX_PREFIX_KEYS,
     AnyMessage,
     Close,
     DialBack,
@@ -37,8 +38,13 @@ MESSAGES: list[AnyMessage] = [
     Hello(version=1, network="n", software="x", lane="small", instance=SESSION, time_s=1.5),
     Open(
         session=SESSION, epoch=1, model=bytes(32), start=0, end=3, previous=None, next="p", next_addresses=("/a",),
+        prefix=(SESSION, bytes(16)),
     ),
-    Opened(session=SESSION, epoch=1, lease_s=30.0),
+    Open(
+        session=SESSION, epoch=1 << 32, model=bytes(32), start=65_536, end=65_536, previous="p" * 128, next="p" * 128,
+        next_addresses=("a" * 512,) * 8, prefix=(SESSION,) * MAX_PREFIX_KEYS,
+    ),
+    Opened(session=SESSION, epoch=1, lease_s=30.0, held=128),
     STEP,
     Relay(next="p", reason="no way", step=STEP),
     Result(session=SESSION, epoch=1, step=7, count=1, dtype="bfloat16", hidden=4),
@@ -49,6 +55,10 @@ MESSAGES: list[AnyMessage] = [
     DialBack(nonce=2, addresses=("/ip4/127.0.0.1/tcp/1",)),
     DialBackReply(nonce=2, results=(("/ip4/127.0.0.1/tcp/1", ""),)),
 ]  # fmt: skip
+
+
+OPEN = {"t": "open", "session": SESSION, "epoch": 1, "model": bytes(32), "start": 0, "end": 3}
+OPEN |= {"previous": None, "next": None}
 
 
 def frame_of(fields: object, payload: bytes = b"") -> bytes:
@@ -75,6 +85,10 @@ def test_messages_that_share_a_frame_come_back_in_order(sent: list[tuple[AnyMess
     assert [(message, bytes(payload)) for message, payload in codec.decode(frame)] == sent
 
 
+def test_the_frame_that_a_damaged_one_differs_from_is_accepted() -> None:
+    assert isinstance(codec.decode(frame_of(OPEN | {"prefix": [SESSION] * MAX_PREFIX_KEYS}))[0][0], Open)
+
+
 def test_unknown_fields_are_ignored_so_that_later_versions_may_add_some() -> None:
     assert codec.decode(frame_of({"t": "ping", "nonce": 1, "later": [1, 2]}))[0][0] == Ping(nonce=1)
 
@@ -95,6 +109,9 @@ def test_unknown_fields_are_ignored_so_that_later_versions_may_add_some() -> Non
         frame_of({"t": "ping", "nonce": True}),
         frame_of({"t": "close", "sessions": [b"short"]}),
         frame_of({"t": "close", "sessions": [SESSION] * 600}),
+        frame_of(OPEN | {"prefix": [SESSION] * (MAX_PREFIX_KEYS + 1)}),
+        frame_of(OPEN | {"prefix": [b"short"]}),
+        frame_of({"t": "opened", "session": SESSION, "epoch": 1, "lease_s": 1.0, "held": -1}),
         frame_of({"t": "ping", "nonce": 1}, b"payload"),
         frame_of({1: 2}),
     ],

@@ -1,0 +1,196 @@
+"""A prompt whose beginning a peer has seen from the same client is not sent again, and nobody reads a difference.
+
+One process, memory transport, real engines, handlers and drivers. The real processes' version: `tests/integration`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peers.runtime.engine import EngineStats
+from peers.wire.messages import PREFIX_POSITIONS
+from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
+from tests.helpers.memory_swarm import MemorySwarm
+from tests.numerics.test_trouble import AtToken, generate
+
+SPANS = [(0, 1), (1, 3), (3, NUM_BLOCKS)]
+BLOCK = PREFIX_POSITIONS
+
+
+def text(length: int, *, shared: int = 2 * BLOCK + 20, seed: int = 1) -> torch.Tensor:
+    """`length` tokens, of which the first `shared` are the same in every text."""
+    ids = torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+    ids[:, shared:] = torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))[
+        :, shared:
+    ]
+    return ids
+
+
+def skipped(model: Any) -> int:
+    positions: int = model._remote_layers.remote.traffic.prefix_positions
+    return positions
+
+
+def stats(swarm: MemorySwarm) -> list[EngineStats]:
+    return [peer.engine.stats() for peer in swarm.peers]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> Any:
+    return save_checkpoint(FAMILIES["llama"], folder)
+
+
+@pytest.fixture
+def make_swarm(folder: Path, local: Any, tmp_path: Path) -> Iterator[Callable[..., MemorySwarm]]:
+    swarms: list[MemorySwarm] = []
+
+    def make(spans: list[tuple[int, int]] = SPANS, **options: Any) -> MemorySwarm:
+        swarms.append(MemorySwarm(folder, spans, cache=tmp_path, **options))
+        return swarms[-1]
+
+    yield make
+    for swarm in swarms:
+        swarm.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "same_length", "other_length"),
+    [
+        ("llama", 128, 128),
+        ("gemma3", 128, 128),
+        ("mixtral", 128, 128),
+        ("opt", 128, 128),
+        ("deepseek-v3", 128, 128),
+        ("phi3-longrope", 128, 128),
+        ("bloom", 0, 0),  # its sessions run alone
+    ],
+)
+def test_a_known_beginning_is_not_sent_again(family: str, same_length: int, other_length: int, tmp_path: Path) -> None:
+    local = save_checkpoint(FAMILIES[family], tmp_path / "model")
+    with MemorySwarm(tmp_path / "model", SPANS, cache=tmp_path / "cache") as swarm:
+        model = swarm.model()
+        for ids, expected in (
+            (text(160), 0),
+            (text(160, seed=2), same_length),
+            (text(160), same_length),
+            (text(170, seed=3), other_length),
+        ):
+            before = skipped(model)
+            assert torch.equal(generate(model, ids), generate(local, ids))
+            assert skipped(model) - before == expected
+        assert swarm.eventually_settled()
+        assert all(each.prefix_tokens >= 2 * same_length + other_length for each in stats(swarm))
+
+
+def test_every_output_is_there_when_every_output_is_wanted(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:
+    model = make_swarm().model()
+    generate(model, text(160))
+    with torch.no_grad():
+        actual, expected = model(text(160)).logits, local(text(160)).logits
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    ids = text(2 * BLOCK)  # all of it is known, and the last output is wanted
+    assert torch.equal(generate(model, ids), generate(local, ids))
+    assert skipped(model) == 2 * BLOCK - 1
+
+
+def test_sessions_share_a_beginning_while_they_run(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:
+    swarm = make_swarm()
+    model = swarm.model()
+    expected = [generate(local, text(160, seed=seed)) for seed in range(5)]
+    second: list[torch.Tensor] = []
+    begin = AtToken(4, lambda: second.append(generate(model, text(160, seed=4))))
+    assert torch.equal(generate(model, text(160, seed=0), stopping_criteria=[begin]), expected[0])
+    assert torch.equal(second[0], expected[4])
+    assert skipped(model) == 2 * BLOCK
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(lambda seed: generate(model, text(160, seed=seed)), range(1, 4)))
+    assert all(torch.equal(*pair) for pair in zip(results, expected[1:4], strict=True))
+    assert skipped(model) == 4 * 2 * BLOCK
+    assert swarm.eventually_settled()
+
+
+@pytest.mark.parametrize("dies", [0, 1, 2])
+def test_a_hop_that_dies_after_a_hit_is_replaced_and_the_ids_stay_the_same(
+    make_swarm: Callable[..., MemorySwarm], local: Any, dies: int
+) -> None:
+    swarm = make_swarm()
+    model = swarm.model()
+    generate(model, text(160))
+    route = [hop.peer_id for hop in model._remote_layers.remote.route.hops]
+    swarm.add_peer(*SPANS[dies])
+    ids = text(160, seed=2)
+    kill = AtToken(5, lambda: swarm.kill_peer(route[dies]))
+    assert torch.equal(generate(model, ids, stopping_criteria=[kill]), generate(local, ids))
+    remote = model._remote_layers.remote
+    assert (remote.traffic.prefix_positions, remote.traffic.rebuilds) == (2 * BLOCK, 1)
+    assert route[dies] not in [hop.peer_id for hop in remote.route.hops]
+
+
+def test_a_session_that_was_forgotten_replays_from_what_is_kept(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm()
+    model = swarm.model()
+    ids = text(160)
+    forget = AtToken(5, swarm.forget_sessions)
+    assert torch.equal(generate(model, ids, stopping_criteria=[forget]), generate(local, ids))
+    assert skipped(model) == 2 * BLOCK
+
+
+def test_under_pressure_what_is_kept_goes_and_every_session_ends_well(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm(cache_tokens=256)  # two sessions of 176 positions want more, but for what they share
+    model = swarm.model()
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(lambda seed: generate(model, text(160, seed=seed)), range(3)))
+    for seed, result in enumerate(results):
+        assert torch.equal(result, generate(local, text(160, seed=seed)))
+    other = text(200, shared=0, seed=7)
+    assert torch.equal(generate(model, other), generate(local, other))
+    assert swarm.eventually_settled()
+
+
+def test_another_client_begins_with_nothing_unless_both_sides_agree(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    for share_prefixes, secrets, expected in (
+        ("owner", (b"s" * 32, b"s" * 32), 0),
+        ("network", (None, None), 0),
+        ("network", (b"s" * 32, b"s" * 32), 2 * BLOCK),
+    ):
+        swarm = make_swarm(share_prefixes=share_prefixes)
+        first, second = (swarm.model(guest=True, prefix_secret=secret) for secret in secrets)
+        for model in (first, second):
+            assert torch.equal(generate(model, text(160)), generate(local, text(160)))
+        assert (skipped(first), skipped(second)) == (0, expected)
+
+
+@pytest.mark.parametrize(("too_many", "same_route"), [(0, True), (1, False)])
+def test_a_hop_that_holds_less_than_it_says_costs_a_route_and_no_token(
+    make_swarm: Callable[..., MemorySwarm], local: Any, too_many: int, same_route: bool
+) -> None:
+    """Within what it was offered it may have lost it, and is not believed again; beyond that it is broken."""
+    swarm = make_swarm()
+    model = swarm.model()
+    remote = model._remote_layers.remote
+    generate(model, text(20))
+    route = remote.route.hops
+    swarm.add_peer(*SPANS[1])
+    liar = next(peer for peer in swarm.peers if peer.handler.served.span == route[1].span)
+    liar.engine.open = lambda session, owner, span, keys: len(keys) * BLOCK + too_many  # type: ignore[method-assign]
+    for others in (swarm.peers[0], swarm.peers[2]):
+        others.engine.open = lambda session, owner, span, keys: len(keys) * BLOCK  # type: ignore[method-assign]
+    assert torch.equal(generate(model, text(160)), generate(local, text(160)))
+    assert (remote.route.hops == route) == same_route
