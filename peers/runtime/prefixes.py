@@ -60,7 +60,8 @@ class PrefixIndex:
     def open(self, session: int, scope: Hashable, keys: Sequence[bytes]) -> int:
         """Open `session` in the pool with what is kept of the positions that `keys` stand for; returns how many."""
         stride = self.block // PREFIX_POSITIONS
-        offered = tuple(dict.fromkeys((scope, key) for key in keys[stride - 1 :: stride]))
+        usable = keys[stride - 1 :: stride][: self._max_blocks]
+        offered = tuple(dict.fromkeys((scope, key) for key in usable))
         found = next((n for n, key in enumerate(offered) if key not in self._blocks), len(offered))
         self._pool.open(session, [page for key in offered[:found] for page in self._blocks[key]])
         self._used(offered[:found])
