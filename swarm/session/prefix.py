@@ -8,7 +8,10 @@ sessions nor links.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
+
+import torch
 
 from peers.wire.messages import MAX_PREFIX_KEYS, PREFIX_POSITIONS
 from routing.ids import ModelId
@@ -19,14 +22,30 @@ from swarm.session.history import Segment
 def describe_blocks(segments: Iterable[Segment], regime_key: Callable[[int], object]) -> list[bytes]:
     """What enters block 0 of the model at each whole block of positions from 0 on, up to the first embedding that came
     without a token id."""
-    positions: list[tuple[int, int, object]] = []
+    ids: list[torch.Tensor] = []
+    starts: list[int] = []
+    marks: list[tuple[int, object]] = []  # what holds from each of `starts` on
+    end = 0
     for segment in segments:
-        if segment.token_ids is None or len(positions) >= MAX_PREFIX_KEYS * PREFIX_POSITIONS:
+        if segment.token_ids is None or end >= MAX_PREFIX_KEYS * PREFIX_POSITIONS:
             break
-        regime = regime_key(segment.regime_length)
-        positions += [(token_id, segment.position_offset, regime) for token_id in segment.token_ids.tolist()]
-    blocks = min(len(positions) // PREFIX_POSITIONS, MAX_PREFIX_KEYS)
-    return [repr(positions[at * PREFIX_POSITIONS :][:PREFIX_POSITIONS]).encode() for at in range(blocks)]
+        mark = (segment.position_offset, regime_key(segment.regime_length))
+        if not marks or marks[-1] != mark:
+            starts.append(end)
+            marks.append(mark)
+        ids.append(segment.token_ids)
+        end += segment.count
+    whole = min(end // PREFIX_POSITIONS, MAX_PREFIX_KEYS) * PREFIX_POSITIONS
+    if not whole:
+        return []
+    id_bytes, width = torch.cat(ids).to(torch.int64).numpy().tobytes(), torch.int64.itemsize
+    blocks = []
+    for start in range(0, whole, PREFIX_POSITIONS):
+        stop = start + PREFIX_POSITIONS
+        within = range(bisect_right(starts, start) - 1, bisect_left(starts, stop))
+        how = repr([(max(0, starts[at] - start), *marks[at]) for at in within])
+        blocks.append(how.encode() + id_bytes[start * width : stop * width])
+    return blocks
 
 
 def prefix_keys(
