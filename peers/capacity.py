@@ -13,6 +13,8 @@ import torch
 from transformers import PretrainedConfig
 
 from peers.errors import PeerTooSmall
+from peers.model.quantization import NONE, bytes_in
+from peers.model.quantization import check as check_quantization
 from peers.model.support import examine
 from peers.runtime.engine import EngineConfig
 from peers.wire.tensors import DTYPES, NAMES
@@ -39,14 +41,21 @@ class Plan:
     max_blocks: int
     """That this peer can host."""
     cache_tokens: int
+    quantization: str = NONE
 
     @property
     def dtype_name(self) -> str:
         return NAMES[self.dtype]
 
 
-def check_options(*, dtype: str, device: str, cache_tokens: int | None) -> None:
-    """What can be refused before the model is known. Raises CallerError: no such dtype or device here, no cache."""
+def check_options(*, dtype: str, device: str, cache_tokens: int | None, quantization: str = NONE) -> None:
+    """What can be refused before the model is known: dtype, device, quantization, cache. Raises CallerError."""
+    if quantization != NONE and _device(device).type != "cpu":
+        raise CallerError(
+            f"--quantize {quantization} is for CPUs, and this peer computes on {_device(device)}",
+            hint="leave --quantize out, or give --device cpu",
+        )
+    check_quantization(quantization)
     _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise CallerError(f"unknown dtype {dtype!r}", hint=f"use auto, {', '.join(DTYPES)}")
@@ -66,10 +75,11 @@ def plan_capacity(
     cache_tokens: int | None = None,
     blocks: BlockSpan | None = None,
     num_blocks: int | None = None,
+    quantization: str = NONE,
 ) -> Plan:
     """Raises what `check_options` raises, InvalidSpan for blocks that the model does not have, PeerTooSmall when memory
     does not hold what is asked, or not even one block."""
-    check_options(dtype=dtype, device=device, cache_tokens=cache_tokens)
+    check_options(dtype=dtype, device=device, cache_tokens=cache_tokens, quantization=quantization)
     anatomy = examine(config)
     total_blocks = anatomy.num_blocks
     if blocks is not None and blocks.end > total_blocks:
@@ -89,6 +99,8 @@ def plan_capacity(
         )
         * scale
     )
+    budget -= block_bytes if quantization != NONE else 0  # each block stands here whole for a moment
+    block_bytes = bytes_in(block_bytes, chosen_dtype.itemsize, quantization)
     token_bytes = max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize
     wanted = len(blocks) if blocks is not None else num_blocks
     if cache_tokens is None:
@@ -100,7 +112,8 @@ def plan_capacity(
             f"{wanted or 1} block(s) of this model with a cache of {cache_tokens} tokens take "
             f"{_mib((wanted or 1) * (block_bytes + cache_tokens * token_bytes) + PROCESS_BYTES)}, "
             f"this peer may use {_mib(budget + PROCESS_BYTES)}",
-            hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, or allow more --max-memory",
+            hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, try --quantize int8, "
+            "or allow more --max-memory",
         )
     return Plan(
         device=chosen_device,
@@ -108,6 +121,7 @@ def plan_capacity(
         num_blocks=total_blocks,
         max_blocks=wanted or max_blocks,
         cache_tokens=cache_tokens,
+        quantization=quantization,
     )
 
 

@@ -25,6 +25,7 @@ from peers.identity import load_identity
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import check_folder, load_config, load_span
 from peers.model.progress import Progress
+from peers.model.quantization import NONE
 from peers.platform import require_platform
 from peers.runtime.engine import Engine, EngineConfig, Sharing
 from peers.runtime.probe import Speed, measure_speed
@@ -105,6 +106,8 @@ class PeerConfig(NodeOptions):
     num_blocks: int | None = None
     """With neither `blocks` nor `num_blocks`, as many as memory holds, where they are missing most."""
     dtype: str = "auto"
+    quantization: str = NONE
+    """Of the weights; see `peers.model.quantization`. Activations stay in `dtype`."""
     device: str = "auto"
     name: str = ""
     """What others see beside the peer id."""
@@ -152,7 +155,12 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
 
     What can be refused without the model (options, identity, port, entry nodes) is refused before it is downloaded.
     """
-    check_options(dtype=config.dtype, device=config.device, cache_tokens=config.cache_tokens)
+    check_options(
+        dtype=config.dtype,
+        device=config.device,
+        cache_tokens=config.cache_tokens,
+        quantization=config.quantization,
+    )
     async with AsyncExitStack() as stack:
         node, key = await _start_node(config, stack)
         peer = ServerPeer(
@@ -175,11 +183,13 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             device=config.device,
             max_memory_bytes=config.max_memory_bytes,
             cache_tokens=config.cache_tokens,
+            quantization=config.quantization,
             blocks=config.blocks,
             num_blocks=config.num_blocks,
         )
         span = config.blocks or await peer.choose_span(checkpoint, plan)
-        emit(Event("loading", {"model": checkpoint.name, "span": [span.start, span.end], "dtype": plan.dtype_name}))
+        format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
+        emit(Event("loading", {"model": checkpoint.name, "span": [span.start, span.end], **format_}))
         await peer.load(
             checkpoint,
             span,
@@ -201,7 +211,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
                     "model": checkpoint.name,
                     "model_id": checkpoint.model_id.hex,
                     "span": [span.start, span.end],
-                    "dtype": plan.dtype_name,
+                    **format_,
                     "device": str(plan.device),
                     "cache_tokens": peer.cache_tokens,
                     "decode_ms_per_block": round(peer.speed.decode_s_per_block * 1000, 3),
@@ -280,7 +290,13 @@ class ServerPeer:
     ) -> None:
         """Load the weights, start the engine, measure its speed unless it is given. Raises SwarmError."""
         model = await asyncio.to_thread(
-            load_span, checkpoint, span, dtype=plan.dtype, device=plan.device, progress=progress
+            load_span,
+            checkpoint,
+            span,
+            dtype=plan.dtype,
+            device=plan.device,
+            quantization=plan.quantization,
+            progress=progress,
         )
         engine_config = EngineConfig(
             cache_tokens=plan.cache_tokens,
@@ -312,6 +328,7 @@ class ServerPeer:
             span=span,
             state=self.state,
             dtype=plan.dtype_name,
+            quantization=plan.quantization,
             version=VERSION,
             protocol=PROTOCOL_VERSION,
             name=self._name,

@@ -220,6 +220,7 @@ class LocalSwarm:
         spans: Sequence[tuple[int, int]] = (),
         *,
         dtype: str = "float32",
+        quantize: str = "none",
         device: str = "cpu",
         threads: int = 1,
         cache_tokens: int | None = None,
@@ -232,7 +233,7 @@ class LocalSwarm:
         self.peers = []
         self._folder = Path(tempfile.mkdtemp(prefix="local-swarm-"))
         self._start_timeout_s = start_timeout_s
-        self._options = ["--dtype", dtype, "--device", device, "--threads", str(threads)]
+        self._options = ["--dtype", dtype, "--quantize", quantize, "--device", device, "--threads", str(threads)]
         if cache_tokens is not None:
             self._options += ["--cache-tokens", str(cache_tokens)]
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(environment or {})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -21,6 +22,7 @@ from peers.errors import CorruptCheckpoint, UnsupportedModel
 from peers.model.cutting import SpanModel, hollow_meta
 from peers.model.progress import Progress, Silent
 from peers.model.quantization import NONE, quantize
+from peers.model.quantization import check as check_quantization
 from peers.model.skeleton import install_skeleton
 from peers.model.support import Anatomy, build_on_meta, check_supported, examine, find_layers, language_config, one_line
 from routing.errors import InvalidSpan
@@ -89,14 +91,27 @@ def load_span(
     `quantization` (see `peers.model.quantization`) changes the blocks after they were read. Raises UnsupportedModel
     (before any weights are touched), InvalidSpan, CorruptCheckpoint, and what `fetch` raises.
     """
+    check_quantization(quantization)
     config = load_config(checkpoint)
     anatomy = examine(config)
     if span.end > anatomy.num_blocks:
         raise InvalidSpan(f"blocks {span} are outside the model, which has {anatomy.num_blocks}")
     folder = checkpoint.fetch(span_tensors(checkpoint, config, span), progress)
-    keep = _in_blocks(anatomy.layers_path, span)
-    model = _read(folder, config, anatomy, keep, dtype=dtype, device=device, label=f"blocks {span}", progress=progress)
-    quantize(model.get_submodule(anatomy.layers_path), quantization)
+
+    def read(part: BlockSpan) -> PreTrainedModel:
+        keep, label = _in_blocks(anatomy.layers_path, part), f"blocks {part}"
+        return _read(folder, config, anatomy, keep, dtype=dtype, device=device, label=label, progress=progress)
+
+    if quantization == NONE:
+        return SpanModel(read(span).requires_grad_(False), anatomy, span)
+    model: PreTrainedModel | None = None
+    for block in span:  # one at a time: they never all stand here whole
+        loaded = read(BlockSpan(block, block + 1))
+        layers = cast(nn.ModuleList, loaded.get_submodule(anatomy.layers_path))
+        quantize(layers[block], quantization)
+        model = model or loaded
+        cast(nn.ModuleList, model.get_submodule(anatomy.layers_path))[block] = layers[block]
+    assert model is not None, "a span is not empty"
     return SpanModel(model.requires_grad_(False), anatomy, span)
 
 

@@ -1,7 +1,10 @@
 """Weights in fewer bits: what a peer may trade for more blocks and more speed.
 
-Owns the names and the change of loaded blocks; the formats are those of `peers.model.kernels`. Blocks are loaded first
-and changed layer by layer, so memory peaks one block higher.
+Owns the names and the change of loaded blocks; the formats are those of `peers.model.kernels`. Each block is loaded
+whole and changed before the next one is read, so memory peaks one block higher.
+
+What `int8` costs, measured with the built-in model (three spans of ten blocks in float32, real hidden states; README.md
+as the text): relative L2 of a span's output 0.006 to 0.020, perplexity 42.56 → 42.76 (+0.5 %).
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from routing.errors import CallerError
 
 NONE, INT8 = "none", "int8"
 QUANTIZATIONS = (NONE, INT8)
-BYTES_PER_WEIGHT = {INT8: 1}
-"""Of the weights of linear layers and experts; scales and norms are small beside them."""
+
+
+def bytes_in(block_bytes: int, bytes_per_value: int, quantization: str) -> int:
+    """What a block of `block_bytes` takes once it is changed; nearly all of its values are weights of linear layers."""
+    return block_bytes if quantization == NONE else block_bytes // bytes_per_value + block_bytes // 64
 
 
 def check(quantization: str) -> None:

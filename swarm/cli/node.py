@@ -117,7 +117,8 @@ def describe(event: Event) -> str:
             return f"connected as {fields['peer_id']}"
         case "loading":
             start, end = cast(list[int], fields["span"])
-            return f"loading blocks {start}:{end} of {fields['model']} in {fields['dtype']}"
+            weights = "" if fields["quantization"] == "none" else f", weights in {fields['quantization']}"
+            return f"loading blocks {start}:{end} of {fields['model']} in {fields['dtype']}{weights}"
         case "ready" if "span" in fields:
             start, end = cast(list[int], fields["span"])
             return (

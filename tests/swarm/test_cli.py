@@ -180,7 +180,7 @@ def test_every_event_of_a_node_has_words() -> None:
     kinds = set(re.findall(r'Event\(\s*"(\w+)"', inspect.getsource(peers.host)))
     examples = {
         "connected": {"peer_id": "12D3KooA"},
-        "loading": {"model": "m", "span": [0, 10], "dtype": "float32"},
+        "loading": {"model": "m", "span": [0, 10], "dtype": "float32", "quantization": "none"},
         "ready": {
             "addresses": [ADDRESS],
             "invite": "swarm://x",

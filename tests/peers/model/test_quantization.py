@@ -1,0 +1,100 @@
+"""8-bit weights: the format's own error and no more, in a quarter of the memory, for layers and experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from peers.capacity import plan_capacity
+from peers.model.catalog import resolve
+from peers.model.kernels import Pool, accelerate, linear
+from peers.model.kernels.int8 import Int8Linear, quantized, whole
+from peers.model.loading import load_span
+from peers.model.quantization import quantize
+from routing.errors import CallerError
+from routing.ids import BlockSpan
+from tests.helpers.families import FAMILIES, save_checkpoint
+
+POOL = Pool(2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    *(st.integers(1, top) for top in (20, 40, 200)),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_the_library_multiplies_by_the_weights_that_8_bit_ones_stand_for(
+    dtype: torch.dtype, rows: int, outputs: int, inputs: int, biased: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = Int8Linear(nn.Linear(inputs, outputs, bias=biased).to(dtype).requires_grad_(False))
+    x = torch.randn(rows, inputs).to(dtype)
+    right = x.double() @ (layer.weight_NK.double() * layer.scale_N.double()[:, None]).T
+    right += 0 if layer.bias is None else layer.bias.double()
+    by_torch = layer(x)
+    layer.pool, layer.rows_max = POOL, 1 << 30
+    for product, error in ((layer(x), 4e-3 if dtype.itemsize == 2 else 1e-6), (by_torch, 2e-2)):
+        assert product.dtype is dtype
+        assert (product.double() - right).norm() <= error * right.norm() + 1e-6
+
+
+@given(st.integers(0, 99))
+@settings(deadline=None)
+def test_a_weight_is_off_by_half_a_level_at_most(seed: int) -> None:
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 7 - 3)
+    weight[2] = 0
+    levels, scale = quantized(weight)
+    assert ((whole(levels, scale, torch.float32) - weight).abs() <= scale[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt-neox", "phi3"])
+def test_a_quantized_span_says_nearly_the_same_in_less_memory(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(FAMILIES[family], tmp_path)
+    checkpoint, span = resolve(str(tmp_path), cache=tmp_path / "cache"), BlockSpan(1, 3)
+    exact = load_span(checkpoint, span, dtype=torch.float32, device="cpu")
+    model = load_span(checkpoint, span, dtype=torch.float32, device="cpu", quantization="int8")
+    assert model.weight_bytes < 0.45 * exact.weight_bytes  # norms and scales weigh much in tiny layers
+    assert model.dtype is torch.float32
+    hidden, positions = torch.randn(1, 7, exact.hidden_size), torch.arange(7)[None]
+    right, alone = exact.forward(hidden, positions), model.forward(hidden, positions)
+    assert (alone - right).norm() < 0.1 * (right - hidden).norm()  # random weights, drawn large
+    monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))
+    assert accelerate(model.module, POOL)
+    torch.testing.assert_close(model.forward(hidden, positions), alone, atol=2e-5 * float(right.abs().max()), rtol=0)
+
+
+def test_embeddings_and_other_modules_are_left_alone() -> None:
+    class Own(nn.Linear):
+        pass
+
+    blocks = nn.ModuleDict({"own": Own(8, 8), "plain": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
+    quantize(blocks, "int8")
+    assert [type(module) for module in blocks.values()] == [Own, Int8Linear, nn.LayerNorm]
+    assert blocks["plain"].weight.dtype is torch.float32
+
+
+def test_a_quantization_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(FAMILIES["llama"], tmp_path)
+    checkpoint = resolve(str(tmp_path), cache=tmp_path / "cache")
+    with pytest.raises(CallerError, match="int3") as caught:
+        load_span(checkpoint, BlockSpan(0, 1), dtype=torch.float32, device="cpu", quantization="int3")
+    assert "int8" in caught.value.hint
+
+
+def test_a_peer_with_8_bit_weights_plans_for_more_blocks() -> None:
+    config = FAMILIES["llama"].config()
+    roomy, tight = (
+        plan_capacity(config, device="cpu", dtype="float32", max_memory_bytes=735_000_000, quantization=quantization)
+        for quantization in ("int8", "none")
+    )
+    assert roomy.max_blocks >= tight.max_blocks
+    assert roomy.quantization == "int8"
