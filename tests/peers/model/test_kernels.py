@@ -34,7 +34,10 @@ def matrix(rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float3
 
 def assert_exact(product_MN: Tensor, input_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> None:
     right_MN = input_MK.double() @ weight_NK.double().T + (0 if bias_N is None else bias_N.double())
-    assert (product_MN.double() - right_MN).norm() <= ERROR[product_MN.dtype] * right_MN.norm() + 1e-12
+    summed_MN = input_MK.double().abs() @ weight_NK.double().abs().T  # where the terms cancel, their size tells
+    assert (product_MN.double() - right_MN).norm() <= ERROR[
+        product_MN.dtype
+    ] * right_MN.norm() + 1e-6 * summed_MN.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
