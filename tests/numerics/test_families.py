@@ -30,6 +30,7 @@ def test_a_family_through_peers_equals_the_local_model(family: str, tmp_path: Pa
     local = save_checkpoint(FAMILIES[family], tmp_path / "model")
     ids, mask = ragged_batch()
     greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
+    greedy |= {"return_dict_in_generate": True, "output_logits": True}
     with MemorySwarm(tmp_path / "model", SPANS, cache=tmp_path / "cache") as swarm:
         model = swarm.model()
         with torch.no_grad():
@@ -38,8 +39,11 @@ def test_a_family_through_peers_equals_the_local_model(family: str, tmp_path: Pa
         scale = expected.abs().max()
         assert (actual - expected).abs().max() <= TOLERANCE * scale
         # each row alone: sparse attention (DeepSeek V3.2) lets padding disturb even the local model
-        rows = [local.generate(row[kept > 0][None], **greedy)[0, -8:] for row, kept in zip(ids, mask, strict=True)]
+        rows = [local.generate(row[kept > 0][None], **greedy) for row, kept in zip(ids, mask, strict=True)]
         together = model.generate(ids, attention_mask=mask, **greedy)
-        assert torch.equal(together[:, -8:], torch.stack(rows))
+        assert torch.equal(together.sequences[:, -8:], torch.stack([row.sequences[0, -8:] for row in rows]))
+        # of the ragged prompts, and of every token decoded from the peers' caches
+        expected = torch.stack([torch.cat(row.logits) for row in rows], 1)
+        assert (torch.stack(together.logits) - expected).abs().max() <= TOLERANCE * expected.abs().max()
         assert model._remote_layers.remote.traffic.relays == 0
         assert all(peer.handler.pusher.counts.pushed for peer in swarm.peers[:-1])
