@@ -311,7 +311,9 @@ class ServerPeer:
         self.speed = speed or await measure_speed(self.engine)
         self.cache_tokens = self.engine.stats().total_tokens
         max_positions = min(self.cache_tokens, model.max_positions)
-        ledger: Ledger[Delivery, Link] = Ledger(LedgerLimits(max_positions=max_positions, lease_s=self._lease_s))
+        ledger: Ledger[Delivery, Link] = Ledger(
+            LedgerLimits(max_positions=max_positions, pool_positions=self.cache_tokens, lease_s=self._lease_s)
+        )
         served = Served(model=checkpoint.model_id, span=span, hidden_size=model.hidden_size)
         self.handler = Handler(
             links=self.links,

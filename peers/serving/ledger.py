@@ -39,6 +39,10 @@ class LedgerLimits:
     """A session that takes no step for this long is released."""
     max_positions: int
     """The most positions one session may hold: the model's context, and no more than the whole pool."""
+    pool_positions: int | None = None
+    """What all sessions together may hold; None where nothing counts them."""
+    owner_share: float = 0.75
+    """Of the pool: one owner that holds as much opens no further session while others have some. What it has goes on."""
     max_sessions: int = 4096
     max_sessions_per_owner: int = 512
     answers_per_session: int = 4
@@ -139,6 +143,7 @@ class Ledger(Generic[Answer, OwnerLink]):
                 raise Refused(f"epoch {message.epoch} after epoch {known.epoch}", code=Code.STALE_EPOCH)
         else:
             self._room_for(owner)
+            self._share_for(owner)
         entry = Entry[Answer, OwnerLink](
             session=session,
             owner=owner,
@@ -266,6 +271,17 @@ class Ledger(Generic[Answer, OwnerLink]):
         mine = len(self._sessions_of.get(owner, ()))
         if len(self._entries) >= self.limits.max_sessions or mine >= self.limits.max_sessions_per_owner:
             raise Busy(f"{len(self._entries)} sessions here, {mine} of them yours", retry_after_s=1.0)
+
+    def _share_for(self, owner: PeerId) -> None:
+        """Raises Busy when `owner` holds its share already and is not alone here."""
+        mine = self._sessions_of.get(owner, set())
+        if self.limits.pool_positions is None or len(mine) in (0, len(self._entries)):
+            return
+        held = sum(self._entries[session].positions for session in mine)
+        if held >= self.limits.owner_share * self.limits.pool_positions:
+            raise Busy(
+                f"your sessions hold {held} of this peer's {self.limits.pool_positions} positions", retry_after_s=1.0
+            )
 
     def _owned(self, owner: PeerId, session: SessionId) -> bool:
         return session in self._sessions_of.get(owner, ())

@@ -279,6 +279,18 @@ def test_a_full_table_is_busy_for_new_sessions_only() -> None:
     table.open(AFTER, object(), open_message(C), 0.0)
 
 
+def test_one_who_holds_most_of_the_pool_opens_no_more_while_others_are_here() -> None:
+    table = Table(LedgerLimits(max_positions=100, pool_positions=40))
+    table.do(1, 0, 30)
+    table.open(CLIENT, table.link, open_message(C), 0.0)  # alone, all of it may be theirs
+    table.open(OTHER, object(), open_message(B), 0.0)
+    with pytest.raises(Busy, match="hold 30 of this peer's 40"):
+        table.open(CLIENT, table.link, open_message(SessionId(bytes([9]) * 16)), 0.0)
+    table.do(2, 30, 5)  # what there is goes on
+    table.open(CLIENT, table.link, open_message(epoch=2), 0.0)  # also on another route, from nothing
+    table.open(CLIENT, table.link, open_message(SessionId(bytes([9]) * 16)), 0.0)
+
+
 def test_a_lease_runs_from_the_last_step_and_not_while_one_is_running() -> None:
     table = Table()
     assert table.expire(59.0) == []
