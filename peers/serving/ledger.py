@@ -42,7 +42,7 @@ class LedgerLimits:
     pool_positions: int | None = None
     """What all sessions together may hold; None where nothing counts them."""
     owner_share: float = 0.75
-    """Of the pool: one owner that holds as much opens no further session while others have some. What it has goes on."""
+    """Of the pool: who holds as much opens no further session while others have some; what there is goes on."""
     max_sessions: int = 4096
     max_sessions_per_owner: int = 512
     answers_per_session: int = 4
