@@ -39,14 +39,16 @@ class Terminal:
         os.write(self.end, text.encode())
 
     def wait_for(self, text: str, *, since: int = 0) -> int:
-        """Where the screen ends once `text` stands on it, behind `since`."""
-        return self._wait(lambda: text in self.screen[since:], repr(text))
+        """The place behind `text`, once it stands on the screen behind `since`."""
+        self._wait(lambda: text in self.screen[since:], repr(text))
+        return self.screen.index(text, since) + len(text)
 
     def wait_for_more(self, count: int, *, since: int) -> int:
-        """Where the screen ends once it has so many characters behind `since`."""
-        return self._wait(lambda: len(self.screen) >= since + count, f"{count} characters behind {since}")
+        """That place, once the screen has so many characters behind `since`."""
+        self._wait(lambda: len(self.screen) >= since + count, f"{count} characters behind {since}")
+        return since + count
 
-    def _wait(self, met: Callable[[], bool], what: str) -> int:
+    def _wait(self, met: Callable[[], bool], what: str) -> None:
         deadline_s = time.monotonic() + DEADLINE_S
         while not met():
             assert time.monotonic() < deadline_s, f"no {what} in {self.screen!r}"
@@ -55,7 +57,6 @@ class Terminal:
                     self.screen += os.read(self.end, 65536).decode(errors="replace")
                 except OSError:  # the other end is closed
                     raise AssertionError(f"it ended: {self.screen!r}") from None
-        return len(self.screen)
 
     def close(self) -> None:
         self.process.kill()
