@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,8 +24,8 @@ PROMPT = "The history of the steam engine begins in antiquity, when"
 
 @pytest.fixture(scope="module")
 def spared() -> Iterator[LocalSwarm]:
-    """Three peers, and a spare one for the blocks in the middle."""
-    with LocalSwarm(MODEL, [*SPANS, SPANS[1]], dtype="float32") as swarm:
+    """Three peers, and a spare one for each."""
+    with LocalSwarm(MODEL, [*SPANS, *SPANS], dtype="float32") as swarm:
         yield swarm
 
 
@@ -66,22 +68,27 @@ class At:
         pass
 
 
+def serving(client: Any, swarm: LocalSwarm, hop: int) -> LocalPeer:
+    """The peer that serves this hop of the present route."""
+    return next(peer for peer in swarm.peers if peer.peer_id == client.route.hops[hop].peer_id)
+
+
 def middle(client: Any, swarm: LocalSwarm) -> LocalPeer:
-    """The peer that serves the middle blocks of the present route."""
-    return next(peer for peer in swarm.peers if peer.peer_id == client.route.hops[1].peer_id)
+    return serving(client, swarm, 1)
 
 
+@pytest.mark.parametrize("hop", [0, 1, 2], ids=["first", "middle", "last"])
 def test_a_killed_peer_is_replaced_without_changing_a_token(
-    client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy
+    client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy, hop: int
 ) -> None:
     killed: list[LocalPeer] = []
 
     def kill() -> None:
-        killed.append(middle(client, failing))
+        killed.append(serving(client, failing, hop))
         killed[0].kill()
 
     assert generate(client, prompt, 48, streamer=At(20, kill)) == greedy(prompt, 48)
-    assert middle(client, failing) is not killed[0]
+    assert serving(client, failing, hop) is not killed[0]
     assert driver(client).traffic.rebuilds >= 1
 
 
@@ -121,6 +128,26 @@ def test_a_hung_peer_is_replaced_without_changing_a_token(
     assert max(later - earlier for earlier, later in itertools.pairwise(reader.times_s)) < 15
 
 
+def test_ctrl_c_at_a_serving_peer_drains_it_and_nobody_notices(
+    client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy
+) -> None:
+    leaving: list[LocalPeer] = []
+    family: list[psutil.Process] = []
+
+    def interrupt() -> None:
+        leaving.append(serving(client, failing, 1))
+        me = psutil.Process(leaving[0].pid)
+        family.extend([me, *me.children(recursive=True)])
+        me.send_signal(signal.SIGINT)
+
+    assert generate(client, prompt, 48, streamer=At(20, interrupt)) == greedy(prompt, 48)
+    (peer,) = leaving
+    assert peer.wait_for("draining")
+    assert peer.wait_for("stopped")
+    assert peer._process.wait(30) == 0
+    assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
 def test_the_swarm_works_without_its_bootstrap_and_finds_it_again(
     client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy
 ) -> None:
@@ -139,7 +166,7 @@ def test_the_swarm_works_without_its_bootstrap_and_finds_it_again(
 
 def test_a_gap_is_named_within_five_seconds(client: Any, failing: LocalSwarm, prompt: tuple[int, ...]) -> None:
     generate(client, prompt, 2)
-    for peer in (failing.peers[1], failing.peers[3]):
+    for peer in (failing.peers[1], failing.peers[4]):
         assert peer.terminate() == 0
     started_s = time.monotonic()
     with pytest.raises(NoRoute, match="blocks 10:20 are missing") as caught:
