@@ -101,7 +101,7 @@ class Attender(Protocol):
         softcap: float | None,
         sinks_H: Tensor | None,
     ) -> Tensor:
-        """Called once per layer, in order. Returns [1, T, H, V]."""
+        """Called once per layer, in order. Returns [1, T, H, V], contiguous."""
 
 
 class NotPluggable(Exception):

@@ -27,6 +27,7 @@ from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool
 from peers.runtime.attention import (
     RAGGED,
+    Attender,
     LayerPool,
     NotPluggable,
     Pattern,
@@ -38,7 +39,7 @@ from peers.runtime.attention import (
     see,
 )
 from peers.runtime.pages import PagePool, SlotCopy
-from peers.runtime.program import TOKENS_MAX, Attend, NotFlat, Programs, record
+from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
 from routing.ids import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class PagedCache:
         if self._programs is not None and len(hidden_TH) <= TOKENS_MAX and span == self._model.span:
             regime = self._model.regime
             if regime.key(regime_length) == regime.key(1):
-                return self._programs(hidden_TH[None], batch.positions_T[None], batch.attend)[0]
+                return self._programs(hidden_TH[None], batch.positions_T[None], batch)[0]
         with attending(batch) as cache:
             return self._model.forward(
                 hidden_TH[None], batch.positions_T[None], span=span, past_key_values=cache, regime_length=regime_length
@@ -122,12 +123,12 @@ class PagedCache:
         """Let short forwards of the whole span go by a program from now on, where there is one (`program`)."""
         model = self._model
 
-        def forward(hidden_1TH: Tensor, position_ids_1T: Tensor, attend: Attend) -> Tensor:
-            with attending(_By(attend)) as cache:
+        def forward(hidden_1TH: Tensor, position_ids_1T: Tensor, attender: Attender) -> Tensor:
+            with attending(attender) as cache:
                 return model.forward(hidden_1TH, position_ids_1T, past_key_values=cache, regime_length=1)
 
         try:
-            self._programs = record(forward, _random_hidden(model, 1)[0], _Observer().attend, model.max_positions)
+            self._programs = record(forward, _random_hidden(model, 1)[0], _Observer(), model.max_positions)
         except NotFlat as error:
             logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
 
@@ -246,13 +247,6 @@ def _bytes_per_token_alone(model: SpanModel) -> int:
     cache = SoloCache(model)
     cache.forward([Chunk(session=0, start=0, tokens=4)], _random_hidden(model, 4), model.span, 4)
     return cache.bytes_per_token(0)
-
-
-@dataclass(frozen=True, slots=True)
-class _By:
-    """Attends as told."""
-
-    attend: Attend
 
 
 class _Observer:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from peers.model.kernels import opaque
 from peers.model.support import one_line
-from peers.runtime.attention import Pattern
+from peers.runtime.attention import Attender, Pattern
 
 TOKENS_MAX = 64
 """Positions up to which a forward goes by a program; beyond, tensors are what takes the time."""
@@ -35,27 +35,12 @@ CHECKED_POSITION = 200
 """Where the check begins, far from where was recorded, if the model has that many positions."""
 
 
-class Attend(Protocol):
-    """Returns [1, T, H, V], contiguous."""
-
-    def __call__(
-        self,
-        q_1HTK: Tensor,
-        k_1JTK: Tensor,
-        v_1JTV: Tensor,
-        pattern: Pattern,
-        scale: float,
-        softcap: float | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor: ...
-
-
 class NotFlat(Exception):
     """This forward cannot be a program; the message says why."""
 
 
-Forward = Callable[[Tensor, Tensor, Attend], Tensor]
-"""(hidden [1, T, H], position ids [1, T], the attention of this forward) → hidden [1, T, H]"""
+Forward = Callable[[Tensor, Tensor, Attender], Tensor]
+"""(hidden [1, T, H], position ids [1, T], what attends in this forward) → hidden [1, T, H]"""
 
 
 class Programs:
@@ -64,24 +49,26 @@ class Programs:
     def __init__(self, one: Forward, several: Forward) -> None:
         self._one, self._several = one, several
 
-    def __call__(self, hidden_1TH: Tensor, position_ids_1T: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, hidden_1TH: Tensor, position_ids_1T: Tensor, attender: Attender) -> Tensor:
         """For T up to TOKENS_MAX."""
         run = self._one if hidden_1TH.shape[1] == 1 else self._several
-        return run(hidden_1TH, position_ids_1T, attend)
+        return run(hidden_1TH, position_ids_1T, attender)
 
 
-def record(forward: Forward, like_H: Tensor, rehearse: Attend, max_positions: int = CHECKED_POSITION * 2) -> Programs:
+def record(
+    forward: Forward, like_H: Tensor, rehearsal: Attender, max_positions: int = CHECKED_POSITION * 2
+) -> Programs:
     """The programs of `forward`, whose hidden states are like `like_H`. Takes about a second, in one thread at a time.
 
-    `rehearse` attends in a forward that no session is in, and says the same for the same arguments. Raises NotFlat.
+    `rehearsal` attends in a forward that no session is in, and says the same for the same arguments. Raises NotFlat.
     """
     one, two, three = (_record(forward, like_H, tokens) for tokens in (1, 2, 3))
     programs = Programs(_translate(one, one), _translate(two, three))
     for tokens in (1, CHECKED_TOKENS):
         hidden_1TH, position_ids_1T = _example(like_H, tokens, max(0, min(CHECKED_POSITION, max_positions - tokens)))
-        expected = forward(hidden_1TH, position_ids_1T, rehearse)
+        expected = forward(hidden_1TH, position_ids_1T, rehearsal)
         try:
-            same = torch.equal(programs(hidden_1TH, position_ids_1T, rehearse), expected)
+            same = torch.equal(programs(hidden_1TH, position_ids_1T, rehearsal), expected)
         except RuntimeError as error:  # a shape or a layout that is not linear in T
             raise NotFlat(f"recorded, {tokens} positions do not run ({one_line(error)})") from error
         if not same:
@@ -146,7 +133,7 @@ def _record(forward: Forward, like_H: Tensor, tokens: int) -> _Recorder:
     recorder = _active.recorder = _Recorder()
     try:
         with torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
-            run = make_fx(lambda hidden, positions: forward(hidden, positions, recorder.attend), tracing_mode="real")
+            run = make_fx(lambda hidden, positions: forward(hidden, positions, recorder), tracing_mode="real")
             module = run(*_example(like_H, tokens, 0))
     except Exception as error:  # whatever an architecture's own code does not bear: it runs as it is
         raise NotFlat(f"its forward cannot be recorded ({one_line(error)})") from error
@@ -208,9 +195,11 @@ class _Writer:
     def function(self) -> Forward:
         functions = [pattern.function for pattern in self._second.patterns]
         self._bound["make_patterns"] = lambda: [Pattern(function) for function in functions]
-        body = "\n    ".join(["T, patterns = hidden.shape[1], make_patterns()", *self._lines])
+        body = "\n    ".join(["T, attend, patterns = hidden.shape[1], attender.attend, make_patterns()", *self._lines])
         scope: dict[str, Any] = {}
-        source = f"def program(hidden, positions, attend, {', '.join(f'{n}={n}' for n in self._bound)}):\n    {body}\n"
+        source = (
+            f"def program(hidden, positions, attender, {', '.join(f'{n}={n}' for n in self._bound)}):\n    {body}\n"
+        )
         exec(compile(source, "<recorded forward>", "exec"), dict(self._bound), scope)
         program: Forward = scope["program"]
         return program

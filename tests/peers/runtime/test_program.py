@@ -18,8 +18,12 @@ NOT_FLAT = {"llama-dynamic", "biogpt", "jetmoe"}
 """Families whose Python looks at values: at the longest position, at the mask, at how many rows each expert has."""
 
 
-def no_attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return q.new_ones(1, q.shape[2], q.shape[1], v.shape[3]) * v.mean()
+class NoAttention:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+        return q.new_ones(1, q.shape[2], q.shape[1], v.shape[3]) * v.mean()
+
+
+ALONE = NoAttention()
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.pluggable])
@@ -35,34 +39,34 @@ def test_a_family_has_a_program_that_says_the_same(family: str, monkeypatch: pyt
 def test_what_is_linear_in_the_number_of_positions_runs_at_any() -> None:
     weight = torch.randn(6, 6)
 
-    def forward(hidden: Tensor, positions: Tensor, attend: object) -> Tensor:
+    def forward(hidden: Tensor, positions: Tensor, attender: object) -> Tensor:
         tokens = hidden.shape[1]
         halves = (hidden @ weight).view(1, tokens * 2, 3).reshape(1, tokens, 2, 3)
         return (halves.flip(2).reshape(1, tokens, 6) + positions[..., None]) * 0.5
 
-    programs = record(forward, torch.zeros(6), no_attention)
+    programs = record(forward, torch.zeros(6), ALONE)
     for tokens in (1, 2, 7, TOKENS_MAX):
         hidden, positions = torch.randn(1, tokens, 6), torch.randint(0, 99, (1, tokens))
-        assert torch.equal(programs(hidden, positions, no_attention), forward(hidden, positions, no_attention))
+        assert torch.equal(programs(hidden, positions, ALONE), forward(hidden, positions, ALONE))
 
 
 def test_a_forward_that_looks_at_values_is_refused() -> None:
-    def forward(hidden: Tensor, positions: Tensor, attend: object) -> Tensor:
+    def forward(hidden: Tensor, positions: Tensor, attender: object) -> Tensor:
         return hidden if hidden.sum() > 0 else -hidden
 
     with pytest.raises(NotFlat, match="cannot be recorded"):
-        record(forward, torch.zeros(6), no_attention)
+        record(forward, torch.zeros(6), ALONE)
 
 
 def test_a_forward_that_depends_on_how_many_there_are_is_refused() -> None:
-    def forward(hidden: Tensor, positions: Tensor, attend: object) -> Tensor:
+    def forward(hidden: Tensor, positions: Tensor, attender: object) -> Tensor:
         return hidden * 2 if hidden.shape[1] < 5 else hidden * 3
 
     with pytest.raises(NotFlat, match="5 positions come out differently"):
-        record(forward, torch.zeros(6), no_attention)
+        record(forward, torch.zeros(6), ALONE)
 
-    def branch(hidden: Tensor, positions: Tensor, attend: object) -> Tensor:
+    def branch(hidden: Tensor, positions: Tensor, attender: object) -> Tensor:
         return hidden * 2 if hidden.shape[1] == 2 else (hidden + 1) * 3
 
     with pytest.raises(NotFlat, match="how many positions"):
-        record(branch, torch.zeros(6), no_attention)
+        record(branch, torch.zeros(6), ALONE)
