@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from peers.transport.links import Links
 from peers.transport.tasks import Tasks
-from routing.errors import InvalidRecord, NoRoute, PeerError
+from routing.errors import InvalidRecord, NoRoute, PeerError, Unavailable
 from routing.ids import ModelId, PeerId
 from routing.records import RECORD_RENEW_S, Announcement, index_keys, model_keys, verify_record
 from routing.router import Route, Router, RouteRequest
@@ -114,6 +114,8 @@ class Discovery:
         self._pinged_at_s[peer.peer_id] = self._clock()
         try:
             rtt_s, _ = await self._links.ping(peer.peer_id, peer.addresses, timeout_s=PING_TIMEOUT_S)
+        except Unavailable as error:  # of this node, out of descriptors for example: no fault of the peer's
+            logger.warning("peer %s was not measured: %s", peer.peer_id, error)
         except PeerError as error:
             logger.info("peer %s: %s", peer.peer_id, error)
             self.router.on_failure(peer.peer_id, self._clock(), "does not answer pings")

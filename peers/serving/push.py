@@ -91,7 +91,7 @@ class Pusher:
     async def _to_client(self, entry: Entry[Delivery, Link], message: Result | Relay, delivery: Delivery) -> bool:
         try:
             await entry.owner_link.send(message, delivery.payload, bulk=delivery.bulk)
-        except PeerError as error:
-            logger.debug("session %s: the client is gone: %s", entry.session, error)
+        except (PeerError, Unavailable) as error:  # Unavailable: a client that we dialled, and no lane can be opened
+            logger.debug("session %s: the client is not reached: %s", entry.session, error)
             return False
         return True

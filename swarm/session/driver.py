@@ -188,8 +188,6 @@ class SwarmRemote:
     def run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._closed:
             raise SessionClosed("this model's connection to the swarm was closed")
-        if self._failure is not None:
-            raise self._failure
         results = self._network.call(self._run(steps))
         return [
             result.to(device=step.hidden_TD.device, dtype=step.hidden_TD.dtype)
@@ -257,6 +255,8 @@ class SwarmRemote:
                 self._perform(session, session.core.give_up(error))
 
     async def _run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
+        if self._failure is not None:
+            raise self._failure
         sessions = [step.session for step in steps]
         try:
             for step in steps:

@@ -14,7 +14,7 @@ from peers import discovery as module
 from peers.discovery import Discovery
 from peers.transport.links import Links
 from peers.transport.memory import MemoryNetwork, MemoryStore
-from routing.errors import NoRoute
+from routing.errors import NoRoute, Unavailable
 from routing.ids import BlockSpan
 from routing.records import index_key, model_key, sign_record
 from routing.router import Router, RouteRequest
@@ -136,6 +136,21 @@ async def test_peers_are_measured_and_the_silent_ones_are_left_alone(reader: Rea
     streams = len(reader.network._streams)
     await reader.discovery.measure(router.snapshot(now_s).peers)
     assert len(reader.network._streams) == streams, "not again within half a minute"
+
+
+async def test_a_node_that_cannot_dial_for_a_moment_blames_nobody_and_goes_on(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await reader.announce(2, 0, 30)
+    reader.discovery.watch(MODEL)
+    await reader.discovery.refresh()
+
+    async def ping(*_: object, **__: object) -> None:
+        raise Unavailable("no descriptors left")
+
+    monkeypatch.setattr(reader.links, "ping", ping)
+    await reader.discovery.measure(reader.discovery.router.snapshot(reader.discovery.now_s()).peers)
+    assert [hop.peer_id for hop in (await reader.discovery.route(REQUEST)).hops] == [PEER.peer_id]
 
 
 async def test_running_leaves_nothing_behind(reader: Reader) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from peers.serving.push import DIAL_TIMEOUT_S, RETRY_PUSH_S
-from peers.wire.messages import Code, Failed, Relay, Result
+from peers.wire.messages import Code, Failed, Opened, Relay, Result
 from routing.errors import Unavailable
 from tests.peers.serving.hops import LATENCY_S, Client, Hop, Route, expected, peer_id, session_id, step_of
 
@@ -210,3 +210,28 @@ async def test_a_session_crosses_two_hops_at_once_with_a_window_of_steps() -> No
         for number in range(4):
             assert torch.equal(await client.result(), expected(route.hops, 10 * number, 10 * number + 10))
         assert now_s() - started_s == pytest.approx(4 * LATENCY_S + (3 + 3) * 0.005), "hops work side by side"
+
+
+async def test_a_client_that_we_dialled_and_cannot_answer_in_bulk_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Route() as route:
+        first, second, _ = route.hops
+        await first.links.to(second.peer_id, second.transport.addresses)
+        await asyncio.sleep(0.1)
+        (link,) = second.links._inbound.values()
+        second.links.handle(Opened, ignore)
+        opens = route.client.opens([first])
+        await link.send(opens[0])
+
+        async def open_stream(*_: object, **__: object) -> None:
+            raise Unavailable("no descriptors left")
+
+        monkeypatch.setattr(first.transport, "open_stream", open_stream)
+        await link.send(*step_of(1, 0, bulk=True))
+        await asyncio.sleep(0.5)
+        assert len(first.engine.ran) == 1
+        assert first.handler.pusher.counts.returned == 0
+        await link.close()
+
+
+async def ignore(*_: object) -> None:
+    pass
