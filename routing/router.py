@@ -206,7 +206,10 @@ def _no_route(request: RouteRequest, announcements: Iterable[Announcement], excl
     missing = gaps((a.span for a in held if a.peer_id not in excluded), request.num_blocks)
     unheld = gaps((a.span for a in held), request.num_blocks)
     if not held:
-        return NoRoute(f"no peer serves model {request.model}", missing=[(0, request.num_blocks)])
+        everything = _listed([BlockSpan(0, request.num_blocks)])
+        return NoRoute(
+            f"no peer serves model {request.model}: blocks {everything} are missing", missing=[(0, request.num_blocks)]
+        )
     message = f"no route for model {request.model}: blocks {_listed(missing)} are missing"
     if unheld:
         message += f"; nobody holds {_listed(unheld)}"
