@@ -73,6 +73,7 @@ class Handler:
         links.handle(Close, self._close)
         links.handle(Failed, self._forward_failure)
         links.on_lost(self._link_lost)
+        links.keep(ledger.owner_links)
         links.pong = self._pong
 
     async def run(self) -> None:

@@ -128,6 +128,10 @@ class Ledger(Generic[Answer, OwnerLink]):
     def get(self, session: SessionId) -> Entry[Answer, OwnerLink] | None:
         return self._entries.get(session)
 
+    def owner_links(self) -> set[OwnerLink]:
+        """The links whose end would end a session."""
+        return {entry.owner_link for entry in self._entries.values()}
+
     def open(self, owner: PeerId, link: OwnerLink, message: Open, now_s: float) -> Entry[Answer, OwnerLink]:
         """Install a session or give it a new route; a new route holds no positions until its first step, or
         until the caller says how many it begins with.

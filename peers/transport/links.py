@@ -1,8 +1,10 @@
 """Links: typed messages between two nodes, multiplexed over two streams ("lanes") per pair.
 
 Owns the handshake (protocol version, network, clock), the lanes and their end. Knows messages, but not what they mean
-to a session: the owner receives them through one callback. Small frames never wait behind bulk ones; within a lane
-order is kept. Only the side that dialled opens lanes; the other answers on them, which works from behind a NAT.
+to a session: the owner receives them through one callback, and names the links that its sessions need. Small frames
+never wait behind bulk ones; within a lane order is kept. Only the side that dialled opens lanes; the other answers on
+them, which works from behind a NAT. So it is also the side that dialled which closes a link that nobody needs; the
+other one does so only when it is full.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -38,6 +41,11 @@ SEND_TIMEOUT_S = 30.0
 MAX_SKEW_S = 3.0
 MAX_INBOUND_LINKS_PER_PEER = 8
 MAX_INBOUND_LINKS = 512
+MAX_OUTBOUND_LINKS = 512
+IDLE_S = 60.0
+"""A dialled link over which nothing but pings went for this long is closed, unless it is needed."""
+FRESH_S = 10.0
+"""A link used within this time does not make room for another peer's: its first message may be on the way."""
 
 SMALL, BULK = "small", "bulk"
 
@@ -56,6 +64,8 @@ class Link:
         """Whether anybody but a ping asked for it."""
         self.pings = 0
         """Under way."""
+        self.used_at_s = asyncio.get_running_loop().time()
+        """When it last carried anything but a ping, or was asked for."""
         self._owner = owner
         self._addresses = tuple(addresses)
         self._lanes: dict[str, Lane] = {}
@@ -71,6 +81,8 @@ class Link:
         """
         if self.closed:
             raise StreamClosed(f"the link with {self.remote} is closed")
+        if not isinstance(message, Ping | Pong):
+            self.used_at_s = asyncio.get_running_loop().time()
         try:
             lane = self._lanes.get(BULK if bulk else SMALL)
             if lane is None:
@@ -187,6 +199,7 @@ class Links:
         """Fills the answer to a ping; a peer replaces it to tell its load."""
         self._receivers: dict[type[Message], Receiver[Any]] = {}
         self._lost: list[Callable[[Link], None]] = []
+        self._needed: list[Callable[[], Iterable[Link]]] = []
         self._instance = secrets.token_bytes(16)
         self._outbound: dict[PeerId, Link] = {}
         self._dialling: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
@@ -194,6 +207,7 @@ class Links:
         self._requests: dict[int, tuple[Link, asyncio.Future[AnyMessage]]] = {}
         self._nonces = itertools.count(1)
         self.tasks = Tasks()
+        self._closing_idle: asyncio.Task[None] | None = None
         self._skew_named: set[PeerId] = set()
         self._closed = False
 
@@ -204,6 +218,10 @@ class Links:
     def on_lost(self, callback: Callable[[Link], None]) -> None:
         """Call `callback` once for each link that ends, whoever ended it."""
         self._lost.append(callback)
+
+    def keep(self, needed: Callable[[], Iterable[Link]]) -> None:
+        """Never close the links that `needed` names for being idle, nor to make room for those of other peers."""
+        self._needed.append(needed)
 
     async def serve(self) -> None:
         """Accept links from now on."""
@@ -216,6 +234,7 @@ class Links:
         """
         link = self._outbound.get(peer) or await self._dial(peer, addresses, timeout_s)
         link.wanted = True
+        link.used_at_s = asyncio.get_running_loop().time()
         return link
 
     async def _dial(self, peer: PeerId, addresses: Sequence[str], timeout_s: float) -> Link:
@@ -228,7 +247,12 @@ class Links:
                     return link
                 link = Link(self, peer, outbound=True, addresses=addresses)
                 await self.open_lane(link, SMALL, timeout_s=timeout_s)
+                if len(self._outbound) >= MAX_OUTBOUND_LINKS:
+                    needed = self._needed_links()
+                    min(self._outbound.values(), key=lambda link: (link in needed, link.used_at_s)).retire()
                 self._outbound[peer] = link
+                if self._closing_idle is None or self._closing_idle.done():
+                    self._closing_idle = self.tasks.spawn(self._close_idle(), name="close idle links")
                 return link
         except TimeoutError as error:
             raise PeerUnreachable(f"{peer} did not answer within {timeout_s:.0f} s") from error
@@ -281,6 +305,26 @@ class Links:
         await asyncio.gather(*(link.close() for link in (*self._outbound.values(), *self._inbound.values())))
         await self.tasks.close()
 
+    # --- room ---
+
+    def _needed_links(self) -> set[Link]:
+        return {link for needed in self._needed for link in needed()}
+
+    async def _close_idle(self) -> None:
+        """Until no dialled link is left."""
+        while self._outbound:
+            await asyncio.sleep(IDLE_S / 4)
+            for link in self._unneeded(self._outbound.values(), for_s=IDLE_S):
+                logger.debug("closing %r: it is idle", link)
+                link.retire()
+
+    def _unneeded(self, links: Iterable[Link], *, for_s: float) -> list[Link]:
+        """Those of `links` that nobody has used for so long, or waits for, or needs."""
+        before_s = asyncio.get_running_loop().time() - for_s
+        unused = [link for link in links if link.used_at_s <= before_s and not link.pings]
+        needed = self._needed_links() if unused else set()
+        return [link for link in unused if link not in needed]
+
     # --- lanes ---
 
     async def open_lane(self, link: Link, lane: str, *, timeout_s: float = HELLO_TIMEOUT_S) -> None:
@@ -327,6 +371,10 @@ class Links:
             raise ProtocolError(f"a second or unknown lane {hello.lane!r}")
         if link is None:
             of_peer = sum(1 for peer, _ in self._inbound if peer == stream.remote)
+            if of_peer < MAX_INBOUND_LINKS_PER_PEER and len(self._inbound) >= MAX_INBOUND_LINKS:
+                idlest = min(self._unneeded(self._inbound.values(), for_s=FRESH_S), key=_used_at_s, default=None)
+                if idlest is not None:
+                    idlest.retire()
             if of_peer >= MAX_INBOUND_LINKS_PER_PEER or len(self._inbound) >= MAX_INBOUND_LINKS:
                 raise ProtocolError(f"too many links ({of_peer} from this peer, {len(self._inbound)} in all)")
             link = self._inbound[key] = Link(self, stream.remote, outbound=False)
@@ -353,6 +401,7 @@ class Links:
             if future is not None and waiting_link is link and not future.done():
                 future.set_result(message)
         elif (receiver := self._receivers.get(type(message))) is not None:
+            link.used_at_s = asyncio.get_running_loop().time()
             await receiver(link, message, payload)
         else:
             raise ProtocolError(f"{link.remote} sent {type(message).__name__}, which nothing here expects")
@@ -405,3 +454,6 @@ class Links:
                 abs(skew_s),
                 "ahead" if skew_s > 0 else "behind",
             )
+
+
+_used_at_s = attrgetter("used_at_s")

@@ -11,7 +11,7 @@ import logging
 import random
 import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -225,6 +225,7 @@ class SwarmRemote:
         links.handle(Failed, self._failed)
         links.handle(Relay, self._relay)
         links.on_lost(self._link_lost)
+        links.keep(self._needed_links)
         self._client.discovery.watch(self.model.model)
         self._tasks.spawn(self._watch(), name="watch sessions")
         self._guard.spawn(self._end_with_network(), name="end with the network")
@@ -624,6 +625,14 @@ class SwarmRemote:
             self._blame(link.remote, str(error))
         for session, actions in affected:
             self._perform(session, actions)
+
+    def _needed_links(self) -> Iterator[Link]:
+        """Those to every hop of every session: a hop between two others hears nothing from us while it works."""
+        for session in self._state.sessions.values():
+            if session.core is not None and session.core.route is not None:
+                for hop in session.core.route.hops:
+                    if (link := self._client.links.known(hop.peer_id)) is not None:
+                        yield link
 
     # --- deadlines and measurements ---
 

@@ -6,6 +6,7 @@ Virtual wires, real engines and drivers. The real processes' version of these is
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from transformers import StoppingCriteria
 
+from peers.transport import links
 from routing.errors import NoRoute, Unavailable
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
@@ -192,3 +194,24 @@ def test_several_threads_share_a_model(make_swarm: Callable[..., MemorySwarm], l
         results = list(threads.map(one, range(4)))
     for seed, result in enumerate(results):
         assert torch.equal(result, generate(local, prompt(seed=seed, length=5 + seed)))
+
+
+def test_idle_links_close_but_for_those_of_a_session_also_to_hops_that_hear_nothing_from_us(
+    make_swarm: Callable[..., MemorySwarm], local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "IDLE_S", 0.1)
+    swarm = make_swarm([(0, 1), (1, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+    mine = swarm.thread.client.links
+    with model.session():
+        first = generate(model, prompt())
+        time.sleep(0.5)
+        more = torch.cat([first, prompt(seed=7)], 1)
+        assert torch.equal(generate(model, more), generate(local, more))
+        assert model._remote_layers.remote.traffic.rebuilds == 0
+        assert len(mine._outbound) == 3
+    deadline_s = time.monotonic() + 10.0
+    while mine._outbound and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert mine._outbound == {}
+    assert torch.equal(generate(model, prompt()), generate(local, prompt()))

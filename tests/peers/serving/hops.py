@@ -147,10 +147,14 @@ class Client:
     def __init__(self, network: MemoryNetwork, number: int = 1) -> None:
         self.transport = network.transport(peer_id(number), client_mode=True)
         self.links = Links(self.transport, network="test", software="test")
+        self.links.keep(self._needed_links)
         self.inbox: list[tuple[Link, AnyMessage, bytes]] = []
         self._arrived = asyncio.Event()
         for kind in (Opened, Result, Failed, Relay):
             self.links.handle(kind, self._receive)
+
+    def _needed_links(self) -> list[Link]:
+        return list(self.links._outbound.values())
 
     async def _receive(self, link: Link, message: Any, payload: memoryview) -> None:
         self.inbox.append((link, message, bytes(payload)))

@@ -12,10 +12,11 @@ import torch
 from peers.errors import Busy, Preempted
 from peers.runtime.engine import CacheTooSmall, ComputeFailed, PositionGap
 from peers.serving.handler import MAX_PAYLOAD_BYTES, SWEEP_S
+from peers.transport import links
 from peers.transport.base import MAX_FRAME_BYTES
 from peers.wire import codec
 from peers.wire.messages import MAX_HOPS, Code, Failed, Opened
-from routing.errors import Unavailable
+from routing.errors import PeerError, Unavailable
 from tests.peers.serving.hops import HIDDEN, Client, Hop, Route, expected, rows, session_id, step_of
 
 pytestmark = pytest.mark.looptime
@@ -362,6 +363,22 @@ async def test_the_end_of_the_clients_link_releases_its_sessions_and_no_others()
         await asyncio.sleep(0.1)
         assert set(route.hop.engine.sessions) == {session_id(2)}
         assert len(route.hop.ledger) == 1
+
+
+async def test_a_full_peer_makes_room_at_the_cost_of_nobodys_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "MAX_INBOUND_LINKS", 1)
+    async with Alone() as route:
+        newcomer = route.another_client()
+        await route.client.open(route.hops)
+        await runs(route.client, route.hop, 1, 0, 5)
+        await asyncio.sleep(2 * links.FRESH_S)
+        with pytest.raises(PeerError):
+            await newcomer.links.ping(route.hop.peer_id)
+        await runs(route.client, route.hop, 2, 5)
+        await route.client.close_session(route.hops, 1)
+        await asyncio.sleep(2 * links.FRESH_S)
+        await newcomer.open(route.hops, session=2)
+        await runs(newcomer, route.hop, 1, 0, 5, session=2)
 
 
 async def test_a_step_and_the_close_behind_it_leave_no_pages() -> None:

@@ -555,3 +555,92 @@ async def test_a_link_that_only_pings_wanted_is_closed_again_and_any_other_stays
     assert world.one.links.known(OTHER) is link
     await world.one.links.ping(OTHER)
     assert world.one.links.known(OTHER) is link
+
+
+# --- room ---
+
+
+async def test_a_dialled_link_that_nobody_uses_is_closed_and_pings_are_no_use(world: World) -> None:
+    await world.dial()
+    for _ in range(3):
+        await asyncio.sleep(module.IDLE_S / 2)
+        await world.one.links.ping(OTHER)
+    assert world.one.links.known(OTHER) is None
+    await asyncio.sleep(0.1)
+    assert world.streams() == 0
+    assert world.other.links._inbound == {}
+
+
+async def test_a_link_that_is_used_or_needed_stays(world: World) -> None:
+    needed = {await world.dial()}
+    world.one.links.keep(lambda: needed)
+    third = Node(world.network, THIRD)
+    await third.links.serve()
+    used = await world.one.links.to(THIRD)
+    for _ in range(6):
+        await asyncio.sleep(module.IDLE_S / 2)
+        await used.send(Close(sessions=()))
+    assert world.one.links.known(OTHER) in needed
+    assert world.one.links.known(THIRD) is used
+    (back,) = third.links._inbound.values()
+    for _ in range(2):
+        await asyncio.sleep(module.IDLE_S / 3)
+        await back.send(Pong(nonce=0))
+    await asyncio.sleep(module.IDLE_S)
+    assert world.one.links.known(THIRD) is None, "a pong is no use either"
+    needed.clear()
+    await asyncio.sleep(module.IDLE_S)
+    assert world.one.links.known(OTHER) is None
+    assert (await world.dial()).closed is False
+    await third.close()
+
+
+async def test_an_idle_link_is_not_closed_under_a_ping(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.dial()
+    await asyncio.sleep(module.IDLE_S - 1.0)
+    world.network.partition([ONE], [OTHER])
+    pinging = asyncio.create_task(world.one.links.ping(OTHER, timeout_s=module.IDLE_S))
+    await asyncio.sleep(module.IDLE_S / 2)
+    world.network.partition()
+    await pinging
+
+
+async def test_a_node_dials_a_bounded_number_and_gives_up_the_idlest_that_is_not_needed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_OUTBOUND_LINKS", 2)
+    others = [Node(world.network, signing_key(number).peer_id) for number in (10, 11, 12)]
+    needed = {await world.dial()}
+    world.one.links.keep(lambda: needed)
+    for other in others:
+        await other.links.serve()
+        await asyncio.sleep(1.0)
+        await world.one.links.to(other.transport.peer_id)
+        assert len(world.one.links._outbound) <= 2
+    assert set(world.one.links._outbound) == {OTHER, others[-1].transport.peer_id}
+    for other in others:
+        await other.close()
+
+
+async def test_when_full_the_idlest_that_nobody_needs_makes_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_INBOUND_LINKS", 3)
+    dialled = [Node(world.network, signing_key(number).peer_id) for number in (10, 11, 12)]
+    for node in dialled:
+        await node.links.to(OTHER)
+        await asyncio.sleep(1.0)
+    first, second, last = (link for link in world.other.links._inbound.values())
+    world.other.links.keep(lambda: [first])
+    await asyncio.sleep(module.FRESH_S)
+    (link_of_second,) = dialled[1].links._outbound.values()
+    await dialled[1].links.ping(OTHER)
+    await world.dial()
+    assert (first.closed, second.closed, last.closed) == (False, True, False)
+    await asyncio.sleep(0.1)
+    assert link_of_second.closed
+    third = Node(world.network, THIRD)
+    await third.links.to(OTHER)
+    assert (first.closed, last.closed) == (False, True)
+    with pytest.raises(PeerError):  # the others are needed, or have only just come
+        await dialled[1].links.ping(OTHER)
+    for node in (*dialled, third):
+        await node.close()
