@@ -64,6 +64,22 @@ def peer_id_in(address: str) -> PeerId | None:
     return target
 
 
+def is_public(address: str) -> bool:
+    """Whether it names a host by an IP address that anybody on the internet may dial.
+
+    False for a name, which may lead anywhere, and for what is no address.
+    """
+    match = _GRAMMAR.fullmatch(address) if len(address) <= MAX_ADDRESS_CHARS else None
+    if match is None or match["family"] not in ("ip4", "ip6"):
+        return False
+    try:
+        host = ipaddress.ip_address(match["host"])
+    except ValueError:
+        return False
+    host = getattr(host, "ipv4_mapped", None) or host
+    return host.is_global and not host.is_multicast
+
+
 def _match(text: str) -> re.Match[str]:
     match = _GRAMMAR.fullmatch(text) if len(text) <= MAX_ADDRESS_CHARS and text.isascii() else None
     if match is None:

@@ -1,24 +1,31 @@
 """Where a hop's output goes: pushed to the next hop, or returned to the client on the client's own stream.
 
-A hop that cannot reach its successor hands the output to the client to carry, and says why (`Relay`).
+A hop that cannot reach its successor hands the output to the client to carry, and says why (`Relay`). The client says
+who the successor is and where, and clients are strangers: what is dialled for them is bounded, and never inside a
+network that they cannot reach themselves.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from peers.errors import Busy
 from peers.serving.ledger import Entry
 from peers.transport.links import Link, Links
 from peers.wire.messages import Relay, Result, Step
+from routing.addresses import is_public
 from routing.errors import PeerError, SwarmError, Unavailable
+from routing.ids import PeerId
 
 logger = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 3.0
-MAX_WARMING = 16
-"""Successors dialled ahead of the first push at once."""
+MAX_DIALS = 16
+MAX_DIALS_PER_OWNER = 4
+"""Successors that are being dialled at once; outputs for one more go through the client meanwhile."""
 RETRY_PUSH_S = 30.0
 """After a failed dial outputs go through the client for this long before the successor is tried again."""
 
@@ -48,20 +55,17 @@ class Pusher:
         self.counts = PushCounts()
         self._links = links
         self._clock = clock
-        self._warming = 0
+        self._dials: Counter[tuple[PeerId, PeerId]] = Counter()
+        """By owner and successor: who waits for a link that is being dialled."""
 
     async def warm(self, entry: Entry[Delivery, Link]) -> None:
         """Dial the successor while the client is still opening the other hops."""
-        assert entry.next is not None
-        if self._warming >= MAX_WARMING:
-            return  # strangers name the addresses; the first push dials too
-        self._warming += 1
         try:
-            await self._links.to(entry.next, entry.next_addresses, timeout_s=DIAL_TIMEOUT_S)
+            await self._successor(entry)
+        except Busy as error:
+            logger.debug("session %s: %s", entry.session, error)  # the first push dials too
         except (PeerError, Unavailable) as error:
             self._relay_for_now(entry, error)
-        finally:
-            self._warming -= 1
 
     async def deliver(self, entry: Entry[Delivery, Link], delivery: Delivery) -> None:
         """Send one output on its way. A client that is gone is no error here: its link's end releases its sessions."""
@@ -73,8 +77,10 @@ class Pusher:
         assert entry.next is not None
         if entry.relay_until_s <= self._clock():
             try:
-                link = await self._links.to(entry.next, entry.next_addresses, timeout_s=DIAL_TIMEOUT_S)
+                link = await self._successor(entry)
                 await link.send(message, delivery.payload, bulk=delivery.bulk)
+            except Busy as error:
+                logger.info("session %s: relaying one step: %s", entry.session, error)
             except (PeerError, Unavailable) as error:  # Unavailable: out of descriptors, for example
                 self._relay_for_now(entry, error)
             else:
@@ -83,6 +89,28 @@ class Pusher:
         relay = Relay(next=entry.next, reason="the successor could not be reached from here", step=message)
         if await self._to_client(entry, relay, delivery):
             self.counts.relayed += 1
+
+    async def _successor(self, entry: Entry[Delivery, Link]) -> Link:
+        """The link to the next hop. Raises PeerError, Unavailable, and Busy when too many are being dialled already."""
+        assert entry.next is not None
+        if self._links.known(entry.next) is not None:
+            return await self._links.to(entry.next)
+        dial = (entry.owner, entry.next)
+        mine = sum(owner == entry.owner for owner, _ in self._dials)
+        if dial not in self._dials and (mine >= MAX_DIALS_PER_OWNER or len(self._dials) >= MAX_DIALS):
+            raise Busy(f"{mine} peers are dialled for {entry.owner}, {len(self._dials)} in all", retry_after_s=1.0)
+        self._dials[dial] += 1
+        try:
+            return await self._links.to(entry.next, self._dialable(entry.next_addresses), timeout_s=DIAL_TIMEOUT_S)
+        finally:
+            self._dials[dial] -= 1
+            self._dials = +self._dials
+
+    def _dialable(self, addresses: Sequence[str]) -> Sequence[str]:
+        """A node of the internet dials no host of its own network for a stranger, nor a name that may lead to one."""
+        if any(map(is_public, self._links.transport.addresses)):
+            return tuple(filter(is_public, addresses))
+        return addresses
 
     def _relay_for_now(self, entry: Entry[Delivery, Link], error: SwarmError) -> None:
         entry.relay_until_s = self._clock() + RETRY_PUSH_S

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.addresses import MAX_ADDRESS_CHARS, peer_id_in, validate_multiaddr
+from routing.addresses import MAX_ADDRESS_CHARS, is_public, peer_id_in, validate_multiaddr
 from routing.errors import InvalidAddress
 from tests.routing.swarms import peer
 
@@ -97,3 +97,29 @@ def test_any_text_gives_a_canonical_address_or_invalid_address(text: str) -> Non
             continue
         assert validate_multiaddr(canonical, need_peer_id=need_peer_id) == canonical
         peer_id_in(canonical)
+
+
+@pytest.mark.parametrize(
+    ("host", "public"),
+    [
+        ("/ip4/1.2.3.4", True),
+        ("/ip6/2606:4700::1111", True),
+        ("/ip4/127.0.0.1", False),
+        ("/ip4/10.1.2.3", False),
+        ("/ip4/192.168.1.2", False),
+        ("/ip4/100.64.0.1", False),
+        ("/ip4/169.254.169.254", False),
+        ("/ip4/224.0.0.1", False),
+        ("/ip4/256.1.1.1", False),
+        ("/ip6/::1", False),
+        ("/ip6/fd00::1", False),
+        ("/ip6/::ffff:10.0.0.1", False),
+        ("/ip6/::ffff:1.2.3.4", True),
+        ("/dns4/localhost", False),
+        ("/unix/socket", False),
+        ("", False),
+    ],
+)
+def test_only_an_address_that_anybody_may_dial_is_public(host: str, public: bool) -> None:
+    assert is_public(f"{host}/tcp/4001") is public
+    assert is_public(f"{host}/tcp/4001/p2p/{peer(1)}") is public

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
-from peers.serving.push import DIAL_TIMEOUT_S, RETRY_PUSH_S
+from peers.serving.push import DIAL_TIMEOUT_S, MAX_DIALS, MAX_DIALS_PER_OWNER, RETRY_PUSH_S
 from peers.wire.messages import Code, Failed, Opened, Relay, Result
 from routing.errors import Unavailable
+from routing.ids import PeerId
 from tests.peers.serving.hops import LATENCY_S, Client, Hop, Route, expected, peer_id, session_id, step_of
 
 pytestmark = pytest.mark.looptime
@@ -235,3 +237,81 @@ async def test_a_client_that_we_dialled_and_cannot_answer_in_bulk_is_no_error(mo
 
 async def ignore(*_: object) -> None:
     pass
+
+
+async def test_what_is_dialled_for_strangers_is_bounded_for_each_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Route() as route:
+        first = route.hops[0]
+        silent = {peer_id(number) for number in range(200, 240)}
+        monkeypatch.setattr(route.network, "latency_s", lambda _, peer: DIAL_TIMEOUT_S if peer in silent else LATENCY_S)
+        under_way: list[str] = []
+        most: list[int] = []
+        open_stream = first.transport.open_stream
+
+        async def count(peer: PeerId, *arguments: Any, **options: Any) -> Any:
+            under_way.append(peer)
+            most.append(len(under_way))
+            try:
+                return await open_stream(peer, *arguments, **options)
+            finally:
+                under_way.remove(peer)
+
+        monkeypatch.setattr(first.transport, "open_stream", count)
+        strangers = [route.another_client() for _ in range(8)]
+        targets = iter(sorted(silent))
+        session = 10
+        for number, stranger in enumerate(strangers):
+            for _ in range(5):
+                session += 1
+                await stranger.open([first], session=session, next=next(targets))
+            await asyncio.sleep(0.1)
+            assert len(under_way) == min(MAX_DIALS_PER_OWNER * (number + 1), MAX_DIALS)
+        started_s = now_s()
+        await strangers[0].step(first, 1, 0, session=15)
+        await strangers[0].next(Relay)
+        assert now_s() - started_s < 0.5, "no waiting in line either"
+        await asyncio.sleep(2 * DIAL_TIMEOUT_S)
+        assert max(most) == MAX_DIALS
+        assert not under_way
+        await route.client.open(route.hops)
+        await route.client.step(first, 1, 0, 3)
+        assert torch.equal(await route.client.result(), expected(route.hops, 0, 3))
+        assert first.handler.pusher.counts.pushed == 1
+
+
+async def test_sessions_that_share_a_successor_share_its_dial() -> None:
+    async with Route() as route:
+        for session in range(1, 20):
+            await route.client.send(route.hops[0], route.client.opens(route.hops, session)[0])
+        for _ in range(1, 20):
+            await route.client.next(Opened)
+        await asyncio.sleep(0.5)
+        for session in range(1, 20):
+            (entry,) = [e for e in route.hops[0].ledger._entries.values() if e.session == session_id(session)]
+            assert entry.relay_until_s == 0.0
+        assert len(route.hops[1].links._inbound) == 1
+
+
+@pytest.mark.parametrize("own", ["/ip4/1.2.3.4/tcp/4001", "/ip4/10.0.0.1/tcp/4001"])
+async def test_a_node_of_the_internet_dials_nothing_inside_its_network_for_a_stranger(
+    own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Route() as route:
+        first, second, _ = route.hops
+        inside = (*second.transport.addresses, f"/dns4/intranet/tcp/80/p2p/{second.peer_id}")
+        public = f"/ip4/5.6.7.8/tcp/4001/p2p/{second.peer_id}"
+        dialled: list[Any] = []
+        open_stream = first.transport.open_stream
+
+        async def record(peer: PeerId, addresses: Any, *arguments: Any, **options: Any) -> Any:
+            dialled.extend(addresses)
+            return await open_stream(peer, (), *arguments, **options)
+
+        monkeypatch.setattr(first.transport, "open_stream", record)
+        monkeypatch.setattr(first.transport, "_addresses", (f"{own}/p2p/{first.peer_id}",))
+        (message, *_) = route.client.opens(route.hops)
+        link = await route.client.links.to(first.peer_id)
+        await link.send(replace(message, next_addresses=(*inside, public, "garbage")))
+        await route.client.next(Opened)
+        await asyncio.sleep(0.1)
+        assert dialled == [public] if own.startswith("/ip4/1.") else set(dialled) >= {public, *inside}
