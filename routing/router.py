@@ -20,7 +20,8 @@ from routing.records import Announcement, PeerState
 from routing.reputation import Reputation
 
 HYSTERESIS: Final = 0.2
-"""A new route must save this share of the previous one's cost, or the previous one stays."""
+"""A new route must save this share of the previous one's cost, or the previous one stays; and where one of its hops is
+lost, whoever takes the place of another must save it of that one's."""
 
 _LAST_RESORT_S: Final = 1e6
 """Added to the entry of a peer that should serve only where nobody else can; no honest cost comes near."""
@@ -65,7 +66,7 @@ class RouteRequest:
     protocol: int | None = None
     """The version that the asking node speaks; peers of another one cannot be understood."""
     previous: Route | None = None
-    """The route in use: kept unless another one is clearly better."""
+    """The route in use: kept unless another one is clearly better, and where it lost a hop, so are its other peers."""
 
 
 class Router:
@@ -138,9 +139,12 @@ class Router:
             if a.num_blocks == num_blocks and a.state is online and a.addresses and a.peer_id not in excluded
         )
         usable = _without_slow_strangers(allowed, request, known=self._estimates.measured | busy | settled)
+        whole = bool(previous) and all(peer in usable and usable[peer].span.covers(span) for peer, span in previous)
         candidates: dict[PeerId, Candidate] = {}
         for peer, announcement in usable.items():
             cost = self._cost(announcement, request, now_s)
+            if peer in settled and not whole:
+                cost = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
             if peer in busy or (announcement.free_tokens < request.cache_tokens and peer not in settled):
                 cost = cost._replace(enter_s=cost.enter_s + _LAST_RESORT_S)
             candidates[peer] = Candidate(peer, announcement.span, cost)
@@ -149,7 +153,7 @@ class Router:
         if path is None:
             raise _no_route(request, announcements, excluded)
         hops = path.hops
-        if previous and all(peer in usable and usable[peer].span.covers(span) for peer, span in previous):
+        if whole:
             staying_s = path_cost_s([(candidates[peer].cost, len(span)) for peer, span in previous])
             if path.cost_s > (1 - HYSTERESIS) * staying_s:
                 hops = previous

@@ -18,6 +18,7 @@ from transformers import StoppingCriteria
 
 from peers.transport import links
 from routing.errors import NoRoute, Unavailable
+from routing.router import Route, RouteRequest
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 
@@ -87,6 +88,31 @@ def test_a_hop_that_dies_is_replaced_and_the_ids_stay_the_same(
     assert torch.equal(actual, generate(local, ids, num_beams=beams))
     assert model._remote_layers.remote.traffic.rebuilds >= 1
     assert used[dies] not in [hop.peer_id for hop in model._remote_layers.remote.route.hops]
+
+
+def test_a_rebuild_is_planned_from_the_route_that_was_lost(
+    make_swarm: Callable[..., MemorySwarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+    discovery, asked = swarm.thread.client.discovery, []
+    route = discovery.route
+
+    async def spy(request: RouteRequest) -> Route:
+        asked.append(request.previous)
+        return await route(request)
+
+    monkeypatch.setattr(discovery, "route", spy)
+    used: list[Route] = []
+
+    def kill() -> None:
+        used.append(model._remote_layers.remote.route)
+        swarm.add_peer(2, NUM_BLOCKS)
+        swarm.kill_peer(used[0].hops[1].peer_id)
+
+    generate(model, prompt(), stopping_criteria=[AtToken(5, kill)])
+    assert asked[:2] == [None, used[0]]
+    assert model._remote_layers.remote.route.hops[0] == used[0].hops[0]
 
 
 def test_a_client_whose_own_node_ends_says_so_at_once_and_from_then_on(

@@ -234,6 +234,27 @@ def test_a_previous_route_that_lost_a_hop_is_not_kept(loss: str) -> None:
     assert peer(3) in peers_of(route)
 
 
+def test_where_a_route_lost_a_hop_its_other_peers_stay_unless_others_are_clearly_better() -> None:
+    spares = [announcement(peer(n), start, start + 10) for n, start in ((3, 0), (4, 10), (5, 20))]
+    router = router_with(*THREE, *spares)
+    for number in range(6):
+        router.on_rtt(peer(number), 0.100 if number < 3 else 0.110, NOW_S)
+    previous = router.plan(REQUEST, NOW_S)
+    assert peers_of(previous) == [peer(0), peer(1), peer(2)]
+    for number in (3, 5):
+        for _ in range(100):
+            router.on_rtt(peer(number), 0.090, NOW_S)
+    router.on_failure(peer(1), NOW_S, "died")
+    request = replace(REQUEST, previous=previous)
+    assert peers_of(router.plan(REQUEST, NOW_S)) == [peer(3), peer(4), peer(5)]
+    kept = router.plan(request, NOW_S)
+    assert peers_of(kept) == [peer(0), peer(4), peer(2)]
+    assert kept.cost_s > router.plan(REQUEST, NOW_S).cost_s, "the true cost, not the one that was compared"
+    for _ in range(100):
+        router.on_rtt(peer(3), 0.010, NOW_S)
+    assert peers_of(router.plan(request, NOW_S)) == [peer(3), peer(4), peer(2)]
+
+
 SAYINGS = st.lists(
     st.tuples(st.integers(0, 8), st.integers(0, 9), st.integers(1, 10), st.sampled_from(PeerState), st.integers(0, 3)),
     max_size=25,
