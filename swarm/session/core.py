@@ -169,8 +169,6 @@ class SessionCore:
         self.epoch = 0
         self.route: Route | None = None
         self.attempts = 0
-        self.rebuilds = 0
-        """Routes that had to be replaced, in all."""
         self._pending: deque[PendingStep] = deque()
         self._sent: dict[StepId, PendingStep] = {}
         self._unsent: deque[PendingStep] = deque()
@@ -440,7 +438,6 @@ class SessionCore:
 
     def _rebuild(self, error: SwarmError) -> list[Action]:
         self.attempts += 1
-        self.rebuilds += 1
         if self.attempts > self.config.max_attempts:
             return self._fail(error)
         actions = self._release()

@@ -49,6 +49,7 @@ from swarm.session.core import (
     SessionConfig,
     SessionCore,
     Skip,
+    StepDone,
     Wait,
 )
 from swarm.session.history import History, Segment
@@ -343,13 +344,24 @@ class SwarmRemote:
 
     # --- actions ---
 
-    def _perform(self, session: _Session, actions: Sequence[Action], *, defer_sending: bool = False) -> None:
+    def _perform(
+        self,
+        session: _Session,
+        actions: Sequence[Action],
+        *,
+        rows: torch.Tensor | None = None,
+        defer_sending: bool = False,
+    ) -> None:
+        """`rows`: the result that the actions follow from."""
         core = session.core
         assert core is not None
         for action in actions:
             match action:
                 case SendStep():
                     session.outbox.append(action)
+                case StepDone():
+                    assert rows is not None
+                    self._done(session, action.step, rows)
                 case NeedRoute():
                     self._tasks.spawn(self._plan(session, action.avoid), name=f"plan {core.session}")
                 case OpenHops():
@@ -559,10 +571,7 @@ class SwarmRemote:
         self.traffic.bytes_received += len(payload)
         self._learn(route, message, step.count)
         self._renew_deadline(session)
-        actions = core.result(step.step, message.epoch)
-        if not step.replay:
-            self._done(session, step, rows)
-        self._perform(session, actions)
+        self._perform(session, core.result(step.step, message.epoch), rows=rows)
 
     async def _failed(self, link: Link, message: Failed, _: memoryview) -> None:
         session = self._session_of(link, message.session, message.peer)

@@ -12,8 +12,7 @@ from itertools import pairwise
 
 import torch
 
-Embed = Callable[[torch.Tensor, int], torch.Tensor]
-"""(token ids [n], first position id) → the hidden states [n, hidden] that enter block 0."""
+from swarm.session.remote import Embed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
