@@ -1,14 +1,21 @@
 """Seconds per hop: latency + bytes / bandwidth + queue + blocks × per-block time.
 
+The bandwidth is assumed, and the same for every peer. Nothing here could measure it honestly: a send is over when the
+buffers on the way have taken it, no hop says when a frame was whole, and between a step and its answer lie the links of
+all hops. So bytes speak for fewer hops, and for no peer against another.
+
 Owns the formula. Round trips are known only between this node and each peer, so a trip between two peers is taken as
 the way over this node would be: half of each one's round trip. That makes every term belong to one peer.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from routing.estimates import PeerEstimate
+
+BANDWIDTH_BYTES_PER_S: Final = 12.5e6
+"""100 Mbit/s."""
 
 
 class HopCost(NamedTuple):
@@ -28,7 +35,7 @@ def hop_cost(estimate: PeerEstimate, *, tokens: int, bytes_per_token: int) -> Ho
     A frame takes half a round trip into the peer, and the last hop's answer takes half of one back to this node; both
     carry the whole step.
     """
-    one_way_s = estimate.rtt_s / 2 + tokens * bytes_per_token / estimate.bandwidth_bytes_per_s
+    one_way_s = estimate.rtt_s / 2 + tokens * bytes_per_token / BANDWIDTH_BYTES_PER_S
     per_block_s = block_s(estimate.decode_s_per_block, estimate.prefill_s_per_token_block, tokens)
     return HopCost(one_way_s + estimate.queue_s, per_block_s, one_way_s)
 

@@ -1,4 +1,4 @@
-"""What this node measured about its peers, smoothed and aged: round trip, step time, queue, bandwidth.
+"""What this node measured about its peers, smoothed and aged: round trip, step time, queue.
 
 Owns the smoothing. Measurements outrank what a peer announces, and fade back to it when they grow old. Knows neither
 routes nor costs.
@@ -16,8 +16,6 @@ from routing.records import Announcement
 
 DEFAULT_RTT_S: Final = 0.1
 """For a peer never measured: neither attractive nor out of the question."""
-DEFAULT_BANDWIDTH_BYTES_PER_S: Final = 12.5e6
-"""100 Mbit/s."""
 
 SMOOTHING: Final = 1 / 8
 """RFC 6298 section 2.3, alpha."""
@@ -64,14 +62,12 @@ class _Measured:
     decode_s_per_block: Smoothed = field(default_factory=Smoothed)
     prefill_s_per_token_block: Smoothed = field(default_factory=Smoothed)
     queue_s: Smoothed = field(default_factory=lambda: Smoothed(half_life_s=QUEUE_HALF_LIFE_S))
-    bandwidth_bytes_per_s: Smoothed = field(default_factory=Smoothed)
 
 
 class PeerEstimate(NamedTuple):
     """Everything `routing.cost` wants to know about one peer. A tuple, because plans make thousands."""
 
     rtt_s: float
-    bandwidth_bytes_per_s: float
     queue_s: float
     decode_s_per_block: float
     prefill_s_per_token_block: float
@@ -100,10 +96,6 @@ class Estimates:
             first_s = min(per_block_s, measured.decode_s_per_block.value(0.0, now_s))
             measured.prefill_s_per_token_block.add((per_block_s - first_s) / (tokens - 1), now_s)
 
-    def on_transfer(self, peer: PeerId, num_bytes: int, elapsed_s: float, now_s: float) -> None:
-        """A bulk transfer of `num_bytes` took `elapsed_s` (more than zero)."""
-        self._touch(peer).bandwidth_bytes_per_s.add(num_bytes / elapsed_s, now_s)
-
     def rtt_s(self, peer: PeerId, now_s: float) -> float | None:
         """The smoothed round trip, or None when it was never measured."""
         measured = self._measured.get(peer)
@@ -119,7 +111,6 @@ class Estimates:
         measured = self._measured.get(announcement.peer_id, _NOTHING)
         return PeerEstimate(
             measured.rtt_s.value(DEFAULT_RTT_S, now_s),
-            measured.bandwidth_bytes_per_s.value(DEFAULT_BANDWIDTH_BYTES_PER_S, now_s),
             measured.queue_s.value(0.0, now_s),
             measured.decode_s_per_block.value(announcement.decode_s_per_block, now_s),
             measured.prefill_s_per_token_block.value(announcement.prefill_s_per_token_block, now_s),

@@ -85,10 +85,6 @@ class Router:
         """A small message went to the peer and back."""
         self._estimates.on_rtt(peer, rtt_s, now_s)
 
-    def on_transfer(self, peer: PeerId, num_bytes: int, elapsed_s: float, now_s: float) -> None:
-        """A large frame went to or came from the peer."""
-        self._estimates.on_transfer(peer, num_bytes, elapsed_s, now_s)
-
     def on_step(self, peer: PeerId, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
         """The peer ran a step of `tokens` positions through `blocks` blocks."""
         self._estimates.on_step(peer, blocks, tokens, compute_s, queue_s, now_s)

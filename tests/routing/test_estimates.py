@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from routing.cost import hop_cost
 from routing.estimates import (
-    DEFAULT_BANDWIDTH_BYTES_PER_S,
     DEFAULT_RTT_S,
     HALF_LIFE_S,
     SMOOTHING,
@@ -22,7 +21,6 @@ SAID = announcement(peer(1), decode_s_per_block=0.002, prefill_s_per_token_block
 def test_without_measurements_the_announcement_and_the_defaults_count() -> None:
     assert Estimates().of(SAID, NOW_S) == PeerEstimate(
         rtt_s=DEFAULT_RTT_S,
-        bandwidth_bytes_per_s=DEFAULT_BANDWIDTH_BYTES_PER_S,
         queue_s=0.0,
         decode_s_per_block=0.002,
         prefill_s_per_token_block=0.0002,
@@ -68,13 +66,6 @@ def test_a_queue_is_forgotten_within_a_minute() -> None:
     assert estimates.of(SAID, NOW_S + 60).queue_s < 0.05
 
 
-def test_bandwidth_is_measured_from_transfers() -> None:
-    estimates = Estimates()
-    estimates.on_transfer(peer(1), num_bytes=2_000_000, elapsed_s=2.0, now_s=NOW_S)
-    assert estimates.of(SAID, NOW_S).bandwidth_bytes_per_s == pytest.approx(1e6)
-    assert estimates.rtt_s(peer(1), NOW_S) is None
-
-
 @given(st.lists(st.tuples(st.floats(), st.floats(0, 1e6)), max_size=20), st.floats(0, 10))
 def test_no_sequence_of_samples_leaves_the_range_of_sane_ones(samples: list[tuple[float, float]], prior: float) -> None:
     smoothed = Smoothed()
@@ -96,12 +87,11 @@ def test_the_peer_measured_longest_ago_is_forgotten_first() -> None:
 def test_a_hop_costs_latency_plus_bytes_over_bandwidth_plus_queue_plus_blocks() -> None:
     estimate = PeerEstimate(
         rtt_s=0.04,
-        bandwidth_bytes_per_s=1e6,
         queue_s=0.003,
         decode_s_per_block=0.002,
         prefill_s_per_token_block=0.0001,
     )
-    one = hop_cost(estimate, tokens=1, bytes_per_token=1000)
+    one = hop_cost(estimate, tokens=1, bytes_per_token=12_500)
     assert one == pytest.approx((0.02 + 0.001 + 0.003, 0.002, 0.021))
-    many = hop_cost(estimate, tokens=101, bytes_per_token=1000)
+    many = hop_cost(estimate, tokens=101, bytes_per_token=12_500)
     assert many == pytest.approx((0.02 + 0.101 + 0.003, 0.002 + 0.01, 0.121))

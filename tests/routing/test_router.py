@@ -72,14 +72,14 @@ def test_a_measured_slow_peer_loses_to_one_that_promised_less() -> None:
     assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(3)
 
 
-def test_a_slow_link_matters_for_long_prompts_only() -> None:
-    router = router_with(THREE[0], THREE[1], announcement(peer(3), 10, 20), THREE[2])
-    router.on_rtt(peer(1), 0.010, NOW_S)
-    router.on_rtt(peer(3), 0.030, NOW_S)
-    router.on_transfer(peer(1), num_bytes=100_000, elapsed_s=1.0, now_s=NOW_S)
-    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(3)
-    fast_enough = replace(REQUEST, bytes_per_token=16)
-    assert peers_of(router.plan(fast_enough, NOW_S))[1] == peer(1)
+def test_a_long_prompt_takes_fewer_hops() -> None:
+    slow = announcement(peer(3), 0, 30, decode_s_per_block=0.01, prefill_s_per_token_block=0.0001)
+    router = router_with(*THREE, slow)
+    for number in range(4):
+        router.on_rtt(peer(number), 0.020, NOW_S)
+    assert len(router.plan(REQUEST, NOW_S).hops) == 3
+    assert peers_of(router.plan(replace(REQUEST, tokens=512, bytes_per_token=8192), NOW_S)) == [peer(3)]
+    assert len(router.plan(replace(REQUEST, tokens=512, bytes_per_token=1), NOW_S).hops) == 3
 
 
 def test_avoided_peers_are_not_used() -> None:
