@@ -21,6 +21,7 @@ from swarm import SwarmModelForCausalLM
 from swarm.network import Entrance, NetworkThread, enter
 from swarm.session.driver import SwarmRemote
 from swarm.testing import LocalPeer, LocalSwarm, model_folder
+from tests.helpers.processes import Family
 
 MODEL = "smollm2-135m-instruct"
 SPANS = [(0, 10), (10, 20), (20, 30)]
@@ -115,10 +116,14 @@ def observer(swarm: LocalSwarm) -> Iterator[Observer]:
 
 @pytest.fixture(scope="session")
 def command() -> Swarm:
-    """Run `swarm …` to its end."""
+    """Run `swarm …` to its end, which is also the end of everything that it started."""
 
     def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "swarm", *arguments]
-        return subprocess.run(line, input=stdin, capture_output=True, text=True, timeout=300, check=False)
+        line, family = [sys.executable, "-m", "swarm", *arguments], Family()
+        done = subprocess.run(
+            line, input=stdin, capture_output=True, text=True, timeout=300, check=False, env=family.environment
+        )
+        assert family.survivors() == []
+        return done
 
     return run

@@ -66,14 +66,13 @@ _taken: list[socket.socket] = []
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_peer_that_cannot_join_says_why_and_what_to_do(
-    command: Swarm, tiny: Path, tmp_path: Path, spoil: Spoil, said: str
+    command: Swarm, swarm: LocalSwarm, tiny: Path, tmp_path: Path, spoil: Spoil, said: str
 ) -> None:
     shutil.copytree(tiny, tmp_path / "model")
     options = spoil(tmp_path)
     listen = [] if "--listen" in options else ["--listen", "/ip4/127.0.0.1/tcp/0"]
-    done = command(
-        "join", str(tmp_path / "model"), "--new-swarm", "--identity", str(tmp_path / "peer.key"), *listen, *options
-    )
+    entry = ["--invite", swarm.invite, "--identity", str(tmp_path / "peer.key")]
+    done = command("join", str(tmp_path / "model"), *entry, *listen, *options)
     assert done.returncode == 1, done.stderr
     assert said in done.stderr
     lines = done.stderr.strip().splitlines()
