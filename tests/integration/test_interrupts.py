@@ -1,0 +1,62 @@
+"""Ctrl-C at any moment of a start leaves no process behind.
+
+The moments are drawn afresh in each run, one from each part of the time that a start takes; a failure names the seed,
+and HIVESWARM_TEST_SEED draws the same ones again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from swarm.testing import LISTEN
+from tests.helpers.processes import Family
+from tests.integration.conftest import MODEL
+
+SEED = int(os.environ.get("HIVESWARM_TEST_SEED") or secrets.randbelow(2**32))
+MOMENTS = {"join": (5, 6.0), "demo": (3, 12.0)}
+"""How many, and within how many seconds: about what it takes until a peer serves, and until the demo's peers do."""
+
+
+def moment_s(command: str, part: int) -> float:
+    parts, within_s = MOMENTS[command]
+    return (part + random.Random(f"{SEED} {command} {part}").random()) * within_s / parts
+
+
+@pytest.mark.parametrize(
+    ("command", "part"), [(command, part) for command, (parts, _) in MOMENTS.items() for part in range(parts)]
+)
+def test_ctrl_c_at_any_moment_of_a_start_leaves_no_process(command: str, part: int, tmp_path: Path) -> None:
+    after_s = moment_s(command, part)
+    print(f"HIVESWARM_TEST_SEED={SEED}: Ctrl-C after {after_s:.3f} s")  # noqa: T201 - shown with a failure
+    peer = [MODEL, "--new-swarm", "--blocks", "0:10", "--listen", LISTEN, "--identity", str(tmp_path / "peer.key")]
+    family = Family()
+    with subprocess.Popen(
+        [sys.executable, "-m", "swarm", command, *(peer if command == "join" else ["Hello"])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=family.environment,
+        process_group=0,
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=after_s)
+        except subprocess.TimeoutExpired:
+            assert process.pid in {member.pid for member in family.members()}
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        else:
+            assert command == "demo", errors  # which a fast machine may have finished
+            assert process.returncode == 0, errors
+    assert family.survivors() == [], errors
+    if "Traceback" in errors:  # Python itself was starting, or read the first of our modules
+        assert "swarm/cli/app.py" not in errors, errors
+    else:
+        assert process.returncode in (0, 128 + signal.SIGINT), errors
