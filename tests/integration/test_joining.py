@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from routing.ids import BlockSpan
 from swarm import SwarmModelForCausalLM
 from swarm.testing import LocalSwarm
+from tests.helpers.processes import Family
 from tests.integration.conftest import MODEL, Greedy, generate
 
 GAP = BlockSpan(10, 20)
@@ -22,8 +29,10 @@ def gapped() -> Iterator[LocalSwarm]:
         yield swarm
 
 
-@pytest.mark.parametrize("told", [("--num-blocks", "10"), ("--max-memory", "920MB")], ids=["how many", "how much"])
-def test_a_newcomer_fills_the_gap(gapped: LocalSwarm, greedy: Greedy, told: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "told", [("--num-blocks", "10"), ("--max-memory", "920MB"), ()], ids=["how many", "how much", "nothing"]
+)
+def test_a_newcomer_fills_the_gap(gapped: LocalSwarm, greedy: Greedy, told: tuple[str, ...]) -> None:
     newcomer = gapped.add_peer(None, *told, "--cache-tokens", "1024")
     try:
         assert newcomer.span.start <= GAP.start
@@ -35,6 +44,30 @@ def test_a_newcomer_fills_the_gap(gapped: LocalSwarm, greedy: Greedy, told: tupl
     finally:
         assert newcomer.terminate() == 0
         gapped.peers.remove(newcomer)
+
+
+def test_a_peer_has_the_same_address_after_a_restart(tmp_path: Path) -> None:
+    """Without `--listen`, on the port that it chose when it started first."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path / "model")
+    line = [sys.executable, "-m", "swarm", "join", str(tmp_path / "model"), "--new-swarm", "--json"]
+    line += ["--identity", str(tmp_path / "peer.key"), "--cache-tokens", "256", "--threads", "1"]
+    seen = []
+    for _ in range(2):
+        family = Family()
+        with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=family.environment) as peer:
+            assert peer.stdout is not None
+            events = map(json.loads, peer.stdout)
+            ready = next(event for event in events if event["event"] == "ready")
+            assert ready["span"] == [0, 2]
+            seen.append((ready["peer_id"], {address.split("/")[4] for address in ready["addresses"]}))
+            peer.send_signal(signal.SIGINT)
+            assert [event["event"] for event in events][-2:] == ["draining", "stopped"]
+        assert peer.returncode == 0
+        assert family.survivors() == []
+    assert seen[0] == seen[1]
+    assert len(seen[0][1]) == 1
 
 
 def test_peers_with_8_bit_weights_answer_and_say_so(greedy: Greedy) -> None:
