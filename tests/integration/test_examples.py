@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from peers.model.storage import cache_folder
 from swarm.testing import LocalSwarm
 from tests.integration.conftest import MODEL
 
@@ -33,7 +34,7 @@ def test_join_py_serves_until_ctrl_c(swarm: LocalSwarm, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        env=_environment(),
+        env=_environment() | _home(tmp_path / "home"),
     ) as peer:
         assert peer.stdout is not None
         said = ""
@@ -49,6 +50,13 @@ def test_join_py_serves_until_ctrl_c(swarm: LocalSwarm, tmp_path: Path) -> None:
     assert rest.splitlines()[-1].startswith("stopped")
     assert psutil.wait_procs(family, timeout=20)[1] == []
     assert (tmp_path / "my-peer.key").stat().st_mode & 0o777 == 0o600
+
+
+def _home(folder: Path) -> dict[str, str]:
+    """A home of its own, but for the models that are here already."""
+    folder.mkdir()
+    own = {f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA", "STATE")}
+    return {"HOME": str(folder), "HIVESWARM_CACHE": str(cache_folder())} | own
 
 
 def _environment() -> dict[str, str]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tests.integration.conftest import Greedy, generate
+from swarm.answers import Sampling, answer, encode_chat
+from tests.integration.conftest import Greedy, driver, generate
 
 BEGINNINGS = ("Once upon a time", "The capital of France is", "1, 2, 3,")
 
@@ -28,6 +29,23 @@ def test_threads_that_share_a_model_get_their_own_answers(
     with ThreadPoolExecutor(len(prompts)) as threads:
         answers = list(threads.map(lambda prompt: generate(model, prompt, 12), prompts))
     assert answers == [greedy(prompt, 12) for prompt in prompts]
+
+
+def test_the_second_turn_of_a_chat_sends_nothing_of_the_first(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Through the template, as `swarm chat` does it: positions sent are those behind what the peers hold."""
+    chat = [{"role": "user", "content": "My name is Ada. Greet me."}]
+    with model.session():
+        first = encode_chat(tokenizer, chat)
+        greeting = answer(model, tokenizer, first, max_new_tokens=6, sampling=Sampling(), write=lambda piece: None)
+        chat += [{"role": "assistant", "content": greeting.text}, {"role": "user", "content": "What is my name?"}]
+        second = encode_chat(tokenizer, chat)
+        before = driver(model).traffic.bytes_sent
+        named = answer(model, tokenizer, second, max_new_tokens=6, sampling=Sampling(), write=lambda piece: None)
+        positions = (driver(model).traffic.bytes_sent - before) / 4 / model.config.hidden_size
+    held = [*first, *greeting.token_ids[:-1]]  # the newest token is not with the peers yet
+    common = next((n for n, (a, b) in enumerate(zip(held, second, strict=False)) if a != b), len(held))
+    assert common >= len(first)
+    assert positions == len(second) - common + len(named.token_ids) - 1
 
 
 def test_an_assistant_changes_nothing_but_the_number_of_steps(
