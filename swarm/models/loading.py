@@ -25,7 +25,7 @@ from swarm.models.head import share_head
 from swarm.models.layers import RemoteLayers, asked_of_model
 from swarm.network import DEFAULT_NETWORK, Entrance
 from swarm.session import driver
-from swarm.session.driver import RemoteModel
+from swarm.session.live import RemoteModel
 from swarm.session.remote import Embed, Remote
 
 IGNORED_LABEL = -100

@@ -27,6 +27,12 @@ stalls or forgets. The driver performs the actions and reports what happened.
 
 Every step is answered once: results of an older epoch or of an unknown step are ignored. Attempts and waiting are
 counted between two results that the caller asked for, so a session ends within its budget or makes progress.
+
+A pause keeps the session's pages, and nobody waits for them. "busy" to a step never means that pages are missing, that
+is "preempted": it means a full queue of works, too many bytes in flight, or for a fork a full table of sessions. The
+first two empty by themselves, because every work that is queued either runs or is preempted at once; the third is
+given up, pages and all, after `max_busy_repeats`. Meanwhile a hop takes the pages of a paused session for an older one
+without asking: the pause, or the step after it, then ends as "preempted".
 """
 
 from __future__ import annotations
