@@ -28,7 +28,8 @@ from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.pages import PagePool
 from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import grow_or_preempt
-from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Priority, Scheduler, Tempo
+from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Scheduler, Tempo
+from peers.wire.messages import Urgency
 from peers.wire.tensors import finite
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId, SessionId
@@ -110,7 +111,7 @@ class Work:
     """Total length of the user's forward that this work is a part of; 0 when it is the whole."""
     parent: tuple[SessionId, int] | None = None
     """Begin the (new) session with that many positions of another one, as it is when this work is submitted."""
-    priority: Priority = Priority.INTERACTIVE
+    urgency: Urgency = Urgency.INTERACTIVE
 
     @property
     def end(self) -> int:
@@ -335,7 +336,7 @@ class Engine:
             owner=work.owner,
             tokens=len(work.hidden),
             group=(work.span, regime, None if self._cache.packs_sessions else session.number),
-            priority=work.priority,
+            urgency=work.urgency,
         )
         ticket = self._tickets[number] = _Ticket(
             number=number,

@@ -16,24 +16,16 @@ and is told what fits into a moment as a number of positions).
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
+
+from peers.wire.messages import Urgency
 
 STEP_TOKENS = 16
 MIN_TOKEN_BUDGET = 4 * STEP_TOKENS
 """So that a whole step fits beside the quarter that is kept for longer works."""
 AGEING_BATCHES = 32
-
-
-class Priority(enum.IntEnum):
-    """What a work is for; the lower, the sooner."""
-
-    INTERACTIVE = 0
-    """Somebody waits for it: a step, or a prefill, by its length."""
-    TRAINING = 1
-    BACKGROUND = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +37,7 @@ class Item:
     owner: str
     tokens: int
     group: Hashable
-    priority: Priority = Priority.INTERACTIVE
+    urgency: Urgency = Urgency.INTERACTIVE
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -53,7 +45,7 @@ class Item:
 
     @property
     def is_step(self) -> bool:
-        return self.tokens <= STEP_TOKENS and self.priority == Priority.INTERACTIVE
+        return self.tokens <= STEP_TOKENS and self.urgency == Urgency.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +206,7 @@ class Scheduler:
         return self._class(entry), entry.waiting_since, entry.item.work
 
     def _class(self, entry: _Entry) -> int:
-        return max(0, entry.item.priority - (self._batches - entry.waiting_since) // AGEING_BATCHES)
+        return max(0, entry.item.urgency - (self._batches - entry.waiting_since) // AGEING_BATCHES)
 
 
 def _whole(steps: Iterable[_Entry], room: int) -> list[Pick]:

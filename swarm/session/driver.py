@@ -17,13 +17,7 @@ import torch
 from peers.transport.links import BULK_BYTES
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
-from peers.wire.messages import (
-    PREFIX_POSITIONS,
-    PROTOCOL_VERSION,
-    Close,
-    Open,
-    Step,
-)
+from peers.wire.messages import PREFIX_POSITIONS, PROTOCOL_VERSION, Close, Open, Step, Urgency
 from routing.errors import PeerError, SwarmError, Unavailable
 from routing.ids import PeerId, SessionId
 from routing.router import Route, RouteRequest
@@ -69,6 +63,7 @@ class SwarmRemote:
         owns_network: bool = True,
         rng: random.Random | None = None,
         prefix_secret: bytes | None = None,
+        urgency: Urgency = Urgency.INTERACTIVE,
     ) -> None:
         """`owns_network`: `close` ends the network too. `rng` spreads retries. Sessions of remotes with the same
         `prefix_secret` (16 to 64 bytes; by default random) can share what peers hold of their prompts."""
@@ -80,6 +75,7 @@ class SwarmRemote:
         self._config = config or SessionConfig()
         self._owns_network = owns_network
         self._rng = rng or random.Random()
+        self._urgency = urgency
         self._prefix_secret = prefix_secret or secrets.token_bytes(32)
         self._tasks = Tasks()
         self._goodbyes = Tasks()
@@ -416,6 +412,7 @@ class SwarmRemote:
             hidden=self.model.hidden_size,
             # steps under way together share a lane, also a short one behind long ones: they must stay in order
             bulk=len(payload) >= BULK_BYTES or core.crowded,
+            urgency=self._urgency,
         )
         await self.send_to(session, hop.peer_id, hop.addresses, message, payload)
 
@@ -450,11 +447,13 @@ class SwarmRemote:
         self._client.router.on_failure(peer, self._client.discovery.now_s(), reason)
 
 
-def connect(entrance: Entrance, model: RemoteModel, embed: Embed) -> SwarmRemote:
+def connect(
+    entrance: Entrance, model: RemoteModel, embed: Embed, *, urgency: Urgency = Urgency.INTERACTIVE
+) -> SwarmRemote:
     """Enter a network in a thread of its own and drive one model through it. Raises SwarmError."""
     network = NetworkThread(lambda: enter(entrance))
     try:
-        return SwarmRemote(network, model, embed)
+        return SwarmRemote(network, model, embed, urgency=urgency)
     except BaseException:  # also an interrupt: the thread must not stay behind
         network.close()
         raise

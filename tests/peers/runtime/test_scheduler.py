@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peers.runtime.scheduler import AGEING_BATCHES, STEP_TOKENS, Item, Pace, Pick, Priority, Scheduler, Tempo
+from peers.runtime.scheduler import AGEING_BATCHES, STEP_TOKENS, Item, Pace, Pick, Scheduler, Tempo
+from peers.wire.messages import Urgency
 
 BUDGET = 64
 
@@ -25,10 +26,10 @@ class Desk:
         *,
         owner: str = "alice",
         group: str = "g",
-        priority: Priority = Priority.INTERACTIVE,
+        urgency: Urgency = Urgency.INTERACTIVE,
     ) -> int:
         work = len(self.items)
-        self.items[work] = Item(work=work, session=session, owner=owner, tokens=tokens, group=group, priority=priority)
+        self.items[work] = Item(work=work, session=session, owner=owner, tokens=tokens, group=group, urgency=urgency)
         self.scheduler.submit(self.items[work])
         return work
 
@@ -106,11 +107,11 @@ def test_owners_take_turns() -> None:
 
 def test_classes_go_before_turns_and_whoever_was_passed_over_for_long_rises() -> None:
     desk = Desk()
-    background = desk.submit(0, 1, priority=Priority.BACKGROUND)
-    training = desk.submit(1, BUDGET, priority=Priority.TRAINING)
+    background = desk.submit(0, 1, urgency=Urgency.BACKGROUND)
+    training = desk.submit(1, BUDGET, urgency=Urgency.TRAINING)
     prompt = desk.submit(2, 2 * BUDGET)
     assert [desk.works() for _ in range(4)] == [[prompt], [prompt], [training], [background]]
-    background = desk.submit(0, 1, priority=Priority.BACKGROUND)
+    background = desk.submit(0, 1, urgency=Urgency.BACKGROUND)
     served = 0
     while background in desk.scheduler.works_of(0):
         desk.submit(2, BUDGET)  # there is always a prompt
@@ -121,7 +122,7 @@ def test_classes_go_before_turns_and_whoever_was_passed_over_for_long_rises() ->
 
 def test_a_step_in_the_background_is_no_step() -> None:
     desk = Desk()
-    slow, quick = desk.submit(0, 1, priority=Priority.BACKGROUND), desk.submit(1, 1)
+    slow, quick = desk.submit(0, 1, urgency=Urgency.BACKGROUND), desk.submit(1, 1)
     assert desk.scheduler.steps_beside(()) == [Pick(work=quick, offset=0, tokens=1)]
     assert desk.works() == [quick, slow]
 
