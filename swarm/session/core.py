@@ -59,6 +59,9 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
+PIECE_POSITIONS_MIN = 32
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionConfig:
     """Budgets of one session."""
@@ -72,9 +75,15 @@ class SessionConfig:
     window: int = 4
     """Steps sent and not yet answered: enough to keep every hop of a short route at work during a long prompt."""
     chunk_positions: int = 256
-    """Positions per step of a replay, and of a prompt."""
+    """Positions per step of a replay, and of a prompt, at most."""
     max_busy_repeats: int = 4
     """How often a busy step is repeated in place, before its session lets go of its pages and starts over."""
+
+    def chunk(self, count: int) -> int:
+        """Positions per step where `count` are to be sent: pieces that are under way together, so that the hops of a
+        route work at the same time, and none so small that a hop's time goes into reading its weights."""
+        pieces = max(1, min(self.window, count // PIECE_POSITIONS_MIN))
+        return max(1, min(self.chunk_positions, -(-count // pieces)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -408,8 +417,9 @@ class SessionCore:
             held = step.first + step.count
 
     def _replay_chunks(self, start: int, end: int) -> Iterable[PendingStep]:
-        for first in range(start, end, self.config.chunk_positions):
-            count = min(self.config.chunk_positions, end - first)
+        chunk = self.config.chunk(end - start)
+        for first in range(start, end, chunk):
+            count = min(chunk, end - first)
             yield PendingStep(step=self._new_id(), first=first, count=count, want_from=count, replay=True)
 
     def _send(self) -> list[Action]:

@@ -202,8 +202,9 @@ class SwarmRemote:
         futures = []
         if not session.core.outstanding:
             session.renew_deadline()
-        for at in range(0, count, self._config.chunk_positions):
-            rows_TD = hidden_TD[at : at + self._config.chunk_positions]
+        chunk = self._config.chunk(count)
+        for at in range(0, count, chunk):
+            rows_TD = hidden_TD[at : at + chunk]
             ids_T = None if step.token_ids_T is None else step.token_ids_T[at : at + len(rows_TD)].detach().to("cpu")
             session.history.append(
                 Segment(
