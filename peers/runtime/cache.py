@@ -40,6 +40,7 @@ from peers.runtime.attention import (
 )
 from peers.runtime.pages import PagePool, SlotCopy
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
+from peers.runtime.tape import Tapes
 from routing.ids import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class PagedCache:
         self._pages = pages
         self._library = library
         self._programs: Programs | None = None
+        self._tapes: Tapes | None = None
         self._pools = [_allocate(shape, slots, model.device) for shape in shapes]
 
     def forward(
@@ -131,7 +133,10 @@ class PagedCache:
         if programs is not None and span == self._model.span:
             regime = self._model.regime
             if regime.key(regime_length) == regime.key(1):
-                return programs(hidden_TH[None], batch.positions_T[None], batch)[0]
+                output_1TH = None if self._tapes is None else self._tapes(hidden_TH[None], batch)
+                if output_1TH is None:
+                    output_1TH = programs(hidden_TH[None], batch.positions_T[None], batch)
+                return output_1TH[0]
         with attending(batch) as cache:
             return self._model.forward(
                 hidden_TH[None],
@@ -154,6 +159,23 @@ class PagedCache:
             self._programs = record(forward, _random_hidden(model, 1)[0], _Observer(), model.max_positions)
         except NotFlat as error:
             logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
+        else:
+            self._tapes = self._checked_tapes(self._programs)
+
+    def _checked_tapes(self, programs: Programs) -> Tapes | None:
+        """Tapes, if they say the same as programs of a few tokens with a past, in slots that are nobody's yet."""
+        model, slots = self._model, self._pools[0].keys_1JSK.shape[2]
+        if self._library is None or slots < 6:
+            return None
+        tapes = Tapes(programs, _random_hidden(model, 1)[0], self._pools, self._library)
+        for start, sessions in ((0, 3), (1, 3), (1, 1)):
+            segments = [Segment(start=start, tokens=1, runs=[(2 * n, start + 1)]) for n in range(sessions)]
+            batch, again = (RaggedBatch(segments, self._pools, model.device, self._library) for _ in range(2))
+            hidden_1TH = _random_hidden(model, sessions)[None]
+            if not tapes.agree(hidden_1TH, batch, programs(hidden_1TH, again.positions_T[None], again)):
+                logger.info("%s: short forwards run as programs", model.config.model_type)
+                return None
+        return tapes
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         for move in copies:

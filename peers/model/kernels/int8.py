@@ -42,6 +42,10 @@ class Int8Linear(nn.Module):
         """What the layer computes with, whole; some architectures look at its dtype."""
         return whole(self.weight_NK, self.scale_N, self.dtype)
 
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight, scale and bias, as the library takes them."""
+        return self.weight_NK, self.scale_N, self.bias
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's own name
         if (
             self.pool is not None
