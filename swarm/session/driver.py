@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from msgspec.structs import replace as replace_fields
 
-from peers.errors import Busy, PeerUnreachable, ProtocolError, Refused
+from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
 from peers.transport.links import BULK_BYTES, Link
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
@@ -589,6 +589,9 @@ class SwarmRemote:
                 error = Busy(text, retry_after_s=message.retry_after_s)
                 preempted = message.code == Code.PREEMPTED
                 actions = core.busy(epoch, message.retry_after_s, error, preempted=preempted)
+            case Code.PAUSED:
+                self._client.router.on_paused(peer)
+                actions = core.forgotten(epoch, Paused(text, retry_after_s=message.retry_after_s))
             case Code.UNKNOWN_SESSION | Code.STALE_EPOCH:
                 actions = core.forgotten(epoch, Refused(text, code=message.code))
             case Code.GAP:

@@ -104,7 +104,13 @@ def test_a_swarm_without_the_model_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "word"), [(PeerState.DRAINING, "draining"), (PeerState.JOINING, "joining"), (PeerState.ONLINE, "avoided")]
+    ("state", "word"),
+    [
+        (PeerState.DRAINING, "draining"),
+        (PeerState.JOINING, "joining"),
+        (PeerState.PAUSED, "paused"),
+        (PeerState.ONLINE, "avoided"),
+    ],
 )
 def test_blocks_that_only_unusable_peers_hold_are_told_from_blocks_that_nobody_holds(
     state: PeerState, word: str
@@ -125,6 +131,27 @@ def test_a_backed_off_holder_is_named_with_the_reason() -> None:
         router.plan(REQUEST, NOW_S)
     assert raised.value.missing == ((10, 20),)
     assert "nobody" not in str(raised.value)
+
+
+def test_a_peer_that_says_it_paused_is_left_alone_until_it_announces_that_it_is_back() -> None:
+    router = router_with(*THREE)
+    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(1)
+    router.on_paused(peer(1))
+    router.on_paused(peer(9))  # who is not known
+    router.on_announcements([THREE[1]], NOW_S)  # the record of before, read again
+    with pytest.raises(NoRoute, match=r"\(10:20, paused\)"):
+        router.plan(REQUEST, NOW_S)
+    router.on_announcements([replace(THREE[1], sequence=2)], NOW_S)
+    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(1)
+
+
+def test_of_two_peers_with_equal_claims_the_one_with_less_bandwidth_gets_no_prompt() -> None:
+    capped = replace(THREE[1], max_bytes_per_s=200_000)
+    spare = announcement(peer(3), 10, 20, decode_s_per_block=0.0015)
+    router = router_with(THREE[0], capped, THREE[2], spare)
+    prompt = replace(REQUEST, tokens=256, bytes_per_token=2304)
+    assert peers_of(router.plan(prompt, NOW_S))[1] == peer(3)
+    assert peers_of(router.plan(replace(REQUEST, bytes_per_token=10), NOW_S))[1] == peer(1)
 
 
 def test_the_message_stays_short_however_many_peers_are_unusable() -> None:
@@ -209,7 +236,7 @@ def test_a_kept_route_carries_fresh_addresses_and_cost() -> None:
     assert kept.cost_s < previous.cost_s
 
 
-@pytest.mark.parametrize("loss", ["draining", "shrunk", "expired", "failed", "avoided"])
+@pytest.mark.parametrize("loss", ["draining", "paused", "shrunk", "expired", "failed", "avoided"])
 def test_a_previous_route_that_lost_a_hop_is_not_kept(loss: str) -> None:
     spare = announcement(peer(3), 10, 20, decode_s_per_block=1.0, expires_at_s=NOW_S + 300)
     router = router_with(*THREE, spare)
@@ -218,6 +245,8 @@ def test_a_previous_route_that_lost_a_hop_is_not_kept(loss: str) -> None:
     request, now_s = replace(REQUEST, previous=previous), NOW_S
     if loss == "draining":
         router.on_announcements([replace(THREE[1], sequence=2, state=PeerState.DRAINING)], NOW_S)
+    elif loss == "paused":
+        router.on_announcements([replace(THREE[1], sequence=2, state=PeerState.PAUSED)], NOW_S)
     elif loss == "shrunk":
         router.on_announcements([announcement(peer(1), 12, 20, sequence=2)], NOW_S)
         request = replace(request, avoid=frozenset({peer(0)}))
