@@ -11,11 +11,14 @@ from enum import StrEnum
 from typing import Final, Self
 
 from routing.errors import CallerError
+from routing.estimates import Smoothed
 
 PAUSE_AFTER_S: Final = 5.0
 """Other programs must be above the limit for this long: starting one is no reason to send everybody away."""
-RESUME_AFTER_S: Final = 60.0
-"""And clearly below it for this long: each return invites sessions that the next pause would move again."""
+RESUME_AFTER_S: Final = 30.0
+"""And, smoothed, clearly below it for this long: each return invites sessions that the next pause would move again."""
+HALF_LIFE_S: Final = 15.0
+"""Of the smoothing: a program that wakes up for a moment does not begin the wait anew."""
 RESUME_SHARE: Final = 0.75
 """Of the limit; what lies between this and the limit changes nothing."""
 DAY_MINUTES: Final = 24 * 60
@@ -76,6 +79,7 @@ class LoadGate:
         self.limit_percent = limit_percent
         self.paused = False
         self._turning_since_s: float | None = None
+        self._smoothed = Smoothed(half_life_s=HALF_LIFE_S)
 
     @property
     def resume_percent(self) -> float:
@@ -84,7 +88,11 @@ class LoadGate:
 
     def observe(self, load_percent: float, now_s: float) -> bool:
         """Whether to be paused now, given what other programs used since the last look."""
-        turning = load_percent < self.resume_percent if self.paused else load_percent >= self.limit_percent
+        self._smoothed.add(load_percent, now_s)
+        if self.paused:
+            turning = self._smoothed.value(load_percent, now_s) < self.resume_percent
+        else:
+            turning = load_percent >= self.limit_percent
         if not turning:
             self._turning_since_s = None
             return self.paused

@@ -155,7 +155,7 @@ def _why_paused(fields: dict[str, object]) -> str:
         return f"it is outside {fields['schedule']}; back at {fields['resumes_at']}"
     return (
         f"other programs use {fields['load_percent']} % of the CPUs, the limit is {fields['limit_percent']:g} %; "
-        f"back once they have left it below {fields['resume_percent']:g} % for a minute"
+        f"back once that has been below {fields['resume_percent']:g} % for a while"
     )
 
 

@@ -289,7 +289,9 @@ SAYINGS = st.lists(
     max_size=25,
 )
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["rtt", "step", "failure", "busy", "success"]), st.integers(0, 8), st.floats(0, 2)),
+    st.tuples(
+        st.sampled_from(["rtt", "step", "failure", "busy", "paused", "success"]), st.integers(0, 8), st.floats(0, 2)
+    ),
     max_size=25,
 )
 
@@ -317,12 +319,15 @@ def test_whatever_happens_a_plan_covers_each_block_once_with_usable_peers_or_nam
                 router.on_failure(peer(number), NOW_S, "died")
             elif event == "busy":
                 router.on_busy(peer(number), amount, NOW_S)
+            elif event == "paused":
+                router.on_paused(peer(number))
             else:
                 router.on_success(peer(number), NOW_S)
         return router
 
     request = replace(REQUEST, num_blocks=10, cache_tokens=2, avoid=frozenset(map(peer, avoided)))
     live = {a.peer_id: a for a in said}
+    paused = {peer(number) for event, number, _ in events if event == "paused"}
     try:
         route = build(said).plan(request, NOW_S)
     except NoRoute:
@@ -338,7 +343,7 @@ def test_whatever_happens_a_plan_covers_each_block_once_with_usable_peers_or_nam
     for hop in route.hops:
         assert live[hop.peer_id].span.covers(hop.span)
         assert live[hop.peer_id].state is PeerState.ONLINE
-        assert hop.peer_id not in request.avoid
+        assert hop.peer_id not in request.avoid | paused
     # The same events in another order of announcements give the same route, and the route survives its own hysteresis.
     assert build(rng.sample(said, len(said))).plan(request, NOW_S) == route
     assert build(said).plan(replace(request, previous=route), NOW_S).hops == route.hops
@@ -346,19 +351,27 @@ def test_whatever_happens_a_plan_covers_each_block_once_with_usable_peers_or_nam
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 9), st.integers(1, 10), st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=25
+        st.tuples(
+            st.integers(0, 9),
+            st.integers(1, 10),
+            st.integers(0, 5),
+            st.integers(0, 2),
+            st.sampled_from([0, 500, 10**9]),
+        ),
+        min_size=1,
+        max_size=25,
     ),
     st.integers(1, 3),
 )
 def test_strangers_that_are_not_priced_would_not_have_made_a_route_cheaper(
-    sayings: list[tuple[int, int, int, int]], tokens: int
+    sayings: list[tuple[int, int, int, int, int]], tokens: int
 ) -> None:
     said = [
         announcement(
             peer(n), start, min(10, start + length), num_blocks=10,
-            decode_s_per_block=float(decode_s), prefill_s_per_token_block=float(prefill_s),
+            decode_s_per_block=float(decode_s), prefill_s_per_token_block=float(prefill_s), max_bytes_per_s=cap,
         )
-        for n, (start, length, decode_s, prefill_s) in enumerate(sayings)
+        for n, (start, length, decode_s, prefill_s, cap) in enumerate(sayings)
     ]  # fmt: skip
     nobody_measured = Estimates()
     priced = [
