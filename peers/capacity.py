@@ -21,7 +21,7 @@ from peers.wire.tensors import DTYPES, NAMES
 from routing.errors import CallerError, InvalidSpan
 from routing.ids import BlockSpan
 
-PROCESS_BYTES = 700 << 20
+PROCESS_BYTES = 700_000_000
 """What a peer's process needs besides weights and KV pool."""
 MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""

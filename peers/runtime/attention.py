@@ -294,11 +294,12 @@ _active = threading.local()
 @contextmanager
 def attending(attender: Attender) -> Iterator[PassThrough]:
     """Every forward of this thread inside the block attends through `attender`; pass it the yielded cache."""
+    outer = getattr(_active, "attender", None)
     _active.attender = attender
     try:
         yield PassThrough()
     finally:
-        del _active.attender
+        _active.attender = outer
 
 
 _HARMLESS = frozenset(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,8 +62,18 @@ class SpanCache(Protocol):
     packs_sessions: bool
     """Whether one forward may hold several sessions."""
 
-    def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
-        """Run the chunks, packed in order, through `span`. [T, H] on the model's device in and out."""
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        hidden_TH: Tensor,
+        span: BlockSpan,
+        regime_length: int,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Run the chunks, packed in order, through `span`. [T, H] on the model's device in and out.
+
+        `between` is called between blocks, and may run a forward of other sessions.
+        """
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         """Move slots as `PagePool.grow` asks, before the next forward."""
@@ -102,7 +112,14 @@ class PagedCache:
         self._programs: Programs | None = None
         self._pools = [_allocate(shape, slots, model.device) for shape in shapes]
 
-    def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        hidden_TH: Tensor,
+        span: BlockSpan,
+        regime_length: int,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
         segments = [
             Segment(
                 start=chunk.start, tokens=chunk.tokens, runs=self._pages.runs(chunk.session, chunk.start + chunk.tokens)
@@ -110,13 +127,19 @@ class PagedCache:
             for chunk in chunks
         ]
         batch = RaggedBatch(segments, self._pools, self._model.device, self._library)
-        if self._programs is not None and len(hidden_TH) <= TOKENS_MAX and span == self._model.span:
+        programs = self._programs if between is None and len(hidden_TH) <= TOKENS_MAX else None
+        if programs is not None and span == self._model.span:
             regime = self._model.regime
             if regime.key(regime_length) == regime.key(1):
-                return self._programs(hidden_TH[None], batch.positions_T[None], batch)[0]
+                return programs(hidden_TH[None], batch.positions_T[None], batch)[0]
         with attending(batch) as cache:
             return self._model.forward(
-                hidden_TH[None], batch.positions_T[None], span=span, past_key_values=cache, regime_length=regime_length
+                hidden_TH[None],
+                batch.positions_T[None],
+                span=span,
+                past_key_values=cache,
+                regime_length=regime_length,
+                between=between,
             )[0]
 
     def record(self) -> None:
@@ -162,7 +185,14 @@ class SoloCache:
         self._model = model
         self._caches: dict[int, DynamicCache] = {}
 
-    def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        hidden_TH: Tensor,
+        span: BlockSpan,
+        regime_length: int,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
         (chunk,) = chunks
         model, end = self._model, chunk.start + chunk.tokens
         if chunk.session in self._caches:
@@ -178,6 +208,7 @@ class SoloCache:
             past_key_values=cache,
             attention_mask=torch.ones(1, end, dtype=torch.long, device=model.device),  # ALiBi is built from it
             regime_length=regime_length,
+            between=between,
         )
         self._caches[chunk.session] = cache
         return output_1TH[0]

@@ -148,6 +148,7 @@ class Handler:
                 span=entry.span,
                 regime_length=message.regime_length,
                 parent=(SessionId(message.parent), message.first) if verdict.forks and message.parent else None,
+                urgency=message.urgency,
             )
             work_on = self._compute(link, entry, message, verdict, work, payload_bytes)
             self._steps.spawn(work_on, name=f"step {entry.session}")

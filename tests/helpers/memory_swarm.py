@@ -26,7 +26,8 @@ from routing.store import RecordStore
 from swarm.models.loading import load_model
 from swarm.network import ClientNode, NetworkThread
 from swarm.session.core import SessionConfig
-from swarm.session.driver import RemoteModel, SwarmRemote
+from swarm.session.driver import SwarmRemote
+from swarm.session.live import RemoteModel
 from swarm.session.remote import Embed
 
 SPEED = Speed(decode_s_per_block=1e-3, prefill_s_per_token_block=1e-4)

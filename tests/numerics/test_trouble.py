@@ -222,6 +222,19 @@ def test_a_pool_too_small_for_all_sessions_at_once_finishes_every_one(
     assert swarm.eventually_settled()
 
 
+def test_two_users_whose_sessions_pass_the_pool_together_both_finish_everything(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)], cache_tokens=64)
+    light, heavy = swarm.model(guest=True), swarm.model()
+    work = [(light, prompt(seed=10)), *((heavy, prompt(seed=seed)) for seed in range(5)), (light, prompt(seed=11))]
+    with ThreadPoolExecutor(len(work)) as threads:
+        results = list(threads.map(lambda one: generate(*one), work))
+    for (_, ids), result in zip(work, results, strict=True):
+        assert torch.equal(result, generate(local, ids))
+    assert swarm.eventually_settled()
+
+
 def test_an_interrupted_generation_frees_its_pages(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:
     swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
     model = swarm.model()

@@ -28,7 +28,7 @@ def test_memory_bounds_the_blocks_and_less_cache_makes_room_for_more() -> None:
 
 
 def test_a_peer_too_small_for_one_block_is_told_the_sizes() -> None:
-    with pytest.raises(PeerTooSmall, match="may use 700 MiB") as raised:
+    with pytest.raises(PeerTooSmall, match="may use 668 MiB") as raised:
         plan_capacity(CONFIG, device="cpu", max_memory_bytes=PROCESS_BYTES)
     assert "--max-memory" in raised.value.hint
 
