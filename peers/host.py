@@ -31,8 +31,11 @@ from peers.runtime.engine import Engine, EngineConfig, Sharing
 from peers.runtime.probe import Speed, measure_speed
 from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.announce import Announcer
+from peers.serving.comfort import Comfort, Reason, Schedule, clock_time
 from peers.serving.handler import Handler, Served
 from peers.serving.ledger import Ledger, LedgerLimits
+from peers.serving.owner import Owner, be_nice
+from peers.serving.owner import check as check_comfort
 from peers.serving.push import Delivery
 from peers.serving.reachability import RETRY_S, DialBackService, Verdict, watch_reachability
 from peers.transport.base import Transport
@@ -114,6 +117,14 @@ class PeerConfig(NodeOptions):
     max_memory_bytes: int | None = None
     threads: int | None = None
     cache_tokens: int | None = None
+    nice: int | None = None
+    """Priority of this process, 0 (usual) to 19 (only what others leave)."""
+    schedule: Schedule | None = None
+    """When to serve, in local time; None: always."""
+    pause_on_load_percent: float | None = None
+    """Of all CPUs together: step back while other programs use so much."""
+    max_bytes_per_s: int | None = None
+    """Each way, for all that links carry."""
     share_prefixes: Sharing = "owner"
     """Whose sessions may begin with what another one computed: see `EngineConfig`."""
     token: str | None = None
@@ -124,6 +135,7 @@ class PeerConfig(NodeOptions):
         check_peer_name(self.name)
         if self.threads is not None and self.threads < 1:
             raise ValueError("threads is at least 1")
+        check_comfort(nice=self.nice, load_percent=self.pause_on_load_percent, max_bytes_per_s=self.max_bytes_per_s)
 
 
 async def run_bootstrap(config: BootstrapConfig, *, emit: Emit, stop: asyncio.Event) -> None:
@@ -161,6 +173,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         cache_tokens=config.cache_tokens,
         quantization=config.quantization,
     )
+    if config.nice is not None:
+        be_nice(config.nice)
     async with AsyncExitStack() as stack:
         node, key = await _start_node(config, stack)
         peer = ServerPeer(
@@ -169,6 +183,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             key=key,
             network=config.network,
             name=config.name,
+            max_bytes_per_s=config.max_bytes_per_s,
             outage=lambda problem: emit(_outage(problem, node.clock_skew_s)),
         )
         stack.push_async_callback(peer.close)
@@ -198,6 +213,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             share_prefixes=config.share_prefixes,
             progress=progress,
         )
+        owner = Owner(Comfort(config.schedule, config.pause_on_load_percent), peer.pause)
+        await owner.look()
         serving = asyncio.create_task(peer.serve(), name="serve")
         stack.push_async_callback(_cancelled, serving)
         peer.tasks.spawn(node.wait_closed(), name="daemon")
@@ -222,6 +239,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             peer.links, config.initial_peers, lambda verdict: emit(_reachability(verdict))
         )
         peer.tasks.spawn(reachability, name="reachability")
+        peer.tasks.spawn(owner.watch(lambda: emit(_comfort(owner))), name="owner")
         await _unless_ended(serving, stop.wait())
         emit(Event("draining"))
         await peer.drain(timeout_s=DRAIN_TIMEOUT_S)
@@ -240,11 +258,12 @@ class ServerPeer:
         network: str,
         name: str = "",
         lease_s: float = 60.0,
+        max_bytes_per_s: int | None = None,
         outage: Callable[[Unavailable | None], None] | None = None,
     ) -> None:
         """`outage` hears when no other node takes this peer's record any more, and (None) when that is over."""
         self.tasks = Tasks()
-        self.links = Links(transport, network=network, software=SOFTWARE)
+        self.links = Links(transport, network=network, software=SOFTWARE, max_bytes_per_s=max_bytes_per_s)
         self.router = Router()
         self.discovery = Discovery(store=store, router=self.router, links=self.links, network=network)
         self.state = PeerState.JOINING
@@ -258,6 +277,7 @@ class ServerPeer:
         self._network = network
         self._name = name
         self._lease_s = lease_s
+        self._max_bytes_per_s = max_bytes_per_s
         self._describe_static: Announcement
         self._closers = AsyncExitStack()
         self._announcer = Announcer(
@@ -339,6 +359,7 @@ class ServerPeer:
             prefill_s_per_token_block=self.speed.prefill_s_per_token_block,
             cache_tokens=self.cache_tokens,
             free_tokens=self.cache_tokens,
+            max_bytes_per_s=self._max_bytes_per_s or 0,
             sequence=0,
             expires_at_s=0.0,
         )
@@ -346,7 +367,7 @@ class ServerPeer:
     async def serve(self) -> None:
         """Accept sessions and announce until cancelled; raises what no part expected."""
         await self.links.serve()
-        self.state = PeerState.ONLINE
+        self.state = PeerState.PAUSED if self.handler.paused else PeerState.ONLINE
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.handler.run(), name="handler")
@@ -359,6 +380,13 @@ class ServerPeer:
     async def announced(self) -> None:
         """Wait until others have taken this peer's record for the first time."""
         await self._announcer.heard.wait()
+
+    def pause(self, paused: bool) -> None:
+        """Step back for the owner, or return, and announce it at once. Steps that run finish; sessions go elsewhere."""
+        self.handler.paused = paused
+        if self.state in (PeerState.ONLINE, PeerState.PAUSED):
+            self.state = PeerState.PAUSED if paused else PeerState.ONLINE
+            self._announcer.soon()
 
     async def drain(self, *, timeout_s: float) -> None:
         """Tell the swarm that this peer leaves, take nothing new, let running steps finish."""
@@ -414,6 +442,21 @@ def _outage(problem: Unavailable | None, clock_skew_s: float | None) -> Event:
         )
         hint = "set the clock, best by NTP"
     return Event("unannounced", {"reason": reason, "hint": hint})
+
+
+def _comfort(owner: Owner) -> Event:
+    schedule, gate = owner.comfort.schedule, owner.comfort.gate
+    match owner.reason:
+        case Reason.SCHEDULE:
+            assert schedule is not None
+            resumes_at = clock_time(schedule.opens_at(owner.minute))
+            return Event("paused", {"reason": "schedule", "schedule": str(schedule), "resumes_at": resumes_at})
+        case Reason.LOAD:
+            assert gate is not None
+            percents = {"load_percent": round(owner.load_percent), "limit_percent": gate.limit_percent}
+            return Event("paused", {"reason": "load", **percents, "resume_percent": gate.resume_percent})
+        case None:
+            return Event("resumed")
 
 
 async def _unless_ended(serving: asyncio.Task[None], event: Coroutine[Any, Any, object]) -> None:

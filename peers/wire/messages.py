@@ -53,6 +53,7 @@ class Code:
 
     BUSY = "busy"  # healthy, no room: wait `retry_after_s`
     PREEMPTED = "preempted"  # the session's pages went to another: release, wait, replay from position 0
+    PAUSED = "paused"  # stepping back for its owner: choose another peer, no blame; back after `retry_after_s` at best
     DRAINING = "draining"  # leaving: choose another peer, no blame
     UNKNOWN_SESSION = "unknown_session"  # lease expired or the peer restarted: open again and replay
     STALE_EPOCH = "stale_epoch"  # this route was replaced

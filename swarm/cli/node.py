@@ -140,10 +140,23 @@ def describe(event: Event) -> str:
             return f"NOT announced, so nobody finds this node: {fields['reason']}\nwhat to do: {fields['hint']}"
         case "announced":
             return "announced again: others find this node"
+        case "paused":
+            return f"paused: {_why_paused(fields)}"
+        case "resumed":
+            return "resumed: serving again"
         case "draining":
             return "leaving: running steps finish first (Ctrl-C again to end at once)"
         case _:
             return event.kind
+
+
+def _why_paused(fields: dict[str, object]) -> str:
+    if fields["reason"] == "schedule":
+        return f"it is outside {fields['schedule']}; back at {fields['resumes_at']}"
+    return (
+        f"other programs use {fields['load_percent']} % of the CPUs, the limit is {fields['limit_percent']:g} %; "
+        f"back once that has been below {fields['resume_percent']:g} % for a while"
+    )
 
 
 def _entry(fields: dict[str, object]) -> str:

@@ -316,7 +316,8 @@ class SessionCore:
         return self._rebuild(error) if self._on_route(peer) else []
 
     def forgotten(self, epoch: int, error: SwarmError, *, gap_at: StepId | None = None) -> list[Action]:
-        """A healthy hop does not hold what the session thinks (lease over, restart), or found a gap before a step."""
+        """A healthy hop does not hold what the session thinks (lease over, restart), or found a gap before a step, or
+        steps back for its owner."""
         if epoch != self.epoch or not self._on_route(None):
             return []
         if gap_at in self._behind_busy:

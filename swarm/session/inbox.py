@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from msgspec.structs import replace as replace_fields
 
-from peers.errors import Busy, PeerUnreachable, ProtocolError, Refused
+from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
 from peers.transport.links import Link
 from peers.wire import tensors
 from peers.wire.messages import Code, Failed, Opened, Relay, Result
@@ -96,6 +96,9 @@ class Inbox:
                 error = Busy(text, retry_after_s=message.retry_after_s)
                 preempted = message.code == Code.PREEMPTED
                 actions = core.busy(epoch, message.retry_after_s, error, preempted=preempted)
+            case Code.PAUSED:
+                self._sessions.client.router.on_paused(peer)
+                actions = core.forgotten(epoch, Paused(text, retry_after_s=message.retry_after_s))
             case Code.UNKNOWN_SESSION | Code.STALE_EPOCH:
                 actions = core.forgotten(epoch, Refused(text, code=message.code))
             case Code.GAP:

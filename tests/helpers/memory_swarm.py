@@ -163,6 +163,14 @@ class MemorySwarm:
 
         self.thread.call(cut())
 
+    def pause_peer(self, peer_id: PeerId, paused: bool = True) -> None:
+        """The peer steps back for its owner, or returns."""
+
+        async def pause() -> None:
+            next(peer for peer in self.peers if peer._key.peer_id == peer_id).pause(paused)
+
+        self.thread.call(pause())
+
     def forget_sessions(self) -> None:
         """Every lease ends at once, as after a long pause."""
 

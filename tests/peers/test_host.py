@@ -14,6 +14,7 @@ import pytest
 from peers import host
 from peers.errors import AddressInUse, InsecureIdentity
 from peers.host import BootstrapConfig, Event, PeerConfig, run_bootstrap, run_peer
+from peers.serving.owner import Owner
 from peers.serving.reachability import DialBackService
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.links import Links
@@ -21,6 +22,7 @@ from routing.errors import CallerError, SwarmError, Unavailable
 from routing.identity import SigningKey
 from routing.records import MAX_MODEL_NAME_CHARS
 from tests.helpers.families import FAMILIES, save_checkpoint
+from tests.helpers.hours import hours_without_now
 from tests.helpers.memory_swarm import MemorySwarm
 
 LISTEN = "/ip4/127.0.0.1/tcp/0"
@@ -156,6 +158,29 @@ async def test_the_first_peer_of_a_network_becomes_ready_alone(tmp_path: Path, t
         unknown = await life.wait_for("reachability_unknown")
     assert life.kinds == ["connected", "loading", "ready", "reachability_unknown", "draining", "stopped"]
     assert "no other node" in str(unknown.fields["reason"])
+
+
+async def test_a_peer_outside_its_hours_loads_announces_itself_as_paused_and_opens_by_itself(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peers.serving.owner.LOOK_S", 0.05)
+    schedule = hours_without_now()
+    async with Life(peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1, schedule=schedule)) as life:
+        paused = await life.wait_for("paused")
+        assert life.events["ready"]
+        assert paused.fields["reason"] == "schedule"
+        monkeypatch.setattr(Owner, "minute", property(lambda _: schedule.ranges[0][0]))
+        await life.wait_for("resumed")
+    assert life.kinds[-2:] == ["draining", "stopped"]
+
+
+@pytest.mark.parametrize(
+    "wish", [{"nice": 20}, {"pause_on_load_percent": 0.0}, {"max_bytes_per_s": 1}], ids=lambda wish: next(iter(wish))
+)
+def test_a_comfort_that_makes_no_sense_is_refused_at_once(wish: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CallerError) as caught:
+        peer(tmp_path, **wish)
+    assert caught.value.hint
 
 
 async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_have_its_record(
