@@ -6,17 +6,21 @@ Owns the arithmetic; sizes come from the architecture alone, so nothing is downl
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 from transformers import PretrainedConfig
 
 from peers.errors import PeerTooSmall
+from peers.model.cutting import max_positions
 from peers.model.quantization import NONE, bytes_in
 from peers.model.quantization import check as check_quantization
 from peers.model.support import examine
 from peers.runtime.engine import EngineConfig
+from peers.runtime.sizing import Sizes, divide
 from peers.wire.tensors import DTYPES, NAMES
 from routing.errors import CallerError, InvalidSpan
 from routing.ids import BlockSpan
@@ -25,8 +29,8 @@ PROCESS_BYTES = 700_000_000
 """What a peer's process needs besides weights and KV pool."""
 MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""
-CACHE_TOKENS_DEFAULT = 16_384
-CACHE_TOKENS_MIN = 256
+_CONTAINER = Path("/sys/fs/cgroup")
+"""Where the kernel says what the container that this process may run in uses, and may use (cgroup v2)."""
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?", re.ASCII)
 
 
@@ -89,29 +93,34 @@ def plan_capacity(
     chosen_device = _device(device)
     stored_dtype: torch.dtype = getattr(config, "dtype", None) or torch.float32
     chosen_dtype = _dtype(dtype, chosen_device, stored_dtype)
-    budget = max_memory_bytes if max_memory_bytes is not None else int(_free_bytes(chosen_device) * MEMORY_SHARE)
-    budget -= PROCESS_BYTES if chosen_device.type == "cpu" else 0
     scale = chosen_dtype.itemsize / stored_dtype.itemsize
-    block_bytes = int(
+    whole_block_bytes = int(
         max(
             sum(size for name, size in anatomy.weights.items() if name.startswith(f"{anatomy.layers_path}.{block}."))
             for block in range(total_blocks)
         )
         * scale
     )
-    budget -= block_bytes if quantization != NONE else 0  # each block stands here whole for a moment
-    block_bytes = bytes_in(block_bytes, chosen_dtype.itemsize, quantization)
-    token_bytes = max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize
-    wanted = len(blocks) if blocks is not None else num_blocks
-    if cache_tokens is None:
-        affordable = int((budget / (wanted or 1) - block_bytes) / token_bytes)
-        cache_tokens = max(CACHE_TOKENS_MIN, min(CACHE_TOKENS_DEFAULT, affordable))
-    max_blocks = min(total_blocks, int(budget // (block_bytes + cache_tokens * token_bytes)))
-    if max_blocks < (wanted or 1):
+    sizes = Sizes(
+        block_bytes=bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization),
+        token_bytes=max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize,
+        # with quantization, each block stands here whole for a moment
+        headroom_bytes=PROCESS_BYTES + (whole_block_bytes if quantization != NONE else 0),
+    )
+    free_bytes = _free_bytes(chosen_device)
+    limit_bytes = int(free_bytes * MEMORY_SHARE) if max_memory_bytes is None else min(max_memory_bytes, free_bytes)
+    share = divide(
+        limit_bytes,
+        sizes,
+        num_blocks=total_blocks,
+        max_positions=max_positions(config),
+        blocks=num_blocks if blocks is None else len(blocks),
+        cache_tokens=cache_tokens,
+    )
+    if share.num_bytes(sizes) > limit_bytes:
         raise PeerTooSmall(
-            f"{wanted or 1} block(s) of this model with a cache of {cache_tokens} tokens take "
-            f"{_mib((wanted or 1) * (block_bytes + cache_tokens * token_bytes) + PROCESS_BYTES)}, "
-            f"this peer may use {_mib(budget + PROCESS_BYTES)}",
+            f"{share.blocks} block(s) of this model with a cache of {share.cache_tokens} tokens take "
+            f"{_mib(share.num_bytes(sizes))}, this peer may use {_mib(limit_bytes)}",
             hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, try --quantize int8, "
             "or allow more --max-memory",
         )
@@ -119,8 +128,8 @@ def plan_capacity(
         device=chosen_device,
         dtype=chosen_dtype,
         num_blocks=total_blocks,
-        max_blocks=wanted or max_blocks,
-        cache_tokens=cache_tokens,
+        max_blocks=share.blocks,
+        cache_tokens=share.cache_tokens,
         quantization=quantization,
     )
 
@@ -160,7 +169,17 @@ def _fast_bfloat16() -> bool:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _container_bytes())
+
+
+def _container_bytes() -> int:
+    """What the container has left, its file caches included; no limit where there is none."""
+    try:
+        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
+        return limit - used + int(statistics["active_file"]) + int(statistics["inactive_file"])
+    except (OSError, ValueError, KeyError):  # no container, or "max"
+        return sys.maxsize
 
 
 def _mib(num_bytes: float) -> str:

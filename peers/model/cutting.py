@@ -55,7 +55,7 @@ class SpanModel:
         """What each block of the span stores for each position."""
         self.module = decoder
         self.config: PretrainedConfig = decoder.config
-        self.max_positions = int(getattr(self.config, "max_position_embeddings", None) or UNLIMITED_POSITIONS)
+        self.max_positions = max_positions(self.config)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.regime = rotary_regime(decoder)
@@ -196,6 +196,11 @@ class _Reached(BaseException):
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """How long a sequence of this language model may be."""
+    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED_POSITIONS)
 
 
 def hollow_meta(model: nn.Module, device: torch.device) -> None:

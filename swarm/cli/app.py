@@ -206,7 +206,14 @@ def join(
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
     cache_tokens: Annotated[
-        int | None, typer.Option("--cache-tokens", min=1, help="Tokens that users' sessions may hold here, together.")
+        int | None,
+        typer.Option(
+            "--cache-tokens",
+            min=1,
+            metavar="N",
+            help="Tokens that users' sessions may hold here, together. Default: as many as memory holds.",
+            show_default=False,
+        ),
     ] = None,
     network: Network = None,
     token: Token = None,
