@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -20,13 +20,15 @@ from peers.model.quantization import NONE, bytes_in
 from peers.model.quantization import check as check_quantization
 from peers.model.support import examine
 from peers.runtime.engine import EngineConfig
-from peers.runtime.sizing import Sizes, divide
+from peers.runtime.sizing import Request, Share, Sizes, divide
 from peers.wire.tensors import DTYPES, NAMES
 from routing.errors import CallerError, InvalidSpan
 from routing.ids import BlockSpan
 
 PROCESS_BYTES = 700_000_000
-"""What a peer's process needs besides weights and KV pool."""
+"""What a peer's process needs besides weights and KV pool, a forward of FORWARD_BYTES included."""
+FORWARD_BYTES = 200_000_000
+"""What is set aside for the largest forward before it was measured, and at least."""
 MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -46,10 +48,22 @@ class Plan:
     """That this peer can host."""
     cache_tokens: int
     quantization: str = NONE
+    request: Request
+    """How blocks and cache came about."""
 
     @property
     def dtype_name(self) -> str:
         return NAMES[self.dtype]
+
+    def beside(self, forward_bytes: int, *, blocks: int | None = None) -> Plan:
+        """What remains beside a forward that was found to take so much; `blocks`: as many are settled by now.
+
+        Raises PeerTooSmall.
+        """
+        sizes = replace(self.request.sizes, forward_bytes=max(FORWARD_BYTES, forward_bytes))
+        request = replace(self.request, sizes=sizes, blocks=blocks or self.request.blocks)
+        share = _share(request)
+        return replace(self, max_blocks=share.blocks, cache_tokens=share.cache_tokens, request=request)
 
 
 def check_options(*, dtype: str, device: str, cache_tokens: int | None, quantization: str = NONE) -> None:
@@ -101,29 +115,22 @@ def plan_capacity(
         )
         * scale
     )
-    sizes = Sizes(
-        block_bytes=bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization),
-        token_bytes=max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize,
-        # with quantization, each block stands here whole for a moment
-        headroom_bytes=PROCESS_BYTES + (whole_block_bytes if quantization != NONE else 0),
-    )
     free_bytes = _free_bytes(chosen_device)
-    limit_bytes = int(free_bytes * MEMORY_SHARE) if max_memory_bytes is None else min(max_memory_bytes, free_bytes)
-    share = divide(
-        limit_bytes,
-        sizes,
+    request = Request(
+        limit_bytes=int(free_bytes * MEMORY_SHARE) if max_memory_bytes is None else min(max_memory_bytes, free_bytes),
+        sizes=Sizes(
+            block_bytes=bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization),
+            token_bytes=max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize,
+            # with quantization, each block stands here whole for a moment
+            process_bytes=PROCESS_BYTES - FORWARD_BYTES + (whole_block_bytes if quantization != NONE else 0),
+            forward_bytes=FORWARD_BYTES,
+        ),
         num_blocks=total_blocks,
         max_positions=max_positions(config),
         blocks=num_blocks if blocks is None else len(blocks),
         cache_tokens=cache_tokens,
     )
-    if share.num_bytes(sizes) > limit_bytes:
-        raise PeerTooSmall(
-            f"{share.blocks} block(s) of this model with a cache of {share.cache_tokens} tokens take "
-            f"{_mib(share.num_bytes(sizes))}, this peer may use {_mib(limit_bytes)}",
-            hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, try --quantize int8, "
-            "or allow more --max-memory",
-        )
+    share = _share(request)
     return Plan(
         device=chosen_device,
         dtype=chosen_dtype,
@@ -131,7 +138,21 @@ def plan_capacity(
         max_blocks=share.blocks,
         cache_tokens=share.cache_tokens,
         quantization=quantization,
+        request=request,
     )
+
+
+def _share(request: Request) -> Share:
+    share = divide(request)
+    needed_bytes = share.num_bytes(request.sizes)
+    if needed_bytes > request.limit_bytes:
+        raise PeerTooSmall(
+            f"{share.blocks} block(s) of this model with a cache of {share.cache_tokens} tokens take "
+            f"{_mib(needed_bytes)}, this peer may use {_mib(request.limit_bytes)}",
+            hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, try --quantize int8, "
+            "or allow more --max-memory",
+        )
+    return share
 
 
 def _device(name: str) -> torch.device:

@@ -14,7 +14,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -272,6 +273,17 @@ class Engine:
             with self._wake:
                 self._retire(ticket)
             raise
+
+    @property
+    def packs_sessions(self) -> bool:
+        """Whether one forward may hold several sessions."""
+        return self._cache.packs_sessions
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Within, no forward begins: what is submitted meanwhile is there when the next one is chosen. For moments."""
+        with self._wake:
+            yield
 
     def release(self, session: SessionId) -> None:
         """Forget a session and its age, fail its works, free its pages (after the running forward, if it is in it)."""

@@ -23,8 +23,24 @@ class Sizes:
     """The weights of one block."""
     token_bytes: int
     """The keys and values of one position at one block."""
-    headroom_bytes: int
-    """Everything else, whatever the number of blocks: the process, and its largest forward."""
+    process_bytes: int
+    """Everything else, whatever the number of blocks, but for"""
+    forward_bytes: int
+    """what the largest forward takes while it runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be divided, and what somebody asked for."""
+
+    limit_bytes: int
+    sizes: Sizes
+    num_blocks: int
+    """Of the whole model."""
+    max_positions: int
+    """Of one session."""
+    blocks: int | None = None
+    cache_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,28 +51,18 @@ class Share:
     cache_tokens: int
 
     def num_bytes(self, sizes: Sizes) -> int:
-        return self.blocks * (sizes.block_bytes + self.cache_tokens * sizes.token_bytes) + sizes.headroom_bytes
+        per_block = sizes.block_bytes + self.cache_tokens * sizes.token_bytes
+        return self.blocks * per_block + sizes.process_bytes + sizes.forward_bytes
 
 
-def divide(
-    limit_bytes: int,
-    sizes: Sizes,
-    *,
-    num_blocks: int,
-    max_positions: int,
-    blocks: int | None = None,
-    cache_tokens: int | None = None,
-) -> Share:
-    """The share of a model of `num_blocks` blocks, and sessions of up to `max_positions`, that fits into `limit_bytes`.
-
-    `blocks` and `cache_tokens` are what somebody asked for. Where even the least does not fit, the least is returned,
-    and `Share.num_bytes` is above the limit.
-    """
-    room = limit_bytes - sizes.headroom_bytes
-    most = cache_tokens or SESSIONS_MAX * max_positions
+def divide(request: Request) -> Share:
+    """The share that fits into the limit; where even the least does not, that least, which is above the limit."""
+    sizes, cache_tokens, blocks = request.sizes, request.cache_tokens, request.blocks
+    room = request.limit_bytes - sizes.process_bytes - sizes.forward_bytes
+    most = cache_tokens or SESSIONS_MAX * request.max_positions
     if blocks is None:
         useful = cache_tokens or min(USEFUL_TOKENS, most)
-        blocks = min(num_blocks, max(1, room // (sizes.block_bytes + useful * sizes.token_bytes)))
+        blocks = min(request.num_blocks, max(1, room // (sizes.block_bytes + useful * sizes.token_bytes)))
     affordable = (room // blocks - sizes.block_bytes) // sizes.token_bytes
     least = cache_tokens or min(TOKENS_MIN, most)
     return Share(blocks=blocks, cache_tokens=max(least, min(affordable, most)))

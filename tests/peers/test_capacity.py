@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peers import capacity
-from peers.capacity import PROCESS_BYTES, plan_capacity
+from peers.capacity import FORWARD_BYTES, PROCESS_BYTES, plan_capacity
 from peers.errors import PeerTooSmall
 from peers.model.support import examine
 from peers.runtime.sizing import SESSIONS_MAX, TOKENS_MIN
@@ -58,6 +58,17 @@ def test_in_a_container_what_it_has_left_is_free(tmp_path: Path, monkeypatch: py
     assert capacity._free_bytes(torch.device("cpu")) == 170_000_000 < unlimited
     (tmp_path / "memory.max").write_text("max\n")
     assert capacity._free_bytes(torch.device("cpu")) > 170_000_000
+
+
+def test_a_large_forward_leaves_less_room_and_a_small_one_no_more_than_was_planned() -> None:
+    limit = PROCESS_BYTES + (2 << 20)
+    plan = plan_capacity(CONFIG, device="cpu", max_memory_bytes=limit)
+    assert plan.beside(0) == plan.beside(FORWARD_BYTES) == plan
+    beside = plan.beside(FORWARD_BYTES + (1 << 20))
+    assert (beside.max_blocks, beside.cache_tokens) < (plan.max_blocks, plan.cache_tokens)
+    assert beside.beside(FORWARD_BYTES) == plan
+    with pytest.raises(PeerTooSmall):
+        plan.beside(FORWARD_BYTES + (3 << 20))
 
 
 def test_a_cache_too_small_to_be_useful_is_refused_unless_it_was_asked_for() -> None:

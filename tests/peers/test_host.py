@@ -12,16 +12,21 @@ from typing import Any
 import pytest
 
 from peers import host
+from peers.capacity import FORWARD_BYTES, plan_capacity
 from peers.errors import AddressInUse, InsecureIdentity
 from peers.host import BootstrapConfig, Event, PeerConfig, run_bootstrap, run_peer
+from peers.runtime.engine import Engine
+from peers.runtime.probe import Probe
+from peers.runtime.sizing import Share
 from peers.serving.reachability import DialBackService
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.links import Links
 from routing.errors import CallerError, SwarmError, Unavailable
 from routing.identity import SigningKey
+from routing.ids import BlockSpan
 from routing.records import MAX_MODEL_NAME_CHARS
 from tests.helpers.families import FAMILIES, save_checkpoint
-from tests.helpers.memory_swarm import MemorySwarm
+from tests.helpers.memory_swarm import PROBE, MemorySwarm
 
 LISTEN = "/ip4/127.0.0.1/tcp/0"
 
@@ -156,6 +161,36 @@ async def test_the_first_peer_of_a_network_becomes_ready_alone(tmp_path: Path, t
         unknown = await life.wait_for("reachability_unknown")
     assert life.kinds == ["connected", "loading", "ready", "reachability_unknown", "draining", "stopped"]
     assert "no other node" in str(unknown.fields["reason"])
+
+
+async def test_a_peer_measures_itself_at_its_first_start_and_remembers_it(tmp_path: Path, tiny: Path) -> None:
+    found = []
+    for _ in range(2):
+        async with Life(peer(tmp_path, model=str(tiny), blocks=BlockSpan(0, 2), threads=1)) as life:
+            found.append((await life.wait_for("ready")).fields)
+    first, second = found
+    assert (first.pop("probed"), second.pop("probed")) == ("now", "before")
+    for name in ("decode_ms_per_block", "prefill_ms_per_block", "token_budget", "forward_mib"):
+        assert first[name] == second[name]
+
+
+async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_from_the_first_start_on(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_capacity(FAMILIES["llama"].config(), device="cpu", max_memory_bytes=4 << 30)
+    share = Share(blocks=plan.max_blocks, cache_tokens=plan.cache_tokens)
+    half_bytes = plan.max_blocks * plan.cache_tokens * plan.request.sizes.token_bytes // 2
+    found = replace(PROBE, forward_bytes=FORWARD_BYTES + half_bytes)
+
+    async def measured(engine: Engine) -> Probe:
+        return found
+
+    monkeypatch.setattr(host, "measure", measured)
+    options = {"blocks": BlockSpan(0, plan.max_blocks), "max_memory_bytes": share.num_bytes(plan.request.sizes)}
+    for _ in range(2):
+        async with Life(peer(tmp_path, model=str(tiny), threads=1, **options)) as life:
+            cache_tokens = (await life.wait_for("ready")).fields["cache_tokens"]
+        assert cache_tokens == plan.cache_tokens // 2 // 16 * 16
 
 
 async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_have_its_record(
