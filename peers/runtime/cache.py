@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,6 +74,9 @@ class SpanCache(Protocol):
 
         `between` is called between blocks, and may run a forward of other sessions.
         """
+
+    def prepare(self) -> Iterator[None]:
+        """What makes later forwards faster and takes a second, in steps between which forwards may run."""
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         """Move slots as `PagePool.grow` asks, before the next forward."""
@@ -142,8 +145,8 @@ class PagedCache:
                 between=between,
             )[0]
 
-    def record(self) -> None:
-        """Let short forwards of the whole span go by a program from now on, where there is one (`program`)."""
+    def prepare(self) -> Iterator[None]:
+        """Afterwards short forwards of the whole span go by a program, where there is one (`program`)."""
         model = self._model
 
         def forward(hidden_1TH: Tensor, position_ids_1T: Tensor, attender: Attender) -> Tensor:
@@ -151,7 +154,7 @@ class PagedCache:
                 return model.forward(hidden_1TH, position_ids_1T, past_key_values=cache, regime_length=1)
 
         try:
-            self._programs = record(forward, _random_hidden(model, 1)[0], _Observer(), model.max_positions)
+            self._programs = yield from record(forward, _random_hidden(model, 1)[0], _Observer(), model.max_positions)
         except NotFlat as error:
             logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
 
@@ -213,6 +216,9 @@ class SoloCache:
         self._caches[chunk.session] = cache
         return output_1TH[0]
 
+    def prepare(self) -> Iterator[None]:
+        return iter(())
+
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         pass
 
@@ -256,9 +262,7 @@ def open_cache(model: SpanModel, pages: PagePool, library: Pool | None = None) -
     if shapes is not None:
         for backend in dict.fromkeys((library, None)):
             if _agrees(model, shapes, backend):
-                cache = PagedCache(model, shapes, pages, backend)
-                cache.record()
-                return cache
+                return PagedCache(model, shapes, pages, backend)
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
     _bytes_per_token_alone(model)

@@ -42,6 +42,7 @@ class Probe:
 
 async def measure(engine: Engine) -> Probe:
     """Measure a started engine that serves nobody yet. Raises what `Engine.run` raises."""
+    await engine.prepared()
     bench = _Bench(engine)
     try:
         return await bench.run()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -57,14 +57,20 @@ class Programs:
 
 def record(
     forward: Forward, like_H: Tensor, rehearsal: Attender, max_positions: int = CHECKED_POSITION * 2
-) -> Programs:
-    """The programs of `forward`, whose hidden states are like `like_H`. Takes about a second, in one thread at a time.
+) -> Generator[None, None, Programs]:
+    """The programs of `forward`, whose hidden states are like `like_H`. In one thread at a time.
 
-    `rehearsal` attends in a forward that no session is in, and says the same for the same arguments. Raises NotFlat.
+    Takes about a second in all, in steps between which that thread may run other forwards. `rehearsal` attends in a
+    forward that no session is in, and says the same for the same arguments. Raises NotFlat.
     """
-    one, two, three = (_record(forward, like_H, tokens) for tokens in (1, 2, 3))
+    recorders = []
+    for tokens in (1, 2, 3):
+        recorders.append(_record(forward, like_H, tokens))
+        yield
+    one, two, three = recorders
     programs = Programs(_translate(one, one), _translate(two, three))
     for tokens in (1, CHECKED_TOKENS):
+        yield
         hidden_1TH, position_ids_1T = _example(like_H, tokens, max(0, min(CHECKED_POSITION, max_positions - tokens)))
         expected = forward(hidden_1TH, position_ids_1T, rehearsal)
         try:

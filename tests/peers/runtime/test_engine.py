@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
+from peers.runtime.cache import PagedCache
 from peers.runtime.engine import (
     CacheTooSmall,
     ComputeFailed,
@@ -453,6 +454,38 @@ async def test_stopping_finishes_what_is_queued_and_refuses_the_rest(local: Loca
     gate.open()
     await stopping
     assert all(len(run.result().hidden) == 300 for run in runs)
+
+
+async def test_works_are_answered_while_the_engine_still_prepares_and_the_same_afterwards(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, prepare = threading.Event(), PagedCache.prepare
+
+    def slowly(self: PagedCache) -> Iterator[None]:
+        while not gate.is_set():
+            yield
+        yield from prepare(self)
+
+    monkeypatch.setattr(PagedCache, "prepare", slowly)
+    async with running(local.cut()) as engine:
+        sequence, waiting = Sequence(local, engine), asyncio.ensure_future(engine.prepared())
+        await sequence.step(20)
+        await sequence.step(1)
+        assert not waiting.done()
+        gate.set()
+        await waiting
+        await sequence.step(1)
+
+
+async def test_who_waits_for_an_engine_hears_what_ended_it(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Engine, library: object) -> Iterator[None]:
+        raise ValueError("the books are wrong")
+        yield
+
+    monkeypatch.setattr(Engine, "_preparation", broken)
+    async with running(local.cut()) as engine:
+        with pytest.raises(ValueError, match="books"):
+            await engine.prepared()
 
 
 async def test_stopping_gives_up_at_its_deadline(local: Local) -> None:
