@@ -230,6 +230,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
                     "token_budget": peer.engine.config.token_budget,
                     "forward_mib": peer.probe.forward_bytes >> 20,
                     "probed": "now" if probe is None else "before",
+                    "probe_disturbed": peer.probe.disturbed,
                 },
             )
         )

@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from peers.runtime.cost import ForwardCost, Sample, fit, token_pasts
@@ -25,6 +26,8 @@ DECODE_ROWS = (1, 4, 16)
 DECODE_STEPS = 4
 PREFILL_TOKENS = (64, 256)
 """The second is long enough that matrices, not their start-up, are what is measured."""
+DISTURBED_SHARE = 0.1
+"""Of the machine's processors; on two of them, a fifth of one."""
 _OWNER = PeerId("probe")
 
 
@@ -38,16 +41,21 @@ class Probe:
     """Of a forward through the whole span."""
     forward_bytes: int
     """What the largest forward took of the device's memory besides weights and pool, while it ran."""
+    disturbed: bool = False
+    """Whether other programs were busy meanwhile, so that this peer is faster than it seems."""
 
 
 async def measure(engine: Engine) -> Probe:
     """Measure a started engine that serves nobody yet. Raises what `Engine.run` raises."""
     await engine.prepared()
     bench = _Bench(engine)
+    began_s, others_s = time.monotonic(), _others_s()
     try:
-        return await bench.run()
+        found = await bench.run()
     finally:
         bench.clear()
+    capacity_s = (time.monotonic() - began_s) * (psutil.cpu_count() or 1)
+    return replace(found, disturbed=_others_s() - others_s > DISTURBED_SHARE * capacity_s)
 
 
 class _Bench:
@@ -160,6 +168,12 @@ class _Bench:
 
 def _name(number: int) -> SessionId:
     return SessionId(number.to_bytes(SESSION_ID_BYTES, "big"))
+
+
+def _others_s() -> float:
+    """Processor time that other programs have had so far."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0)) - time.process_time()
 
 
 def _watch_memory(device: torch.device) -> Callable[[], int]:

@@ -1,7 +1,8 @@
 """Probes of earlier starts, so that a start need not measure what is known: one small file for each kind of start.
 
-A probe holds for LIFETIME_S. Drivers, cooling and neighbours change a machine slowly, and clients go by the times that
-they see themselves, so that an old probe misleads nobody for long; a new one costs one start a second.
+A probe holds for a week, and for an hour if other programs disturbed it. Drivers, cooling and neighbours change a
+machine slowly, and clients go by the times that they see themselves, so that an old probe misleads nobody for long; a
+new one costs a start two seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from routing.ids import ModelId
 from routing.version import VERSION
 
 LIFETIME_S = 7 * 86_400.0
+DISTURBED_LIFETIME_S = 3600.0
 
 
 class _Kept(msgspec.Struct):
@@ -43,7 +45,8 @@ def recall(file: Path, now_s: float) -> Probe | None:
         kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None  # never measured, or the note is damaged: measure now
-    return kept.probe if 0 <= now_s - kept.measured_at_s < LIFETIME_S else None
+    lifetime_s = DISTURBED_LIFETIME_S if kept.probe.disturbed else LIFETIME_S
+    return kept.probe if 0 <= now_s - kept.measured_at_s < lifetime_s else None
 
 
 def remember(file: Path, probe: Probe, now_s: float) -> None:

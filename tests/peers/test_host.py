@@ -170,7 +170,7 @@ async def test_a_peer_measures_itself_at_its_first_start_and_remembers_it(tmp_pa
             found.append((await life.wait_for("ready")).fields)
     first, second = found
     assert (first.pop("probed"), second.pop("probed")) == ("now", "before")
-    for name in ("decode_ms_per_block", "prefill_ms_per_block", "token_budget", "forward_mib"):
+    for name in ("decode_ms_per_block", "prefill_ms_per_block", "token_budget", "forward_mib", "probe_disturbed"):
         assert first[name] == second[name]
 
 

@@ -193,6 +193,7 @@ def test_every_event_of_a_node_has_words() -> None:
             "token_budget": 256,
             "forward_mib": 20,
             "probed": "now",
+            "probe_disturbed": True,
         },
         "reachable": {"addresses": [ADDRESS]},
         "unreachable": {"problems": {ADDRESS: "no answer"}, "hint": "forward the port"},

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ from peers.runtime import probe
 from peers.runtime.cost import ForwardCost
 from peers.runtime.engine import Engine
 from peers.runtime.probe import Probe, measure
-from peers.runtime.probe_cache import LIFETIME_S, probe_file, recall, remember
+from peers.runtime.probe_cache import DISTURBED_LIFETIME_S, LIFETIME_S, probe_file, recall, remember
 from routing.ids import BlockSpan, ModelId
 from tests.peers.runtime.spans import Local, running
 
@@ -59,6 +63,21 @@ async def test_no_forward_begins_that_would_not_end_in_time(monkeypatch: pytest.
     assert found.decode_s_per_block == found.prefill_s_per_token_block == 1.0 / len(SPAN)
 
 
+@pytest.mark.parametrize("busy", [False, True])
+async def test_busy_programs_beside_a_probe_are_noticed(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    elapsed_s, others_s = itertools.count(0.0, 1.0), itertools.count(0.0, 1.0 if busy else 0.0)
+    monkeypatch.setattr(probe.psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(probe, "_others_s", lambda: next(others_s))
+    monkeypatch.setattr(probe, "_Bench", lambda engine: SimpleNamespace(run=found, clear=lambda: None))
+    monkeypatch.setattr(probe.time, "monotonic", lambda: next(elapsed_s))
+
+    async def found() -> Probe:
+        return PROBE
+
+    engine: Any = SimpleNamespace(prepared=lambda: asyncio.sleep(0))
+    assert (await measure(engine)).disturbed == busy
+
+
 async def test_works_that_are_gathered_share_a_forward() -> None:
     async with running(Local("gpt2", SPAN).cut(), token_budget=256) as engine:
         bench = probe._Bench(engine)
@@ -88,13 +107,15 @@ def file_of(cache: Path, **changes: Any) -> Path:
     return probe_file(cache, **facts | changes)
 
 
-def test_a_probe_is_remembered_for_a_week(tmp_path: Path) -> None:
-    now_s = time.time()
-    file = file_of(tmp_path)
+@pytest.mark.parametrize(("disturbed", "lifetime_s"), [(False, LIFETIME_S), (True, DISTURBED_LIFETIME_S)])
+def test_a_probe_is_remembered_longer_if_nothing_disturbed_it(
+    disturbed: bool, lifetime_s: float, tmp_path: Path
+) -> None:
+    now_s, file, found = time.time(), file_of(tmp_path), replace(PROBE, disturbed=disturbed)
     assert recall(file, now_s) is None
-    remember(file, PROBE, now_s)
-    assert recall(file, now_s + LIFETIME_S - 1) == PROBE
-    assert recall(file, now_s + LIFETIME_S) is None
+    remember(file, found, now_s)
+    assert recall(file, now_s + lifetime_s - 1) == found
+    assert recall(file, now_s + lifetime_s) is None
     assert recall(file, now_s - 1) is None  # the clock was set back
 
 
