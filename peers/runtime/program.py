@@ -58,9 +58,9 @@ class Programs:
 def record(
     forward: Forward, like_H: Tensor, rehearsal: Attender, max_positions: int = CHECKED_POSITION * 2
 ) -> Generator[None, None, Programs]:
-    """The programs of `forward`, whose hidden states are like `like_H`. In one thread at a time.
+    """The programs of `forward`, whose hidden states are like `like_H`.
 
-    Takes about a second in all, in steps between which that thread may run other forwards. `rehearsal` attends in a
+    Takes about a second in all, in steps between which this thread may run other forwards. `rehearsal` attends in a
     forward that no session is in, and says the same for the same arguments. Raises NotFlat.
     """
     recorders = []
@@ -128,6 +128,7 @@ class _Recorder:
 
 
 _active = threading.local()
+_recording = threading.Lock()  # a recording changes `torch.nn.Module` for as long as it lasts, harmlessly for forwards
 _library = torch.library.Library("hive_program", "DEF")  # type: ignore[no-untyped-call]
 _library.define("opaque(Tensor[] inputs, int call) -> Tensor")  # type: ignore[no-untyped-call]
 _library.impl(  # type: ignore[no-untyped-call]
@@ -138,7 +139,7 @@ _library.impl(  # type: ignore[no-untyped-call]
 def _record(forward: Forward, like_H: Tensor, tokens: int) -> _Recorder:
     recorder = _active.recorder = _Recorder()
     try:
-        with torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
+        with _recording, torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
             run = make_fx(lambda hidden, positions: forward(hidden, positions, recorder), tracing_mode="real")
             module = run(*_example(like_H, tokens, 0))
     except Exception as error:  # whatever an architecture's own code does not bear: it runs as it is
