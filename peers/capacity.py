@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import psutil
@@ -40,20 +42,38 @@ _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?", re.ASCII)
 class Plan:
     """What this peer will be."""
 
-    device: torch.device
+    devices: tuple[torch.device, ...]
     dtype: torch.dtype
     num_blocks: int
     """Of the whole model."""
-    max_blocks: int
-    """That this peer can host."""
-    cache_tokens: int
     quantization: str = NONE
     request: Request
-    """How blocks and cache came about."""
+    share: Share
+    """What came of it."""
+
+    @property
+    def max_blocks(self) -> int:
+        """That this peer can host."""
+        return sum(self.share.blocks)
+
+    @property
+    def cache_tokens(self) -> int:
+        return self.share.cache_tokens
 
     @property
     def dtype_name(self) -> str:
         return NAMES[self.dtype]
+
+    @property
+    def device_names(self) -> str:
+        return ",".join(map(str, self.devices))
+
+    def parts(self, span: BlockSpan) -> list[tuple[torch.device, BlockSpan]]:
+        """Which blocks of `span`, which has `max_blocks`, each device takes."""
+        edges = pairwise(accumulate(self.share.blocks, initial=span.start))
+        return [
+            (device, BlockSpan(*edge)) for device, edge in zip(self.devices, edges, strict=True) if edge[0] < edge[1]
+        ]
 
     def beside(self, forward_bytes: int, *, blocks: int | None = None) -> Plan:
         """What remains beside a forward that was found to take so much; `blocks`: as many are settled by now.
@@ -62,19 +82,18 @@ class Plan:
         """
         sizes = replace(self.request.sizes, forward_bytes=max(FORWARD_BYTES, forward_bytes))
         request = replace(self.request, sizes=sizes, blocks=blocks or self.request.blocks)
-        share = _share(request)
-        return replace(self, max_blocks=share.blocks, cache_tokens=share.cache_tokens, request=request)
+        return replace(self, request=request, share=_share(request))
 
 
 def check_options(*, dtype: str, device: str, cache_tokens: int | None, quantization: str = NONE) -> None:
     """What can be refused before the model is known: dtype, device, quantization, cache. Raises CallerError."""
-    if quantization != NONE and _device(device).type != "cpu":
+    devices = _devices(device)
+    if quantization != NONE and devices[0].type != "cpu":
         raise CallerError(
-            f"--quantize {quantization} is for CPUs, and this peer computes on {_device(device)}",
+            f"--quantize {quantization} is for CPUs, and this peer computes on {devices[0]}",
             hint="leave --quantize out, or give --device cpu",
         )
     check_quantization(quantization)
-    _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise CallerError(f"unknown dtype {dtype!r}", hint=f"use auto, {', '.join(DTYPES)}")
     if cache_tokens is not None:
@@ -104,9 +123,9 @@ def plan_capacity(
         raise InvalidSpan(f"blocks {blocks}, but this model has {total_blocks}", hint=f"choose within 0:{total_blocks}")
     if num_blocks is not None and not 0 < num_blocks <= total_blocks:
         raise InvalidSpan(f"{num_blocks} blocks, but this model has {total_blocks}", hint=f"choose 1 to {total_blocks}")
-    chosen_device = _device(device)
+    devices = _devices(device)
     stored_dtype: torch.dtype = getattr(config, "dtype", None) or torch.float32
-    chosen_dtype = _dtype(dtype, chosen_device, stored_dtype)
+    chosen_dtype = _dtype(dtype, devices[0], stored_dtype)
     scale = chosen_dtype.itemsize / stored_dtype.itemsize
     whole_block_bytes = int(
         max(
@@ -115,9 +134,8 @@ def plan_capacity(
         )
         * scale
     )
-    free_bytes = _free_bytes(chosen_device)
     request = Request(
-        limit_bytes=int(free_bytes * MEMORY_SHARE) if max_memory_bytes is None else min(max_memory_bytes, free_bytes),
+        limits_bytes=tuple(_limit_bytes(one, devices, max_memory_bytes) for one in devices),
         sizes=Sizes(
             block_bytes=bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization),
             token_bytes=max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize,
@@ -130,29 +148,44 @@ def plan_capacity(
         blocks=num_blocks if blocks is None else len(blocks),
         cache_tokens=cache_tokens,
     )
-    share = _share(request)
     return Plan(
-        device=chosen_device,
+        devices=devices,
         dtype=chosen_dtype,
         num_blocks=total_blocks,
-        max_blocks=share.blocks,
-        cache_tokens=share.cache_tokens,
         quantization=quantization,
         request=request,
+        share=_share(request),
     )
 
 
 def _share(request: Request) -> Share:
     share = divide(request)
-    needed_bytes = share.num_bytes(request.sizes)
-    if needed_bytes > request.limit_bytes:
+    if not share.fits(request):
+        needed_bytes = sum(share.num_bytes(request.sizes, blocks) for blocks in share.blocks if blocks)
         raise PeerTooSmall(
-            f"{share.blocks} block(s) of this model with a cache of {share.cache_tokens} tokens take "
-            f"{_mib(needed_bytes)}, this peer may use {_mib(request.limit_bytes)}",
+            f"{sum(share.blocks)} block(s) of this model with a cache of {share.cache_tokens} tokens take "
+            f"{_mib(needed_bytes)}, this peer may use {_mib(sum(request.limits_bytes))}",
             hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, try --quantize int8, "
             "or allow more --max-memory",
         )
     return share
+
+
+def _limit_bytes(device: torch.device, devices: Sequence[torch.device], max_memory_bytes: int | None) -> int:
+    """What this one of `devices`, of which the CPU may be several, may use; together they may use the maximum."""
+    free_bytes = _free_bytes(device) // devices.count(device)
+    if max_memory_bytes is None:
+        return int(free_bytes * MEMORY_SHARE)
+    return min(max_memory_bytes // len(devices), free_bytes)
+
+
+def _devices(names: str) -> tuple[torch.device, ...]:
+    devices = tuple(_device(name) for name in names.split(","))
+    if len({device.type for device in devices}) > 1:
+        raise CallerError(f"{names} are devices of different kinds", hint="use several of one kind: cuda:0,cuda:1")
+    if devices[0].type != "cpu" and len({device.index or 0 for device in devices}) < len(devices):
+        raise CallerError(f"{names} names a device twice", hint="give each device once")
+    return devices
 
 
 def _device(name: str) -> torch.device:
@@ -161,7 +194,7 @@ def _device(name: str) -> torch.device:
             return torch.device("cuda:0")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if not _DEVICE.fullmatch(name):
-        raise CallerError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:1 or mps")
+        raise CallerError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:1, mps or cuda:0,cuda:1")
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise CallerError(

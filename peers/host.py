@@ -29,6 +29,7 @@ from peers.model.quantization import NONE
 from peers.model.storage import cache_folder
 from peers.platform import require_platform
 from peers.runtime.engine import Engine, EngineConfig, Sharing
+from peers.runtime.joined import AnyEngine, JoinedEngine
 from peers.runtime.probe import Probe, measure
 from peers.runtime.probe_cache import probe_file, recall, remember
 from peers.serving.admission import Admission, AdmissionLimits
@@ -223,7 +224,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
                     "model_id": checkpoint.model_id.hex,
                     "span": [span.start, span.end],
                     **format_,
-                    "device": str(plan.device),
+                    "device": plan.device_names,
                     "cache_tokens": peer.cache_tokens,
                     "decode_ms_per_block": round(peer.probe.decode_s_per_block * 1000, 3),
                     "prefill_ms_per_block": round(peer.probe.prefill_s_per_token_block * 1000, 4),
@@ -265,7 +266,7 @@ class ServerPeer:
         self.discovery = Discovery(store=store, router=self.router, links=self.links, network=network)
         self.state = PeerState.JOINING
         self.handler: Handler
-        self.engine: Engine
+        self.engine: AnyEngine
         self.probe: Probe
         self.cache_tokens = 0
         self._transport = transport
@@ -305,15 +306,18 @@ class ServerPeer:
         probe: Probe | None = None,
     ) -> None:
         """Load the weights, start the engine, measure it unless that is known. Raises SwarmError."""
-        model = await asyncio.to_thread(
-            load_span,
-            checkpoint,
-            span,
-            dtype=plan.dtype,
-            device=plan.device,
-            quantization=plan.quantization,
-            progress=progress,
-        )
+        models = [
+            await asyncio.to_thread(
+                load_span,
+                checkpoint,
+                part,
+                dtype=plan.dtype,
+                device=device,
+                quantization=plan.quantization,
+                progress=progress,
+            )
+            for device, part in plan.parts(span)
+        ]
         engine_config = EngineConfig(
             cache_tokens=plan.cache_tokens,
             threads=threads,
@@ -322,9 +326,10 @@ class ServerPeer:
         if page_size is not None:
             engine_config = replace(engine_config, page_size=page_size)
         async with AsyncExitStack() as trial:
-            self.engine = Engine(model, engine_config)
-            await self.engine.start()
+            engines = [Engine(model, engine_config) for model in models]
+            self.engine = engines[0] if len(engines) == 1 else JoinedEngine(engines)
             trial.push_async_callback(self.engine.stop)
+            await self.engine.start()
             self.probe = probe or await measure(self.engine)
             final = plan.beside(self.probe.forward_bytes, blocks=len(span))
             fits = plan.cache_tokens <= final.cache_tokens
@@ -332,7 +337,7 @@ class ServerPeer:
                 self._closers.push_async_exit(trial.pop_all())
         if not fits:
             logger.warning("a forward takes %d MiB: starting again with less cache", self.probe.forward_bytes >> 20)
-            del model, self.engine
+            del models, engines, self.engine
             await self.load(
                 checkpoint,
                 span,
@@ -345,6 +350,7 @@ class ServerPeer:
             )
             return
         self.cache_tokens = self.engine.stats().total_tokens
+        model = self.engine.model
         max_positions = min(self.cache_tokens, model.max_positions)
         ledger: Ledger[Delivery, Link] = Ledger(
             LedgerLimits(max_positions=max_positions, pool_positions=self.cache_tokens, lease_s=self._lease_s)
@@ -435,7 +441,7 @@ def _probe_file(checkpoint: Checkpoint, plan: Plan, threads: int) -> Path:
         plan.max_blocks,
         dtype=plan.dtype_name,
         quantization=plan.quantization,
-        device=plan.device,
+        devices=plan.devices,
         threads=threads,
     )
 

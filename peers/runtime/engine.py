@@ -264,6 +264,20 @@ class Engine:
             state.held = self._prefixes.open(state.number, scope, keys)
             return state.held
 
+    def admit(self, session: SessionId, owner: PeerId, parent: tuple[SessionId, int] | None = None) -> None:
+        """Know the session from now on, with `parent` as a fork (see `Work.parent`). Who is known first is older.
+
+        Raises PositionGap, Preempted, CallerError.
+        """
+        with self._wake:
+            state = self._sessions.get(session)
+            if parent is not None:
+                self._check_fork(state, *parent)
+            if state is None:
+                state = self._admit(session, owner)
+            if parent is not None:
+                self._fork(self._sessions[parent[0]], state, parent[1])
+
     async def run(self, work: Work) -> Done:
         """Run one work and return its output.
 
@@ -343,13 +357,8 @@ class Engine:
         queued = self._scheduler.queued_tokens
         if queued and queued + len(work.hidden) > self.config.max_queued_tokens:
             raise Busy(f"{queued} positions are queued here", retry_after_s=self._retry_after_s())
-        session = self._sessions.get(work.session)
-        if work.parent is not None:
-            self._check_fork(session, *work.parent)
-        if session is None:
-            session = self._admit(work.session, work.owner)
-        if work.parent is not None:
-            self._fork(self._sessions[work.parent[0]], session, work.parent[1])
+        self.admit(work.session, work.owner, work.parent)
+        session = self._sessions[work.session]
         number = self._next()
         regime = self.model.regime.key(work.longest)
         item = Item(

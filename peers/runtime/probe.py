@@ -18,7 +18,8 @@ import psutil
 import torch
 
 from peers.runtime.cost import ForwardCost, Sample, fit, token_pasts
-from peers.runtime.engine import Engine, Work
+from peers.runtime.engine import Work
+from peers.runtime.joined import AnyEngine
 from routing.ids import SESSION_ID_BYTES, PeerId, SessionId
 
 PROBE_S = 6.0
@@ -45,7 +46,7 @@ class Probe:
     """Whether other programs were busy meanwhile, so that this peer is faster than it seems."""
 
 
-async def measure(engine: Engine) -> Probe:
+async def measure(engine: AnyEngine) -> Probe:
     """Measure a started engine that serves nobody yet. Raises what `Engine.run` raises."""
     await engine.prepared()
     bench = _Bench(engine)
@@ -61,7 +62,7 @@ async def measure(engine: Engine) -> Probe:
 class _Bench:
     """One measurement: its sessions, its deadline, and what it has found so far."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: AnyEngine) -> None:
         self._engine = engine
         self._deadline_s = time.monotonic() + PROBE_S
         self._hidden_TH = torch.randn(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,11 +32,27 @@ class _Kept(msgspec.Struct):
 
 
 def probe_file(
-    cache: Path, model: ModelId, blocks: int, *, dtype: str, quantization: str, device: torch.device, threads: int
+    cache: Path,
+    model: ModelId,
+    blocks: int,
+    *,
+    dtype: str,
+    quantization: str,
+    devices: Sequence[torch.device],
+    threads: int,
 ) -> Path:
     """Where the probe of such a start is kept below `cache`; machines with the same home directory do not share it."""
-    facts = (model.hex, blocks, dtype, quantization, str(device), threads, VERSION, torch.__version__)
-    key = repr((*facts, platform.node(), platform.machine(), os.cpu_count(), _processor(device)))
+    facts = (
+        model.hex,
+        blocks,
+        dtype,
+        quantization,
+        [str(device) for device in devices],
+        threads,
+        VERSION,
+        torch.__version__,
+    )
+    key = repr((*facts, platform.node(), platform.machine(), os.cpu_count(), _processor(devices[0])))
     return cache / "probes" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 

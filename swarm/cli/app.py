@@ -192,7 +192,12 @@ def join(
         ),
     ] = "none",
     device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")
+        str,
+        typer.Option(
+            "--device",
+            metavar="auto|cpu|cuda[:i]|mps",
+            help="Where to compute. Several share the blocks by their memory: cuda:0,cuda:1.",
+        ),
     ] = "auto",
     listen: Listen = None,
     announce: Announce = None,

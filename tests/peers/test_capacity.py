@@ -71,6 +71,17 @@ def test_a_large_forward_leaves_less_room_and_a_small_one_no_more_than_was_plann
         plan.beside(FORWARD_BYTES + (3 << 20))
 
 
+def test_several_devices_share_the_blocks_and_the_memory() -> None:
+    plan = plan_capacity(CONFIG, device="cpu,cpu", max_memory_bytes=4 << 30, blocks=BlockSpan(1, 4))
+    assert [span for _, span in plan.parts(BlockSpan(1, 4))] in (
+        [BlockSpan(1, 2), BlockSpan(2, 4)],
+        [BlockSpan(1, 3), BlockSpan(3, 4)],
+    )
+    assert plan.request.limits_bytes == (2 << 30, 2 << 30)
+    one = plan_capacity(CONFIG, device="cpu,cpu", max_memory_bytes=4 << 30, num_blocks=1)
+    assert len(one.parts(BlockSpan(3, 4))) == 1
+
+
 def test_a_cache_too_small_to_be_useful_is_refused_unless_it_was_asked_for() -> None:
     one_block = sum(size for name, size in examine(CONFIG).weights.items() if ".layers.0." in name)
     tight = PROCESS_BYTES + one_block + 100_000
@@ -102,6 +113,7 @@ def test_blocks_that_the_model_does_not_have_are_refused(wrong: dict[str, object
 @pytest.mark.parametrize(
     "wrong",
     [
+        *({"device": name} for name in ("cpu,", "cpu,abacus", "cpu,cuda:77")),
         *({"device": name} for name in ("abacus", "meta", "xpu", "cpu:7", "cuda:", "cuda:-1", "cuda:77")),
         {"dtype": "int3", "device": "cpu"},
         *({"device": "cpu", "cache_tokens": tokens} for tokens in (-1, 0, 1, 15)),

@@ -17,7 +17,6 @@ from peers.errors import AddressInUse, InsecureIdentity
 from peers.host import BootstrapConfig, Event, PeerConfig, run_bootstrap, run_peer
 from peers.runtime.engine import Engine
 from peers.runtime.probe import Probe
-from peers.runtime.sizing import Share
 from peers.serving.reachability import DialBackService
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.links import Links
@@ -178,7 +177,6 @@ async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_fr
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_capacity(FAMILIES["llama"].config(), device="cpu", max_memory_bytes=4 << 30)
-    share = Share(blocks=plan.max_blocks, cache_tokens=plan.cache_tokens)
     half_bytes = plan.max_blocks * plan.cache_tokens * plan.request.sizes.token_bytes // 2
     found = replace(PROBE, forward_bytes=FORWARD_BYTES + half_bytes)
 
@@ -186,7 +184,10 @@ async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_fr
         return found
 
     monkeypatch.setattr(host, "measure", measured)
-    options = {"blocks": BlockSpan(0, plan.max_blocks), "max_memory_bytes": share.num_bytes(plan.request.sizes)}
+    options = {
+        "blocks": BlockSpan(0, plan.max_blocks),
+        "max_memory_bytes": plan.share.num_bytes(plan.request.sizes, plan.max_blocks),
+    }
     for _ in range(2):
         async with Life(peer(tmp_path, model=str(tiny), threads=1, **options)) as life:
             cache_tokens = (await life.wait_for("ready")).fields["cache_tokens"]
@@ -223,3 +224,10 @@ def test_a_wrong_clock_is_named_as_the_reason() -> None:
     assert "clock" in str(behind["hint"])
     assert right == unknown == {"reason": str(problem), "hint": problem.hint}
     assert host._outage(None, -60.0).kind == "announced"
+
+
+async def test_a_peer_of_two_devices_is_one_peer(tmp_path: Path, tiny: Path) -> None:
+    config = peer(tmp_path, model=str(tiny), device="cpu,cpu", blocks=BlockSpan(0, 3), threads=1)
+    async with Life(config) as life:
+        ready = (await life.wait_for("ready")).fields
+    assert (ready["device"], ready["span"]) == ("cpu,cpu", [0, 3])

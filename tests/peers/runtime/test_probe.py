@@ -101,7 +101,7 @@ def file_of(cache: Path, **changes: Any) -> Path:
         "blocks": 2,
         "dtype": "float32",
         "quantization": "none",
-        "device": torch.device("cpu"),
+        "devices": (torch.device("cpu"),),
         "threads": 1,
     }
     return probe_file(cache, **facts | changes)
