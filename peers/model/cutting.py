@@ -102,6 +102,10 @@ class SpanModel:
         for view in self._views.values():
             set_attention(view.module, self._attention)
 
+    def forget_views(self) -> None:
+        """Whoever replaced layers of `module` says so: what forwards run on are copies of it, which are made anew."""
+        self._views.clear()
+
     def _view(self, span: BlockSpan) -> _View:
         view = self._views.pop(span, None)
         if view is None:

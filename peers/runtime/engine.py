@@ -489,6 +489,7 @@ class Engine:
         """What a peer need not wait for before it announces itself."""
         if library is not None:
             self._accelerated = accelerate(self.model.module, library) > 0
+            self.model.forget_views()
             yield
         yield from self._cache.prepare()
 

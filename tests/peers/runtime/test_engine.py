@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
+from peers.model.kernels import Pool, linear
 from peers.runtime.cache import PagedCache
 from peers.runtime.engine import (
     CacheTooSmall,
@@ -475,6 +476,27 @@ async def test_works_are_answered_while_the_engine_still_prepares_and_the_same_a
         gate.set()
         await waiting
         await sequence.step(1)
+
+
+async def test_prepared_forwards_run_on_the_layers_that_were_chosen(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[int] = []
+    multiply = Pool.linear
+
+    def counted(self: Pool, *tensors: Any) -> Tensor:
+        products.append(1)
+        return multiply(self, *tensors)
+
+    monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
+    monkeypatch.setattr(Pool, "linear", counted)
+    async with running(local.cut()) as engine:
+        await engine.run(work(new_session(), 0, 1))  # before, while or after they are chosen
+        await engine.prepared()
+        for tokens in (1, 20):  # by a program, and by the model's own code
+            products.clear()
+            await engine.run(work(new_session(), 0, tokens))
+            assert len(products) >= 7 * len(SPAN)
 
 
 async def test_who_waits_for_an_engine_hears_what_ended_it(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
