@@ -26,9 +26,12 @@ from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import check_folder, load_config, load_span
 from peers.model.progress import Progress
 from peers.model.quantization import NONE
+from peers.model.storage import cache_folder
 from peers.platform import require_platform
 from peers.runtime.engine import Engine, EngineConfig, Sharing
-from peers.runtime.probe import Speed, measure_speed
+from peers.runtime.joined import AnyEngine, JoinedEngine
+from peers.runtime.probe import Probe, measure
+from peers.runtime.probe_cache import probe_file, recall, remember
 from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.announce import Announcer
 from peers.serving.comfort import Comfort, Reason, Schedule, clock_time
@@ -202,6 +205,12 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             blocks=config.blocks,
             num_blocks=config.num_blocks,
         )
+        threads = config.threads or torch.get_num_threads()
+        file = _probe_file(checkpoint, plan, threads)
+        if (probe := recall(file, time.time())) is not None:
+            plan = plan.beside(probe.forward_bytes)
+            file = _probe_file(checkpoint, plan, threads)
+            probe = recall(file, time.time())  # of fewer blocks, where it is about those that fit beside such a forward
         span = config.blocks or await peer.choose_span(checkpoint, plan)
         format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
         emit(Event("loading", {"model": checkpoint.name, "span": [span.start, span.end], **format_}))
@@ -209,12 +218,15 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             checkpoint,
             span,
             plan,
-            threads=config.threads,
+            threads=threads,
             share_prefixes=config.share_prefixes,
             progress=progress,
+            probe=probe,
         )
         owner = Owner(Comfort(config.schedule, config.pause_on_load_percent), peer.pause)
         await owner.look()
+        if probe is None:
+            remember(file, peer.probe, time.time())
         serving = asyncio.create_task(peer.serve(), name="serve")
         stack.push_async_callback(_cancelled, serving)
         peer.tasks.spawn(node.wait_closed(), name="daemon")
@@ -229,9 +241,14 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
                     "model_id": checkpoint.model_id.hex,
                     "span": [span.start, span.end],
                     **format_,
-                    "device": str(plan.device),
+                    "device": plan.device_names,
                     "cache_tokens": peer.cache_tokens,
-                    "decode_ms_per_block": round(peer.speed.decode_s_per_block * 1000, 3),
+                    "decode_ms_per_block": round(peer.probe.decode_s_per_block * 1000, 3),
+                    "prefill_ms_per_block": round(peer.probe.prefill_s_per_token_block * 1000, 4),
+                    "token_budget": peer.engine.config.token_budget,
+                    "forward_mib": peer.probe.forward_bytes >> 20,
+                    "probed": "now" if probe is None else "before",
+                    "probe_disturbed": peer.probe.disturbed,
                 },
             )
         )
@@ -268,8 +285,8 @@ class ServerPeer:
         self.discovery = Discovery(store=store, router=self.router, links=self.links, network=network)
         self.state = PeerState.JOINING
         self.handler: Handler
-        self.engine: Engine
-        self.speed: Speed
+        self.engine: AnyEngine
+        self.probe: Probe
         self.cache_tokens = 0
         self._transport = transport
         self._store = store
@@ -302,34 +319,58 @@ class ServerPeer:
         span: BlockSpan,
         plan: Plan,
         *,
-        threads: int | None = None,
+        threads: int,
         progress: Progress | None = None,
         page_size: int | None = None,
         share_prefixes: Sharing = "owner",
-        speed: Speed | None = None,
+        probe: Probe | None = None,
     ) -> None:
-        """Load the weights, start the engine, measure its speed unless it is given. Raises SwarmError."""
-        model = await asyncio.to_thread(
-            load_span,
-            checkpoint,
-            span,
-            dtype=plan.dtype,
-            device=plan.device,
-            quantization=plan.quantization,
-            progress=progress,
-        )
+        """Load the weights, start the engine, measure it unless that is known. Raises SwarmError."""
+        models = [
+            await asyncio.to_thread(
+                load_span,
+                checkpoint,
+                part,
+                dtype=plan.dtype,
+                device=device,
+                quantization=plan.quantization,
+                progress=progress,
+            )
+            for device, part in plan.parts(span)
+        ]
         engine_config = EngineConfig(
             cache_tokens=plan.cache_tokens,
-            threads=threads or torch.get_num_threads(),
+            threads=threads,
             share_prefixes=share_prefixes,
         )
         if page_size is not None:
             engine_config = replace(engine_config, page_size=page_size)
-        self.engine = Engine(model, engine_config)
-        await self.engine.start()
-        self._closers.push_async_callback(self.engine.stop)
-        self.speed = speed or await measure_speed(self.engine)
+        async with AsyncExitStack() as trial:
+            engines = [Engine(model, engine_config) for model in models]
+            self.engine = engines[0] if len(engines) == 1 else JoinedEngine(engines)
+            trial.push_async_callback(self.engine.stop)
+            await self.engine.start()
+            self.probe = probe or await measure(self.engine)
+            final = plan.beside(self.probe.forward_bytes, blocks=len(span))
+            fits = plan.cache_tokens <= final.cache_tokens
+            if fits:
+                self._closers.push_async_exit(trial.pop_all())
+        if not fits:
+            logger.warning("a forward takes %d MiB: starting again with less cache", self.probe.forward_bytes >> 20)
+            del models, engines, self.engine
+            await self.load(
+                checkpoint,
+                span,
+                final,
+                threads=threads,
+                progress=progress,
+                page_size=page_size,
+                share_prefixes=share_prefixes,
+                probe=self.probe,
+            )
+            return
         self.cache_tokens = self.engine.stats().total_tokens
+        model = self.engine.model
         max_positions = min(self.cache_tokens, model.max_positions)
         ledger: Ledger[Delivery, Link] = Ledger(
             LedgerLimits(max_positions=max_positions, pool_positions=self.cache_tokens, lease_s=self._lease_s)
@@ -355,8 +396,8 @@ class ServerPeer:
             protocol=PROTOCOL_VERSION,
             name=self._name,
             addresses=(),
-            decode_s_per_block=self.speed.decode_s_per_block,
-            prefill_s_per_token_block=self.speed.prefill_s_per_token_block,
+            decode_s_per_block=self.probe.decode_s_per_block,
+            prefill_s_per_token_block=self.probe.prefill_s_per_token_block,
             cache_tokens=self.cache_tokens,
             free_tokens=self.cache_tokens,
             max_bytes_per_s=self._max_bytes_per_s or 0,
@@ -419,6 +460,18 @@ class ServerPeer:
             logger.warning("others hold this peer's record again")
         else:
             logger.warning("nobody takes this peer's record; trying on: %s", problem)
+
+
+def _probe_file(checkpoint: Checkpoint, plan: Plan, threads: int) -> Path:
+    return probe_file(
+        cache_folder(),
+        checkpoint.model_id,
+        plan.max_blocks,
+        dtype=plan.dtype_name,
+        quantization=plan.quantization,
+        devices=plan.devices,
+        threads=threads,
+    )
 
 
 def _reachability(verdict: Verdict) -> Event:

@@ -55,7 +55,7 @@ class SpanModel:
         """What each block of the span stores for each position."""
         self.module = decoder
         self.config: PretrainedConfig = decoder.config
-        self.max_positions = int(getattr(self.config, "max_position_embeddings", None) or UNLIMITED_POSITIONS)
+        self.max_positions = max_positions(self.config)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.regime = rotary_regime(decoder)
@@ -101,6 +101,10 @@ class SpanModel:
         self._attention = name or self._default_attention
         for view in self._views.values():
             set_attention(view.module, self._attention)
+
+    def forget_views(self) -> None:
+        """Whoever replaced layers of `module` says so: what forwards run on are copies of it, which are made anew."""
+        self._views.clear()
 
     def _view(self, span: BlockSpan) -> _View:
         view = self._views.pop(span, None)
@@ -196,6 +200,11 @@ class _Reached(BaseException):
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """How long a sequence of this language model may be."""
+    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED_POSITIONS)
 
 
 def hollow_meta(model: nn.Module, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +75,9 @@ class SpanCache(Protocol):
 
         `between` is called between blocks, and may run a forward of other sessions.
         """
+
+    def prepare(self) -> Iterator[None]:
+        """What makes later forwards faster and takes a second, in steps between which forwards may run."""
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         """Move slots as `PagePool.grow` asks, before the next forward."""
@@ -147,8 +150,8 @@ class PagedCache:
                 between=between,
             )[0]
 
-    def record(self) -> None:
-        """Let short forwards of the whole span go by a program from now on, where there is one (`program`)."""
+    def prepare(self) -> Iterator[None]:
+        """Afterwards short forwards of the whole span go by a program, where there is one (`program`)."""
         model = self._model
 
         def forward(hidden_1TH: Tensor, position_ids_1T: Tensor, attender: Attender) -> Tensor:
@@ -156,26 +159,30 @@ class PagedCache:
                 return model.forward(hidden_1TH, position_ids_1T, past_key_values=cache, regime_length=1)
 
         try:
-            self._programs = record(forward, _random_hidden(model, 1)[0], _Observer(), model.max_positions)
+            self._programs = yield from record(forward, _random_hidden(model, 1)[0], _Observer(), model.max_positions)
         except NotFlat as error:
             logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
         else:
             self._tapes = self._checked_tapes(self._programs)
 
     def _checked_tapes(self, programs: Programs) -> Tapes | None:
-        """Tapes, if they say the same as programs of a few tokens with a past, in slots that are nobody's yet."""
-        model, slots = self._model, self._pools[0].keys_1JSK.shape[2]
-        if self._library is None or slots < 6:
+        """Tapes, if they say the same as programs of a few tokens with a past, over a small cache of their own."""
+        model, library = self._model, self._library
+        if library is None:
             return None
-        tapes = Tapes(programs, _random_hidden(model, 1)[0], self._pools, self._library)
+        like_H = _random_hidden(model, 1)[0]
+        pools = [
+            LayerPool(keys_1JSK=_some(pool.keys_1JSK), values_1JSV=_some(pool.values_1JSV)) for pool in self._pools
+        ]
+        tapes = Tapes(programs, like_H, pools, library)
         for start, sessions in ((0, 3), (1, 3), (1, 1)):
             segments = [Segment(start=start, tokens=1, runs=[(2 * n, start + 1)]) for n in range(sessions)]
-            batch, again = (RaggedBatch(segments, self._pools, model.device, self._library) for _ in range(2))
+            batch, again = (RaggedBatch(segments, pools, model.device, library) for _ in range(2))
             hidden_1TH = _random_hidden(model, sessions)[None]
             if not tapes.agree(hidden_1TH, batch, programs(hidden_1TH, again.positions_T[None], again)):
                 logger.info("%s: short forwards run as programs", model.config.model_type)
                 return None
-        return tapes
+        return Tapes(programs, like_H, self._pools, library)
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         for move in copies:
@@ -235,6 +242,9 @@ class SoloCache:
         self._caches[chunk.session] = cache
         return output_1TH[0]
 
+    def prepare(self) -> Iterator[None]:
+        return iter(())
+
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         pass
 
@@ -278,9 +288,7 @@ def open_cache(model: SpanModel, pages: PagePool, library: Pool | None = None) -
     if shapes is not None:
         for backend in dict.fromkeys((library, None)):
             if _agrees(model, shapes, backend):
-                cache = PagedCache(model, shapes, pages, backend)
-                cache.record()
-                return cache
+                return PagedCache(model, shapes, pages, backend)
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
     _bytes_per_token_alone(model)
@@ -378,6 +386,11 @@ def _agrees(model: SpanModel, shapes: Sequence[LayerShape], library: Pool | None
 def _random_hidden(model: SpanModel, tokens: int) -> Tensor:
     hidden_TH = torch.randn(tokens, model.hidden_size, generator=torch.Generator().manual_seed(0))
     return hidden_TH.to(model.device, model.dtype)
+
+
+def _some(of_1JSX: Tensor) -> Tensor:
+    """Six slots of the same kind."""
+    return of_1JSX.new_empty(1, of_1JSX.shape[1], 6, of_1JSX.shape[3])
 
 
 def _allocate(shape: LayerShape, slots: int, device: torch.device) -> LayerPool:

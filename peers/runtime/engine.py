@@ -14,7 +14,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
-from peers.model.kernels import accelerate, pool_for
+from peers.model.kernels import Pool, accelerate, pool_for
 from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.pages import PagePool
 from peers.runtime.prefixes import PrefixIndex
@@ -44,6 +45,7 @@ DECODING_S = 1.0
 Sharing = Literal["owner", "network"]
 RETRY_AFTER_S_MIN = 0.05
 RETRY_AFTER_S_MAX = 5.0
+_END = object()
 
 
 class PositionGap(CallerError):
@@ -199,6 +201,8 @@ class Engine:
         self._paused_s = 0.0
         """What the running forward has left to others so far."""
         self._accelerated = False
+        self._prepared = False
+        """Whether the cache has nothing more to prepare."""
         self._alone = False
         """Whether torch computes in this thread alone, which is when the library's threads have the other cores."""
         self._stopping = False
@@ -206,13 +210,14 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop
         self._broken: asyncio.Future[None]
+        self._faster: asyncio.Future[None]
         self._cache: SpanCache
 
     async def start(self) -> None:
         """Probe the model's attention, allocate the cache and start the thread. Raises what the probe raises."""
         assert self._thread is None
         self._loop = asyncio.get_running_loop()
-        self._broken = self._loop.create_future()
+        self._broken, self._faster = self._loop.create_future(), self._loop.create_future()
         ready: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._main, args=(ready,), name="engine", daemon=True)
         self._thread.start()
@@ -221,6 +226,12 @@ class Engine:
     async def broken(self) -> None:
         """Never returns; raises what ended the thread. A forward that fails does not: see ComputeFailed."""
         await asyncio.shield(self._broken)
+
+    async def prepared(self) -> None:
+        """Wait until forwards are as fast as they will be: about a second after `start`, if nobody sends works."""
+        await asyncio.wait((self._faster, self._broken), return_when=asyncio.FIRST_COMPLETED)
+        if self._broken.done():
+            await self._broken
 
     async def stop(self, *, deadline_s: float = 10.0) -> None:
         """Refuse new works, finish queued ones for up to `deadline_s`, fail the rest, end the thread."""
@@ -253,6 +264,20 @@ class Engine:
             state.held = self._prefixes.open(state.number, scope, keys)
             return state.held
 
+    def admit(self, session: SessionId, owner: PeerId, parent: tuple[SessionId, int] | None = None) -> None:
+        """Know the session from now on, with `parent` as a fork (see `Work.parent`). Who is known first is older.
+
+        Raises PositionGap, Preempted, CallerError.
+        """
+        with self._wake:
+            state = self._sessions.get(session)
+            if parent is not None:
+                self._check_fork(state, *parent)
+            if state is None:
+                state = self._admit(session, owner)
+            if parent is not None:
+                self._fork(self._sessions[parent[0]], state, parent[1])
+
     async def run(self, work: Work) -> Done:
         """Run one work and return its output.
 
@@ -272,6 +297,17 @@ class Engine:
             with self._wake:
                 self._retire(ticket)
             raise
+
+    @property
+    def packs_sessions(self) -> bool:
+        """Whether one forward may hold several sessions."""
+        return self._cache.packs_sessions
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Within, no forward begins: what is submitted meanwhile is there when the next one is chosen. For moments."""
+        with self._wake:
+            yield
 
     def release(self, session: SessionId) -> None:
         """Forget a session and its age, fail its works, free its pages (after the running forward, if it is in it)."""
@@ -321,13 +357,8 @@ class Engine:
         queued = self._scheduler.queued_tokens
         if queued and queued + len(work.hidden) > self.config.max_queued_tokens:
             raise Busy(f"{queued} positions are queued here", retry_after_s=self._retry_after_s())
-        session = self._sessions.get(work.session)
-        if work.parent is not None:
-            self._check_fork(session, *work.parent)
-        if session is None:
-            session = self._admit(work.session, work.owner)
-        if work.parent is not None:
-            self._fork(self._sessions[work.parent[0]], session, work.parent[1])
+        self.admit(work.session, work.owner, work.parent)
+        session = self._sessions[work.session]
         number = self._next()
         regime = self.model.regime.key(work.longest)
         item = Item(
@@ -432,7 +463,6 @@ class Engine:
         torch.set_num_threads(self.config.threads)
         try:
             library = pool_for(self.model.device, self.config.threads)
-            self._accelerated = library is not None and accelerate(self.model.module, library) > 0
             self._cache = open_cache(self.model, self._pages, library)
         except Exception as error:  # whatever it is, `start` raises it
             logger.debug("the engine does not start", exc_info=True)
@@ -441,8 +471,12 @@ class Engine:
         self._loop.call_soon_threadsafe(ready.set_result, None)
         try:
             with torch.inference_mode():
-                while batch := self._wait_for_batch():
-                    self._run_batch(batch)
+                preparing = self._preparation(library)
+                while (batch := self._wait_for_batch()) or not self._prepared:
+                    if batch:
+                        self._run_batch(batch)
+                    if not self._prepared:
+                        self._prepare(preparing)
         except Exception as error:  # the books are wrong: whoever awaits `broken` ends the peer
             logger.exception("the engine's thread ended")
             with self._wake:
@@ -450,6 +484,20 @@ class Engine:
                 for ticket in self._tickets.values():
                     self._loop.call_soon_threadsafe(_answer, ticket.future, Unavailable("this peer is shutting down"))
             self._loop.call_soon_threadsafe(self._broken.set_exception, error)
+
+    def _preparation(self, library: Pool | None) -> Iterator[None]:
+        """What a peer need not wait for before it announces itself."""
+        if library is not None:
+            self._accelerated = accelerate(self.model.module, library) > 0
+            self.model.forget_views()
+            yield
+        yield from self._cache.prepare()
+
+    def _prepare(self, preparing: Iterator[None]) -> None:
+        """One more step of it, after each forward and while there is none to run."""
+        self._prepared = self._stopping or next(preparing, _END) is _END
+        if self._prepared and not self._stopping:
+            self._loop.call_soon_threadsafe(self._faster.set_result, None)
 
     def _run_batch(self, batch: _Batch, *, beside: bool = False) -> None:
         """`beside`: while another forward, which goes on afterwards, pauses."""
@@ -469,12 +517,14 @@ class Engine:
                 self._paused_s = paused_s + elapsed_s
 
     def _wait_for_batch(self) -> _Batch:
-        """The next forward's works; empty when the engine is stopping and nothing is left to do."""
+        """The next forward's works; empty when there are none and the engine is stopping or not prepared yet."""
         with self._wake:
             while self._tickets or not self._stopping:
                 decoding = time.perf_counter() - self._last_step_s < DECODING_S
                 pace = self._tempo.pace(self.config.token_budget, decoding=decoding)
                 if not (picks := self._scheduler.next_batch(pace)):
+                    if not self._prepared:
+                        return []
                     self._wake.wait()
                 elif batch := self._begin_all([(self._tickets[pick.work], pick) for pick in picks]):
                     self._running = {ticket.session.number for ticket, _ in batch}

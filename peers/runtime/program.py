@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -59,13 +59,19 @@ class Programs:
 
 def record(
     forward: Forward, like_H: Tensor, rehearsal: Attender, max_positions: int = CHECKED_POSITION * 2
-) -> Programs:
-    """The programs of `forward`, whose hidden states are like `like_H`. Takes about a second, in one thread at a time.
+) -> Generator[None, None, Programs]:
+    """The programs of `forward`, whose hidden states are like `like_H`.
 
-    `rehearsal` attends in a forward that no session is in, and says the same for the same arguments. Raises NotFlat.
+    Takes about a second in all, in steps between which this thread may run other forwards. `rehearsal` attends in a
+    forward that no session is in, and says the same for the same arguments. Raises NotFlat.
     """
-    programs = Programs(*(_record(forward, like_H, tokens) for tokens in (1, 2, 3)))
+    recordings = []
+    for tokens in (1, 2, 3):
+        recordings.append(_record(forward, like_H, tokens))
+        yield
+    programs = Programs(*recordings)
     for tokens in (1, CHECKED_TOKENS):
+        yield
         hidden_1TH, position_ids_1T = _example(like_H, tokens, max(0, min(CHECKED_POSITION, max_positions - tokens)))
         expected = forward(hidden_1TH, position_ids_1T, rehearsal)
         try:
@@ -123,6 +129,7 @@ class Recording:
 
 
 _active = threading.local()
+_recording = threading.Lock()  # a recording changes `torch.nn.Module` for as long as it lasts, harmlessly for forwards
 _library = torch.library.Library("hive_program", "DEF")  # type: ignore[no-untyped-call]
 _library.define("opaque(Tensor[] inputs, int call) -> Tensor")  # type: ignore[no-untyped-call]
 _library.impl(  # type: ignore[no-untyped-call]
@@ -133,7 +140,7 @@ _library.impl(  # type: ignore[no-untyped-call]
 def _record(forward: Forward, like_H: Tensor, tokens: int) -> Recording:
     recorder = _active.recorder = Recording()
     try:
-        with torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
+        with _recording, torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
             run = make_fx(lambda hidden, positions: forward(hidden, positions, recorder), tracing_mode="real")
             module = run(*_example(like_H, tokens, 0))
     except Exception as error:  # whatever an architecture's own code does not bear: it runs as it is

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
-from peers.runtime.engine import CacheTooSmall, Done, Engine, PositionGap, SessionReleased, Work
+from peers.runtime.engine import CacheTooSmall, Done, PositionGap, SessionReleased, Work
+from peers.runtime.joined import AnyEngine
 from peers.serving.admission import Admission
 from peers.serving.ledger import Entry, Ledger, Repeat, Run
 from peers.serving.push import Delivery, Pusher
@@ -59,7 +60,7 @@ class Handler:
         self,
         *,
         links: Links,
-        engine: Engine,
+        engine: AnyEngine,
         served: Served,
         ledger: Ledger[Delivery, Link],
         admission: Admission,

@@ -192,7 +192,12 @@ def join(
         ),
     ] = "none",
     device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")
+        str,
+        typer.Option(
+            "--device",
+            metavar="auto|cpu|cuda[:i]|mps",
+            help="Where to compute. Several share the blocks by their memory: cuda:0,cuda:1.",
+        ),
     ] = "auto",
     listen: Listen = None,
     announce: Announce = None,
@@ -206,7 +211,14 @@ def join(
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
     cache_tokens: Annotated[
-        int | None, typer.Option("--cache-tokens", min=1, help="Tokens that users' sessions may hold here, together.")
+        int | None,
+        typer.Option(
+            "--cache-tokens",
+            min=1,
+            metavar="N",
+            help="Tokens that users' sessions may hold here, together. Default: as many as memory holds.",
+            show_default=False,
+        ),
     ] = None,
     nice: Annotated[
         int | None, typer.Option("--nice", min=0, max=19, help="Let other programs go first: 19 takes what they leave.")

@@ -121,9 +121,12 @@ def describe(event: Event) -> str:
             return f"loading blocks {start}:{end} of {fields['model']} in {fields['dtype']}{weights}"
         case "ready" if "span" in fields:
             start, end = cast(list[int], fields["span"])
+            disturbed = ", beside busy programs" if fields["probe_disturbed"] else ""
             return (
                 f"serving blocks {start}:{end} of {fields['model']} on {fields['device']}; "
-                f"cache for {fields['cache_tokens']:,} tokens, {fields['decode_ms_per_block']} ms per block and token\n"
+                f"cache for {fields['cache_tokens']:,} tokens; per block and token {fields['decode_ms_per_block']} ms, "
+                f"{fields['prefill_ms_per_block']} ms in a prompt; up to {fields['token_budget']} tokens a forward, "
+                f"{fields['forward_mib']} MiB (measured {fields['probed']}{disturbed})\n"
                 f"{_entry(fields)}\nCtrl-C leaves the swarm"
             )
         case "ready":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
+from peers.model.kernels import Pool, linear
+from peers.runtime.cache import PagedCache
 from peers.runtime.engine import (
     CacheTooSmall,
     ComputeFailed,
@@ -453,6 +455,59 @@ async def test_stopping_finishes_what_is_queued_and_refuses_the_rest(local: Loca
     gate.open()
     await stopping
     assert all(len(run.result().hidden) == 300 for run in runs)
+
+
+async def test_works_are_answered_while_the_engine_still_prepares_and_the_same_afterwards(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, prepare = threading.Event(), PagedCache.prepare
+
+    def slowly(self: PagedCache) -> Iterator[None]:
+        while not gate.is_set():
+            yield
+        yield from prepare(self)
+
+    monkeypatch.setattr(PagedCache, "prepare", slowly)
+    async with running(local.cut()) as engine:
+        sequence, waiting = Sequence(local, engine), asyncio.ensure_future(engine.prepared())
+        await sequence.step(20)
+        await sequence.step(1)
+        assert not waiting.done()
+        gate.set()
+        await waiting
+        await sequence.step(1)
+
+
+async def test_prepared_forwards_run_on_the_layers_that_were_chosen(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[int] = []
+    multiply = Pool.linear
+
+    def counted(self: Pool, *tensors: Any) -> Tensor:
+        products.append(1)
+        return multiply(self, *tensors)
+
+    monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
+    monkeypatch.setattr(Pool, "linear", counted)
+    async with running(local.cut()) as engine:
+        await engine.run(work(new_session(), 0, 1))  # before, while or after they are chosen
+        await engine.prepared()
+        for tokens in (1, 20):  # by a program, and by the model's own code
+            products.clear()
+            await engine.run(work(new_session(), 0, tokens))
+            assert len(products) >= 7 * len(SPAN)
+
+
+async def test_who_waits_for_an_engine_hears_what_ended_it(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Engine, library: object) -> Iterator[None]:
+        raise ValueError("the books are wrong")
+        yield
+
+    monkeypatch.setattr(Engine, "_preparation", broken)
+    async with running(local.cut()) as engine:
+        with pytest.raises(ValueError, match="books"):
+            await engine.prepared()
 
 
 async def test_stopping_gives_up_at_its_deadline(local: Local) -> None:

@@ -43,6 +43,8 @@ def opened(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, *, 
     accelerate(model.module, LIBRARY)
     with torch.inference_mode():
         cache = open_cache(model, PagePool(64, 4), LIBRARY)
+        for _ in cache.prepare():
+            pass
     assert isinstance(cache, PagedCache)
     return cache
 
