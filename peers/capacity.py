@@ -50,11 +50,6 @@ class Plan:
 
 def check_options(*, dtype: str, device: str, cache_tokens: int | None, quantization: str = NONE) -> None:
     """What can be refused before the model is known: dtype, device, quantization, cache. Raises CallerError."""
-    if quantization != NONE and _device(device).type != "cpu":
-        raise CallerError(
-            f"--quantize {quantization} is for CPUs, and this peer computes on {_device(device)}",
-            hint="leave --quantize out, or give --device cpu",
-        )
     check_quantization(quantization)
     _device(device)
     if dtype != "auto" and dtype not in DTYPES:
@@ -112,7 +107,7 @@ def plan_capacity(
             f"{wanted or 1} block(s) of this model with a cache of {cache_tokens} tokens take "
             f"{_mib((wanted or 1) * (block_bytes + cache_tokens * token_bytes) + PROCESS_BYTES)}, "
             f"this peer may use {_mib(budget + PROCESS_BYTES)}",
-            hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, try --quantize int8, "
+            hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, try --quantize int8 or int4, "
             "or allow more --max-memory",
         )
     return Plan(

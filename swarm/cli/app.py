@@ -187,8 +187,8 @@ def join(
         str,
         typer.Option(
             "--quantize",
-            metavar="none|int8",
-            help="Keep the weights in 8 bits: half the memory, up to twice the speed, answers nearly the same.",
+            metavar="none|int8|int4|nf4",
+            help="Keep the weights in 8 bits (answers nearly the same) or 4 (half as much memory again).",
         ),
     ] = "none",
     device: Annotated[
