@@ -15,6 +15,7 @@ import typer
 from routing.addresses import validate_multiaddr
 from routing.errors import CallerError, InvalidAddress
 from routing.ids import BlockSpan
+from routing.precision import Precision
 from routing.records import check_network
 from swarm.cli import signals
 from swarm.cli.output import Bars, command, say, write
@@ -94,6 +95,14 @@ Identity = Annotated[
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option("--dtype", help="Number format; auto: the checkpoint's, or float32 on CPUs that are slow with it."),
+]
+MinPrecision = Annotated[
+    Precision | None,
+    typer.Option(
+        "--min-precision",
+        help="Use only peers whose weights and dtype are at least so precise. Default: any.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output: JSON on stdout.")]
 Verbose = Annotated[
@@ -277,6 +286,7 @@ def generate(
     num_beams: NumBeams = 1,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    min_precision: MinPrecision = None,
     network: Network = None,
     token: Token = None,
     as_json: Json = False,
@@ -294,7 +304,9 @@ def generate(
         from swarm.answers import Sampling
         from swarm.cli import conversation
 
-        connection = conversation.Connection(model=model, entrance=entrance, dtype=dtype, token=token)
+        connection = conversation.Connection(
+            model=model, entrance=entrance, dtype=dtype, token=token, min_precision=min_precision
+        )
         sampling = Sampling(
             temperature=temperature,
             top_p=top_p,
@@ -328,6 +340,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    min_precision: MinPrecision = None,
     network: Network = None,
     token: Token = None,
     verbose: Verbose = 0,
@@ -343,7 +356,9 @@ def chat(
         from swarm.answers import Sampling
         from swarm.cli import conversation
 
-        connection = conversation.Connection(model=model, entrance=entrance, dtype=dtype, token=token)
+        connection = conversation.Connection(
+            model=model, entrance=entrance, dtype=dtype, token=token, min_precision=min_precision
+        )
         sampling = Sampling(
             temperature=temperature,
             top_p=top_p,

@@ -100,6 +100,8 @@ class RemoteModel:
     hidden_size: int
     regime_key: Callable[[int], object]
     """Lengths with equal keys may share one forward (`peers.model` RotaryRegime)."""
+    min_precision: str | None = None
+    """Of the peers that are asked (`routing.precision`); None for any."""
 
 
 class _Session(RemoteSession):
@@ -413,6 +415,7 @@ class SwarmRemote:
             bytes_per_token=self.model.hidden_size * 4,
             cache_tokens=max((step.first + step.count for step in pending), default=0),
             protocol=PROTOCOL_VERSION,
+            min_precision=self.model.min_precision,
             previous=session.route,
         )
         try:
