@@ -32,14 +32,24 @@ def check(quantization: str) -> None:
 
 
 def quantize(blocks: nn.Module, quantization: str) -> None:
-    """Change every linear layer and mixture of experts within `blocks`, in place."""
+    """Change every linear layer and mixture of experts within `blocks`, in place.
+
+    Raises CallerError for an unknown name, and where the layers have a format of their own already.
+    """
     check(quantization)
     if quantization == NONE:
         return
-    format_ = Format(quantization)
+    format_, changed = Format(quantization), False
     for parent in list(blocks.modules()):
         if experts.suits(parent):
             experts.quantize(parent, format_)
+            changed = True
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear and any(layer.weight.stride()):  # hollow ones stand for what is not here
                 setattr(parent, name, PackedLinear(layer, format_))
+                changed = True
+    if not changed:
+        raise CallerError(
+            f"these weights cannot be changed to {quantization}: the checkpoint keeps them in a format of its own",
+            hint="leave --quantize out",
+        )
