@@ -39,7 +39,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A built-in name (smollm2-135m-instruct), a hub id (org/name), or a folder with a checkpoint.",
+        help="A built-in name (smollm2-135m-instruct), a hub id (org/name), a folder with a checkpoint, or a GGUF file "
+        "(a path or org/name:file.gguf).",
     ),
 ]
 InitialPeers = Annotated[
