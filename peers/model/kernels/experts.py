@@ -70,14 +70,14 @@ def forward(self: Any, hidden_TH: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor)
     """[T, H]; what transformers' experts interface calls."""
     counts_E = torch.bincount(chosen_Tk.reshape(-1), minlength=self.num_experts).tolist()
     pool, (dtype, format_) = getattr(self, "hive_pool", None), getattr(self, "hive_kind", (None, None))
-    if (
-        hidden_TH.dtype is not dtype
-        or hidden_TH.device.type != "cpu"
-        or max(counts_E) > getattr(self, "hive_rows_max", 0)
-        or (torch.is_grad_enabled() and hidden_TH.requires_grad)
-    ):
-        pool = None
-    if self._is_expert_parallel or (format_ is None and (pool is None or self.down_proj.dtype is not hidden_TH.dtype)):
+    ours = (
+        pool is not None
+        and hidden_TH.dtype is dtype
+        and hidden_TH.device.type == "cpu"
+        and max(counts_E) <= self.hive_rows_max
+        and not (torch.is_grad_enabled() and hidden_TH.requires_grad)
+    )
+    if self._is_expert_parallel or (format_ is None and not (ours and self.down_proj.dtype is hidden_TH.dtype)):
         return ALL_EXPERTS_FUNCTIONS[OTHERWISE](self, hidden_TH, chosen_Tk, weights_Tk)  # type: ignore[no-any-return]
     experts_S, order_S = torch.sort(chosen_Tk.reshape(-1))
 
@@ -85,8 +85,9 @@ def forward(self: Any, hidden_TH: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor)
         weight_ENK, scales_EN, parts = getattr(self, name), getattr(self, f"{name}_scales", None), []
         for expert, (start, end) in enumerate(pairwise(accumulate(counts_E, initial=0))):
             if start < end:
-                scales_N = None if scales_EN is None else scales_EN[expert]
-                parts.append(_product(pool, rows_SK[start:end], weight_ENK[expert], scales_N, format_))
+                rows, weight = rows_SK[start:end], weight_ENK[expert]
+                scales = None if scales_EN is None else scales_EN[expert]
+                parts.append(_product(rows, weight, scales, format_, pool, ours))
         product_SN = torch.cat(parts)
         return product_SN + getattr(self, f"{name}_bias")[experts_S] if self.has_bias else product_SN
 
@@ -105,10 +106,12 @@ def forward(self: Any, hidden_TH: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor)
 
 
 def _product(
-    pool: Pool | None, rows_SK: Tensor, weight_NK: Tensor, scales_N: Tensor | None, format_: Format | None
+    rows_SK: Tensor, weight_NK: Tensor, scales_N: Tensor | None, format_: Format | None, pool: Pool | None, ours: bool
 ) -> Tensor:
-    if pool is not None:
+    """Of one expert: by the library, or by torch with weights that are made whole for it."""
+    if ours:
+        assert pool is not None
         return pool.linear(rows_SK, weight_NK, None, scales_N, format_.value if format_ else "")
     assert scales_N is not None, "only quantized experts come here without the library"
     assert format_ is not None
-    return F.linear(rows_SK, whole(weight_NK, scales_N, format_, rows_SK.shape[-1], rows_SK.dtype))
+    return F.linear(rows_SK, whole(weight_NK, scales_N, format_, rows_SK.shape[1], rows_SK.dtype, pool))

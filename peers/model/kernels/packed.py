@@ -74,9 +74,7 @@ class PackedLinear(nn.Module):
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """[N, K]"""
-        if self.pool is not None and dtype in INPUTS:
-            return self.pool.unpack(self.codes, self.scales, self.format.value, self.in_features, dtype)
-        return whole(self.codes, self.scales, self.format, self.in_features, dtype)
+        return whole(self.codes, self.scales, self.format, self.in_features, dtype, self.pool)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's own name
         if (
@@ -119,8 +117,12 @@ def packed(weight_NK: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
     return (lower | upper << 4).flatten(-2), scales
 
 
-def whole(codes: Tensor, scales: Tensor, format_: Format, inputs: int, dtype: torch.dtype) -> Tensor:
-    """The weights [N, K = `inputs`] that codes and scales stand for; leading dimensions are kept."""
+def whole(
+    codes: Tensor, scales: Tensor, format_: Format, inputs: int, dtype: torch.dtype, pool: Pool | None = None
+) -> Tensor:
+    """The weights [N, K = `inputs`] that codes and scales stand for; without `pool`, leading dimensions are kept."""
+    if pool is not None and dtype in INPUTS and codes.device.type == "cpu":
+        return pool.unpack(codes, scales, format_.value, inputs, dtype)
     if format_ is Format.INT8:
         return (codes * scales[..., None]).to(dtype)
     two_NGh = codes.view(*codes.shape[:-1], -1, GROUP // 2)
