@@ -245,7 +245,8 @@ def _no_route(
     if reasons:
         named = ", ".join(reasons[:_NAMED_MAX]) + (", …" if len(reasons) > _NAMED_MAX else "")
         message += f"; held only by peers that cannot be used now: {named}"
-    return NoRoute(message, missing=[(gap.start, gap.end) for gap in missing])
+    hint = "ask for less with --min-precision, or start a peer that computes so precisely" if by_imprecise else ""
+    return NoRoute(message, missing=[(gap.start, gap.end) for gap in missing], hint=hint)
 
 
 def _listed(spans: Iterable[BlockSpan]) -> str:

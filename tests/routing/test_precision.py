@@ -64,6 +64,7 @@ def test_a_block_that_only_an_imprecise_peer_serves_is_named() -> None:
         router.plan(replace(REQUEST, min_precision="int8"), NOW_S)
     assert raised.value.missing == ((3, 4),)
     assert "(3:4, computes in int4)" in str(raised.value)
+    assert "--min-precision" in raised.value.hint
     assert "nobody holds" not in str(raised.value)
     assert len(router.plan(replace(REQUEST, min_precision="int4"), NOW_S).hops) == 3
 
