@@ -87,12 +87,7 @@ class Plan:
 
 def check_options(*, dtype: str, device: str, cache_tokens: int | None, quantization: str = NONE) -> None:
     """What can be refused before the model is known: dtype, device, quantization, cache. Raises CallerError."""
-    devices = _devices(device)
-    if quantization != NONE and devices[0].type != "cpu":
-        raise CallerError(
-            f"--quantize {quantization} is for CPUs, and this peer computes on {devices[0]}",
-            hint="leave --quantize out, or give --device cpu",
-        )
+    _devices(device)
     check_quantization(quantization)
     if dtype != "auto" and dtype not in DTYPES:
         raise CallerError(f"unknown dtype {dtype!r}", hint=f"use auto, {', '.join(DTYPES)}")
@@ -165,7 +160,7 @@ def _share(request: Request) -> Share:
         raise PeerTooSmall(
             f"{sum(share.blocks)} block(s) of this model with a cache of {share.cache_tokens} tokens take "
             f"{_mib(needed_bytes)}, this peer may use {_mib(sum(request.limits_bytes))}",
-            hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, try --quantize int8, "
+            hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, try --quantize int8 or int4, "
             "or allow more --max-memory",
         )
     return share

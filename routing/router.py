@@ -16,6 +16,7 @@ from routing.errors import NoRoute
 from routing.estimates import Estimates
 from routing.ids import BlockSpan, ModelId, PeerId
 from routing.path import Candidate, cheapest_path, gaps, path_cost_s
+from routing.precision import is_at_least, precision
 from routing.records import Announcement, PeerState
 from routing.reputation import Reputation
 
@@ -65,6 +66,8 @@ class RouteRequest:
     """KV positions that the session will need at every hop."""
     protocol: int | None = None
     """The version that the asking node speaks; peers of another one cannot be understood."""
+    min_precision: str | None = None
+    """Peers that compute less precisely than this, one of `routing.precision.PRECISIONS`, are not entered."""
     previous: Route | None = None
     """The route in use: kept unless another one is clearly better, and where it lost a hop, so are its other peers."""
 
@@ -117,8 +120,8 @@ class Router:
         """The cheapest route, or the previous one while it is usable and not clearly worse.
 
         A route enters as few peers as it can that are busy or have too little room for the session's cache, and none
-        that are avoided, paused, draining, joining, backed off or without an address. Good for this moment only.
-        Raises NoRoute, which names the missing blocks and says whether nobody holds them or who does.
+        that are avoided, paused, draining, joining, backed off, too imprecise or without an address. Good for this
+        moment only. Raises NoRoute, which names the missing blocks and says whether nobody holds them or who does.
         """
         announcements = self._directory.snapshot(now_s).of_model(request.model)
         excluded = dict.fromkeys(request.avoid, "avoided") | self._reputation.backed_off(now_s)
@@ -128,6 +131,11 @@ class Router:
                 for a in announcements
                 if a.protocol != request.protocol
             }
+        imprecise = {
+            a.peer_id: f"computes in {precision(a.dtype, a.quantization)}"
+            for a in announcements
+            if request.min_precision and not is_at_least(a.dtype, a.quantization, request.min_precision)
+        }
         busy, previous = self._reputation.busy(now_s), _hops_of(request.previous)
         # These hold the session's cache already: how much more they have room for does not matter.
         settled = {peer for peer, _ in previous}
@@ -136,7 +144,11 @@ class Router:
         allowed = (
             a
             for a in announcements
-            if a.num_blocks == num_blocks and a.state is online and a.addresses and a.peer_id not in excluded
+            if a.num_blocks == num_blocks
+            and a.state is online
+            and a.addresses
+            and a.peer_id not in excluded
+            and a.peer_id not in imprecise
         )
         usable = _without_slow_strangers(allowed, request, known=self._estimates.measured | busy | settled)
         whole = bool(previous) and all(peer in usable and usable[peer].span.covers(span) for peer, span in previous)
@@ -151,7 +163,7 @@ class Router:
 
         path = cheapest_path(candidates.values(), num_blocks)
         if path is None:
-            raise _no_route(request, announcements, excluded)
+            raise _no_route(request, announcements, excluded, imprecise)
         hops = path.hops
         if whole:
             staying_s = path_cost_s([(candidates[peer].cost, len(span)) for peer, span in previous])
@@ -203,11 +215,19 @@ def _hops_of(route: Route | None) -> tuple[tuple[PeerId, BlockSpan], ...]:
     return tuple((hop.peer_id, hop.span) for hop in route.hops) if route is not None else ()
 
 
-def _no_route(request: RouteRequest, announcements: Iterable[Announcement], excluded: dict[PeerId, str]) -> NoRoute:
+def _no_route(
+    request: RouteRequest,
+    announcements: Iterable[Announcement],
+    excluded: dict[PeerId, str],
+    imprecise: dict[PeerId, str],
+) -> NoRoute:
     held = [a for a in announcements if a.num_blocks == request.num_blocks]
     excluded = excluded | {a.peer_id: "without an address" for a in held if not a.addresses}
     excluded |= {a.peer_id: a.state.value for a in held if a.state is not PeerState.ONLINE}
-    missing = gaps((a.span for a in held if a.peer_id not in excluded), request.num_blocks)
+    serving = [a for a in held if a.peer_id not in excluded]
+    precise = [a.span for a in serving if a.peer_id not in imprecise]
+    missing, excluded = gaps(precise, request.num_blocks), imprecise | excluded
+    by_imprecise = gaps((*precise, *gaps((a.span for a in serving), request.num_blocks)), request.num_blocks)
     unheld = gaps((a.span for a in held), request.num_blocks)
     if not held:
         everything = _listed([BlockSpan(0, request.num_blocks)])
@@ -217,6 +237,10 @@ def _no_route(request: RouteRequest, announcements: Iterable[Announcement], excl
     message = f"no route for model {request.model}: blocks {_listed(missing)} are missing"
     if unheld:
         message += f"; nobody holds {_listed(unheld)}"
+    if by_imprecise:
+        one = sum(map(len, by_imprecise)) == 1
+        served = f"block {by_imprecise[0].start} is" if one else f"blocks {_listed(by_imprecise)} are"
+        message += f"; {served} served only below the demanded precision, {request.min_precision}"
     reasons = [
         f"{a.name or a.peer_id} ({a.span}, {excluded[a.peer_id]})"
         for a in sorted(held, key=lambda a: (a.span, a.peer_id))
@@ -225,7 +249,8 @@ def _no_route(request: RouteRequest, announcements: Iterable[Announcement], excl
     if reasons:
         named = ", ".join(reasons[:_NAMED_MAX]) + (", …" if len(reasons) > _NAMED_MAX else "")
         message += f"; held only by peers that cannot be used now: {named}"
-    return NoRoute(message, missing=[(gap.start, gap.end) for gap in missing])
+    hint = "ask for less with --min-precision, or start a peer that computes so precisely" if by_imprecise else ""
+    return NoRoute(message, missing=[(gap.start, gap.end) for gap in missing], hint=hint)
 
 
 def _listed(spans: Iterable[BlockSpan]) -> str:

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,7 @@ from routing.ids import ModelId
 __all__ = ["BUILT_IN", "Checkpoint", "Progress", "built_in_folder", "resolve"]
 
 Header = Mapping[str, TensorInfo]
+GGUF = ".gguf"
 
 
 class WeightFiles(Protocol):
@@ -125,7 +126,8 @@ def resolve(
 ) -> Checkpoint:
     """Find MODEL and establish its identity, without downloading weights from a hub.
 
-    A built-in name is fetched and converted on first use; every weight file of a local folder is hashed once. `cache`
+    A built-in name is fetched and converted on first use, and so is a GGUF file (a path, or `hub/id:file.gguf`), which
+    has to be here as a whole for that; every weight file of a local folder is hashed once. `cache`
     is where everything is kept (default: `peers.model.storage.cache_folder()`); `token` opens gated repositories
     (default: the one huggingface_hub finds); `accept` sees the folder of the configuration before any weight file is
     read, and refuses the model by raising. Raises UnknownModel, UnsupportedModel (weights offered as pickle only),
@@ -142,8 +144,13 @@ def resolve(
     path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(path.absolute(), cache, progress, accept)
+    if path.is_file() and path.suffix == GGUF:
+        return _from_gguf(path.absolute(), cache, progress, accept)
     if path.exists() or model.startswith((".", "~", "/")):
-        raise UnknownModel(f"{model} is not a folder with a checkpoint", hint="give the folder that holds config.json")
+        raise UnknownModel(
+            f"{model} is not a folder with a checkpoint",
+            hint="give the folder that holds config.json, or a .gguf file",
+        )
     return _from_hub(model, cache, token, progress, accept)
 
 
@@ -169,6 +176,13 @@ class LocalFiles:
         return paths
 
 
+def _from_gguf(path: Path, cache: Path, progress: Progress, accept: Callable[[Path], None]) -> Checkpoint:
+    from peers.model.gguf_source import converted  # torch and transformers
+
+    folder = converted(path, cache, progress, accept)
+    return replace(_from_folder(folder, cache, progress, lambda folder: None), name=path.stem)
+
+
 def _from_folder(folder: Path, cache: Path, progress: Progress, accept: Callable[[Path], None]) -> Checkpoint:
     if not (folder / CONFIG).is_file():
         raise UnknownModel(f"{folder} holds no {CONFIG}", hint="give the folder of a Hugging Face checkpoint")
@@ -183,7 +197,15 @@ def _from_hub(
 ) -> Checkpoint:
     from peers.model.hub import HubRepository  # with its HTTP client it takes half a second to import
 
+    name, _, gguf = name.partition(":")
     repository = HubRepository.open(name, cache=cache, token=token)
+    if gguf:
+        if gguf not in repository.files or not gguf.endswith(GGUF):
+            raise UnknownModel(
+                f"{name} on the hub holds no GGUF file {gguf!r}", hint="write organisation/model:file.gguf"
+            )
+        checkpoint = _from_gguf(repository.fetch([gguf], progress)[gguf], cache, progress, accept)
+        return replace(checkpoint, name=gguf.removesuffix(GGUF))
     if CONFIG not in repository.files:
         raise UnknownModel(f"{name} on the hub holds no {CONFIG}", hint="give the id of a Hugging Face checkpoint")
     repository.fetch_companions()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, dequantize
 
+from peers.model.layout import INDEX
 from peers.model.safetensors_header import encode_header
 
 Tensor = np.ndarray[Any, np.dtype[np.float32]]
@@ -60,11 +61,10 @@ def convert(
     total_bytes = 0
     for file, shard in zip(names, shards, strict=True):
         tensors = {ours: _values(stored[theirs], config) for ours, theirs in shard.items()}
-        total_bytes += _write_shard(folder / file, tensors, advance)
+        entries = [(name, "F32", values.shape, values.data) for name, values in tensors.items()]
+        total_bytes += write_shard(folder / file, entries, advance)
         weight_map |= dict.fromkeys(tensors, file)
-    _write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    )
+    write_index(folder, weight_map, total_bytes)
     _write_json(folder / "config.json", config)
     special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", special_ids)
@@ -87,13 +87,20 @@ def _unpermuted(values: Tensor, heads: int) -> Tensor:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 
 
-def _write_shard(path: Path, tensors: Mapping[str, Tensor], advance: Callable[[int], None]) -> int:
+def write_shard(
+    path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...], memoryview]], advance: Callable[[int], None]
+) -> int:
+    """Write `(name, dtype as safetensors calls it, shape, values)`; returns the bytes of all values."""
     with open(path, "wb") as file:
-        file.write(encode_header((name, "F32", values.shape) for name, values in tensors.items()))
-        for values in tensors.values():
-            file.write(values.data)
+        file.write(encode_header((name, dtype, shape) for name, dtype, shape, _ in tensors))
+        for *_, values in tensors:
+            file.write(values)
             advance(values.nbytes)
-    return sum(values.nbytes for values in tensors.values())
+    return sum(values.nbytes for *_, values in tensors)
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    _write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def _write_tokenizer(reader: GGUFReader, folder: Path, config: Mapping[str, Any]) -> None:

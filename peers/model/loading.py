@@ -20,6 +20,7 @@ from transformers.utils.logging import set_tqdm_hook
 
 from peers.errors import CorruptCheckpoint, UnsupportedModel
 from peers.model.cutting import SpanModel, hollow_meta
+from peers.model.prequantized import quantizer_of, settle
 from peers.model.progress import Progress, Silent
 from peers.model.quantization import NONE, quantize
 from peers.model.quantization import check as check_quantization
@@ -42,12 +43,16 @@ class Weights(Protocol):
 
 
 def load_config(checkpoint: Weights) -> PretrainedConfig:
-    """The configuration of the checkpoint's language model. Raises UnsupportedModel; runs no code of the checkpoint."""
+    """The configuration of the checkpoint's language model. Runs no code of the checkpoint.
+
+    Raises UnsupportedModel and, for weights in a form whose package is not installed, MissingExtra.
+    """
     return _config_in(checkpoint.folder)
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UnsupportedModel when the model whose config.json is in `folder` cannot be cut; reads no weights."""
+    """Raises UnsupportedModel or MissingExtra when the model whose config.json is in `folder` cannot be cut or loaded
+    here; reads no weights."""
     check_supported(_config_in(folder))
 
 
@@ -59,7 +64,9 @@ def _config_in(folder: Path) -> PretrainedConfig:
             f"transformers cannot read the configuration ({one_line(error)})",
             hint="a newer transformers may know the architecture",
         ) from error
-    return language_config(config)
+    config = language_config(config)
+    settle(config)
+    return config
 
 
 def span_tensors(checkpoint: Weights, config: PretrainedConfig, span: BlockSpan) -> list[str]:
@@ -153,7 +160,7 @@ def _in_blocks(layers_path: str, span: BlockSpan) -> Callable[[str], bool]:
 
 def _needed(checkpoint: Weights, model: PreTrainedModel, keep: Callable[[str], bool]) -> list[str]:
     """Tensors of the checkpoint that end up, under the names that transformers gives them, where `keep` says yes."""
-    conversions = get_model_conversion_mapping(model)
+    conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer_of(model.config))
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     known = model.state_dict()
@@ -184,13 +191,11 @@ def _read(
     def state_dict(self: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {name: tensor for name, tensor in base.state_dict(self, *args, **kwargs).items() if keep(name)}
 
-    def init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, *args, **kwargs)
-        for name, weight in self.named_parameters():
-            weight._is_hf_initialized = not keep(name)  # so that nothing is drawn at random for what stays hollow
-
     def finalize(model: PreTrainedModel, load_config: Any, found: Any) -> Any:
         _refuse(folder, {*found.conversion_errors, *(name for name, *_ in found.mismatched_keys)})
+        for name, weight in model.named_parameters():
+            if not keep(name):
+                weight._is_hf_initialized = True  # so that nothing is drawn at random for what stays hollow
         return base._finalize_model_loading(model, load_config, found)
 
     # transformers loads what the model's state dict names. Class and module names stay true: its tables go by them.
@@ -198,7 +203,6 @@ def _read(
         base.__name__,
         (base,),
         {
-            "__init__": init,
             "state_dict": state_dict,
             "_finalize_model_loading": staticmethod(finalize),
             "_keys_to_ignore_on_load_unexpected": [".*"],

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from peers.model.kernels import FastLinear, Int8Linear, Pool
-from peers.model.kernels.pool import KINDS
+from peers.model.kernels import FastLinear, PackedLinear, Pool
+from peers.model.kernels.pool import INPUTS, WEIGHTS
 from peers.model.support import one_line
 from peers.runtime.attention import LayerPool, Pattern, RaggedBatch
 from peers.runtime.program import Attention, NotFlat, Programs, Recording, constant_of
@@ -188,16 +188,20 @@ class _Writer:
         places = [self._places[given] for given in inputs]  # type: ignore[union-attr,index]
         if isinstance(call, Attention):
             return self._attend(node, call, *places)
-        if not isinstance(owner, FastLinear | Int8Linear) or getattr(call, "__func__", None) is not type(owner).forward:
+        if (
+            not isinstance(owner, FastLinear | PackedLinear)
+            or getattr(call, "__func__", None) is not type(owner).forward
+        ):
             raise NotFlat(f"the library does not know what {type(owner).__name__} does")
         (given,) = places
         K, N = owner.in_features, owner.out_features
         M = given.like.numel() // K
         if owner.rows_max < M or given.like.dtype is not owner.dtype:
             raise NotFlat(f"torch makes the products of {M} rows")
-        weight, scale, bias = owner.operands()
+        format_name, weight, scales, bias = owner.operands()
         place = self._region(node, torch.empty((*given.like.shape[:-1], N), dtype=owner.dtype, device="meta"))
-        extra = [KINDS[owner.dtype, weight.dtype], *map(self._address, (weight, scale, bias)), M, N, K]
+        addresses = map(self._address, (weight, scales, bias))
+        extra = [INPUTS.index(owner.dtype), WEIGHTS.index(format_name), *addresses, M, N, K]
         self._emit("linear", place, [self._contiguous(given)], extra=extra, whole=False)
         return place
 
@@ -207,7 +211,7 @@ class _Writer:
         keys, values = pool.keys_1JSK, pool.values_1JSV
         _, H, T, K = q.like.shape
         _, J, S, V = values.shape
-        if {q.like.dtype, k.like.dtype, v.like.dtype} != {keys.dtype} or (keys.dtype, keys.dtype) not in KINDS:
+        if {q.like.dtype, k.like.dtype, v.like.dtype} != {keys.dtype} or keys.dtype not in INPUTS:
             raise NotFlat(f"attention in {q.like.dtype} over {keys.dtype}")
         sink = None
         if sinks:
@@ -215,7 +219,7 @@ class _Writer:
                 raise NotFlat("sinks that are computed")
             sink = next(tensor for tensor in self.kept if tensor.data_ptr() == sinks[0].offset).float().contiguous()
         place = self._region(node, torch.empty(1, T, H, V, dtype=keys.dtype, device="meta"))
-        extra = [KINDS[keys.dtype, keys.dtype], *map(self._address, (keys, values, sink)), H, J, K, V, S, pattern]
+        extra = [INPUTS.index(keys.dtype), *map(self._address, (keys, values, sink)), H, J, K, V, S, pattern]
         operands = [q if q.like.stride(3) == 1 else self._contiguous(q), k, v]
         self._emit("attend", place, operands, scale, softcap or 0.0, extra=extra, whole=False)
         return place

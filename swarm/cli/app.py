@@ -15,6 +15,7 @@ import typer
 from routing.addresses import validate_multiaddr
 from routing.errors import CallerError, InvalidAddress
 from routing.ids import BlockSpan
+from routing.precision import Precision
 from routing.records import check_network
 from swarm.cli import signals
 from swarm.cli.output import Bars, command, say, write
@@ -38,7 +39,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A built-in name (smollm2-135m-instruct), a hub id (org/name), or a folder with a checkpoint.",
+        help="A built-in name (smollm2-135m-instruct), a hub id (org/name), a folder with a checkpoint, or a GGUF file "
+        "(a path or org/name:file.gguf).",
     ),
 ]
 InitialPeers = Annotated[
@@ -94,6 +96,14 @@ Identity = Annotated[
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option("--dtype", help="Number format; auto: the checkpoint's, or float32 on CPUs that are slow with it."),
+]
+MinPrecision = Annotated[
+    Precision | None,
+    typer.Option(
+        "--min-precision",
+        help="Use only peers whose weights and dtype are at least so precise. Default: any.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output: JSON on stdout.")]
 Verbose = Annotated[
@@ -187,8 +197,8 @@ def join(
         str,
         typer.Option(
             "--quantize",
-            metavar="none|int8",
-            help="Keep the weights in 8 bits: half the memory, up to twice the speed, answers nearly the same.",
+            metavar="none|int8|int4|nf4",
+            help="Keep the weights in 8 bits (answers nearly the same) or 4 (half as much memory again).",
         ),
     ] = "none",
     device: Annotated[
@@ -321,6 +331,7 @@ def generate(
     num_beams: NumBeams = 1,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    min_precision: MinPrecision = None,
     network: Network = None,
     token: Token = None,
     as_json: Json = False,
@@ -338,7 +349,9 @@ def generate(
         from swarm.answers import Sampling
         from swarm.cli import conversation
 
-        connection = conversation.Connection(model=model, entrance=entrance, dtype=dtype, token=token)
+        connection = conversation.Connection(
+            model=model, entrance=entrance, dtype=dtype, token=token, min_precision=min_precision
+        )
         sampling = Sampling(
             temperature=temperature,
             top_p=top_p,
@@ -372,6 +385,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    min_precision: MinPrecision = None,
     network: Network = None,
     token: Token = None,
     verbose: Verbose = 0,
@@ -387,7 +401,9 @@ def chat(
         from swarm.answers import Sampling
         from swarm.cli import conversation
 
-        connection = conversation.Connection(model=model, entrance=entrance, dtype=dtype, token=token)
+        connection = conversation.Connection(
+            model=model, entrance=entrance, dtype=dtype, token=token, min_precision=min_precision
+        )
         sampling = Sampling(
             temperature=temperature,
             top_p=top_p,

@@ -32,6 +32,7 @@ class Connection:
     entrance: Entrance
     dtype: str
     token: str | None
+    min_precision: str | None
 
     def open(self) -> tuple[Any, Checkpoint]:
         """The remote model (close it) and its checkpoint. Raises SwarmError."""
@@ -43,6 +44,7 @@ class Connection:
                 network=self.entrance.network,
                 dtype=self.dtype,
                 progress=bars,
+                min_precision=self.min_precision,
             )
         return model, checkpoint
 

@@ -21,6 +21,7 @@ from peers.model.progress import Progress
 from peers.platform import require_platform
 from peers.wire.messages import Urgency
 from routing.errors import CallerError
+from routing.precision import check_precision
 from swarm.models.base import SwarmModel
 from swarm.models.head import share_head
 from swarm.models.layers import RemoteLayers, asked_of_model
@@ -51,15 +52,19 @@ class SwarmModelForCausalLM(SwarmModel):
         progress: Progress | None = None,
         remote: Remote | None = None,
         background: bool = False,
+        min_precision: str | None = None,
     ) -> Any:
         """Load the ends of `model` (a folder, hub id, built-in name or Checkpoint) and enter a network for its layers.
 
         The network is entered by `invite`, or by `initial_peers` and its name; `remote` stands in for it. Only the
         client's own tensors are downloaded (`cache`: where to; `token`: for gated repositories). Layers run in each
-        peer's dtype; `dtype` and `device` are those of the ends. A model in the `background` gives way to everybody who
-        waits for an answer, as befits long evaluations. The parameters are frozen. Raises SwarmError.
+        peer's dtype, and with `min_precision` (`routing.precision.PRECISIONS`) only at peers that are as precise as
+        that; `dtype` and `device` are those of the ends. A model in the `background` gives way to everybody who waits
+        for an answer, as befits long evaluations. The parameters are frozen. Raises SwarmError.
         """
         own_dtype = _dtype(dtype)
+        if min_precision is not None:
+            check_precision(min_precision)
         connect: Callable[[RemoteModel, Embed], Remote]
         if remote is None:
             require_platform()
@@ -71,7 +76,9 @@ class SwarmModelForCausalLM(SwarmModel):
             connect = functools.partial(_given, remote)
         if isinstance(model, str):
             model = resolve(model, cache=cache, token=token, progress=progress, accept=check_folder)
-        return load_model(model, dtype=own_dtype, device=device, connect=connect, progress=progress)
+        return load_model(
+            model, dtype=own_dtype, device=device, connect=connect, progress=progress, min_precision=min_precision
+        )
 
 
 def load_model(
@@ -81,6 +88,7 @@ def load_model(
     device: torch.device | str,
     connect: Callable[[RemoteModel, Embed], Remote],
     progress: Progress | None = None,
+    min_precision: str | None = None,
 ) -> Any:
     """A SwarmModelForCausalLM of `checkpoint` whose layers run at what `connect` returns; closing the model closes it.
 
@@ -100,6 +108,7 @@ def load_model(
             num_blocks=layers.num_blocks,
             hidden_size=layers.embed(torch.zeros(1, dtype=torch.long), 0).shape[-1],
             regime_key=layers.regime.key,
+            min_precision=min_precision,
         ),
         layers.embed,
     )

@@ -318,6 +318,7 @@ class SwarmRemote:
             bytes_per_token=self.model.hidden_size * 4,
             cache_tokens=max((step.first + step.count for step in pending), default=0),
             protocol=PROTOCOL_VERSION,
+            min_precision=self.model.min_precision,
             previous=session.route,
         )
         try:

@@ -58,6 +58,8 @@ class RemoteModel:
     hidden_size: int
     regime_key: Callable[[int], object]
     """Lengths with equal keys may share one forward (`peers.model` RotaryRegime)."""
+    min_precision: str | None = None
+    """Of the peers that are asked (`routing.precision`); None for any."""
 
 
 class LiveSession(RemoteSession):

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from peers.model.catalog import resolve
+from peers.model.loading import load_span
+from peers.model.quantization import QUANTIZATIONS
+from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 
@@ -28,3 +32,16 @@ def test_peers_on_a_gpu_equal_the_local_model(family: str, tmp_path: Path) -> No
         assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
         for extra in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
             assert torch.equal(model.generate(ids, **options, **extra), local.generate(ids, **options, **extra))
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_packed_weights_say_the_same_on_a_gpu(family: str, quantization: str, tmp_path: Path) -> None:
+    save_checkpoint(FAMILIES[family], tmp_path / "model")
+    checkpoint, span = resolve(str(tmp_path / "model"), cache=tmp_path / "cache"), BlockSpan(0, NUM_BLOCKS)
+    outputs = []
+    for device in ("cpu", "cuda:0"):
+        model = load_span(checkpoint, span, dtype=torch.float32, device=device, quantization=quantization)
+        hidden = torch.randn(1, 7, model.hidden_size, generator=torch.Generator().manual_seed(0))
+        outputs.append(model.forward(hidden.to(device), torch.arange(7, device=device)[None]).cpu())
+    assert (outputs[1] - outputs[0]).norm() <= 1e-3 * outputs[0].norm()

@@ -111,7 +111,7 @@ class MemorySwarm:
     async def _client(self) -> ClientNode:
         return ClientNode(MemoryNode(self.network, new_key(), client_mode=True), network="test")
 
-    async def _add(self, span: BlockSpan) -> ServerPeer:
+    async def _add(self, span: BlockSpan, quantization: str = "none") -> ServerPeer:
         key = new_key()
         node = MemoryNode(self.network, key)
         peer = ServerPeer(node.transport, node.store, key=key, network="test", lease_s=self._lease_s)
@@ -122,6 +122,7 @@ class MemorySwarm:
             max_memory_bytes=8 << 30,
             cache_tokens=self._cache_tokens,
             blocks=span,
+            quantization=quantization,
         )
         await peer.load(
             self.checkpoint,
@@ -137,10 +138,12 @@ class MemorySwarm:
         self.peers.append(peer)
         return peer
 
-    def add_peer(self, start: int, end: int) -> ServerPeer:
-        return self.thread.call(self._add(BlockSpan(start, end)))
+    def add_peer(self, start: int, end: int, quantization: str = "none") -> ServerPeer:
+        return self.thread.call(self._add(BlockSpan(start, end), quantization))
 
-    def model(self, *, guest: bool = False, prefix_secret: bytes | None = None) -> Any:
+    def model(
+        self, *, guest: bool = False, prefix_secret: bytes | None = None, min_precision: str | None = None
+    ) -> Any:
         """A client's model; closed with the swarm. A `guest` is a client of its own."""
         thread = self.thread
         if guest:
@@ -157,7 +160,9 @@ class MemorySwarm:
                 prefix_secret=prefix_secret,
             )
 
-        model = load_model(self.checkpoint, dtype=torch.float32, device="cpu", connect=connect)
+        model = load_model(
+            self.checkpoint, dtype=torch.float32, device="cpu", connect=connect, min_precision=min_precision
+        )
         self._models.append(model)
         return model
 

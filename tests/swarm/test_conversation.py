@@ -27,7 +27,7 @@ NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/" + SigningKey.from_seed(bytes(32)).peer_id
 
 def connection(folder: Path) -> Connection:
     entrance = Entrance(network="hive", addresses=(NOBODY,))
-    return Connection(model=str(folder), entrance=entrance, dtype="auto", token=None)
+    return Connection(model=str(folder), entrance=entrance, dtype="auto", token=None, min_precision=None)
 
 
 @pytest.mark.parametrize(

@@ -468,6 +468,11 @@ def test_an_unknown_dtype_is_refused_by_name(world: World) -> None:
         SwarmModelForCausalLM.from_pretrained("nowhere", remote=world.remote, dtype="int8")
 
 
+def test_an_unknown_precision_is_refused_by_name(world: World) -> None:
+    with pytest.raises(CallerError, match="float7"):
+        SwarmModelForCausalLM.from_pretrained("nowhere", remote=world.remote, min_precision="float7")
+
+
 def test_the_position_rules_of_every_family_are_learned_by_looking() -> None:
     assert world_of("opt").model._remote_layers._rules.counts_kept
     assert not world_of("llama").model._remote_layers._rules.counts_kept

@@ -105,7 +105,9 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.hive_pool.restype, found.hive_pool.argtypes = pointer, [ctypes.c_int]
     found.hive_pool_end.restype, found.hive_pool_end.argtypes = None, [pointer]
     found.hive_linear.restype = None
-    found.hive_linear.argtypes = [pointer, ctypes.c_int, *[pointer] * 5, *[size] * 3]
+    found.hive_linear.argtypes = [pointer, ctypes.c_int, ctypes.c_int, *[pointer] * 5, *[size] * 3]
+    found.hive_unpack.restype = None
+    found.hive_unpack.argtypes = [pointer, ctypes.c_int, ctypes.c_int, *[pointer] * 3, *[size] * 2]
     found.hive_attend.restype = None
     found.hive_attend.argtypes = [pointer, ctypes.c_int, *[pointer] * 5, size, pointer, pointer, *[size] * 7]
     found.hive_attend.argtypes += [ctypes.c_float, ctypes.c_float, size]

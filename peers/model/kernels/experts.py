@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from peers.model.kernels import int8
+from peers.model.kernels.packed import Format, packed, whole
 from peers.model.kernels.pool import Pool
 
 HIVE = "hive"
@@ -35,27 +35,28 @@ def suits(module: nn.Module) -> bool:
     )
 
 
-def dtype_of(module: nn.Module) -> torch.dtype | None:
-    """The dtype in which experts of this kind compute; None for any other module."""
+def kind(module: nn.Module) -> tuple[torch.dtype, Format | None] | None:
+    """The dtype in which experts of this kind compute, and the format of their weights; None for any other module."""
     if suits(module):
-        return cast(torch.dtype, module.down_proj.dtype)
-    return getattr(module, "hive_dtype", None)
+        return cast(torch.dtype, module.down_proj.dtype), None
+    return getattr(module, "hive_kind", None)
 
 
-def quantize(module: Any) -> None:
-    """Give these experts 8-bit weights, each output of each expert with its own scale."""
-    module.hive_dtype = module.down_proj.dtype
+def quantize(module: Any, format_: Format) -> None:
+    """Give these experts weights in fewer bits."""
+    module.hive_kind = module.down_proj.dtype, format_
     for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
-        weight_ENK, scale_EN = int8.quantized(getattr(module, name).detach())
+        weight_ENK = getattr(module, name).detach()
+        codes, scales = packed(weight_ENK, format_)
         delattr(module, name)
-        module.register_buffer(name, weight_ENK)
-        module.register_buffer(f"{name}_scale", scale_EN)
+        module.register_buffer(name, codes)
+        module.register_buffer(f"{name}_scales", scales)
     _select(module)
 
 
 def install(module: Any, pool: Pool, rows_max: int) -> None:
     """Let the library make the products of these experts, for up to `rows_max` rows each."""
-    module.hive_dtype = getattr(module, "hive_dtype", module.down_proj.dtype)
+    module.hive_kind = kind(module)
     module.hive_pool, module.hive_rows_max = pool, rows_max
     _select(module)
 
@@ -68,25 +69,25 @@ def _select(module: Any) -> None:
 def forward(self: Any, hidden_TH: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
     """[T, H]; what transformers' experts interface calls."""
     counts_E = torch.bincount(chosen_Tk.reshape(-1), minlength=self.num_experts).tolist()
-    pool = getattr(self, "hive_pool", None)
-    if (
-        hidden_TH.dtype is not getattr(self, "hive_dtype", None)
-        or hidden_TH.device.type != "cpu"
-        or max(counts_E) > getattr(self, "hive_rows_max", 0)
-        or (torch.is_grad_enabled() and hidden_TH.requires_grad)
-    ):
-        pool = None
-    is_quantized = self.down_proj.dtype is torch.int8
-    if self._is_expert_parallel or not (is_quantized or (pool is not None and self.down_proj.dtype is hidden_TH.dtype)):
+    pool, (dtype, format_) = getattr(self, "hive_pool", None), getattr(self, "hive_kind", (None, None))
+    ours = (
+        pool is not None
+        and hidden_TH.dtype is dtype
+        and hidden_TH.device.type == "cpu"
+        and max(counts_E) <= self.hive_rows_max
+        and not (torch.is_grad_enabled() and hidden_TH.requires_grad)
+    )
+    if self._is_expert_parallel or (format_ is None and not (ours and self.down_proj.dtype is hidden_TH.dtype)):
         return ALL_EXPERTS_FUNCTIONS[OTHERWISE](self, hidden_TH, chosen_Tk, weights_Tk)  # type: ignore[no-any-return]
     experts_S, order_S = torch.sort(chosen_Tk.reshape(-1))
 
     def product(rows_SK: Tensor, name: str) -> Tensor:
-        weight_ENK, parts = getattr(self, name), []
+        weight_ENK, scales_EN, parts = getattr(self, name), getattr(self, f"{name}_scales", None), []
         for expert, (start, end) in enumerate(pairwise(accumulate(counts_E, initial=0))):
             if start < end:
-                scale_N = getattr(self, f"{name}_scale")[expert] if is_quantized else None
-                parts.append(_product(pool, rows_SK[start:end], weight_ENK[expert], scale_N))
+                rows, weight = rows_SK[start:end], weight_ENK[expert]
+                scales = None if scales_EN is None else scales_EN[expert]
+                parts.append(_product(rows, weight, scales, format_, pool, ours))
         product_SN = torch.cat(parts)
         return product_SN + getattr(self, f"{name}_bias")[experts_S] if self.has_bias else product_SN
 
@@ -104,8 +105,13 @@ def forward(self: Any, hidden_TH: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor)
     return in_turn_SH.view(*chosen_Tk.shape, -1).sum(1).to(hidden_TH.dtype)
 
 
-def _product(pool: Pool | None, rows_SK: Tensor, weight_NK: Tensor, scale_N: Tensor | None) -> Tensor:
-    if pool is not None:
-        return pool.linear(rows_SK, weight_NK, None, scale_N)
-    assert scale_N is not None, "only quantized experts come here without the library"
-    return F.linear(rows_SK, int8.whole(weight_NK, scale_N, rows_SK.dtype))
+def _product(
+    rows_SK: Tensor, weight_NK: Tensor, scales_N: Tensor | None, format_: Format | None, pool: Pool | None, ours: bool
+) -> Tensor:
+    """Of one expert: by the library, or by torch with weights that are made whole for it."""
+    if ours:
+        assert pool is not None
+        return pool.linear(rows_SK, weight_NK, None, scales_N, format_.value if format_ else "")
+    assert scales_N is not None, "only quantized experts come here without the library"
+    assert format_ is not None
+    return F.linear(rows_SK, whole(weight_NK, scales_N, format_, rows_SK.shape[1], rows_SK.dtype, pool))

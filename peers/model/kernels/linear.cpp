@@ -1,4 +1,4 @@
-// Products of a few rows with a weight matrix, at the speed of memory: y[M, N] = x[M, K] · w[N, K]ᵀ · scale + bias.
+// Products of a few rows with a weight matrix, at the speed of memory: y[M, N] = x[M, K] · w[N, K]ᵀ + bias.
 //
 // Why it exists: one token through a linear layer only reads the weights once, and torch's products reach less than half
 // of what memory delivers. One source for every CPU: vectors are the compiler's own (GCC, Clang), their width and the
@@ -8,6 +8,7 @@
 // stay in registers. x is walked in slices that fit the second-level cache, w is read once per slice.
 
 #include <exception>
+#include <type_traits>
 
 #include "pool.h"
 #include "vectors.h"
@@ -38,62 +39,201 @@ struct Multiply<Bfloat, Bfloat> {
 };
 #endif
 
+// Weights in 4 bits (peers/model/kernels/packed.py): each group of GROUP has a scale and, with LEAST, a least weight.
+constexpr size_t GROUP = 32;
+struct Even {
+    static constexpr size_t LEAST = 1;
+    static constexpr float LEVELS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+};
+struct Normal {
+    static constexpr size_t LEAST = 0;
+    static constexpr float LEVELS[16] = {
+        -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+        -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+        0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+};
+
 struct Job {
     const void *x, *w;
     const float *scale, *bias;
+    const Bfloat *groups;
     void *y;
     size_t M, N, K;
 };
 
-template <int rows, int columns, class X, class W, class Y>
-inline void tile(const Job &job, const X *x, const W *w, Y *y, size_t n, bool first) {
-    using Step = Multiply<X, W>;
-    const size_t K = job.K;
-    // one row alone has too few sums under way to hide the latency of an addition: it keeps two of each
-    constexpr int TURNS = rows == 1 ? 2 : 1;
-    Floats total[TURNS][rows][columns] = {};
-    size_t k = 0;
-    for (; k + TURNS * Step::STEP <= K; k += TURNS * Step::STEP)
-        for (int turn = 0; turn < TURNS; ++turn) {
-            const size_t at = k + turn * Step::STEP;
-            typename Step::Left left[rows];
-            for (int row = 0; row < rows; ++row) left[row] = Step::left(x + row * K + at);
+// Rows of x by columns [n, n + columns) of w; `first`: this part of w was not read before.
+template <int rows, int columns, class X, class W>
+struct Product {
+    static inline void sum(const Job &job, const X *x, size_t n, bool first, float (*values)[columns]) {
+        using Step = Multiply<X, W>;
+        const size_t K = job.K;
+        const W *w = (const W *)job.w + n * K;
+        // one row alone has too few sums under way to hide the latency of an addition: it keeps two of each
+        constexpr int TURNS = rows == 1 ? 2 : 1;
+        Floats total[TURNS][rows][columns] = {};
+        size_t k = 0;
+        for (; k + TURNS * Step::STEP <= K; k += TURNS * Step::STEP)
+            for (int turn = 0; turn < TURNS; ++turn) {
+                const size_t at = k + turn * Step::STEP;
+                typename Step::Left left[rows];
+                for (int row = 0; row < rows; ++row) left[row] = Step::left(x + row * K + at);
+                for (int column = 0; column < columns; ++column) {
+                    const W *here = w + column * K + at;
+                    if (first) __builtin_prefetch(here + columns * K);  // the same place in the next tile
+                    auto right = Step::right(here);
+                    for (int row = 0; row < rows; ++row)
+                        total[turn][row][column] = Step::add(total[turn][row][column], left[row], right);
+                }
+            }
+        for (int row = 0; row < rows; ++row) {
+            if constexpr (TURNS == 2)
+                for (int column = 0; column < columns; ++column) total[0][row][column] += total[1][row][column];
+            sums<columns>(total[0][row], values[row]);
+            for (int column = 0; column < columns; ++column)
+                for (size_t rest = k; rest < K; ++rest)
+                    values[row][column] += number(x[row * K + rest]) * number(w[column * K + rest]);
+        }
+    }
+};
+
+// The groups of columns [n, n + columns): bytes, and what their codes stand for.
+template <class W>
+struct Groups {
+    const size_t count;
+    const uint8_t *bytes;
+    const Bfloat *scales;
+    Levels levels;
+
+    Groups(const Job &job, size_t n)
+        : count((job.K + GROUP - 1) / GROUP), bytes((const uint8_t *)job.w + n * count * (GROUP / 2)),
+          scales(job.groups + n * count * (1 + W::LEAST)), levels(load<Levels>(W::LEVELS)) {}
+    const uint8_t *codes_of(size_t column, size_t group) const { return bytes + (column * count + group) * (GROUP / 2); }
+    Levels levels_of(size_t column, size_t group) const {
+        const Bfloat *scale = scales + (column * count + group) * (1 + W::LEAST);
+        // both at once in every lane: the upper half of a float32 is the bfloat16
+        const Codes both = W::LEAST ? everywhere(scale) : Codes{} + load<uint16_t>(scale);
+        return levels.times((Floats)(both << 16), W::LEAST ? (Floats)(both & ~0xffff) : Floats{});
+    }
+    // Of a group's position k < GROUP.
+    float one(size_t column, size_t group, size_t k) const {
+        const uint8_t byte = codes_of(column, group)[k % (GROUP / 2)];
+        return levels_of(column, group).one(k < GROUP / 2 ? byte & 15 : byte >> 4);
+    }
+};
+
+template <int rows, int columns, class X, class W>
+struct GroupedProduct {
+    static inline void sum(const Job &job, const X *x, size_t n, bool first, float (*values)[columns]) {
+        const size_t K = job.K, full = K / GROUP;
+        const Groups<W> groups(job, n);
+        constexpr int TURNS = rows == 1 ? 2 : 1;  // as above
+        Floats total[TURNS][rows][columns] = {};
+        for (size_t group = 0; group < full; ++group)
             for (int column = 0; column < columns; ++column) {
-                const W *here = w + column * K + at;
-                if (first) __builtin_prefetch(here + columns * K);  // the same place in the next tile
-                auto right = Step::right(here);
-                for (int row = 0; row < rows; ++row)
-                    total[turn][row][column] = Step::add(total[turn][row][column], left[row], right);
+                const uint8_t *here = groups.codes_of(column, group);
+                if (first) {
+                    __builtin_prefetch(here + columns * groups.count * (GROUP / 2));
+                    __builtin_prefetch(groups.scales + ((column + columns) * groups.count + group) * (1 + W::LEAST));
+                }
+                const Levels levels = groups.levels_of(column, group);
+                for (size_t at = 0; at < GROUP / 2; at += LANES) {
+                    const Codes both = codes(here + at);
+                    const Floats lower = levels.of(both), upper = levels.of(both >> 4);
+                    for (int row = 0; row < rows; ++row) {
+                        const X *left = x + row * K + group * GROUP + at;
+                        total[0][row][column] += floats(left) * lower;
+                        total[TURNS - 1][row][column] += floats(left + GROUP / 2) * upper;
+                    }
+                }
+            }
+        for (int row = 0; row < rows; ++row) {
+            if constexpr (TURNS == 2)
+                for (int column = 0; column < columns; ++column) total[0][row][column] += total[1][row][column];
+            sums<columns>(total[0][row], values[row]);
+            for (int column = 0; column < columns; ++column)
+                for (size_t k = full * GROUP; k < K; ++k)
+                    values[row][column] += number(x[row * K + k]) * groups.one(column, full, k - full * GROUP);
+        }
+    }
+};
+template <int rows, int columns, class X>
+struct Product<rows, columns, X, Even> : GroupedProduct<rows, columns, X, Even> {};
+template <int rows, int columns, class X>
+struct Product<rows, columns, X, Normal> : GroupedProduct<rows, columns, X, Normal> {};
+
+// Room for `count` numbers at a multiple of a vector's size: loads that straddle two lines of the cache take longer.
+using Aligned = std::vector<Floats>;
+template <class T>
+T *aligned(Aligned &buffer, size_t count) {
+    buffer.resize(count * sizeof(T) / sizeof(Floats) + 1);
+    return (T *)buffer.data();
+}
+
+template <class From, class To>
+void convert(const From *from, size_t count, To *into) {
+    size_t at = 0;
+    for (; at + LANES <= count; at += LANES) store(into + at, floats(from + at));
+    for (; at < count; ++at) store(into + at, number(from[at]));
+}
+
+// Columns [n, n + columns) of w as X, without the scale of an output.
+template <class X>
+void unpack(const Job &job, size_t n, size_t columns, int8_t, X *into) {
+    convert((const int8_t *)job.w + n * job.K, columns * job.K, into);
+}
+template <class X, class W>
+void unpack(const Job &job, size_t n, size_t columns, W, X *into) {
+    const Groups<W> groups(job, n);
+    const size_t full = job.K / GROUP;
+    for (size_t column = 0; column < columns; ++column, into += job.K) {
+        for (size_t group = 0; group < full; ++group) {
+            const Levels levels = groups.levels_of(column, group);
+            for (size_t at = 0; at < GROUP / 2; at += LANES) {
+                const Codes both = codes(groups.codes_of(column, group) + at);
+                store(into + group * GROUP + at, levels.of(both));
+                store(into + group * GROUP + GROUP / 2 + at, levels.of(both >> 4));
             }
         }
-    for (int row = 0; row < rows; ++row) {
-        float values[columns];
-        if constexpr (TURNS == 2)
-            for (int column = 0; column < columns; ++column) total[0][row][column] += total[1][row][column];
-        sums<columns>(total[0][row], values);
-        for (int column = 0; column < columns; ++column) {
-            for (size_t rest = k; rest < K; ++rest)
-                values[column] += number(x[row * K + rest]) * number(w[column * K + rest]);
-            if (job.scale) values[column] *= job.scale[n + column];
-            if (job.bias) values[column] += job.bias[n + column];
-            store(y + row * job.N + column, values[column]);
-        }
+        for (size_t k = full * GROUP; k < job.K; ++k) store(into + k, groups.one(column, full, k - full * GROUP));
     }
 }
 
 template <int rows, int columns, class X, class W, class Y>
-inline void tile_of(size_t count, const Job &job, const X *x, const W *w, Y *y, size_t n, bool first) {
-    if (count == rows) tile<rows, columns>(job, x, w, y, n, first);
-    else if constexpr (rows > 1) tile_of<rows - 1, columns>(count, job, x, w, y, n, first);
+inline void tile(const Job &job, const X *x, Y *y, size_t n, bool first) {
+    float values[rows][columns];
+    Product<rows, columns, X, W>::sum(job, x, n, first, values);
+    for (int row = 0; row < rows; ++row)
+        for (int column = 0; column < columns; ++column) {
+            float value = values[row][column];
+            if (job.scale) value *= job.scale[n + column];
+            if (job.bias) value += job.bias[n + column];
+            store(y + row * job.N + column, value);
+        }
+}
+
+template <int rows, int columns, class X, class W, class Y>
+inline void tile_of(size_t count, const Job &job, const X *x, Y *y, size_t n, bool first) {
+    if (count == rows) tile<rows, columns, X, W, Y>(job, x, y, n, first);
+    else if constexpr (rows > 1) tile_of<rows - 1, columns, X, W, Y>(count, job, x, y, n, first);
 }
 
 // Rows [from, to) by columns [n, n + columns), in as few tiles as can be and those of equal height.
 template <int columns, class X, class W, class Y>
 void all_rows(const Job &job, size_t from, size_t to, size_t n) {
-    const W *w = (const W *)job.w + n * job.K;
+    if constexpr (!std::is_same_v<X, W>)
+        if (to - from > ROWS || !std::is_same_v<X, float>) {  // what several tiles use is unpacked once
+            static thread_local Aligned buffer;
+            X *whole = aligned<X>(buffer, columns * job.K);
+            unpack(job, n, columns, W{}, whole);
+            const Job dense{job.x, whole, job.scale ? job.scale + n : nullptr, job.bias ? job.bias + n : nullptr,
+                            nullptr, (Y *)job.y + n, job.M, job.N, job.K};
+            return all_rows<columns, X, X, Y>(dense, from, to, 0);
+        }
+    if constexpr (std::is_same_v<X, W> || std::is_same_v<X, float>)
     for (size_t m = from, tiles = (to - from + ROWS - 1) / ROWS; tiles; --tiles) {
         size_t count = (to - m + tiles - 1) / tiles;
-        tile_of<ROWS, columns>(count, job, (const X *)job.x + m * job.K, w, (Y *)job.y + m * job.N + n, n, m == from);
+        tile_of<ROWS, columns, X, W, Y>(count, job, (const X *)job.x + m * job.K, (Y *)job.y + m * job.N + n, n,
+                                        m == from);
         m += count;
     }
 }
@@ -115,19 +255,57 @@ void share(const void *what, size_t part, size_t parts) {
     columns<X, W, Y>(job, tiles * part / parts * COLUMNS, std::min(job.N, tiles * (part + 1) / parts * COLUMNS));
 }
 
+template <class X, class W>
+void unpack_share(const void *what, size_t part, size_t parts) {
+    const Job &job = *(const Job *)what;
+    const size_t from = job.N * part / parts, to = job.N * (part + 1) / parts;
+    X *into = (X *)job.y + from * job.K;
+    unpack(job, from, to - from, W{}, into);
+    if (job.scale)
+        for (size_t n = from; n < to; ++n)
+            for (size_t k = 0; k < job.K; ++k, ++into) store(into, number(*into) * job.scale[n]);
+}
+
+enum { PLAIN, INT8, INT4, NF4 };
+Job packed_job(int weights, const void *w, const void *scales, size_t N, size_t K) {
+    Job job{};
+    job.w = w, job.N = N, job.K = K;
+    (weights == INT8 ? (const void *&)job.scale : (const void *&)job.groups) = scales;
+    return job;
+}
+
 }  // namespace
 
 extern "C" {
 
-// Called by peers/model/kernels/pool.py. Pointers are contiguous arrays; scale and bias may be null.
-// kind: 0 float32 · 1 bfloat16 · 2 int8 weights with float32 x and y · 3 int8 weights with bfloat16 x and y
-void hive_linear(void *pool, int kind, const void *x, const void *w, const float *scale, const float *bias, void *y,
-                 size_t M, size_t N, size_t K) {
-    static constexpr hive::Work WORKS[] = {share<float, float, float>, share<Bfloat, Bfloat, Bfloat>,
-                                     share<float, int8_t, float>, share<Bfloat, int8_t, Bfloat>};
-    static constexpr size_t BYTES[] = {4, 2, 1, 1};
-    Job job{x, w, scale, bias, y, M, N, K};
-    ((hive::Pool *)pool)->run(WORKS[kind], &job, N * K * BYTES[kind], (N + COLUMNS - 1) / COLUMNS);
+// Called by peers/model/kernels/pool.py. Pointers are contiguous arrays; scales and bias may be null.
+// inputs, of x and y: 0 float32 · 1 bfloat16; weights: 0 as x · 1 int8 · 2 int4 · 3 nf4
+void hive_linear(void *pool, int inputs, int weights, const void *x, const void *w, const void *scales,
+                 const float *bias, void *y, size_t M, size_t N, size_t K) {
+    static constexpr hive::Work WORKS[3][4] = {
+        {share<float, float, float>, share<float, int8_t, float>, share<float, Even, float>, share<float, Normal, float>},
+        {share<Bfloat, Bfloat, Bfloat>, share<Bfloat, int8_t, Bfloat>, share<Bfloat, Even, Bfloat>,
+         share<Bfloat, Normal, Bfloat>},
+        {nullptr, share<float, int8_t, Bfloat>, share<float, Even, Bfloat>, share<float, Normal, Bfloat>}};
+    const size_t halves = weights == PLAIN ? (inputs == 0 ? 8 : 4) : weights == INT8 ? 2 : 1;  // of a byte, each weight
+    Job job = packed_job(weights, w, scales, N, K);
+    job.x = x, job.bias = bias, job.y = y, job.M = M;
+    static thread_local Aligned wide;
+    if (inputs == 1 && weights != PLAIN && M <= ROWS) {  // few inputs meet each weight: widened once, not with each
+        job.x = aligned<float>(wide, M * K), inputs = 2;
+        convert((const Bfloat *)x, M * K, (float *)job.x);
+    }
+    ((hive::Pool *)pool)->run(WORKS[inputs][weights], &job, N * K * halves / 2, (N + COLUMNS - 1) / COLUMNS);
+}
+
+// The weights [N, K] that packed ones stand for, as `outputs`: 0 float32 · 1 bfloat16.
+void hive_unpack(void *pool, int outputs, int weights, const void *w, const void *scales, void *y, size_t N, size_t K) {
+    static constexpr hive::Work WORKS[2][4] = {
+        {nullptr, unpack_share<float, int8_t>, unpack_share<float, Even>, unpack_share<float, Normal>},
+        {nullptr, unpack_share<Bfloat, int8_t>, unpack_share<Bfloat, Even>, unpack_share<Bfloat, Normal>}};
+    Job job = packed_job(weights, w, scales, N, K);
+    job.y = y;
+    ((hive::Pool *)pool)->run(WORKS[outputs][weights], &job, N * K * (outputs == 0 ? 4 : 2), N);
 }
 
 void *hive_pool(int threads) {  // null when the system gives no more threads

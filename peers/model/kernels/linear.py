@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peers.model.kernels import experts
-from peers.model.kernels.int8 import Int8Linear
-from peers.model.kernels.pool import KINDS, Pool
+from peers.model.kernels.packed import Format, PackedLinear
+from peers.model.kernels.pool import INPUTS, Pool
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ SAMPLE_BYTES = 64 << 20
 ERROR_MAX = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Relative distance from the exact product; measured: 2e-7 and 2e-3 (the rounding of the result)."""
 
-Layer = nn.Linear | Int8Linear
+Layer = nn.Linear | PackedLinear
 Product = Callable[[Tensor, Layer], Tensor]
 
 
@@ -47,9 +47,9 @@ class FastLinear(nn.Linear):
     rows_max: int
     bias_float32: Tensor | None
 
-    def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Weight, scale and bias, as the library takes them."""
-        return self.weight, None, self.bias_float32
+    def operands(self) -> tuple[str, Tensor, Tensor | None, Tensor | None]:
+        """Format, weights, scales and bias, as the library takes them."""
+        return "", self.weight, None, self.bias_float32
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's own name
         weight, values = self.weight, input.numel()
@@ -71,49 +71,56 @@ def accelerate(module: nn.Module, pool: Pool) -> int:
     Measures for a fraction of a second, with torch's threads as they are set. Returns the number of layers changed.
     One line of the log says so when there is nothing to gain.
     """
-    kinds: dict[tuple[type, torch.dtype], list[Layer]] = {}
+    kinds: dict[tuple[torch.dtype, Format | None], list[Layer]] = {}
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | Int8Linear) and _suits(layer):
-            kinds.setdefault((type(layer), layer.weight.dtype), []).append(layer)
+        if isinstance(layer, nn.Linear | PackedLinear) and _suits(layer):
+            kinds.setdefault(_kind(layer), []).append(layer)
     changed = 0
-    for (kind, dtype), layers in kinds.items():
+    for (dtype, format_), layers in kinds.items():
+        name = f"{dtype} and {format_.value}" if format_ else str(dtype)
         rows_max = _rows_max(pool, layers)
         if not rows_max:
-            logger.info("%s layers in %s stay with torch, which is faster here", kind.__name__, dtype)
+            logger.info("linear layers in %s stay with torch, which is faster here", name)
             continue
         for layer in layers:
-            if not isinstance(layer, Int8Linear):
+            if not isinstance(layer, PackedLinear):
                 layer.__class__ = FastLinear
                 fast = cast(FastLinear, layer)
                 fast.dtype, fast.bias_float32 = dtype, None if layer.bias is None else layer.bias.detach().float()
             layer.pool, layer.rows_max = pool, rows_max
             changed += 1
-        for mixture in (mixture for mixture in module.modules() if experts.dtype_of(mixture) is dtype):
+        for mixture in (mixture for mixture in module.modules() if experts.kind(mixture) == (dtype, format_)):
             experts.install(mixture, pool, rows_max)
-        logger.info("%d %s layers in %s at memory's speed, up to %d rows", len(layers), kind.__name__, dtype, rows_max)
+        logger.info("%d linear layers in %s at memory's speed, up to %d rows", len(layers), name, rows_max)
     return changed
 
 
+def _kind(layer: Layer) -> tuple[torch.dtype, Format | None]:
+    return (layer.dtype, layer.format) if isinstance(layer, PackedLinear) else (layer.weight.dtype, None)
+
+
 def _suits(layer: Layer) -> bool:
-    if isinstance(layer, Int8Linear):
-        return layer.weight_NK.device.type == "cpu" and (layer.dtype, torch.int8) in KINDS
+    if isinstance(layer, PackedLinear):
+        return layer.codes.device.type == "cpu" and layer.dtype in INPUTS
     if type(layer) is not nn.Linear:  # a subclass has reasons of its own
         return False
     weight = layer.weight
     hollow = not any(weight.stride())
-    return (
-        weight.device.type == "cpu" and (weight.dtype, weight.dtype) in KINDS and weight.is_contiguous() and not hollow
-    )
+    return weight.device.type == "cpu" and weight.dtype in INPUTS and weight.is_contiguous() and not hollow
 
 
 def _rows_max(pool: Pool, layers: Sequence[Layer]) -> int:
     """The largest of ROWS_TIMED up to which the library is never slower; 0 when it is slower or wrong at one row."""
     shape = max(((layer.out_features, layer.in_features) for layer in layers), key=lambda shape: shape[0] * shape[1])
     alike = [layer for layer in layers if (layer.out_features, layer.in_features) == shape]
-    alike = alike[: max(2, SAMPLE_BYTES // _weights(alike[0])[0].nbytes)]
+    first = alike[0].codes if isinstance(alike[0], PackedLinear) else alike[0].weight
+    alike = alike[: max(2, SAMPLE_BYTES // first.nbytes)]
+    for layer in alike:
+        if isinstance(layer, PackedLinear):
+            layer.pool = pool  # what torch multiplies by is unpacked by the library too
     rows_max = 0
     for rows in ROWS_TIMED:
-        input_MK = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(alike[0].weight.dtype)
+        input_MK = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(_kind(alike[0])[0])
         if not _exact(pool, input_MK, alike[0]):
             logger.error("the compiled linear products are wrong on this machine; torch's are used")
             return 0
@@ -125,13 +132,10 @@ def _rows_max(pool: Pool, layers: Sequence[Layer]) -> int:
     return rows_max if rows_max < ROWS_TIMED[-1] else UNLIMITED
 
 
-def _weights(layer: Layer) -> tuple[Tensor, Tensor | None]:
-    return (layer.weight_NK, layer.scale_N) if isinstance(layer, Int8Linear) else (layer.weight, None)
-
-
 def _product(pool: Pool, input_MK: Tensor, layer: Layer) -> Tensor:
-    weight_NK, scale_N = _weights(layer)
-    return pool.linear(input_MK, weight_NK, None, scale_N)
+    if isinstance(layer, PackedLinear):
+        return pool.linear(input_MK, layer.codes, None, layer.scales, layer.format.value)
+    return pool.linear(input_MK, layer.weight, None)
 
 
 def _torch_product(input_MK: Tensor, layer: Layer) -> Tensor:
@@ -139,8 +143,8 @@ def _torch_product(input_MK: Tensor, layer: Layer) -> Tensor:
 
 
 def _exact(pool: Pool, input_MK: Tensor, layer: Layer) -> bool:
-    weight_NK, scale_N = _weights(layer)
-    right_MN = input_MK.double() @ weight_NK.double().T * (1 if scale_N is None else scale_N.double())
+    weight_NK = layer.whole(torch.float32) if isinstance(layer, PackedLinear) else layer.weight
+    right_MN = input_MK.double() @ weight_NK.double().T
     wrong_MN = _product(pool, input_MK, layer).double() - right_MN
     return bool(wrong_MN.norm() <= ERROR_MAX[input_MK.dtype] * right_MN.norm())
 

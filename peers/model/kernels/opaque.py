@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from peers.model.kernels import experts
-from peers.model.kernels.int8 import Int8Linear
 from peers.model.kernels.linear import FastLinear
+from peers.model.kernels.packed import PackedLinear
 
 Through = Callable[..., Tensor]
 """(function, the module it belongs to, *its inputs) → its output"""
@@ -35,7 +35,7 @@ def through(record: Through) -> Iterator[None]:
 
         return forward
 
-    linears: tuple[Any, ...] = (FastLinear, Int8Linear)
+    linears: tuple[Any, ...] = (FastLinear, PackedLinear)
     own_forwards = [kind.forward for kind in linears]
     for kind in linears:
         kind.forward = detour(kind.forward)

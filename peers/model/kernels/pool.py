@@ -18,13 +18,12 @@ from peers.model.kernels.build import NoLibrary, library
 
 logger = logging.getLogger(__name__)
 
-KINDS = {
-    (torch.float32, torch.float32): 0,
-    (torch.bfloat16, torch.bfloat16): 1,
-    (torch.float32, torch.int8): 2,
-    (torch.bfloat16, torch.int8): 3,
-}
-"""What the library calls a pair of dtypes: of the input (and the output), and of the weights."""
+GROUP = 32
+"""Weights with 4 bits that share a scale; as in linear.cpp."""
+INPUTS = (torch.float32, torch.bfloat16)
+"""Dtypes of inputs and outputs, by the library's numbers for them."""
+WEIGHTS = ("", "int8", "int4", "nf4")
+"""Formats of weights, likewise; "" for the input's dtype."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +44,8 @@ class Pool:
 
     def __init__(self, threads: int) -> None:
         """Raises NoLibrary."""
-        self._linear, self._attend, self._run = library().hive_linear, library().hive_attend, library().hive_run
+        self._linear, self._unpack = library().hive_linear, library().hive_unpack
+        self._attend, self._run = library().hive_attend, library().hive_run
         self._pool = ctypes.c_void_p(library().hive_pool(threads))
         if not self._pool:
             raise NoLibrary(f"{threads} threads could not be started")
@@ -55,20 +55,26 @@ class Pool:
         return self  # modules are copied for parts of a span; threads are not
 
     def linear(
-        self, input_xK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, scale_N: Tensor | None = None
+        self,
+        input_xK: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        scales: Tensor | None = None,
+        format_name: str = "",
     ) -> Tensor:
-        """`F.linear` of contiguous tensors on the CPU, [..., N] in the input's dtype; bias and scale are float32.
+        """`F.linear` of contiguous tensors on the CPU, [..., N] in the input's dtype; the bias is float32.
 
-        With `scale_N` the weights are `weight * scale`.
+        With a format, `weight_NK` and `scales` are what `peers.model.kernels.packed.packed` returns.
         """
-        N, K = weight_NK.shape
+        N, K = len(weight_NK), input_xK.shape[-1]
         output_xN = input_xK.new_empty((*input_xK.shape[:-1], N))
         self._linear(
             self._pool,
-            KINDS[input_xK.dtype, weight_NK.dtype],
+            INPUTS.index(input_xK.dtype),
+            WEIGHTS.index(format_name),
             input_xK.data_ptr(),
             weight_NK.data_ptr(),
-            None if scale_N is None else scale_N.data_ptr(),
+            None if scales is None else scales.data_ptr(),
             None if bias_N is None else bias_N.data_ptr(),
             output_xN.data_ptr(),
             input_xK.numel() // K,
@@ -76,6 +82,20 @@ class Pool:
             K,
         )
         return output_xN
+
+    def unpack(self, codes: Tensor, scales: Tensor, format_name: str, inputs: int, dtype: torch.dtype) -> Tensor:
+        """[N, K = `inputs`]: `peers.model.kernels.packed.whole` of contiguous tensors on the CPU, in one of INPUTS."""
+        weight_NK = torch.empty(len(codes), inputs, dtype=dtype)
+        self._unpack(
+            self._pool,
+            INPUTS.index(dtype),
+            WEIGHTS.index(format_name),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            weight_NK.data_ptr(),
+            *weight_NK.shape,
+        )
+        return weight_NK
 
     def attend(
         self,
@@ -96,7 +116,7 @@ class Pool:
         sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
         self._attend(
             self._pool,
-            KINDS[q_1HTK.dtype, keys_1JSK.dtype],
+            INPUTS.index(q_1HTK.dtype),
             q_1HTK.data_ptr(),
             keys_1JSK.data_ptr(),
             values_1JSV.data_ptr(),

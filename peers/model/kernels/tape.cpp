@@ -11,7 +11,8 @@
 #include "vectors.h"
 
 extern "C" {
-void hive_linear(void *, int, const void *, const void *, const float *, const float *, void *, size_t, size_t, size_t);
+void hive_linear(void *, int, int, const void *, const void *, const void *, const float *, void *, size_t, size_t,
+                 size_t);
 void hive_attend(void *, int, const void *, const void *, const void *, void *, const int64_t *, int64_t, const int64_t *,
                  const float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int64_t);
 }
@@ -191,9 +192,9 @@ void hive_run(void *pool, const void *instructions, int64_t count, char *const *
     for (const Instruction *code = (const Instruction *)instructions, *end = code + count; code < end; ++code) {
         const int64_t *extra = code->extra;
         switch (code->op) {
-            case LINEAR:  // kind, weights, scale, bias, M, N, K
-                hive_linear(pool, int(extra[0]), place(code->in[0], bases), (void *)extra[1], (float *)extra[2],
-                            (float *)extra[3], place(code->out, bases), extra[4], extra[5], extra[6]);
+            case LINEAR:  // inputs, format, weights, scales, bias, M, N, K
+                hive_linear(pool, int(extra[0]), int(extra[1]), place(code->in[0], bases), (void *)extra[2],
+                            (void *)extra[3], (float *)extra[4], place(code->out, bases), extra[5], extra[6], extra[7]);
                 break;
             case ATTEND: {  // kind, keys, values, sinks, H, J, K, V, slots of the pool, pattern
                 const Operand &q = code->in[0];

@@ -68,11 +68,71 @@ inline float number(Bfloat value) {
     return result;
 }
 
+using Codes = Vector<int32_t>;
+
+// Four bytes in every lane.
+inline Codes everywhere(const void *at) {
+    Codes value = Codes{} + load<int32_t>((const char *)at);
+#if defined(__AVX2__)
+    asm("" : "+v"(value));  // else GCC computes with them first, and a copy from there to a vector takes long
+#endif
+    return value;
+}
+
+// Bytes as they are stored: two 4-bit codes each.
+inline Codes codes(const uint8_t *at) {
+#if defined(__AVX512F__)
+    return (Codes)_mm512_cvtepu8_epi32(load<__m128i>(at));
+#elif defined(__AVX2__)
+    return (Codes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at));
+#else
+    return __builtin_convertvector(load<Vector<uint8_t>>(at), Codes);
+#endif
+}
+
+// What the 16 codes of 4 bits stand for.
+struct Levels {
+    Floats part[16 / LANES];
+
+    // Of each lane's lower 4 bits.
+    Floats of(Codes code) const {
+#if defined(__AVX512F__)
+        return (Floats)_mm512_permutexvar_ps((__m512i)code, (__m512)part[0]);
+#elif defined(__AVX2__)
+        __m256 less = _mm256_permutevar8x32_ps((__m256)part[0], (__m256i)code);
+        __m256 more = _mm256_permutevar8x32_ps((__m256)part[1], (__m256i)code);
+        return (Floats)_mm256_blendv_ps(less, more, (__m256)_mm256_slli_epi32((__m256i)code, 28));
+#else
+        Floats value;
+        for (int lane = 0; lane < LANES; ++lane) value[lane] = one(code[lane] & 15);
+        return value;
+#endif
+    }
+    float one(int code) const { return part[code / LANES][code % LANES]; }
+    Levels times(Floats scale, Floats least) const {
+        Levels result;
+        for (int index = 0; index < 16 / LANES; ++index) result.part[index] = part[index] * scale + least;
+        return result;
+    }
+};
+
 inline void store(float *at, float value) { *at = value; }
 inline void store(Bfloat *at, float value) {  // to the nearest, ties to even
     uint32_t wide;
     std::memcpy(&wide, &value, sizeof wide);
     at->bits = value != value ? 0x7fc0 : uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+template <class T>
+inline void store(T *at, Floats values) {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == sizeof(Bfloat)) {
+        __m256bh halves = _mm512_cvtneps_pbh((__m512)values);
+        std::memcpy(at, &halves, sizeof halves);
+        return;
+    }
+#endif
+    for (int lane = 0; lane < LANES; ++lane) store(at + lane, values[lane]);
 }
 
 // The sum over the lanes of each of `columns` vectors.

@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from peers.errors import CorruptCheckpoint, GatedModel, HubUnreachable, NotEnoughDisk, UnknownModel, UnsupportedModel
 from peers.model import hub
 from peers.model.catalog import resolve
+from tests.peers.model.test_builtin import write_gguf
 
 REPO = "somebody/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -281,6 +282,17 @@ def test_weights_too_small_for_lfs_are_hashed_after_downloading(
         sibling.pop("lfs", None)
     monkeypatch.setattr(server, "listing", lambda: listing)
     assert resolve(REPO, cache=cache).model_id == resolve(str(local), cache=cache).model_id
+
+
+def test_a_gguf_file_of_a_repository_is_downloaded_and_converted(server: Hub, cache: Path, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    server.files["tiny.gguf"] = (tmp_path / "tiny.gguf").read_bytes()
+    checkpoint = resolve(f"{REPO}:tiny.gguf", cache=cache)
+    assert checkpoint.name == "tiny"
+    assert checkpoint.model_id == resolve(str(tmp_path / "tiny.gguf"), cache=tmp_path / "other").model_id
+    assert server.asked_for() == {"tiny.gguf"}
+    with pytest.raises(UnknownModel, match=r"big\.gguf"):
+        resolve(f"{REPO}:big.gguf", cache=cache)
 
 
 def test_pickles_are_refused_by_name(server: Hub, cache: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peers.model.kernels import FastLinear, accelerate, build, experts, linear, pool_for
 from peers.model.kernels.build import NoLibrary
+from peers.model.kernels.packed import Format, packed, whole
 from peers.model.kernels.pool import Pool
 from tests.helpers.families import FAMILIES, random_model
 
@@ -85,7 +86,7 @@ def test_callers_in_several_threads_get_their_own_products() -> None:
     assert not failures
 
 
-@pytest.mark.parametrize("target", ["-march=x86-64-v3", "-march=x86-64-v2"])
+@pytest.mark.parametrize("target", ["-march=native", "-march=x86-64-v3", "-march=x86-64-v2"])
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="targets of another processor family")
 def test_what_other_processors_run_is_exact_too(target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HIVESWARM_CACHE", str(tmp_path))
@@ -97,6 +98,13 @@ def test_what_other_processors_run_is_exact_too(target: str, monkeypatch: pytest
         for rows, outputs, inputs in ((1, 5, 3), (2, 64, 96), (9, 33, 130), (40, 300, 301)):
             input_MK, weight_NK = matrix(rows, inputs, rows, dtype), matrix(outputs, inputs, 9, dtype)
             assert_exact(pool.linear(input_MK, weight_NK, None), input_MK, weight_NK, None)
+            for format_ in Format:
+                codes, scales = packed(weight_NK, format_)
+                right_NK = whole(codes, scales, format_, inputs, torch.float32)
+                product_MN = pool.linear(input_MK, codes, None, scales, format_.value)
+                assert_exact(product_MN, input_MK, right_NK.to(dtype) if rows > 9 else right_NK, None)
+                unpacked_NK = pool.unpack(codes, scales, format_.value, inputs, dtype).float()
+                assert (unpacked_NK - right_NK).norm() <= ERROR[dtype] * right_NK.norm()
 
 
 def test_the_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

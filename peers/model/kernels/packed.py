@@ -1,0 +1,143 @@
+"""Linear layers whose weights take 8 or 4 bits: less memory, and less time where reading them is what takes it.
+
+Owns the formats. Inputs and sums are not rounded, so the error is that of the weights alone:
+
+- `int8`: 8 bits, one scale for each output (8 bits per weight);
+- `int4`: 16 even levels from the least to the greatest weight of each group of 32 (5 bits per weight, as llama.cpp's
+  Q4_1);
+- `nf4`: 16 levels where normally distributed weights are, times the greatest magnitude in each group of 32 (4.5 bits
+  per weight; QLoRA, arXiv 2305.14314, section 3 and appendix E, with groups half as long and scales half as wide).
+
+Legend: M rows, N outputs, K inputs, G groups of K; a leading E counts experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peers.model.kernels.pool import GROUP, INPUTS, Pool
+
+INT8_MAX = 127
+INT4_MAX = 15
+NF4_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+TINY = torch.finfo(torch.float32).tiny
+"""The scale of weights that are all alike: nothing is divided by zero."""
+
+
+class Format(Enum):
+    """How weights are kept, by the name that users see."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    NF4 = "nf4"
+
+    @property
+    def bits(self) -> float:
+        """Per weight, with the scales of its group."""
+        return {Format.INT8: 8, Format.INT4: 5, Format.NF4: 4.5}[self]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with weights in fewer bits. What the library does not multiply is made whole for a moment."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Linear, format_: Format) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.format = format_
+        self.dtype = layer.weight.dtype
+        """Of inputs and outputs."""
+        self.pool: Pool | None = None
+        self.rows_max = 0
+        """Up to so many rows `pool` makes the product."""
+        codes, scales = packed(layer.weight.detach(), format_)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+
+    @property
+    def weight(self) -> Tensor:
+        """What the layer computes with, whole; some architectures look at its dtype."""
+        return self.whole(self.dtype)
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """[N, K]"""
+        return whole(self.codes, self.scales, self.format, self.in_features, dtype, self.pool)
+
+    def operands(self) -> tuple[str, Tensor, Tensor | None, Tensor | None]:
+        """Format, weights, scales and bias, as the library takes them."""
+        return self.format.value, self.codes, self.scales, self.bias
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's own name
+        if (
+            self.pool is not None
+            and input.dtype is self.dtype
+            and 0 < input.numel() <= self.rows_max * self.in_features
+            and not (torch.is_grad_enabled() and input.requires_grad)
+        ):
+            return self.pool.linear(input.contiguous(), self.codes, self.bias, self.scales, self.format.value)
+        return F.linear(input, self.whole(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.format.value}"
+
+
+def packed(weight_NK: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
+    """Codes and scales of weights; leading dimensions are kept.
+
+    `int8`: int8 [N, K] and float32 [N]. `int4` and `nf4`: uint8 [N, G · 16], whose bytes hold weights 0 to 15 of a
+    group in their lower halves and 16 to 31 in their upper ones, and bfloat16 [N, G, 2] (scale, least weight) or
+    [N, G]; a last group that is not full is filled with zeros.
+    """
+    weight_NK = weight_NK.float()
+    if format_ is Format.INT8:
+        scale_N = weight_NK.abs().amax(-1).clamp_min(TINY) / INT8_MAX
+        return torch.round(weight_NK / scale_N[..., None]).to(torch.int8), scale_N
+    whole_groups_NK = F.pad(weight_NK, (0, -weight_NK.shape[-1] % GROUP))
+    weight_NGg = whole_groups_NK.view(*weight_NK.shape[:-1], -1, GROUP)
+    # a weight is compared with what the rounded scales say, so that their rounding costs nearly nothing
+    if format_ is Format.INT4:
+        least_NG, most_NG = weight_NGg.aminmax(dim=-1)
+        scales = torch.stack((((most_NG - least_NG) / INT4_MAX).clamp_min(TINY), least_NG), -1).bfloat16()
+        scale_NG1, least_NG1 = scales.float()[..., None].unbind(-2)
+        codes = ((weight_NGg - least_NG1) / scale_NG1).round().clamp(0, INT4_MAX).to(torch.uint8)
+    else:
+        scales = weight_NGg.abs().amax(-1).clamp_min(TINY).bfloat16()
+        levels = _nf4_levels(weight_NK.device)
+        codes = torch.bucketize(weight_NGg / scales.float()[..., None], (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    lower, upper = codes.chunk(2, -1)
+    return (lower | upper << 4).flatten(-2), scales
+
+
+def whole(
+    codes: Tensor, scales: Tensor, format_: Format, inputs: int, dtype: torch.dtype, pool: Pool | None = None
+) -> Tensor:
+    """The weights [N, K = `inputs`] that codes and scales stand for; without `pool`, leading dimensions are kept."""
+    if pool is not None and dtype in INPUTS and codes.device.type == "cpu":
+        return pool.unpack(codes, scales, format_.value, inputs, dtype)
+    if format_ is Format.INT8:
+        return (codes * scales[..., None]).to(dtype)
+    two_NGh = codes.view(*codes.shape[:-1], -1, GROUP // 2)
+    codes_NGg, scales = torch.cat((two_NGh & 15, two_NGh >> 4), -1), scales.float()
+    if format_ is Format.INT4:
+        weight_NGg = codes_NGg * scales[..., :1] + scales[..., 1:]
+    else:
+        weight_NGg = _nf4_levels(codes.device)[codes_NGg.int()] * scales[..., None]
+    return weight_NGg.flatten(-2)[..., :inputs].to(dtype)
+
+
+@functools.cache
+def _nf4_levels(device: torch.device) -> Tensor:
+    return torch.tensor(NF4_LEVELS, device=device)

@@ -1,0 +1,186 @@
+"""Checkpoints in quantized forms load cut, and a span of them says what the whole model says in plain transformers.
+
+FP8 and compressed-tensors are written here tensor by tensor, as their tools would; bitsandbytes writes its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from peers.errors import MissingExtra, UnsupportedModel
+from peers.model.catalog import resolve
+from peers.model.kernels.packed import PackedLinear
+from peers.model.loading import check_folder, load_client, load_config, load_span
+from routing.errors import CallerError
+from routing.ids import BlockSpan
+from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
+from tests.helpers.memory_swarm import MemorySwarm
+
+SPAN = BlockSpan(1, 3)
+IDS = torch.tensor([[3, 4, 5, 6, 7]])
+WEIGHTS = "model.safetensors"
+BLOCK = 8
+
+Encode = Callable[[str, Tensor], dict[str, Tensor]]
+
+
+def has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def rewrite(folder: Path, family: str, quantization: dict[str, Any], encode: Encode) -> None:
+    save_checkpoint(FAMILIES[family], folder)
+    tensors = load_file(folder / WEIGHTS)
+    stored: dict[str, Tensor] = {}
+    for name, weight in tensors.items():
+        stored |= encode(name, weight) if name.endswith(("proj.weight", "w1.weight")) else {name: weight}
+    save_file(stored, folder / WEIGHTS, {"format": "pt"})
+    change_config(folder, quantization_config=quantization)
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def write_fp8(folder: Path, family: str) -> None:
+    def encode(name: str, weight: Tensor) -> dict[str, Tensor]:
+        rows, columns = weight.shape
+        blocks = weight.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+        scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+        codes = (blocks / scale[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
+        return {name: codes, f"{name}_scale_inv": scale}
+
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+    rewrite(folder, family, fp8, encode)
+
+
+def write_compressed_tensors(folder: Path, family: str) -> None:
+    def encode(name: str, weight: Tensor) -> dict[str, Tensor]:
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return {name: (weight / scale).round().to(torch.int8), f"{name}_scale": scale}
+
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    compressed = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    rewrite(folder, family, compressed, encode)
+
+
+def write_bitsandbytes(folder: Path, family: str) -> None:
+    from transformers import BitsAndBytesConfig
+
+    wide = {"hidden_size": 64, "intermediate_size": 128}  # its groups
+    tiny = FAMILIES[family]
+    save_checkpoint(replace(tiny, settings={**tiny.settings, **wide}), folder / "plain")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "plain", quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+
+
+def seen_by(model: Any) -> tuple[Tensor, Tensor]:
+    """What enters and what leaves SPAN in the whole model."""
+    seen: dict[str, Tensor] = {}
+    layers = model.model.layers
+    layers[SPAN.start].register_forward_pre_hook(
+        lambda _, given, named: seen.update(enters=given[0] if given else named["hidden_states"]), with_kwargs=True
+    )
+    layers[SPAN.end - 1].register_forward_hook(
+        lambda _, given, out: seen.update(leaves=out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        model(IDS)
+    return seen["enters"], seen["leaves"]
+
+
+@pytest.mark.parametrize(
+    ("write", "family"),
+    [
+        (write_fp8, "llama"),
+        (write_fp8, "qwen3-moe"),
+        pytest.param(
+            write_compressed_tensors,
+            "llama",
+            marks=pytest.mark.skipif(not has("compressed_tensors"), reason="compressed-tensors is not installed"),
+        ),
+        pytest.param(
+            write_bitsandbytes,
+            "llama",
+            marks=pytest.mark.skipif(not has("bitsandbytes"), reason="bitsandbytes is not installed"),
+        ),
+    ],
+)
+def test_a_quantized_checkpoint_loads_cut(write: Callable[[Path, str], None], family: str, tmp_path: Path) -> None:
+    write(tmp_path, family)
+    checkpoint = resolve(str(tmp_path), cache=tmp_path / "cache", accept=check_folder)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, config=load_config(checkpoint), dtype=torch.float32).eval()
+    enters, leaves = seen_by(whole)
+    span = load_span(checkpoint, SPAN, dtype=torch.float32, device="cpu")
+    positions = torch.arange(IDS.shape[1])[None]
+    torch.testing.assert_close(span.forward(enters, positions), leaves, atol=1e-5 * float(leaves.abs().max()), rtol=0)
+    client = load_client(checkpoint, dtype=torch.float32, device="cpu")
+    assert torch.equal(client.lm_head.weight, whole.lm_head.weight)
+    assert torch.equal(client.get_input_embeddings().weight, whole.get_input_embeddings().weight)
+    if write is write_bitsandbytes:
+        with pytest.raises(CallerError, match="format of its own"):
+            load_span(checkpoint, SPAN, dtype=torch.float32, device="cpu", quantization="int8")
+    else:
+        packed = load_span(checkpoint, SPAN, dtype=torch.float32, device="cpu", quantization="int8")
+        assert any(isinstance(module, PackedLinear) for module in packed.module.modules())
+        assert (packed.forward(enters, positions) - leaves).norm() <= 0.1 * leaves.norm()
+
+
+def test_a_swarm_of_an_fp8_checkpoint_gives_the_local_models_ids(tmp_path: Path) -> None:
+    write_fp8(tmp_path / "model", "llama")
+    greedy = {"attention_mask": torch.ones_like(IDS), "do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+    with MemorySwarm(tmp_path / "model", [(0, 2), (2, NUM_BLOCKS)], cache=tmp_path / "cache") as swarm:
+        config = load_config(swarm.checkpoint)
+        local = AutoModelForCausalLM.from_pretrained(tmp_path / "model", config=config, dtype=torch.float32).eval()
+        assert torch.equal(swarm.model().generate(IDS, **greedy), local.generate(IDS, **greedy))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "package", "hint"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "optimum", "another checkpoint"),
+        ({"quant_method": "awq", "bits": 4}, "gptqmodel", "another checkpoint"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", "hiveswarm[quant]"),
+        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "compressed_tensors", "hiveswarm[quant]"),
+    ],
+)
+def test_a_missing_package_is_named_before_weights_are_read(
+    quantization: dict[str, Any], package: str, hint: str, tmp_path: Path
+) -> None:
+    if has(package):
+        pytest.skip(f"{package} is installed")
+    save_checkpoint(FAMILIES["llama"], tmp_path)
+    change_config(tmp_path, quantization_config=quantization)
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(MissingExtra, match=package.replace("_", ".")) as caught:
+        resolve(str(tmp_path), cache=tmp_path / "cache", accept=check_folder)
+    assert hint in caught.value.hint
+
+
+def test_a_form_that_nobody_knows_is_refused_by_name(tmp_path: Path) -> None:
+    save_checkpoint(FAMILIES["llama"], tmp_path)
+    change_config(tmp_path, quantization_config={"quant_method": "runes"})
+    with pytest.raises(UnsupportedModel, match="runes") as caught:
+        resolve(str(tmp_path), cache=tmp_path / "cache", accept=check_folder)
+    assert caught.value.hint
