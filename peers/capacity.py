@@ -6,27 +6,35 @@ Owns the arithmetic; sizes come from the architecture alone, so nothing is downl
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from pathlib import Path
 
 import psutil
 import torch
 from transformers import PretrainedConfig
 
 from peers.errors import PeerTooSmall
+from peers.model.cutting import max_positions
 from peers.model.quantization import NONE, bytes_in
 from peers.model.quantization import check as check_quantization
 from peers.model.support import examine
 from peers.runtime.engine import EngineConfig
+from peers.runtime.sizing import Request, Share, Sizes, divide
 from peers.wire.tensors import DTYPES, NAMES
 from routing.errors import CallerError, InvalidSpan
 from routing.ids import BlockSpan
 
-PROCESS_BYTES = 700 << 20
-"""What a peer's process needs besides weights and KV pool."""
+PROCESS_BYTES = 700_000_000
+"""What a peer's process needs besides weights and KV pool, a forward of FORWARD_BYTES included."""
+FORWARD_BYTES = 200_000_000
+"""What is set aside for the largest forward before it was measured, and at least."""
 MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""
-CACHE_TOKENS_DEFAULT = 16_384
-CACHE_TOKENS_MIN = 256
+_CONTAINER = Path("/sys/fs/cgroup")
+"""Where the kernel says what the container that this process may run in uses, and may use (cgroup v2)."""
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?", re.ASCII)
 
 
@@ -34,24 +42,53 @@ _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?", re.ASCII)
 class Plan:
     """What this peer will be."""
 
-    device: torch.device
+    devices: tuple[torch.device, ...]
     dtype: torch.dtype
     num_blocks: int
     """Of the whole model."""
-    max_blocks: int
-    """That this peer can host."""
-    cache_tokens: int
     quantization: str = NONE
+    request: Request
+    share: Share
+    """What came of it."""
+
+    @property
+    def max_blocks(self) -> int:
+        """That this peer can host."""
+        return sum(self.share.blocks)
+
+    @property
+    def cache_tokens(self) -> int:
+        return self.share.cache_tokens
 
     @property
     def dtype_name(self) -> str:
         return NAMES[self.dtype]
 
+    @property
+    def device_names(self) -> str:
+        return ",".join(map(str, self.devices))
+
+    def parts(self, span: BlockSpan) -> list[tuple[torch.device, BlockSpan]]:
+        """Which blocks of `span`, which has `max_blocks`, each device takes."""
+        edges = pairwise(accumulate(self.share.blocks, initial=span.start))
+        return [
+            (device, BlockSpan(*edge)) for device, edge in zip(self.devices, edges, strict=True) if edge[0] < edge[1]
+        ]
+
+    def beside(self, forward_bytes: int, *, blocks: int | None = None) -> Plan:
+        """What remains beside a forward that was found to take so much; `blocks`: as many are settled by now.
+
+        Raises PeerTooSmall.
+        """
+        sizes = replace(self.request.sizes, forward_bytes=max(FORWARD_BYTES, forward_bytes))
+        request = replace(self.request, sizes=sizes, blocks=blocks or self.request.blocks)
+        return replace(self, request=request, share=_share(request))
+
 
 def check_options(*, dtype: str, device: str, cache_tokens: int | None, quantization: str = NONE) -> None:
     """What can be refused before the model is known: dtype, device, quantization, cache. Raises CallerError."""
+    _devices(device)
     check_quantization(quantization)
-    _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise CallerError(f"unknown dtype {dtype!r}", hint=f"use auto, {', '.join(DTYPES)}")
     if cache_tokens is not None:
@@ -81,43 +118,69 @@ def plan_capacity(
         raise InvalidSpan(f"blocks {blocks}, but this model has {total_blocks}", hint=f"choose within 0:{total_blocks}")
     if num_blocks is not None and not 0 < num_blocks <= total_blocks:
         raise InvalidSpan(f"{num_blocks} blocks, but this model has {total_blocks}", hint=f"choose 1 to {total_blocks}")
-    chosen_device = _device(device)
+    devices = _devices(device)
     stored_dtype: torch.dtype = getattr(config, "dtype", None) or torch.float32
-    chosen_dtype = _dtype(dtype, chosen_device, stored_dtype)
-    budget = max_memory_bytes if max_memory_bytes is not None else int(_free_bytes(chosen_device) * MEMORY_SHARE)
-    budget -= PROCESS_BYTES if chosen_device.type == "cpu" else 0
+    chosen_dtype = _dtype(dtype, devices[0], stored_dtype)
     scale = chosen_dtype.itemsize / stored_dtype.itemsize
-    block_bytes = int(
+    whole_block_bytes = int(
         max(
             sum(size for name, size in anatomy.weights.items() if name.startswith(f"{anatomy.layers_path}.{block}."))
             for block in range(total_blocks)
         )
         * scale
     )
-    budget -= block_bytes if quantization != NONE else 0  # each block stands here whole for a moment
-    block_bytes = bytes_in(block_bytes, chosen_dtype.itemsize, quantization)
-    token_bytes = max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize
-    wanted = len(blocks) if blocks is not None else num_blocks
-    if cache_tokens is None:
-        affordable = int((budget / (wanted or 1) - block_bytes) / token_bytes)
-        cache_tokens = max(CACHE_TOKENS_MIN, min(CACHE_TOKENS_DEFAULT, affordable))
-    max_blocks = min(total_blocks, int(budget // (block_bytes + cache_tokens * token_bytes)))
-    if max_blocks < (wanted or 1):
+    request = Request(
+        limits_bytes=tuple(_limit_bytes(one, devices, max_memory_bytes) for one in devices),
+        sizes=Sizes(
+            block_bytes=bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization),
+            token_bytes=max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize,
+            # with quantization, each block stands here whole for a moment
+            process_bytes=PROCESS_BYTES - FORWARD_BYTES + (whole_block_bytes if quantization != NONE else 0),
+            forward_bytes=FORWARD_BYTES,
+        ),
+        num_blocks=total_blocks,
+        max_positions=max_positions(config),
+        blocks=num_blocks if blocks is None else len(blocks),
+        cache_tokens=cache_tokens,
+    )
+    return Plan(
+        devices=devices,
+        dtype=chosen_dtype,
+        num_blocks=total_blocks,
+        quantization=quantization,
+        request=request,
+        share=_share(request),
+    )
+
+
+def _share(request: Request) -> Share:
+    share = divide(request)
+    if not share.fits(request):
+        needed_bytes = sum(share.num_bytes(request.sizes, blocks) for blocks in share.blocks if blocks)
         raise PeerTooSmall(
-            f"{wanted or 1} block(s) of this model with a cache of {cache_tokens} tokens take "
-            f"{_mib((wanted or 1) * (block_bytes + cache_tokens * token_bytes) + PROCESS_BYTES)}, "
-            f"this peer may use {_mib(budget + PROCESS_BYTES)}",
+            f"{sum(share.blocks)} block(s) of this model with a cache of {share.cache_tokens} tokens take "
+            f"{_mib(needed_bytes)}, this peer may use {_mib(sum(request.limits_bytes))}",
             hint="host fewer blocks (--num-blocks), a smaller --cache-tokens or dtype, try --quantize int8 or int4, "
             "or allow more --max-memory",
         )
-    return Plan(
-        device=chosen_device,
-        dtype=chosen_dtype,
-        num_blocks=total_blocks,
-        max_blocks=wanted or max_blocks,
-        cache_tokens=cache_tokens,
-        quantization=quantization,
-    )
+    return share
+
+
+def _limit_bytes(device: torch.device, devices: Sequence[torch.device], max_memory_bytes: int | None) -> int:
+    """What this one of `devices`, of which the CPU may be several, may use; together they may use the maximum."""
+    free_bytes = _free_bytes(device) // devices.count(device)
+    if max_memory_bytes is None:
+        return int(free_bytes * MEMORY_SHARE)
+    return min(max_memory_bytes // len(devices), free_bytes)
+
+
+def _devices(names: str) -> tuple[torch.device, ...]:
+    devices = tuple(_device(name) for name in names.split(","))
+    if len({device.type for device in devices}) > 1:
+        raise CallerError(f"{names} are devices of different kinds", hint="use several of one kind: cuda:0,cuda:1")
+    if devices[0].type != "cpu" and len({device.index or 0 for device in devices}) < len(devices):
+        raise CallerError(f"{names} names a device twice", hint="give each device once")
+    return devices
 
 
 def _device(name: str) -> torch.device:
@@ -126,7 +189,7 @@ def _device(name: str) -> torch.device:
             return torch.device("cuda:0")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if not _DEVICE.fullmatch(name):
-        raise CallerError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:1 or mps")
+        raise CallerError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:1, mps or cuda:0,cuda:1")
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise CallerError(
@@ -155,7 +218,17 @@ def _fast_bfloat16() -> bool:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _container_bytes())
+
+
+def _container_bytes() -> int:
+    """What the container has left, its file caches included; no limit where there is none."""
+    try:
+        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
+        return limit - used + int(statistics["active_file"]) + int(statistics["inactive_file"])
+    except (OSError, ValueError, KeyError):  # no container, or "max"
+        return sys.maxsize
 
 
 def _mib(num_bytes: float) -> str:

@@ -3,7 +3,7 @@
 CallerError:  UnknownModel · UnsupportedModel · CorruptCheckpoint · NotEnoughDisk · GatedModel · PeerTooSmall ·
               InsecureIdentity · AddressInUse · MissingExtra · UnsupportedPlatform
 PeerError:    ProtocolError · VersionMismatch · PeerUnreachable · StreamClosed · Refused
-Unavailable:  Busy · Preempted · HubUnreachable
+Unavailable:  Busy · Preempted · Paused · HubUnreachable
 """
 
 from __future__ import annotations
@@ -117,6 +117,12 @@ class Busy(Unavailable):
 
 class Preempted(Busy):
     """The session's pages were given to another; replay it from position 0 after `retry_after_s` seconds."""
+
+
+class Paused(Busy):
+    """The peer's owner needs the machine: sessions go on elsewhere. It may be back after `retry_after_s` seconds."""
+
+    default_hint = "other peers may hold the same blocks; otherwise try again later"
 
 
 class HubUnreachable(Unavailable):

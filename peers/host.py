@@ -26,13 +26,19 @@ from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import check_folder, load_config, load_span
 from peers.model.progress import Progress
 from peers.model.quantization import NONE
+from peers.model.storage import cache_folder
 from peers.platform import require_platform
 from peers.runtime.engine import Engine, EngineConfig, Sharing
-from peers.runtime.probe import Speed, measure_speed
+from peers.runtime.joined import AnyEngine, JoinedEngine
+from peers.runtime.probe import Probe, measure
+from peers.runtime.probe_cache import probe_file, recall, remember
 from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.announce import Announcer
+from peers.serving.comfort import Comfort, Reason, Schedule, clock_time
 from peers.serving.handler import Handler, Served
 from peers.serving.ledger import Ledger, LedgerLimits
+from peers.serving.owner import Owner, be_nice
+from peers.serving.owner import check as check_comfort
 from peers.serving.push import Delivery
 from peers.serving.reachability import RETRY_S, DialBackService, Verdict, watch_reachability
 from peers.transport.base import Transport
@@ -114,6 +120,14 @@ class PeerConfig(NodeOptions):
     max_memory_bytes: int | None = None
     threads: int | None = None
     cache_tokens: int | None = None
+    nice: int | None = None
+    """Priority of this process, 0 (usual) to 19 (only what others leave)."""
+    schedule: Schedule | None = None
+    """When to serve, in local time; None: always."""
+    pause_on_load_percent: float | None = None
+    """Of all CPUs together: step back while other programs use so much."""
+    max_bytes_per_s: int | None = None
+    """Each way, for all that links carry."""
     share_prefixes: Sharing = "owner"
     """Whose sessions may begin with what another one computed: see `EngineConfig`."""
     token: str | None = None
@@ -124,6 +138,7 @@ class PeerConfig(NodeOptions):
         check_peer_name(self.name)
         if self.threads is not None and self.threads < 1:
             raise ValueError("threads is at least 1")
+        check_comfort(nice=self.nice, load_percent=self.pause_on_load_percent, max_bytes_per_s=self.max_bytes_per_s)
 
 
 async def run_bootstrap(config: BootstrapConfig, *, emit: Emit, stop: asyncio.Event) -> None:
@@ -161,6 +176,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         cache_tokens=config.cache_tokens,
         quantization=config.quantization,
     )
+    if config.nice is not None:
+        be_nice(config.nice)
     async with AsyncExitStack() as stack:
         node, key = await _start_node(config, stack)
         peer = ServerPeer(
@@ -169,6 +186,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             key=key,
             network=config.network,
             name=config.name,
+            max_bytes_per_s=config.max_bytes_per_s,
             outage=lambda problem: emit(_outage(problem, node.clock_skew_s)),
         )
         stack.push_async_callback(peer.close)
@@ -187,6 +205,12 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             blocks=config.blocks,
             num_blocks=config.num_blocks,
         )
+        threads = config.threads or torch.get_num_threads()
+        file = _probe_file(checkpoint, plan, threads)
+        if (probe := recall(file, time.time())) is not None:
+            plan = plan.beside(probe.forward_bytes)
+            file = _probe_file(checkpoint, plan, threads)
+            probe = recall(file, time.time())  # of fewer blocks, where it is about those that fit beside such a forward
         span = config.blocks or await peer.choose_span(checkpoint, plan)
         format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
         emit(Event("loading", {"model": checkpoint.name, "span": [span.start, span.end], **format_}))
@@ -194,10 +218,15 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             checkpoint,
             span,
             plan,
-            threads=config.threads,
+            threads=threads,
             share_prefixes=config.share_prefixes,
             progress=progress,
+            probe=probe,
         )
+        owner = Owner(Comfort(config.schedule, config.pause_on_load_percent), peer.pause)
+        await owner.look()
+        if probe is None:
+            remember(file, peer.probe, time.time())
         serving = asyncio.create_task(peer.serve(), name="serve")
         stack.push_async_callback(_cancelled, serving)
         peer.tasks.spawn(node.wait_closed(), name="daemon")
@@ -212,9 +241,14 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
                     "model_id": checkpoint.model_id.hex,
                     "span": [span.start, span.end],
                     **format_,
-                    "device": str(plan.device),
+                    "device": plan.device_names,
                     "cache_tokens": peer.cache_tokens,
-                    "decode_ms_per_block": round(peer.speed.decode_s_per_block * 1000, 3),
+                    "decode_ms_per_block": round(peer.probe.decode_s_per_block * 1000, 3),
+                    "prefill_ms_per_block": round(peer.probe.prefill_s_per_token_block * 1000, 4),
+                    "token_budget": peer.engine.config.token_budget,
+                    "forward_mib": peer.probe.forward_bytes >> 20,
+                    "probed": "now" if probe is None else "before",
+                    "probe_disturbed": peer.probe.disturbed,
                 },
             )
         )
@@ -222,6 +256,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             peer.links, config.initial_peers, lambda verdict: emit(_reachability(verdict))
         )
         peer.tasks.spawn(reachability, name="reachability")
+        peer.tasks.spawn(owner.watch(lambda: emit(_comfort(owner))), name="owner")
         await _unless_ended(serving, stop.wait())
         emit(Event("draining"))
         await peer.drain(timeout_s=DRAIN_TIMEOUT_S)
@@ -240,17 +275,18 @@ class ServerPeer:
         network: str,
         name: str = "",
         lease_s: float = 60.0,
+        max_bytes_per_s: int | None = None,
         outage: Callable[[Unavailable | None], None] | None = None,
     ) -> None:
         """`outage` hears when no other node takes this peer's record any more, and (None) when that is over."""
         self.tasks = Tasks()
-        self.links = Links(transport, network=network, software=SOFTWARE)
+        self.links = Links(transport, network=network, software=SOFTWARE, max_bytes_per_s=max_bytes_per_s)
         self.router = Router()
         self.discovery = Discovery(store=store, router=self.router, links=self.links, network=network)
         self.state = PeerState.JOINING
         self.handler: Handler
-        self.engine: Engine
-        self.speed: Speed
+        self.engine: AnyEngine
+        self.probe: Probe
         self.cache_tokens = 0
         self._transport = transport
         self._store = store
@@ -258,6 +294,7 @@ class ServerPeer:
         self._network = network
         self._name = name
         self._lease_s = lease_s
+        self._max_bytes_per_s = max_bytes_per_s
         self._describe_static: Announcement
         self._closers = AsyncExitStack()
         self._announcer = Announcer(
@@ -282,34 +319,58 @@ class ServerPeer:
         span: BlockSpan,
         plan: Plan,
         *,
-        threads: int | None = None,
+        threads: int,
         progress: Progress | None = None,
         page_size: int | None = None,
         share_prefixes: Sharing = "owner",
-        speed: Speed | None = None,
+        probe: Probe | None = None,
     ) -> None:
-        """Load the weights, start the engine, measure its speed unless it is given. Raises SwarmError."""
-        model = await asyncio.to_thread(
-            load_span,
-            checkpoint,
-            span,
-            dtype=plan.dtype,
-            device=plan.device,
-            quantization=plan.quantization,
-            progress=progress,
-        )
+        """Load the weights, start the engine, measure it unless that is known. Raises SwarmError."""
+        models = [
+            await asyncio.to_thread(
+                load_span,
+                checkpoint,
+                part,
+                dtype=plan.dtype,
+                device=device,
+                quantization=plan.quantization,
+                progress=progress,
+            )
+            for device, part in plan.parts(span)
+        ]
         engine_config = EngineConfig(
             cache_tokens=plan.cache_tokens,
-            threads=threads or torch.get_num_threads(),
+            threads=threads,
             share_prefixes=share_prefixes,
         )
         if page_size is not None:
             engine_config = replace(engine_config, page_size=page_size)
-        self.engine = Engine(model, engine_config)
-        await self.engine.start()
-        self._closers.push_async_callback(self.engine.stop)
-        self.speed = speed or await measure_speed(self.engine)
+        async with AsyncExitStack() as trial:
+            engines = [Engine(model, engine_config) for model in models]
+            self.engine = engines[0] if len(engines) == 1 else JoinedEngine(engines)
+            trial.push_async_callback(self.engine.stop)
+            await self.engine.start()
+            self.probe = probe or await measure(self.engine)
+            final = plan.beside(self.probe.forward_bytes, blocks=len(span))
+            fits = plan.cache_tokens <= final.cache_tokens
+            if fits:
+                self._closers.push_async_exit(trial.pop_all())
+        if not fits:
+            logger.warning("a forward takes %d MiB: starting again with less cache", self.probe.forward_bytes >> 20)
+            del models, engines, self.engine
+            await self.load(
+                checkpoint,
+                span,
+                final,
+                threads=threads,
+                progress=progress,
+                page_size=page_size,
+                share_prefixes=share_prefixes,
+                probe=self.probe,
+            )
+            return
         self.cache_tokens = self.engine.stats().total_tokens
+        model = self.engine.model
         max_positions = min(self.cache_tokens, model.max_positions)
         ledger: Ledger[Delivery, Link] = Ledger(
             LedgerLimits(max_positions=max_positions, pool_positions=self.cache_tokens, lease_s=self._lease_s)
@@ -335,10 +396,11 @@ class ServerPeer:
             protocol=PROTOCOL_VERSION,
             name=self._name,
             addresses=(),
-            decode_s_per_block=self.speed.decode_s_per_block,
-            prefill_s_per_token_block=self.speed.prefill_s_per_token_block,
+            decode_s_per_block=self.probe.decode_s_per_block,
+            prefill_s_per_token_block=self.probe.prefill_s_per_token_block,
             cache_tokens=self.cache_tokens,
             free_tokens=self.cache_tokens,
+            max_bytes_per_s=self._max_bytes_per_s or 0,
             sequence=0,
             expires_at_s=0.0,
         )
@@ -346,7 +408,7 @@ class ServerPeer:
     async def serve(self) -> None:
         """Accept sessions and announce until cancelled; raises what no part expected."""
         await self.links.serve()
-        self.state = PeerState.ONLINE
+        self.state = PeerState.PAUSED if self.handler.paused else PeerState.ONLINE
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.handler.run(), name="handler")
@@ -359,6 +421,13 @@ class ServerPeer:
     async def announced(self) -> None:
         """Wait until others have taken this peer's record for the first time."""
         await self._announcer.heard.wait()
+
+    def pause(self, paused: bool) -> None:
+        """Step back for the owner, or return, and announce it at once. Steps that run finish; sessions go elsewhere."""
+        self.handler.paused = paused
+        if self.state in (PeerState.ONLINE, PeerState.PAUSED):
+            self.state = PeerState.PAUSED if paused else PeerState.ONLINE
+            self._announcer.soon()
 
     async def drain(self, *, timeout_s: float) -> None:
         """Tell the swarm that this peer leaves, take nothing new, let running steps finish."""
@@ -393,6 +462,18 @@ class ServerPeer:
             logger.warning("nobody takes this peer's record; trying on: %s", problem)
 
 
+def _probe_file(checkpoint: Checkpoint, plan: Plan, threads: int) -> Path:
+    return probe_file(
+        cache_folder(),
+        checkpoint.model_id,
+        plan.max_blocks,
+        dtype=plan.dtype_name,
+        quantization=plan.quantization,
+        devices=plan.devices,
+        threads=threads,
+    )
+
+
 def _reachability(verdict: Verdict) -> Event:
     if verdict.reached:
         return Event("reachable", {"addresses": list(verdict.reached)})
@@ -414,6 +495,21 @@ def _outage(problem: Unavailable | None, clock_skew_s: float | None) -> Event:
         )
         hint = "set the clock, best by NTP"
     return Event("unannounced", {"reason": reason, "hint": hint})
+
+
+def _comfort(owner: Owner) -> Event:
+    schedule, gate = owner.comfort.schedule, owner.comfort.gate
+    match owner.reason:
+        case Reason.SCHEDULE:
+            assert schedule is not None
+            resumes_at = clock_time(schedule.opens_at(owner.minute))
+            return Event("paused", {"reason": "schedule", "schedule": str(schedule), "resumes_at": resumes_at})
+        case Reason.LOAD:
+            assert gate is not None
+            percents = {"load_percent": round(owner.load_percent), "limit_percent": gate.limit_percent}
+            return Event("paused", {"reason": "load", **percents, "resume_percent": gate.resume_percent})
+        case None:
+            return Event("resumed")
 
 
 async def _unless_ended(serving: asyncio.Task[None], event: Coroutine[Any, Any, object]) -> None:

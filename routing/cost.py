@@ -1,8 +1,8 @@
 """Seconds per hop: latency + bytes / bandwidth + queue + blocks × per-block time.
 
-The bandwidth is assumed, and the same for every peer. Nothing here could measure it honestly: a send is over when the
-buffers on the way have taken it, no hop says when a frame was whole, and between a step and its answer lie the links of
-all hops. So bytes speak for fewer hops, and for no peer against another.
+The bandwidth is assumed, and the same for every peer whose owner did not cap it below that. Nothing here could measure
+it honestly: a send is over when the buffers on the way have taken it, no hop says when a frame was whole, and between a
+step and its answer lie the links of all hops. So bytes speak for fewer hops, and for no peer but against capped ones.
 
 Owns the formula. Round trips are known only between this node and each peer, so a trip between two peers is taken as
 the way over this node would be: half of each one's round trip. That makes every term belong to one peer.
@@ -33,11 +33,15 @@ def hop_cost(estimate: PeerEstimate, *, tokens: int, bytes_per_token: int) -> Ho
     """What one step of `tokens` positions costs at a peer, with `bytes_per_token` of hidden state into and out of it.
 
     A frame takes half a round trip into the peer, and the last hop's answer takes half of one back to this node; both
-    carry the whole step.
+    carry the whole step. What a cap adds to that falls due twice: for what comes in, and for what goes out to whomever.
     """
-    one_way_s = estimate.rtt_s / 2 + tokens * bytes_per_token / BANDWIDTH_BYTES_PER_S
+    step_bytes = tokens * bytes_per_token
+    one_way_s = estimate.rtt_s / 2 + step_bytes / BANDWIDTH_BYTES_PER_S
+    capped_s = 0.0
+    if 0 < estimate.max_bytes_per_s < BANDWIDTH_BYTES_PER_S:
+        capped_s = 2 * (step_bytes / estimate.max_bytes_per_s - step_bytes / BANDWIDTH_BYTES_PER_S)
     per_block_s = block_s(estimate.decode_s_per_block, estimate.prefill_s_per_token_block, tokens)
-    return HopCost(one_way_s + estimate.queue_s, per_block_s, one_way_s)
+    return HopCost(one_way_s + capped_s + estimate.queue_s, per_block_s, one_way_s)
 
 
 def block_s(decode_s_per_block: float, prefill_s_per_token_block: float, tokens: int) -> float:

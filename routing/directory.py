@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
 from routing.ids import ModelId, PeerId
-from routing.records import CLOCK_SLACK_S, Announcement
+from routing.records import CLOCK_SLACK_S, Announcement, PeerState
 
 MAX_PEERS: Final = 20_000
 """Above what one model's keys can hold; while the directory is full, newcomers wait and known peers stay."""
@@ -64,6 +64,13 @@ class Directory:
             self._entries[announcement.peer_id] = (announcement, live_until_s)
             if live_until_s < self._next_expiry_s:
                 self._next_expiry_s = live_until_s
+            self._snapshot = None
+
+    def paused(self, peer: PeerId) -> None:
+        """The peer itself says that it has paused: newer than its record, and true until it announces another one."""
+        known = self._entries.get(peer)
+        if known is not None:
+            self._entries[peer] = (replace(known[0], state=PeerState.PAUSED), known[1])
             self._snapshot = None
 
     def snapshot(self, now_s: float) -> Snapshot:

@@ -71,6 +71,8 @@ class PeerEstimate(NamedTuple):
     queue_s: float
     decode_s_per_block: float
     prefill_s_per_token_block: float
+    max_bytes_per_s: int = 0
+    """As announced; 0 where no bound is."""
 
 
 class Estimates:
@@ -114,6 +116,7 @@ class Estimates:
             measured.queue_s.value(0.0, now_s),
             measured.decode_s_per_block.value(announcement.decode_s_per_block, now_s),
             measured.prefill_s_per_token_block.value(announcement.prefill_s_per_token_block, now_s),
+            announcement.max_bytes_per_s,
         )
 
     def _touch(self, peer: PeerId) -> _Measured:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from typing import Final
 
 from routing.errors import CallerError
 from routing.ids import BlockSpan
 from routing.records import CLOCK_SLACK_S, Announcement, PeerState
+
+_COUNTED: Final = (PeerState.JOINING, PeerState.ONLINE)
 
 
 def choose_span(announcements: Iterable[Announcement], num_blocks: int, max_blocks: int, now_s: float) -> BlockSpan:
@@ -18,8 +21,8 @@ def choose_span(announcements: Iterable[Announcement], num_blocks: int, max_bloc
 
     `announcements` are of one model. Spans compare by the replication of their blocks, rarest first, so a span that
     holds more of the rarest blocks wins; the lowest start breaks ties. Peers that are joining count, so that two that
-    join one after the other choose differently; draining and expired ones do not. Raises CallerError when not even
-    one block fits.
+    join one after the other choose differently; paused, draining and expired ones do not. Raises CallerError when not
+    even one block fits.
     """
     if max_blocks < 1:
         raise CallerError("not even one block fits into the memory of this peer", hint="allow it more memory")
@@ -27,7 +30,7 @@ def choose_span(announcements: Iterable[Announcement], num_blocks: int, max_bloc
     replication = [0] * num_blocks
     for announcement in announcements:
         live = now_s < announcement.expires_at_s + CLOCK_SLACK_S
-        if live and announcement.state is not PeerState.DRAINING and announcement.num_blocks == num_blocks:
+        if live and announcement.state in _COUNTED and announcement.num_blocks == num_blocks:
             for block in announcement.span:
                 replication[block] += 1
 

@@ -47,6 +47,7 @@ MAX_ADDRESSES: Final = 8
 MAX_MODEL_NAME_CHARS: Final = 96
 MAX_CACHE_TOKENS: Final = 2**40
 MAX_SECONDS_PER_BLOCK: Final = 3600.0
+MAX_BYTES_PER_S: Final = 2**50
 
 _FORMAT: Final = 1
 _DOMAIN: Final = b"hive/record/1"
@@ -60,6 +61,8 @@ class PeerState(StrEnum):
 
     JOINING = "joining"
     ONLINE = "online"
+    PAUSED = "paused"
+    """Its owner needs the machine; it comes back by itself."""
     DRAINING = "draining"
 
 
@@ -94,6 +97,8 @@ class Announcement:
     cache_tokens: int
     """KV positions this peer has room for in all."""
     free_tokens: int
+    max_bytes_per_s: int = 0
+    """Which this peer's owner allows it each way; 0: no bound is set."""
     sequence: int
     """Grows with every record of this peer; the highest wins."""
     expires_at_s: float
@@ -113,6 +118,7 @@ class Announcement:
         _check_number("seconds per token and block", self.prefill_s_per_token_block, 0, MAX_SECONDS_PER_BLOCK)
         _check_number("cache size", self.cache_tokens, 0, MAX_CACHE_TOKENS)
         _check_number("free cache", self.free_tokens, 0, self.cache_tokens)
+        _check_number("bytes per second", self.max_bytes_per_s, 0, MAX_BYTES_PER_S)
         _check_number("sequence", self.sequence, 0, 2**63 - 1)
         _check_number("expiry", self.expires_at_s, 0, 2**53)
         _check_number("number of addresses", len(self.addresses), 0, MAX_ADDRESSES)
@@ -142,6 +148,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     prefill_s_per_token_block: float
     cache_tokens: int
     free_tokens: int
+    max_bytes_per_s: int = 0
 
 
 def check_network(network: str) -> str:
@@ -250,6 +257,7 @@ def _encode(announcement: Announcement) -> bytes:
         prefill_s_per_token_block=announcement.prefill_s_per_token_block,
         cache_tokens=announcement.cache_tokens,
         free_tokens=announcement.free_tokens,
+        max_bytes_per_s=announcement.max_bytes_per_s,
     )
     packed: bytes = msgpack.packb(msgspec.to_builtins(body, builtin_types=(bytes,)))
     return packed
@@ -288,6 +296,7 @@ def _decode(peer_id: PeerId, body: bytes) -> Announcement:
         prefill_s_per_token_block=fields.prefill_s_per_token_block,
         cache_tokens=fields.cache_tokens,
         free_tokens=fields.free_tokens,
+        max_bytes_per_s=fields.max_bytes_per_s,
         sequence=fields.sequence,
         expires_at_s=fields.expires_at_s,
     )

@@ -100,6 +100,10 @@ class Router:
         """The peer is healthy and has no room: prefer others for as long as it asks. Not a failure."""
         self._reputation.on_busy(peer, retry_after_s, now_s)
 
+    def on_paused(self, peer: PeerId) -> None:
+        """The peer steps back for its owner: do without it until it announces that it is back. Not a failure."""
+        self._directory.paused(peer)
+
     def on_success(self, peer: PeerId, now_s: float) -> None:
         """The peer did what was asked of it."""
         self._reputation.on_success(peer, now_s)
@@ -116,8 +120,8 @@ class Router:
         """The cheapest route, or the previous one while it is usable and not clearly worse.
 
         A route enters as few peers as it can that are busy or have too little room for the session's cache, and none
-        that are avoided, draining, joining, backed off, too imprecise or without an address. Good for this moment
-        only. Raises NoRoute, which names the missing blocks and says whether nobody holds them or who does.
+        that are avoided, paused, draining, joining, backed off, too imprecise or without an address. Good for this
+        moment only. Raises NoRoute, which names the missing blocks and says whether nobody holds them or who does.
         """
         announcements = self._directory.snapshot(now_s).of_model(request.model)
         excluded = dict.fromkeys(request.avoid, "avoided") | self._reputation.backed_off(now_s)
@@ -178,19 +182,19 @@ class Router:
 def _without_slow_strangers(
     announcements: Iterable[Announcement], request: RouteRequest, *, known: Set[PeerId]
 ) -> dict[PeerId, Announcement]:
-    """By peer, all `announcements` but those of strangers that a stranger with the same span claims to beat.
+    """By peer, all `announcements` but those of strangers that a stranger with the same span and cap claims to beat.
 
     Everything that is assumed of peers of which nothing is known is the same for all of them. In a large swarm most are
     strangers, and what is dropped here need not be priced.
     """
     kept: dict[PeerId, Announcement] = {}
-    fastest: dict[tuple[int, int, bool], tuple[float, Announcement]] = {}
+    fastest: dict[tuple[int, int, int, bool], tuple[float, Announcement]] = {}
     for a in announcements:
         if a.peer_id in known:
             kept[a.peer_id] = a
             continue
         takes_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, request.tokens)
-        key = (a.span.start, a.span.end, a.free_tokens < request.cache_tokens)
+        key = (a.span.start, a.span.end, a.max_bytes_per_s, a.free_tokens < request.cache_tokens)
         best = fastest.get(key)
         if best is None or takes_s < best[0] or (takes_s == best[0] and a.peer_id < best[1].peer_id):
             fastest[key] = (takes_s, a)

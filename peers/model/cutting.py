@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class SpanModel:
         """What each block of the span stores for each position."""
         self.module = decoder
         self.config: PretrainedConfig = decoder.config
-        self.max_positions = int(getattr(self.config, "max_position_embeddings", None) or UNLIMITED_POSITIONS)
+        self.max_positions = max_positions(self.config)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.regime = rotary_regime(decoder)
@@ -73,16 +74,18 @@ class SpanModel:
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         regime_length: int = 0,
+        between: Callable[[], None] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Run the blocks `span` (a part of `self.span`; all of it when None) and return what the last one returns.
 
         Modules that store keys and values number themselves from 0 at the first block of `span`. `regime_length` is the
         number of positions of the user's whole forward (see `RotaryRegime`); 0 when these positions are all of it.
-        Further keywords reach the model's decoder. Raises InvalidSpan.
+        `between` is called between one block and the next, and may itself run a forward. Further keywords reach the
+        model's decoder. Raises InvalidSpan.
         """
         view = self._view(span or self.span)
-        return view.run(hidden_1TH, position_ids_1T, past_key_values, attention_mask, regime_length, kwargs)
+        return view.run(hidden_1TH, position_ids_1T, past_key_values, attention_mask, regime_length, between, kwargs)
 
     def new_cache(self, span: BlockSpan | None = None) -> DynamicCache:
         """An empty cache of the model's own kind for one session on `span`.
@@ -98,6 +101,10 @@ class SpanModel:
         self._attention = name or self._default_attention
         for view in self._views.values():
             set_attention(view.module, self._attention)
+
+    def forget_views(self) -> None:
+        """Whoever replaced layers of `module` says so: what forwards run on are copies of it, which are made anew."""
+        self._views.clear()
 
     def _view(self, span: BlockSpan) -> _View:
         view = self._views.pop(span, None)
@@ -129,6 +136,7 @@ class _View:
         self._rotaries = steer(decoder)
         self._embedding_size = anatomy.embedding_size
         self._hidden: Tensor | None = None
+        self._between: Callable[[], None] | None = None
         layers = _layer_list(decoder, anatomy)
         first, last = layers[0], layers[-1]
         name, run_first = hidden_argument(first), first.forward
@@ -147,6 +155,8 @@ class _View:
             raise _Reached(output[0] if isinstance(output, tuple) else output)
 
         last.forward = leave
+        for layer in layers[1:]:
+            layer.register_forward_pre_hook(self._pause)
 
     def run(
         self,
@@ -155,6 +165,7 @@ class _View:
         cache: Cache | None,
         attention_mask: Tensor | None,
         regime_length: int,
+        between: Callable[[], None] | None,
         others: dict[str, Any],
     ) -> Tensor:
         arguments = {
@@ -164,16 +175,23 @@ class _View:
             "attention_mask": attention_mask,
             "use_cache": cache is not None,
         }
+        outer = self._hidden, self._between, [rotary.length for rotary in self._rotaries]  # of a forward that pauses
         for rotary in self._rotaries:
             rotary.length = regime_length
-        self._hidden = hidden
+        self._hidden, self._between = hidden, between
         try:
             self.module(**{name: value for name, value in arguments.items() if name in self._names}, **others)
         except _Reached as reached:
             return reached.hidden
         finally:
-            self._hidden = None
+            self._hidden, self._between, lengths = outer
+            for rotary, length in zip(self._rotaries, lengths, strict=True):
+                rotary.length = length
         raise AssertionError("the last block did not run")
+
+    def _pause(self, *_: object) -> None:
+        if self._between is not None:
+            self._between()
 
 
 class _Reached(BaseException):
@@ -182,6 +200,11 @@ class _Reached(BaseException):
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """How long a sequence of this language model may be."""
+    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED_POSITIONS)
 
 
 def hollow_meta(model: nn.Module, device: torch.device) -> None:

@@ -120,7 +120,7 @@ class RaggedBatch:
     ) -> None:
         self.segments = segments
         self.positions_T = torch.tensor([p for s in segments for p in range(s.start, s.end)], device=device)
-        self._slots_T = torch.tensor([slot for s in segments for slot in _last_slots(s)], device=device)
+        self.slots_T = torch.tensor([slot for s in segments for slot in _last_slots(s)], device=device)
         self._rows = list(accumulate((segment.tokens for segment in segments), initial=0))
         self._pools = iter(pools)
         self._library = library
@@ -137,8 +137,8 @@ class RaggedBatch:
     ) -> Tensor:
         pool = next(self._pools)
         keys, values = pool.keys_1JSK, pool.values_1JSV
-        keys.index_copy_(2, self._slots_T, k_1JTK)
-        values.index_copy_(2, self._slots_T, v_1JTV)
+        keys.index_copy_(2, self.slots_T, k_1JTK)
+        values.index_copy_(2, self.slots_T, v_1JTV)
         if not pattern.plans:
             pattern.plans.append(self._plan(pattern, q_1HTK))
         (plan,) = pattern.plans
@@ -160,6 +160,16 @@ class RaggedBatch:
             out_nJGV = attend_one(q_nJGK, k_1JLK, v_1JLV, view.mask_nL, scale, softcap, sinks_H)
             out_THV[rows] = out_nJGV.reshape(-1, H, out_THV.shape[2])
         return out_THV[None]
+
+    def visits(self, patterns: Sequence[Pattern], like: Tensor) -> list[Visits] | None:
+        """What every segment attends to under each pattern; None where not all of them are the library's."""
+        found = []
+        for pattern in patterns:
+            plan = self._plan(pattern, like)
+            if plan.visits is None or plan.others:
+                return None
+            found.append(plan.visits)
+        return found
 
     def _plan(self, pattern: Pattern, like: Tensor) -> Plan:
         others: list[int] = []
@@ -294,11 +304,12 @@ _active = threading.local()
 @contextmanager
 def attending(attender: Attender) -> Iterator[PassThrough]:
     """Every forward of this thread inside the block attends through `attender`; pass it the yielded cache."""
+    outer = getattr(_active, "attender", None)
     _active.attender = attender
     try:
         yield PassThrough()
     finally:
-        del _active.attender
+        _active.attender = outer
 
 
 _HARMLESS = frozenset(

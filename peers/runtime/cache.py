@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +40,7 @@ from peers.runtime.attention import (
 )
 from peers.runtime.pages import PagePool, SlotCopy
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
+from peers.runtime.tape import Tapes
 from routing.ids import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,21 @@ class SpanCache(Protocol):
     packs_sessions: bool
     """Whether one forward may hold several sessions."""
 
-    def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
-        """Run the chunks, packed in order, through `span`. [T, H] on the model's device in and out."""
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        hidden_TH: Tensor,
+        span: BlockSpan,
+        regime_length: int,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Run the chunks, packed in order, through `span`. [T, H] on the model's device in and out.
+
+        `between` is called between blocks, and may run a forward of other sessions.
+        """
+
+    def prepare(self) -> Iterator[None]:
+        """What makes later forwards faster and takes a second, in steps between which forwards may run."""
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         """Move slots as `PagePool.grow` asks, before the next forward."""
@@ -100,9 +114,17 @@ class PagedCache:
         self._pages = pages
         self._library = library
         self._programs: Programs | None = None
+        self._tapes: Tapes | None = None
         self._pools = [_allocate(shape, slots, model.device) for shape in shapes]
 
-    def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        hidden_TH: Tensor,
+        span: BlockSpan,
+        regime_length: int,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
         segments = [
             Segment(
                 start=chunk.start, tokens=chunk.tokens, runs=self._pages.runs(chunk.session, chunk.start + chunk.tokens)
@@ -110,17 +132,26 @@ class PagedCache:
             for chunk in chunks
         ]
         batch = RaggedBatch(segments, self._pools, self._model.device, self._library)
-        if self._programs is not None and len(hidden_TH) <= TOKENS_MAX and span == self._model.span:
+        programs = self._programs if between is None and len(hidden_TH) <= TOKENS_MAX else None
+        if programs is not None and span == self._model.span:
             regime = self._model.regime
             if regime.key(regime_length) == regime.key(1):
-                return self._programs(hidden_TH[None], batch.positions_T[None], batch)[0]
+                output_1TH = None if self._tapes is None else self._tapes(hidden_TH[None], batch)
+                if output_1TH is None:
+                    output_1TH = programs(hidden_TH[None], batch.positions_T[None], batch)
+                return output_1TH[0]
         with attending(batch) as cache:
             return self._model.forward(
-                hidden_TH[None], batch.positions_T[None], span=span, past_key_values=cache, regime_length=regime_length
+                hidden_TH[None],
+                batch.positions_T[None],
+                span=span,
+                past_key_values=cache,
+                regime_length=regime_length,
+                between=between,
             )[0]
 
-    def record(self) -> None:
-        """Let short forwards of the whole span go by a program from now on, where there is one (`program`)."""
+    def prepare(self) -> Iterator[None]:
+        """Afterwards short forwards of the whole span go by a program, where there is one (`program`)."""
         model = self._model
 
         def forward(hidden_1TH: Tensor, position_ids_1T: Tensor, attender: Attender) -> Tensor:
@@ -128,9 +159,30 @@ class PagedCache:
                 return model.forward(hidden_1TH, position_ids_1T, past_key_values=cache, regime_length=1)
 
         try:
-            self._programs = record(forward, _random_hidden(model, 1)[0], _Observer(), model.max_positions)
+            self._programs = yield from record(forward, _random_hidden(model, 1)[0], _Observer(), model.max_positions)
         except NotFlat as error:
             logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
+        else:
+            self._tapes = self._checked_tapes(self._programs)
+
+    def _checked_tapes(self, programs: Programs) -> Tapes | None:
+        """Tapes, if they say the same as programs of a few tokens with a past, over a small cache of their own."""
+        model, library = self._model, self._library
+        if library is None:
+            return None
+        like_H = _random_hidden(model, 1)[0]
+        pools = [
+            LayerPool(keys_1JSK=_some(pool.keys_1JSK), values_1JSV=_some(pool.values_1JSV)) for pool in self._pools
+        ]
+        tapes = Tapes(programs, like_H, pools, library)
+        for start, sessions in ((0, 3), (1, 3), (1, 1)):
+            segments = [Segment(start=start, tokens=1, runs=[(2 * n, start + 1)]) for n in range(sessions)]
+            batch, again = (RaggedBatch(segments, pools, model.device, library) for _ in range(2))
+            hidden_1TH = _random_hidden(model, sessions)[None]
+            if not tapes.agree(hidden_1TH, batch, programs(hidden_1TH, again.positions_T[None], again)):
+                logger.info("%s: short forwards run as programs", model.config.model_type)
+                return None
+        return Tapes(programs, like_H, self._pools, library)
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         for move in copies:
@@ -162,7 +214,14 @@ class SoloCache:
         self._model = model
         self._caches: dict[int, DynamicCache] = {}
 
-    def forward(self, chunks: Sequence[Chunk], hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        hidden_TH: Tensor,
+        span: BlockSpan,
+        regime_length: int,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
         (chunk,) = chunks
         model, end = self._model, chunk.start + chunk.tokens
         if chunk.session in self._caches:
@@ -178,9 +237,13 @@ class SoloCache:
             past_key_values=cache,
             attention_mask=torch.ones(1, end, dtype=torch.long, device=model.device),  # ALiBi is built from it
             regime_length=regime_length,
+            between=between,
         )
         self._caches[chunk.session] = cache
         return output_1TH[0]
+
+    def prepare(self) -> Iterator[None]:
+        return iter(())
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         pass
@@ -225,9 +288,7 @@ def open_cache(model: SpanModel, pages: PagePool, library: Pool | None = None) -
     if shapes is not None:
         for backend in dict.fromkeys((library, None)):
             if _agrees(model, shapes, backend):
-                cache = PagedCache(model, shapes, pages, backend)
-                cache.record()
-                return cache
+                return PagedCache(model, shapes, pages, backend)
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
     _bytes_per_token_alone(model)
@@ -325,6 +386,11 @@ def _agrees(model: SpanModel, shapes: Sequence[LayerShape], library: Pool | None
 def _random_hidden(model: SpanModel, tokens: int) -> Tensor:
     hidden_TH = torch.randn(tokens, model.hidden_size, generator=torch.Generator().manual_seed(0))
     return hidden_TH.to(model.device, model.dtype)
+
+
+def _some(of_1JSX: Tensor) -> Tensor:
+    """Six slots of the same kind."""
+    return of_1JSX.new_empty(1, of_1JSX.shape[1], 6, of_1JSX.shape[3])
 
 
 def _allocate(shape: LayerShape, slots: int, device: torch.device) -> LayerPool:

@@ -14,7 +14,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
-from peers.model.kernels import accelerate, pool_for
+from peers.model.kernels import Pool, accelerate, pool_for
 from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.pages import PagePool
 from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import grow_or_preempt
-from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Scheduler
+from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Scheduler, Tempo
+from peers.wire.messages import Urgency
 from peers.wire.tensors import finite
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId, SessionId
@@ -38,9 +40,12 @@ logger = logging.getLogger(__name__)
 SHORT_TOKENS = 64
 """In a short forward torch has little to share out besides linear layers, and its helpers, which go on spinning when
 their part is done, would stand in the way of the library's."""
+DECODING_S = 1.0
+"""A step so long ago says that others will follow."""
 Sharing = Literal["owner", "network"]
 RETRY_AFTER_S_MIN = 0.05
 RETRY_AFTER_S_MAX = 5.0
+_END = object()
 
 
 class PositionGap(CallerError):
@@ -74,7 +79,7 @@ class EngineConfig:
     page_size: int = 16
     """Positions per page. Small pages waste little per session; contiguous runs make their number cheap."""
     token_budget: int = 256
-    """Positions per forward: how long a prompt may delay everybody else's next token."""
+    """Positions per forward, at most: fewer where somebody's next token would be late (see `scheduler.Tempo`)."""
     threads: int = 1
     """CPU threads of the forward."""
     max_queued_tokens: int = 16384
@@ -108,6 +113,16 @@ class Work:
     """Total length of the user's forward that this work is a part of; 0 when it is the whole."""
     parent: tuple[SessionId, int] | None = None
     """Begin the (new) session with that many positions of another one, as it is when this work is submitted."""
+    urgency: Urgency = Urgency.INTERACTIVE
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.hidden)
+
+    @property
+    def longest(self) -> int:
+        """Length of the user's forward."""
+        return max(self.regime_length, self.end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -117,7 +132,7 @@ class Done:
     queue_s: float
     """From submission to completion, less `compute_s`."""
     compute_s: float
-    """Length of the forwards that this work took part in, whoever else was in them."""
+    """Length of the forwards that this work took part in, whoever else was in them, less what ran in their pauses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +166,7 @@ class _Session:
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Ticket:
     number: int
+    item: Item
     work: Work
     session: _Session
     future: asyncio.Future[Done]
@@ -160,14 +176,6 @@ class _Ticket:
     begun: bool = False
     settled: bool = False
     """Nobody waits for it any more: answered, failed or cancelled."""
-
-    @property
-    def end(self) -> int:
-        return self.work.start + len(self.work.hidden)
-
-    @property
-    def regime_length(self) -> int:
-        return max(self.work.regime_length, self.end)
 
 
 _Batch = list[tuple[_Ticket, Pick]]
@@ -187,8 +195,14 @@ class Engine:
         self._tickets: dict[int, _Ticket] = {}
         self._running: set[int] = set()
         self._count = 0
-        self._token_s = 0.0
+        # on an accelerator blocks are queued, not run, by the time that the next one begins
+        self._tempo = Tempo(slices=len(model.span) if model.device.type == "cpu" else 1)
+        self._last_step_s = -DECODING_S
+        self._paused_s = 0.0
+        """What the running forward has left to others so far."""
         self._accelerated = False
+        self._prepared = False
+        """Whether the cache has nothing more to prepare."""
         self._alone = False
         """Whether torch computes in this thread alone, which is when the library's threads have the other cores."""
         self._stopping = False
@@ -196,13 +210,14 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop
         self._broken: asyncio.Future[None]
+        self._faster: asyncio.Future[None]
         self._cache: SpanCache
 
     async def start(self) -> None:
         """Probe the model's attention, allocate the cache and start the thread. Raises what the probe raises."""
         assert self._thread is None
         self._loop = asyncio.get_running_loop()
-        self._broken = self._loop.create_future()
+        self._broken, self._faster = self._loop.create_future(), self._loop.create_future()
         ready: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._main, args=(ready,), name="engine", daemon=True)
         self._thread.start()
@@ -211,6 +226,12 @@ class Engine:
     async def broken(self) -> None:
         """Never returns; raises what ended the thread. A forward that fails does not: see ComputeFailed."""
         await asyncio.shield(self._broken)
+
+    async def prepared(self) -> None:
+        """Wait until forwards are as fast as they will be: about a second after `start`, if nobody sends works."""
+        await asyncio.wait((self._faster, self._broken), return_when=asyncio.FIRST_COMPLETED)
+        if self._broken.done():
+            await self._broken
 
     async def stop(self, *, deadline_s: float = 10.0) -> None:
         """Refuse new works, finish queued ones for up to `deadline_s`, fail the rest, end the thread."""
@@ -243,6 +264,20 @@ class Engine:
             state.held = self._prefixes.open(state.number, scope, keys)
             return state.held
 
+    def admit(self, session: SessionId, owner: PeerId, parent: tuple[SessionId, int] | None = None) -> None:
+        """Know the session from now on, with `parent` as a fork (see `Work.parent`). Who is known first is older.
+
+        Raises PositionGap, Preempted, CallerError.
+        """
+        with self._wake:
+            state = self._sessions.get(session)
+            if parent is not None:
+                self._check_fork(state, *parent)
+            if state is None:
+                state = self._admit(session, owner)
+            if parent is not None:
+                self._fork(self._sessions[parent[0]], state, parent[1])
+
     async def run(self, work: Work) -> Done:
         """Run one work and return its output.
 
@@ -262,6 +297,17 @@ class Engine:
             with self._wake:
                 self._retire(ticket)
             raise
+
+    @property
+    def packs_sessions(self) -> bool:
+        """Whether one forward may hold several sessions."""
+        return self._cache.packs_sessions
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Within, no forward begins: what is submitted meanwhile is there when the next one is chosen. For moments."""
+        with self._wake:
+            yield
 
     def release(self, session: SessionId) -> None:
         """Forget a session and its age, fail its works, free its pages (after the running forward, if it is in it)."""
@@ -301,10 +347,9 @@ class Engine:
             raise CallerError(f"position {work.start} of blocks {work.span} is not served here")
         if work.parent is not None and (work.parent[0] == work.session or work.parent[1] < 0):
             raise CallerError(f"session {work.session} cannot begin as session {work.parent[0]} up to {work.parent[1]}")
-        end = work.start + len(work.hidden)
-        if self._pages.pages_for(end) > self._pages.num_pages:
+        if self._pages.pages_for(work.end) > self._pages.num_pages:
             capacity = self._pages.num_pages * self._pages.page_size
-            raise CacheTooSmall(f"a session of {end} positions does not fit this peer's cache of {capacity}")
+            raise CacheTooSmall(f"a session of {work.end} positions does not fit this peer's cache of {capacity}")
 
     def _submit(self, work: Work) -> _Ticket:
         if self._stopping:
@@ -312,31 +357,27 @@ class Engine:
         queued = self._scheduler.queued_tokens
         if queued and queued + len(work.hidden) > self.config.max_queued_tokens:
             raise Busy(f"{queued} positions are queued here", retry_after_s=self._retry_after_s())
-        session = self._sessions.get(work.session)
-        if work.parent is not None:
-            self._check_fork(session, *work.parent)
-        if session is None:
-            session = self._admit(work.session, work.owner)
-        if work.parent is not None:
-            self._fork(self._sessions[work.parent[0]], session, work.parent[1])
-        ticket = _Ticket(
-            number=self._next(),
+        self.admit(work.session, work.owner, work.parent)
+        session = self._sessions[work.session]
+        number = self._next()
+        regime = self.model.regime.key(work.longest)
+        item = Item(
+            work=number,
+            session=session.number,
+            owner=work.owner,
+            tokens=len(work.hidden),
+            group=(work.span, regime, None if self._cache.packs_sessions else session.number),
+            urgency=work.urgency,
+        )
+        ticket = self._tickets[number] = _Ticket(
+            number=number,
+            item=item,
             work=work,
             session=session,
             future=self._loop.create_future(),
             submitted_s=time.perf_counter(),
         )
-        self._tickets[ticket.number] = ticket
-        regime = self.model.regime.key(ticket.regime_length)
-        self._scheduler.submit(
-            Item(
-                work=ticket.number,
-                session=session.number,
-                owner=work.owner,
-                tokens=len(work.hidden),
-                group=(work.span, regime, None if self._cache.packs_sessions else session.number),
-            )
-        )
+        self._scheduler.submit(item)
         return ticket
 
     def _admit(self, session: SessionId, owner: PeerId) -> _Session:
@@ -374,7 +415,10 @@ class Engine:
 
     def _retry_after_s(self) -> float:
         """About when today's queue will have been worked off."""
-        return min(max(self._token_s * self._scheduler.queued_tokens, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
+        return min(
+            max((self._tempo.token_s or self._tempo.step_s) * self._scheduler.queued_tokens, RETRY_AFTER_S_MIN),
+            RETRY_AFTER_S_MAX,
+        )
 
     def _retire(self, ticket: _Ticket) -> None:
         """Take a work off the books. Its session keeps the positions that were computed, and no pages beyond them."""
@@ -419,7 +463,6 @@ class Engine:
         torch.set_num_threads(self.config.threads)
         try:
             library = pool_for(self.model.device, self.config.threads)
-            self._accelerated = library is not None and accelerate(self.model.module, library) > 0
             self._cache = open_cache(self.model, self._pages, library)
         except Exception as error:  # whatever it is, `start` raises it
             logger.debug("the engine does not start", exc_info=True)
@@ -428,8 +471,12 @@ class Engine:
         self._loop.call_soon_threadsafe(ready.set_result, None)
         try:
             with torch.inference_mode():
-                while batch := self._wait_for_batch():
-                    self._run_batch(batch)
+                preparing = self._preparation(library)
+                while (batch := self._wait_for_batch()) or not self._prepared:
+                    if batch:
+                        self._run_batch(batch)
+                    if not self._prepared:
+                        self._prepare(preparing)
         except Exception as error:  # the books are wrong: whoever awaits `broken` ends the peer
             logger.exception("the engine's thread ended")
             with self._wake:
@@ -438,39 +485,79 @@ class Engine:
                     self._loop.call_soon_threadsafe(_answer, ticket.future, Unavailable("this peer is shutting down"))
             self._loop.call_soon_threadsafe(self._broken.set_exception, error)
 
-    def _run_batch(self, batch: _Batch) -> None:
-        began_s = time.perf_counter()
+    def _preparation(self, library: Pool | None) -> Iterator[None]:
+        """What a peer need not wait for before it announces itself."""
+        if library is not None:
+            self._accelerated = accelerate(self.model.module, library) > 0
+            self.model.forget_views()
+            yield
+        yield from self._cache.prepare()
+
+    def _prepare(self, preparing: Iterator[None]) -> None:
+        """One more step of it, after each forward and while there is none to run."""
+        self._prepared = self._stopping or next(preparing, _END) is _END
+        if self._prepared and not self._stopping:
+            self._loop.call_soon_threadsafe(self._faster.set_result, None)
+
+    def _run_batch(self, batch: _Batch, *, beside: bool = False) -> None:
+        """`beside`: while another forward, which goes on afterwards, pauses."""
+        began_s, paused_s = time.perf_counter(), self._paused_s
         try:
-            output_TH = self._forward(batch)
+            output_TH = self._forward(batch, beside=beside)
         except Exception:  # its works fail, the thread lives on
             logger.exception("a forward of %s works failed", len(batch))
             with self._wake:
-                self._running = set()
+                self._leave(batch)
                 for ticket, _ in batch:
                     self._fail_late(ticket, ComputeFailed("this peer failed to compute the step"))
         else:
-            self._settle(batch, output_TH, time.perf_counter() - began_s)
+            elapsed_s = time.perf_counter() - began_s
+            self._settle(batch, output_TH, elapsed_s - (self._paused_s - paused_s))
+            if beside:
+                self._paused_s = paused_s + elapsed_s
 
     def _wait_for_batch(self) -> _Batch:
-        """The next forward's works; empty when the engine is stopping and nothing is left to do."""
+        """The next forward's works; empty when there are none and the engine is stopping or not prepared yet."""
         with self._wake:
             while self._tickets or not self._stopping:
-                if not (picks := self._scheduler.next_batch()):
+                decoding = time.perf_counter() - self._last_step_s < DECODING_S
+                pace = self._tempo.pace(self.config.token_budget, decoding=decoding)
+                if not (picks := self._scheduler.next_batch(pace)):
+                    if not self._prepared:
+                        return []
                     self._wake.wait()
                 elif batch := self._begin_all([(self._tickets[pick.work], pick) for pick in picks]):
                     self._running = {ticket.session.number for ticket, _ in batch}
                     return batch
             return []
 
-    def _begin_all(self, chosen: _Batch) -> _Batch:
-        """What can run of the scheduler's choice: not what cannot begin, nor whose pages an older session took."""
+    def _let_steps_in(self) -> None:
+        """Between two blocks of a long forward: run the steps that came meanwhile and need nobody's pages."""
+        with self._wake:
+            picks = self._scheduler.steps_beside(self._running)
+            batch = self._begin_all([(self._tickets[pick.work], pick) for pick in picks], beside=True)
+            self._running |= {ticket.session.number for ticket, _ in batch}
+        if batch:
+            self._run_batch(batch, beside=True)
+
+    def _begin_all(self, chosen: _Batch, *, beside: bool = False) -> _Batch:
+        """What can run of the scheduler's choice: not what cannot begin, nor whose pages an older session took.
+
+        `beside` a running forward nobody gives way: who needs more pages than are free waits for the next one.
+        """
         for ticket, _ in sorted(chosen, key=lambda pair: pair[0].session.number):
-            if not (ticket.begun or ticket.settled):
+            if not (ticket.begun or ticket.settled or (beside and not self._finds_room(ticket))):
                 try:
                     self._begin(ticket)
                 except SwarmError as error:
                     self._fail(ticket, error)
-        return [(ticket, pick) for ticket, pick in chosen if not ticket.settled]
+        return [(ticket, pick) for ticket, pick in chosen if ticket.begun and not ticket.settled]
+
+    def _finds_room(self, ticket: _Ticket) -> bool:
+        number = ticket.session.number
+        if number not in self._pages.sessions:
+            return self._pages.pages_for(ticket.work.end) <= self._pages.free_pages
+        return ticket.work.end <= self._pages.length(number) or self._pages.missing(number, ticket.work.end) <= 0
 
     def _begin(self, ticket: _Ticket) -> None:
         """Roll back and reserve pages for the whole work. Raises PositionGap or Preempted."""
@@ -483,7 +570,7 @@ class Engine:
         ticket.begun = True
         if session.span != work.span:
             self._prefixes.close(session.number)
-        self._prefixes.begun(session.number, work.start, ticket.end)
+        self._prefixes.begun(session.number, work.start, ticket.work.end)
         session.span, session.held, session.preempted = work.span, work.start, False
         if session.number not in self._pages.sessions:
             self._pages.open(session.number)
@@ -492,7 +579,7 @@ class Engine:
             self._pages,
             self._prefixes,
             session.number,
-            ticket.end,
+            ticket.work.end,
             owner_of=lambda number: self._by_number[number].owner,
         )
         for victim in victims:
@@ -510,31 +597,47 @@ class Engine:
     def _preemption(self) -> Preempted:
         return Preempted("the session's cache was given to another", retry_after_s=self._retry_after_s())
 
-    def _forward(self, batch: _Batch) -> Tensor:
+    def _forward(self, batch: _Batch, *, beside: bool) -> Tensor:
         chunks, inputs = [], []
         for ticket, pick in batch:
             start = ticket.work.start + pick.offset
             chunks.append(Chunk(session=ticket.session.number, start=start, tokens=pick.tokens))
             inputs.append(ticket.work.hidden[pick.offset : pick.offset + pick.tokens].to(self.model.dtype))
         hidden_TH = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        if self._alone != (alone := self._accelerated and len(hidden_TH) <= SHORT_TOKENS):
+        alone = self._alone
+        self._share_cores(self._accelerated and len(hidden_TH) <= SHORT_TOKENS)
+        try:
+            return self._cache.forward(
+                chunks,
+                hidden_TH.to(self.model.device, non_blocking=True),
+                batch[0][0].work.span,
+                max(ticket.work.longest for ticket, _ in batch),
+                self._let_steps_in if not beside and self._tempo.is_long(len(hidden_TH)) else None,
+            ).cpu()
+        finally:
+            if beside:
+                self._share_cores(alone)
+
+    def _share_cores(self, alone: bool) -> None:
+        if self._alone != alone:
             self._alone = alone
             torch.set_num_threads(1 if alone else self.config.threads)
-        return self._cache.forward(
-            chunks,
-            hidden_TH.to(self.model.device, non_blocking=True),
-            batch[0][0].work.span,
-            max(ticket.regime_length for ticket, _ in batch),
-        ).cpu()
+
+    def _leave(self, batch: _Batch) -> None:
+        """These sessions are in no forward any more."""
+        self._running -= {ticket.session.number for ticket, _ in batch}
 
     def _settle(self, batch: _Batch, output_TH: Tensor, compute_s: float) -> None:
         outputs = (output_TH,) if len(batch) == 1 else torch.split(output_TH, [pick.tokens for _, pick in batch])
         all_finite = finite(output_TH)
         answers: list[tuple[asyncio.Future[Done], Done]] = []
         with self._wake:
-            self._running = set()
-            self._token_s += 0.1 * (compute_s / len(output_TH) - self._token_s)
+            self._leave(batch)
+            steps = sum(pick.tokens for ticket, pick in batch if ticket.item.is_step)
+            self._tempo.measured(compute_s, steps=steps, longer=len(output_TH) - steps)
             now_s = time.perf_counter()
+            if steps:
+                self._last_step_s = now_s
             for (ticket, pick), output in zip(batch, outputs, strict=True):
                 if not all_finite and not finite(output):
                     self._fail_late(ticket, NonFiniteOutput("the model made NaN or infinity of this session's input"))

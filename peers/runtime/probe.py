@@ -1,54 +1,192 @@
-"""How fast this peer is, measured through the very engine that will serve.
+"""How fast this peer is and what a forward needs, measured through the very engine that will serve.
 
-Owns the measurement; the engine does not know that it is being measured. Takes about a second and a half, and never
-more than three forwards once a single one takes longer than that.
+Owns the measurement; the engine does not know that it is being measured. Takes a second or two, and on a machine on
+which single forwards take long, not many of them: each is begun only when it should end within PROBE_S.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import psutil
 import torch
 
-from peers.runtime.engine import Engine, Work
+from peers.runtime.cost import ForwardCost, Sample, fit, token_pasts
+from peers.runtime.engine import Work
+from peers.runtime.joined import AnyEngine
 from routing.ids import SESSION_ID_BYTES, PeerId, SessionId
 
-DECODE_BUDGET_S = 0.6
-DECODE_STEPS_MAX = 12
-PREFILL_BUDGET_S = 0.6
-PREFILL_TOKENS_MAX = 128
-"""Enough that matrices, not their start-up, are what is measured."""
+PROBE_S = 6.0
+DECODE_ROWS = (1, 4, 16)
+DECODE_STEPS = 4
+PREFILL_TOKENS = (64, 256)
+"""The second is long enough that matrices, not their start-up, are what is measured."""
+DISTURBED_SHARE = 0.1
+"""Of the machine's processors; on two of them, a fifth of one."""
+_OWNER = PeerId("probe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
+class Probe:
     decode_s_per_block: float
     """One position of one session through one block."""
     prefill_s_per_token_block: float
     """One position of a long prompt through one block."""
+    cost: ForwardCost
+    """Of a forward through the whole span."""
+    forward_bytes: int
+    """What the largest forward took of the device's memory besides weights and pool, while it ran."""
+    disturbed: bool = False
+    """Whether other programs were busy meanwhile, so that this peer is faster than it seems."""
 
 
-async def measure_speed(engine: Engine) -> Speed:
+async def measure(engine: AnyEngine) -> Probe:
     """Measure a started engine that serves nobody yet. Raises what `Engine.run` raises."""
-    model, session = engine.model, SessionId(bytes(SESSION_ID_BYTES))
-    hidden = torch.randn(PREFILL_TOKENS_MAX, model.hidden_size, generator=torch.Generator().manual_seed(0))
-
-    async def run(tokens: int) -> float:
-        work = Work(session=session, owner=PeerId("probe"), start=0, hidden=hidden[:tokens], span=model.span)
-        return (await engine.run(work)).compute_s
-
+    await engine.prepared()
+    bench = _Bench(engine)
+    began_s, others_s = time.monotonic(), _others_s()
     try:
-        await run(1)  # the first forward allocates and warms caches
-        decode_s = [await run(1)]
-        while sum(decode_s) < DECODE_BUDGET_S and len(decode_s) < DECODE_STEPS_MAX:
-            decode_s.append(await run(1))
-        fastest_s = min(decode_s)  # whatever else the machine does only adds
-        room = min(PREFILL_TOKENS_MAX, model.max_positions, engine.stats().total_tokens)
-        tokens = max(1, min(room, int(PREFILL_BUDGET_S / fastest_s)))
-        prefill_s = await run(tokens)
+        found = await bench.run()
     finally:
-        engine.release(session)
-    return Speed(
-        decode_s_per_block=fastest_s / len(model.span),
-        prefill_s_per_token_block=min(prefill_s / tokens, fastest_s) / len(model.span),
-    )
+        bench.clear()
+    capacity_s = (time.monotonic() - began_s) * (psutil.cpu_count() or 1)
+    return replace(found, disturbed=_others_s() - others_s > DISTURBED_SHARE * capacity_s)
+
+
+class _Bench:
+    """One measurement: its sessions, its deadline, and what it has found so far."""
+
+    def __init__(self, engine: AnyEngine) -> None:
+        self._engine = engine
+        self._deadline_s = time.monotonic() + PROBE_S
+        self._hidden_TH = torch.randn(
+            max(PREFILL_TOKENS), engine.model.hidden_size, generator=torch.Generator().manual_seed(0)
+        )
+        self._room = max(1, min(engine.model.max_positions, engine.stats().total_tokens // 2))
+        """For one session; the other half of the pool is for those that decode beside it."""
+        self._sessions = 0
+        self._samples: list[Sample] = []
+
+    async def run(self) -> Probe:
+        blocks = len(self._engine.model.span)
+        first = self._session()
+        await self._forward([first], 0, 1)  # allocates and warms caches
+        decode_s = await self._fastest(DECODE_STEPS, [first], 0, 1)
+        read_forward_bytes = _watch_memory(self._engine.model.device)
+        held = await self._prefills(decode_s)
+        forward_bytes = read_forward_bytes()
+        for start in dict.fromkeys((held, 0)):
+            for rows in DECODE_ROWS:
+                await self._decodes(rows, start, decode_s)
+        cost, long = fit(self._samples), max(PREFILL_TOKENS)
+        more_s = cost.seconds(long, token_pasts(0, long)) - cost.seconds(1)
+        return Probe(
+            decode_s_per_block=decode_s / blocks,
+            prefill_s_per_token_block=min(more_s / (long - 1), decode_s) / blocks,
+            cost=cost,
+            forward_bytes=forward_bytes,
+        )
+
+    async def _prefills(self, decode_s: float) -> int:
+        """Prompts of the first session, short and long, then the same behind those; returns how much it holds."""
+        per_token_s, held = decode_s, 1
+        for start in (0, max(PREFILL_TOKENS)):
+            for tokens in PREFILL_TOKENS:
+                tokens = min(tokens, self._room - start, int(self._left_s() / 3 / per_token_s))
+                if tokens > 0 and held >= start:
+                    per_token_s = await self._fastest(2, [_name(0)], start, tokens) / tokens
+                    held = start + tokens
+        return held
+
+    async def _fastest(self, times: int, sessions: Sequence[SessionId], start: int, tokens: int) -> float:
+        """Whatever else the machine does only adds."""
+        fastest_s = await self._forward(sessions, start, tokens)
+        for _ in range(times - 1):
+            if fastest_s < self._left_s() / 4:
+                fastest_s = min(fastest_s, await self._forward(sessions, start, tokens))
+        self._note(len(sessions), start, tokens, fastest_s)
+        return fastest_s
+
+    async def _decodes(self, rows: int, start: int, decode_s: float) -> None:
+        """The fastest of some forwards of one position each of `rows` sessions that hold `start` positions."""
+        engine, page = self._engine, self._engine.config.page_size
+        steps = min(DECODE_STEPS, engine.model.max_positions - start)
+        tokens = 2 * page if engine.packs_sessions else start + steps + page  # else forks have memory of their own
+        fits = rows * tokens <= engine.stats().free_tokens and steps > 0
+        if not fits or (rows > 1 and not engine.packs_sessions) or 3 * rows * decode_s > self._left_s():
+            return
+        sessions = [self._session() for _ in range(rows)]
+        parent = (_name(0), start) if start else None
+        times_s = [
+            await self._forward(sessions, start + step, 1, parent=None if step else parent) for step in range(steps)
+        ]
+        self._note(rows, start, 1, min(times_s))
+        for session in sessions:
+            engine.release(session)
+
+    async def _forward(
+        self, sessions: Sequence[SessionId], start: int, tokens: int, parent: tuple[SessionId, int] | None = None
+    ) -> float:
+        """Seconds of one forward with that many tokens of each session."""
+        works = [
+            Work(
+                session=session,
+                owner=_OWNER,
+                start=start,
+                hidden=self._hidden_TH[:tokens],
+                span=self._engine.model.span,
+                parent=parent,
+            )
+            for session in sessions
+        ]
+        with self._engine.gathering():
+            running = [asyncio.ensure_future(self._engine.run(work)) for work in works]
+            await asyncio.sleep(0)  # each of them submits its work
+        return max([done.compute_s for done in await asyncio.gather(*running)])
+
+    def _note(self, rows: int, start: int, tokens: int, seconds: float) -> None:
+        self._samples.append(
+            Sample(tokens=rows * tokens, token_pasts=rows * token_pasts(start, tokens), seconds=seconds)
+        )
+
+    def _session(self) -> SessionId:
+        self._sessions += 1
+        return _name(self._sessions - 1)
+
+    def _left_s(self) -> float:
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    def clear(self) -> None:
+        for number in range(self._sessions):
+            self._engine.release(_name(number))
+
+
+def _name(number: int) -> SessionId:
+    return SessionId(number.to_bytes(SESSION_ID_BYTES, "big"))
+
+
+def _others_s() -> float:
+    """Processor time that other programs have had so far."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0)) - time.process_time()
+
+
+def _watch_memory(device: torch.device) -> Callable[[], int]:
+    """Begin to watch; the function returned says how much more memory than now was in use at some moment since."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return lambda: int(torch.cuda.max_memory_allocated(device) - before)
+    import resource  # not everywhere: `peers.platform` says so in words
+
+    with suppress(OSError):  # elsewhere the peak is that of the whole life, and what fits below it goes unseen
+        Path("/proc/self/clear_refs").write_text("5")
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return lambda: int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)

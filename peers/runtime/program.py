@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -46,8 +46,10 @@ Forward = Callable[[Tensor, Tensor, Attender], Tensor]
 class Programs:
     """One program for T = 1 and one for all larger T, of one span in one rotary regime."""
 
-    def __init__(self, one: Forward, several: Forward) -> None:
-        self._one, self._several = one, several
+    def __init__(self, one: Recording, two: Recording, three: Recording) -> None:
+        self.recordings = {False: (one, one), True: (two, three)}
+        """Of a forward of one position, and of several: what is linear between the latter two is so everywhere."""
+        self._one, self._several = _translate(one, one), _translate(two, three)
 
     def __call__(self, hidden_1TH: Tensor, position_ids_1T: Tensor, attender: Attender) -> Tensor:
         """For T up to TOKENS_MAX."""
@@ -57,14 +59,19 @@ class Programs:
 
 def record(
     forward: Forward, like_H: Tensor, rehearsal: Attender, max_positions: int = CHECKED_POSITION * 2
-) -> Programs:
-    """The programs of `forward`, whose hidden states are like `like_H`. Takes about a second, in one thread at a time.
+) -> Generator[None, None, Programs]:
+    """The programs of `forward`, whose hidden states are like `like_H`.
 
-    `rehearsal` attends in a forward that no session is in, and says the same for the same arguments. Raises NotFlat.
+    Takes about a second in all, in steps between which this thread may run other forwards. `rehearsal` attends in a
+    forward that no session is in, and says the same for the same arguments. Raises NotFlat.
     """
-    one, two, three = (_record(forward, like_H, tokens) for tokens in (1, 2, 3))
-    programs = Programs(_translate(one, one), _translate(two, three))
+    recordings = []
+    for tokens in (1, 2, 3):
+        recordings.append(_record(forward, like_H, tokens))
+        yield
+    programs = Programs(*recordings)
     for tokens in (1, CHECKED_TOKENS):
+        yield
         hidden_1TH, position_ids_1T = _example(like_H, tokens, max(0, min(CHECKED_POSITION, max_positions - tokens)))
         expected = forward(hidden_1TH, position_ids_1T, rehearsal)
         try:
@@ -76,7 +83,7 @@ def record(
     return programs
 
 
-class _Attention:
+class Attention:
     """A recorded call of the attention function."""
 
     def __init__(self, pattern: int, scale: float, softcap: float | None) -> None:
@@ -87,7 +94,7 @@ class _Attention:
         return q_1HTK.new_zeros(1, T, H, v_1JTV.shape[3])
 
 
-class _Recorder:
+class Recording:
     """What was called in one recording besides tensor operations."""
 
     def __init__(self) -> None:
@@ -118,10 +125,11 @@ class _Recorder:
             self.patterns.append(pattern)
         number = next(index for index, known in enumerate(self.patterns) if known is pattern)
         sinks = () if sinks_H is None else (sinks_H,)
-        return self.opaque(_Attention(number, scale, softcap), None, q_1HTK, k_1JTK, v_1JTV, *sinks)
+        return self.opaque(Attention(number, scale, softcap), None, q_1HTK, k_1JTK, v_1JTV, *sinks)
 
 
 _active = threading.local()
+_recording = threading.Lock()  # a recording changes `torch.nn.Module` for as long as it lasts, harmlessly for forwards
 _library = torch.library.Library("hive_program", "DEF")  # type: ignore[no-untyped-call]
 _library.define("opaque(Tensor[] inputs, int call) -> Tensor")  # type: ignore[no-untyped-call]
 _library.impl(  # type: ignore[no-untyped-call]
@@ -129,10 +137,10 @@ _library.impl(  # type: ignore[no-untyped-call]
 )
 
 
-def _record(forward: Forward, like_H: Tensor, tokens: int) -> _Recorder:
-    recorder = _active.recorder = _Recorder()
+def _record(forward: Forward, like_H: Tensor, tokens: int) -> Recording:
+    recorder = _active.recorder = Recording()
     try:
-        with torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
+        with _recording, torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
             run = make_fx(lambda hidden, positions: forward(hidden, positions, recorder), tracing_mode="real")
             module = run(*_example(like_H, tokens, 0))
     except Exception as error:  # whatever an architecture's own code does not bear: it runs as it is
@@ -150,7 +158,7 @@ def _example(like_H: Tensor, tokens: int, start: int) -> tuple[Tensor, Tensor]:
     return hidden_1TH, torch.arange(start, start + tokens, device=like_H.device)[None]
 
 
-def _translate(first: _Recorder, second: _Recorder) -> Forward:
+def _translate(first: Recording, second: Recording) -> Forward:
     """One function that does what both recordings did, at T = 2 and T = 3 where they differ."""
     nodes, others = list(first.graph.nodes), list(second.graph.nodes)
     if len(nodes) != len(others) or len(first.patterns) != len(second.patterns):
@@ -166,7 +174,7 @@ def _translate(first: _Recorder, second: _Recorder) -> Forward:
 class _Writer:
     """Turns nodes into the source of one function; anything that has no literal is bound to a name."""
 
-    def __init__(self, first: _Recorder, second: _Recorder) -> None:
+    def __init__(self, first: Recording, second: Recording) -> None:
         self._first, self._second = first, second
         self._names: dict[Node, str] = {}
         self._bound: dict[str, Any] = {}
@@ -180,7 +188,7 @@ class _Writer:
             case "placeholder":
                 self._lines.append(f"{name} = {next(self._inputs)}")
             case "get_attr":
-                self._names[node] = self._constant(node, other)
+                self._names[node] = self._bind(constant_of(self._first, self._second, node, other))
             case "call_function":
                 self._lines.append(f"{name} = {self._call(node, other)}")
                 dead = [used for used in node.all_input_nodes if max(used.users, key=self._order.__getitem__) is node]
@@ -216,8 +224,8 @@ class _Writer:
         inputs, number = node.args
         call, same = self._first.calls[number], self._second.calls[other.args[1]]  # type: ignore[index]
         texts = [self._text(a, b) for a, b in zip(inputs, other.args[0], strict=True)]  # type: ignore[arg-type]
-        if isinstance(call, _Attention):
-            if not isinstance(same, _Attention) or call.settings != same.settings:
+        if isinstance(call, Attention):
+            if not isinstance(same, Attention) or call.settings != same.settings:
                 raise NotFlat("its attention depends on how many positions there are")
             pattern, scale, softcap = call.settings
             q, k, v, sinks = [*texts, "None"][:4]
@@ -225,12 +233,6 @@ class _Writer:
         if self._first.owners[number] is not self._second.owners[other.args[1]]:  # type: ignore[index]
             raise NotFlat("which layers it uses depends on how many positions there are")
         return f"{self._bind(call)}({', '.join(texts)})"
-
-    def _constant(self, node: Node, other: Node) -> str:
-        value, same = (_attribute(r.constants, n.target) for r, n in ((self._first, node), (self._second, other)))
-        if value is not same and not (value.shape == same.shape and torch.equal(value, same)):
-            raise NotFlat("a tensor that it makes depends on how many positions there are")
-        return self._bind(value)
 
     def _text(self, value: Any, other: Any) -> str:
         match value:
@@ -260,6 +262,14 @@ class _Writer:
         name = f"c{len(self._bound)}"
         self._bound[name] = value
         return name
+
+
+def constant_of(first: Recording, second: Recording, node: Node, other: Node) -> Tensor:
+    """The tensor that both recordings name. Raises NotFlat when it is not the same."""
+    value, same = (_attribute(r.constants, n.target) for r, n in ((first, node), (second, other)))
+    if value is not same and not (value.shape == same.shape and torch.equal(value, same)):
+        raise NotFlat("a tensor that it makes depends on how many positions there are")
+    return value
 
 
 def _attribute(module: Any, path: Any) -> Tensor:

@@ -1,25 +1,31 @@
 """Which queued works share the next forward. Pure: works in, batches out.
 
-Owns the order of works and the shape of a batch; knows neither pages nor tensors nor time (it counts its own batches).
+Owns the order of works and the shape of a batch; knows neither pages nor tensors nor time (it counts its own batches,
+and is told what fits into a moment as a number of positions).
 
 - Works of one session run in the order in which they were submitted, one at a time.
 - A batch holds works of one `group` (same blocks, same rotary regime) and at most `token_budget` positions.
-- Steps of up to `STEP_TOKENS` positions (a decoded token, a few drafted ones) are never cut and go first; longer works
-  are prefills and fill what is left in pieces, so that a long prompt delays nobody by more than one such forward. While
-  a prefill waits, a quarter of the budget is kept for it, and among several groups one forward of prefills alone
-  follows each round of steps: so it does not starve either.
+- Steps, of up to `STEP_TOKENS` positions (a decoded token, a few drafted ones), are never cut and go first. All other
+  works fill what is left of a batch in pieces, prefills before training before background; who has been passed over for
+  `AGEING_BATCHES` counts as one class better.
+- While a longer work waits, a quarter of the budget is kept for it, and among several groups one forward of longer
+  works alone follows each round of steps: so it does not starve.
+- Steps that arrive while a long forward runs may be taken out of turn, beside it (`steps_beside`).
 - Owners take turns: everybody's first work goes before anybody's second; equals go by who has waited longest.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
+
+from peers.wire.messages import Urgency
 
 STEP_TOKENS = 16
 MIN_TOKEN_BUDGET = 4 * STEP_TOKENS
-"""So that a whole step fits beside the quarter that is kept for prefills."""
+"""So that a whole step fits beside the quarter that is kept for longer works."""
+AGEING_BATCHES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +37,15 @@ class Item:
     owner: str
     tokens: int
     group: Hashable
+    urgency: Urgency = Urgency.INTERACTIVE
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ValueError("a work has at least one position")
+
+    @property
+    def is_step(self) -> bool:
+        return self.tokens <= STEP_TOKENS and self.urgency == Urgency.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +55,54 @@ class Pick:
     work: int
     offset: int
     tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How many positions of longer works one forward may take now, so that nobody's next token is late."""
+
+    beside_steps: int
+    """In a forward that steps wait for."""
+    alone: int
+
+
+class Tempo:
+    """How long forwards take here lately, and what that allows."""
+
+    def __init__(self, slices: int) -> None:
+        """`slices`: into how many parts a long forward falls, between which steps are let in."""
+        self.step_s = 0.0
+        """A forward of steps alone."""
+        self.token_s = 0.0
+        """One position of a longer work."""
+        self._slices = slices
+
+    def measured(self, seconds: float, *, steps: int, longer: int) -> None:
+        """A forward took so long, with so many positions of steps and of longer works."""
+        if not longer:
+            self.step_s = _smoothed(self.step_s, seconds)
+        else:
+            own_s = seconds - self.step_s if steps else seconds
+            self.token_s = _smoothed(self.token_s, max(own_s, 0.1 * seconds) / longer)
+
+    def pace(self, budget: int, *, decoding: bool) -> Pace:
+        """Such that steps wait about as long as they take themselves: for a piece beside them, or for one slice.
+
+        `decoding`: steps are to be expected.
+        """
+        fit = int(min(budget, self.step_s / self.token_s)) if self.token_s else budget
+        return Pace(
+            beside_steps=max(STEP_TOKENS, fit),
+            alone=max(MIN_TOKEN_BUDGET, min(budget, fit * self._slices)) if decoding else budget,
+        )
+
+    def is_long(self, tokens: int) -> bool:
+        """Whether a forward of so many positions takes so long that steps should be let in."""
+        return tokens > MIN_TOKEN_BUDGET or tokens * self.token_s > 2 * self.step_s
+
+
+def _smoothed(known_s: float, new_s: float) -> float:
+    return known_s + 0.3 * (new_s - known_s) if known_s else new_s
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +123,7 @@ class Scheduler:
         self._entries: dict[int, _Entry] = {}
         self._lines: dict[int, deque[_Entry]] = {}
         self._batches = 0
-        self._last_prefill_only = 0
+        self._last_without_steps = 0
 
     def submit(self, item: Item) -> None:
         entry = self._entries[item.work] = _Entry(item, self._batches)
@@ -96,42 +155,67 @@ class Scheduler:
         """The session's works in order."""
         return [entry.item.work for entry in self._lines.get(session, ())]
 
-    def next_batch(self) -> list[Pick]:
+    def next_batch(self, pace: Pace | None = None) -> list[Pick]:
         """The works for the next forward, empty when none is ready. Changes nothing but the count of batches."""
-        groups: dict[Hashable, list[_Entry]] = {}
-        for line in self._lines.values():
-            groups.setdefault(line[0].item.group, []).append(line[0])
+        groups = self._heads()
         if not groups:
             return []
         self._batches += 1
-        steps, prefills = self._choose(groups.values())
-        picks, room = [], self.token_budget
-        kept = room // 4 if prefills else 0
-        for entry in _in_turns(steps):
-            if entry.item.tokens <= room - kept:
-                picks.append(Pick(work=entry.item.work, offset=0, tokens=entry.item.tokens))
-                room -= entry.item.tokens
-        for entry in _in_turns(prefills):
+        steps, longer = self._choose(groups)
+        room = self.token_budget
+        limit = room if pace is None else pace.beside_steps if steps else pace.alone
+        picks = _whole(steps, room - min(room // 4, limit) if longer else room)
+        room = min(limit, room - sum(pick.tokens for pick in picks))
+        for entry in self._in_order(longer):
             if room:
                 tokens = min(room, entry.item.tokens - entry.done)
                 picks.append(Pick(work=entry.item.work, offset=entry.done, tokens=tokens))
                 room -= tokens
         return picks
 
-    def _choose(self, groups: Iterable[list[_Entry]]) -> tuple[list[_Entry], list[_Entry]]:
-        """The group to run, as its steps and its prefills."""
-        with_steps: list[tuple[list[_Entry], list[_Entry]]] = []
-        without: list[tuple[list[_Entry], list[_Entry]]] = []
-        for group in groups:
-            steps = [entry for entry in group if entry.item.tokens <= STEP_TOKENS]
-            prefills = [entry for entry in group if entry.item.tokens > STEP_TOKENS]
-            (with_steps if steps else without).append((steps, prefills))
+    def steps_beside(self, running: Collection[int]) -> list[Pick]:
+        """Steps, none of a session in `running`, for a forward of their own while another one pauses."""
+        groups = [steps for steps, _ in self._heads(running) if steps]
+        return _whole(min(groups, key=_longest_wait), self.token_budget) if groups else []
+
+    def _heads(self, without: Collection[int] = ()) -> list[tuple[list[_Entry], list[_Entry]]]:
+        """What is first in each session's line, by groups, as their steps and their longer works."""
+        groups: dict[Hashable, tuple[list[_Entry], list[_Entry]]] = {}
+        for session, line in self._lines.items():
+            if session not in without:
+                steps, longer = groups.setdefault(line[0].item.group, ([], []))
+                (steps if line[0].item.is_step else longer).append(line[0])
+        return list(groups.values())
+
+    def _choose(self, groups: list[tuple[list[_Entry], list[_Entry]]]) -> tuple[list[_Entry], list[_Entry]]:
+        """The group to run."""
+        with_steps = [group for group in groups if group[0]]
+        without = [group for group in groups if not group[0]]
         if without and all(
-            entry.waiting_since >= self._last_prefill_only for steps, _ in with_steps for entry in steps
-        ):  # no step that waits now has been passed over by a forward of prefills alone
-            self._last_prefill_only = self._batches
-            return min(without, key=lambda group: _longest_wait(group[1]))
+            entry.waiting_since >= self._last_without_steps for steps, _ in with_steps for entry in steps
+        ):  # no step that waits now has been passed over by a forward without steps
+            self._last_without_steps = self._batches
+            return min(without, key=lambda group: min(self._rank(entry) for entry in group[1]))
         return min(with_steps, key=lambda group: _longest_wait(group[0]))
+
+    def _in_order(self, entries: Iterable[_Entry]) -> list[_Entry]:
+        """By class, and in turns within each."""
+        return sorted(_in_turns(entries), key=self._class)
+
+    def _rank(self, entry: _Entry) -> tuple[int, int, int]:
+        return self._class(entry), entry.waiting_since, entry.item.work
+
+    def _class(self, entry: _Entry) -> int:
+        return max(0, entry.item.urgency - (self._batches - entry.waiting_since) // AGEING_BATCHES)
+
+
+def _whole(steps: Iterable[_Entry], room: int) -> list[Pick]:
+    picks = []
+    for entry in _in_turns(steps):
+        if entry.item.tokens <= room:
+            picks.append(Pick(work=entry.item.work, offset=0, tokens=entry.item.tokens))
+            room -= entry.item.tokens
+    return picks
 
 
 def _longest_wait(entries: Iterable[_Entry]) -> tuple[int, int]:

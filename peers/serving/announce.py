@@ -7,6 +7,7 @@ store only as a protocol.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -45,6 +46,7 @@ class Announcer:
         self._outage = outage
         self._clock = clock
         self._sequence = 0
+        self._changed = asyncio.Event()
         self.heard = asyncio.Event()
         """Set for good once other nodes have taken a record."""
 
@@ -71,11 +73,16 @@ class Announcer:
                 raise outcome
         self.heard.set()
 
+    def soon(self) -> None:
+        """What `describe` says has changed: `run` announces it at once."""
+        self._changed.set()
+
     async def run(self) -> None:
-        """Announce every RECORD_RENEW_S seconds until cancelled."""
+        """Announce every RECORD_RENEW_S seconds, and when told that something changed, until cancelled."""
         before: Unavailable | None = None
         while True:
             problem: Unavailable | None = None
+            self._changed.clear()
             try:
                 await self.announce()
             except Unavailable as error:
@@ -84,7 +91,9 @@ class Announcer:
             if (problem is None) != (before is None):
                 self._outage(problem)
             before = problem
-            await asyncio.sleep(RECORD_RENEW_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RECORD_RENEW_S):
+                    await self._changed.wait()
 
     async def _put(self, announcement: Announcement, key: str) -> None:
         value = sign_record(announcement, key, self._key)

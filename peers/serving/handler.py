@@ -14,24 +14,32 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from peers.errors import Busy, Preempted, ProtocolError, Refused
-from peers.runtime.engine import CacheTooSmall, Done, Engine, PositionGap, SessionReleased, Work
+from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
+from peers.runtime.engine import CacheTooSmall, Done, PositionGap, SessionReleased, Work
+from peers.runtime.joined import AnyEngine
 from peers.serving.admission import Admission
 from peers.serving.ledger import Entry, Ledger, Repeat, Run
 from peers.serving.push import Delivery, Pusher
 from peers.transport.base import MAX_FRAME_BYTES
 from peers.transport.links import Link, Links
+from peers.transport.pacer import Pacer
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
 from peers.wire.codec import OVERHEAD_BYTES
 from peers.wire.messages import MAX_HOPS, MAX_POSITIONS, Close, Code, Failed, Open, Opened, Pong, Result, Step
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, ModelId, SessionId
+from routing.records import RECORD_RENEW_S
 
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 5.0
 """How often leases are looked at."""
+PAUSED_RETRY_S = 2 * RECORD_RENEW_S
+"""By then clients know from the record whether this peer is back."""
+MAX_BACKLOG_S = 5.0
+"""Where bandwidth is bounded: a peer with more than this waiting in memory to go out takes no further steps; with more
+than this waiting to be read, no further sessions."""
 MAX_PAYLOAD_BYTES = MAX_FRAME_BYTES - OVERHEAD_BYTES
 """What came in must also go out, under a header that has grown."""
 
@@ -52,7 +60,7 @@ class Handler:
         self,
         *,
         links: Links,
-        engine: Engine,
+        engine: AnyEngine,
         served: Served,
         ledger: Ledger[Delivery, Link],
         admission: Admission,
@@ -62,6 +70,9 @@ class Handler:
         self.ledger = ledger
         self.admission = admission
         self.pusher = Pusher(links, clock)
+        self.paused = False
+        """While set, running steps finish and no other is taken. Sessions stay until their clients go elsewhere."""
+        self._links = links
         self._peer = links.transport.peer_id
         self._engine = engine
         self._clock = clock
@@ -97,6 +108,7 @@ class Handler:
     async def _open(self, link: Link, message: Open, _: memoryview) -> None:
         try:
             self._check_open(message)
+            self._check_comfort(self._links.upload, self._links.download)
             entry = self.ledger.open(link.remote, link, message, self._clock())
         except (Busy, Refused) as error:
             await link.send(self._failure(error, message.session, message.epoch))
@@ -111,6 +123,7 @@ class Handler:
     async def _step(self, link: Link, message: Step, payload: memoryview) -> None:
         payload_bytes = len(payload)
         try:
+            self._check_comfort(self._links.upload)
             if message.hidden != self.served.hidden_size:
                 raise ProtocolError(f"rows of {message.hidden}, this model's hidden size is {self.served.hidden_size}")
             if payload_bytes > MAX_PAYLOAD_BYTES or len(message.hops) >= MAX_HOPS:
@@ -136,6 +149,7 @@ class Handler:
                 span=entry.span,
                 regime_length=message.regime_length,
                 parent=(SessionId(message.parent), message.first) if verdict.forks and message.parent else None,
+                urgency=message.urgency,
             )
             work_on = self._compute(link, entry, message, verdict, work, payload_bytes)
             self._steps.spawn(work_on, name=f"step {entry.session}")
@@ -192,6 +206,13 @@ class Handler:
             retry_after_s=getattr(error, "retry_after_s", 0.0),
         )
 
+    def _check_comfort(self, *pacers: Pacer | None) -> None:
+        if self.paused:
+            raise Paused("its owner needs the machine", retry_after_s=PAUSED_RETRY_S)
+        backlog_s = max((pacer.backlog_s for pacer in pacers if pacer is not None), default=0.0)
+        if backlog_s > MAX_BACKLOG_S:
+            raise Busy(f"{backlog_s:.0f} s of frames wait for bandwidth here", retry_after_s=backlog_s)
+
     def _check_open(self, message: Open) -> None:
         if self._draining:
             raise Refused("this peer is leaving", code=Code.DRAINING)
@@ -242,6 +263,8 @@ def _code(error: SwarmError) -> str:
     match error:
         case Preempted():
             return Code.PREEMPTED
+        case Paused():
+            return Code.PAUSED
         case Busy():
             return Code.BUSY
         case Unavailable():

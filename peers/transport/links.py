@@ -5,6 +5,10 @@ to a session: the owner receives them through one callback, and names the links 
 never wait behind bulk ones; within a lane order is kept. Only the side that dialled opens lanes; the other answers on
 them, which works from behind a NAT. So it is also the side that dialled which closes a link that nobody needs; the
 other one does so only when it is full.
+
+A node may be held to a number of bytes per second, each way, because one way takes nothing from the other. Payloads
+wait before they are sent; what comes in is read later, so that back-pressure holds the sender. Messages without a
+payload never wait to be sent: they are small, and a ping that does is taken for a death.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from weakref import WeakValueDictionary
 
 from peers.errors import PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
 from peers.transport.base import Stream, Transport
+from peers.transport.pacer import Pacer
 from peers.transport.tasks import Tasks
 from peers.wire import codec
 from peers.wire.messages import PROTOCOL_VERSION, AnyMessage, DialBack, DialBackReply, Hello, Message, Ping, Pong
@@ -77,12 +82,15 @@ class Link:
     async def send(self, message: AnyMessage, payload: codec.Buffer = b"", *, bulk: bool = False) -> None:
         """One message, in order within its lane. Waits for back-pressure up to SEND_TIMEOUT_S. Raises StreamClosed.
 
-        Messages that several tasks send in one turn of the event loop share a frame.
+        Where this node's bandwidth is bounded, a payload waits for its turn before that, and may be overtaken by
+        messages without one. Messages that several tasks send in one turn of the event loop share a frame.
         """
         if self.closed:
             raise StreamClosed(f"the link with {self.remote} is closed")
         if not isinstance(message, Ping | Pong):
             self.used_at_s = asyncio.get_running_loop().time()
+        if self._owner.upload is not None and len(payload):
+            await self._owner.upload.admit(_size(payload), bulk=bulk)
         try:
             lane = self._lanes.get(BULK if bulk else SMALL)
             if lane is None:
@@ -158,7 +166,7 @@ class Lane:
 
     async def send(self, message: AnyMessage, payload: codec.Buffer) -> None:
         """Returns when the frame with this message was sent; raises what the stream raises."""
-        payload_bytes = payload.nbytes if isinstance(payload, memoryview) else len(payload)
+        payload_bytes = _size(payload)
         head = codec.encode(message, payload_bytes)
         size = len(head) + payload_bytes
         frame = self._next
@@ -190,8 +198,12 @@ class Links:
         *,
         network: str,
         software: str,
+        max_bytes_per_s: int | None = None,
     ) -> None:
-        """`network` and `software` go into every hello; a node of another network is refused."""
+        """`network` and `software` go into every hello; a node of another network is refused. `max_bytes_per_s` bounds
+        what all links together carry, each way."""
+        self.upload = None if max_bytes_per_s is None else Pacer(max_bytes_per_s)
+        self.download = None if max_bytes_per_s is None else Pacer(max_bytes_per_s)
         self.transport = transport
         self._network = network
         self._software = software
@@ -347,7 +359,7 @@ class Links:
             await stream.close()
             raise
         link.adopt(lane, stream)
-        self.tasks.spawn(self._read(link, stream), name=f"read {lane} {link.remote[-8:]}")
+        self.tasks.spawn(self._read(link, stream, lane), name=f"read {lane} {link.remote[-8:]}")
 
     async def _accept(self, stream: Stream) -> None:
         try:
@@ -362,7 +374,7 @@ class Links:
             logger.info("refused a stream from %s: %s", stream.remote, error)
             await stream.close()
             return
-        await self._read(link, stream)
+        await self._read(link, stream, hello.lane)
 
     def _join(self, hello: Hello, stream: Stream) -> Link:
         key = (stream.remote, hello.instance)
@@ -381,11 +393,14 @@ class Links:
         link.adopt(hello.lane, stream)
         return link
 
-    async def _read(self, link: Link, stream: Stream) -> None:
+    async def _read(self, link: Link, stream: Stream, lane: str) -> None:
         try:
             while True:
-                for message, payload in codec.decode(await stream.receive()):
+                frame = await stream.receive()
+                for message, payload in codec.decode(frame):
                     await self._dispatch(link, message, payload)
+                if self.download is not None:
+                    await self.download.admit(len(frame), bulk=lane == BULK)
         except StreamClosed as error:
             logger.debug("%r ended: %s", link, error)
         except PeerError as error:
@@ -454,6 +469,10 @@ class Links:
                 abs(skew_s),
                 "ahead" if skew_s > 0 else "behind",
             )
+
+
+def _size(payload: codec.Buffer) -> int:
+    return payload.nbytes if isinstance(payload, memoryview) else len(payload)
 
 
 _used_at_s = attrgetter("used_at_s")

@@ -16,6 +16,7 @@ Field bounds are part of the type: a message outside them cannot be decoded, and
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -52,6 +53,7 @@ class Code:
 
     BUSY = "busy"  # healthy, no room: wait `retry_after_s`
     PREEMPTED = "preempted"  # the session's pages went to another: release, wait, replay from position 0
+    PAUSED = "paused"  # stepping back for its owner: choose another peer, no blame; back after `retry_after_s` at best
     DRAINING = "draining"  # leaving: choose another peer, no blame
     UNKNOWN_SESSION = "unknown_session"  # lease expired or the peer restarted: open again and replay
     STALE_EPOCH = "stale_epoch"  # this route was replaced
@@ -111,6 +113,15 @@ class Opened(Message, tag="opened", frozen=True, kw_only=True):
     """The hop holds so many positions of the offered prefix: the first step may start there, or below."""
 
 
+class Urgency(enum.IntEnum):
+    """What a step is for. Peers take the lower first, and let nobody wait for ever."""
+
+    INTERACTIVE = 0
+    """Somebody waits for it."""
+    TRAINING = 1
+    BACKGROUND = 2
+
+
 class Step(Message, tag="step", frozen=True, kw_only=True):
     """One forward of a session over `count` positions from the absolute position `first`; carries [count, hidden].
 
@@ -131,6 +142,7 @@ class Step(Message, tag="step", frozen=True, kw_only=True):
     dtype: ShortText
     hidden: Count
     bulk: bool = False
+    urgency: Urgency = Urgency.INTERACTIVE
     hops: Timings = ()
 
 

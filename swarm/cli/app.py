@@ -202,7 +202,12 @@ def join(
         ),
     ] = "none",
     device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda[:i]|mps", help="Where to compute.")
+        str,
+        typer.Option(
+            "--device",
+            metavar="auto|cpu|cuda[:i]|mps",
+            help="Where to compute. Several share the blocks by their memory: cuda:0,cuda:1.",
+        ),
     ] = "auto",
     listen: Listen = None,
     announce: Announce = None,
@@ -216,7 +221,35 @@ def join(
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
     cache_tokens: Annotated[
-        int | None, typer.Option("--cache-tokens", min=1, help="Tokens that users' sessions may hold here, together.")
+        int | None,
+        typer.Option(
+            "--cache-tokens",
+            min=1,
+            metavar="N",
+            help="Tokens that users' sessions may hold here, together. Default: as many as memory holds.",
+            show_default=False,
+        ),
+    ] = None,
+    nice: Annotated[
+        int | None, typer.Option("--nice", min=0, max=19, help="Let other programs go first: 19 takes what they leave.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--schedule", metavar="HH:MM-HH:MM,…", help="Serve only then (local time), e.g. 22:00-08:00,12:00-13:00."
+        ),
+    ] = None,
+    pause_on_load: Annotated[
+        float | None,
+        typer.Option(
+            "--pause-on-load", metavar="PERCENT", help="Pause while other programs use so much of all CPUs together."
+        ),
+    ] = None,
+    max_bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            "--max-bandwidth", metavar="SIZE/s", help="Send no more than, e.g., 2MB/s, and receive no more than that."
+        ),
     ] = None,
     network: Network = None,
     token: Token = None,
@@ -229,6 +262,9 @@ def join(
 
     Only the weights of those blocks are downloaded. When others can dial this machine it prints "reachable", otherwise
     what to do about it. It finds its way back by itself after sleep, a network change or a restart of the entry nodes.
+
+    You come first: outside --schedule, and while other programs are above --pause-on-load, it takes no work, tells the
+    swarm so, and returns by itself.
     """
     with command(verbose=verbose, debug=debug):
         if exit_with_parent:
@@ -243,6 +279,10 @@ def join(
         entrance = None if new_swarm else _entrance(initial_peers, invite, network)
         span = None if blocks is None else BlockSpan.parse(blocks)
         memory = None if max_memory is None else _bytes(max_memory)
+        bytes_per_s = None if max_bandwidth is None else _bytes(max_bandwidth.strip().removesuffix("/s"))
+        from peers.serving.comfort import Schedule
+
+        hours = None if schedule is None else Schedule.parse(schedule)
         options = _node_options("peer", entrance, network, listen, announce, identity)
         from peers.host import PeerConfig
         from swarm.cli import node
@@ -259,6 +299,10 @@ def join(
             max_memory_bytes=memory,
             threads=threads,
             cache_tokens=cache_tokens,
+            nice=nice,
+            schedule=hours,
+            pause_on_load_percent=pause_on_load,
+            max_bytes_per_s=bytes_per_s,
             token=token,
         )
         node.join(config, as_json=as_json)
@@ -476,5 +520,5 @@ def _bytes(text: str) -> int:
     except ValueError:
         value = 0.0
     if not 0 < value < 1 << 62:  # not a number is refused here, too
-        raise typer.BadParameter(f"{text!r} is no amount of memory: write for example 6GB or 512MiB")
+        raise typer.BadParameter(f"{text!r} is no size: write for example 6GB or 512MiB")
     return int(value)

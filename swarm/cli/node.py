@@ -121,9 +121,12 @@ def describe(event: Event) -> str:
             return f"loading blocks {start}:{end} of {fields['model']} in {fields['dtype']}{weights}"
         case "ready" if "span" in fields:
             start, end = cast(list[int], fields["span"])
+            disturbed = ", beside busy programs" if fields["probe_disturbed"] else ""
             return (
                 f"serving blocks {start}:{end} of {fields['model']} on {fields['device']}; "
-                f"cache for {fields['cache_tokens']:,} tokens, {fields['decode_ms_per_block']} ms per block and token\n"
+                f"cache for {fields['cache_tokens']:,} tokens; per block and token {fields['decode_ms_per_block']} ms, "
+                f"{fields['prefill_ms_per_block']} ms in a prompt; up to {fields['token_budget']} tokens a forward, "
+                f"{fields['forward_mib']} MiB (measured {fields['probed']}{disturbed})\n"
                 f"{_entry(fields)}\nCtrl-C leaves the swarm"
             )
         case "ready":
@@ -140,10 +143,23 @@ def describe(event: Event) -> str:
             return f"NOT announced, so nobody finds this node: {fields['reason']}\nwhat to do: {fields['hint']}"
         case "announced":
             return "announced again: others find this node"
+        case "paused":
+            return f"paused: {_why_paused(fields)}"
+        case "resumed":
+            return "resumed: serving again"
         case "draining":
             return "leaving: running steps finish first (Ctrl-C again to end at once)"
         case _:
             return event.kind
+
+
+def _why_paused(fields: dict[str, object]) -> str:
+    if fields["reason"] == "schedule":
+        return f"it is outside {fields['schedule']}; back at {fields['resumes_at']}"
+    return (
+        f"other programs use {fields['load_percent']} % of the CPUs, the limit is {fields['limit_percent']:g} %; "
+        f"back once that has been below {fields['resume_percent']:g} % for a while"
+    )
 
 
 def _entry(fields: dict[str, object]) -> str:

@@ -142,6 +142,7 @@ def _plain_peer(peer: Announcement, rtt_s: float | None) -> dict[str, Any]:
         "decode_ms_per_block": round(peer.decode_s_per_block * 1000, 3),
         "cache_tokens": peer.cache_tokens,
         "free_tokens": peer.free_tokens,
+        "max_bytes_per_s": peer.max_bytes_per_s or None,
         "addresses": list(peer.addresses),
     }
 

@@ -19,6 +19,7 @@ from peers.model.kernels import accelerate, pool_for
 from peers.model.loading import check_folder, load_client
 from peers.model.progress import Progress
 from peers.platform import require_platform
+from peers.wire.messages import Urgency
 from routing.errors import CallerError
 from routing.precision import check_precision
 from swarm.models.base import SwarmModel
@@ -26,7 +27,7 @@ from swarm.models.head import share_head
 from swarm.models.layers import RemoteLayers, asked_of_model
 from swarm.network import DEFAULT_NETWORK, Entrance
 from swarm.session import driver
-from swarm.session.driver import RemoteModel
+from swarm.session.live import RemoteModel
 from swarm.session.remote import Embed, Remote
 
 IGNORED_LABEL = -100
@@ -50,6 +51,7 @@ class SwarmModelForCausalLM(SwarmModel):
         token: str | None = None,
         progress: Progress | None = None,
         remote: Remote | None = None,
+        background: bool = False,
         min_precision: str | None = None,
     ) -> Any:
         """Load the ends of `model` (a folder, hub id, built-in name or Checkpoint) and enter a network for its layers.
@@ -57,7 +59,8 @@ class SwarmModelForCausalLM(SwarmModel):
         The network is entered by `invite`, or by `initial_peers` and its name; `remote` stands in for it. Only the
         client's own tensors are downloaded (`cache`: where to; `token`: for gated repositories). Layers run in each
         peer's dtype, and with `min_precision` (`routing.precision.PRECISIONS`) only at peers that are as precise as
-        that; `dtype` and `device` are those of the ends. The parameters are frozen. Raises SwarmError.
+        that; `dtype` and `device` are those of the ends. A model in the `background` gives way to everybody who waits
+        for an answer, as befits long evaluations. The parameters are frozen. Raises SwarmError.
         """
         own_dtype = _dtype(dtype)
         if min_precision is not None:
@@ -66,7 +69,9 @@ class SwarmModelForCausalLM(SwarmModel):
         if remote is None:
             require_platform()
             entrance = Entrance.of(initial_peers=initial_peers, invite=invite, network=network)
-            connect = functools.partial(driver.connect, entrance)
+            connect = functools.partial(
+                driver.connect, entrance, urgency=Urgency.BACKGROUND if background else Urgency.INTERACTIVE
+            )
         else:
             connect = functools.partial(_given, remote)
         if isinstance(model, str):

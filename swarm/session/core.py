@@ -27,6 +27,12 @@ stalls or forgets. The driver performs the actions and reports what happened.
 
 Every step is answered once: results of an older epoch or of an unknown step are ignored. Attempts and waiting are
 counted between two results that the caller asked for, so a session ends within its budget or makes progress.
+
+A pause keeps the session's pages, and nobody waits for them. "busy" to a step never means that pages are missing, that
+is "preempted": it means a full queue of works, too many bytes in flight, or for a fork a full table of sessions. The
+first two empty by themselves, because every work that is queued either runs or is preempted at once; the third is
+given up, pages and all, after `max_busy_repeats`. Meanwhile a hop takes the pages of a paused session for an older one
+without asking: the pause, or the step after it, then ends as "preempted".
 """
 
 from __future__ import annotations
@@ -53,6 +59,9 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
+PIECE_POSITIONS_MIN = 32
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionConfig:
     """Budgets of one session."""
@@ -66,9 +75,15 @@ class SessionConfig:
     window: int = 4
     """Steps sent and not yet answered: enough to keep every hop of a short route at work during a long prompt."""
     chunk_positions: int = 256
-    """Positions per step of a replay, and of a prompt."""
+    """Positions per step of a replay, and of a prompt, at most."""
     max_busy_repeats: int = 4
     """How often a busy step is repeated in place, before its session lets go of its pages and starts over."""
+
+    def chunk(self, count: int) -> int:
+        """Positions per step where `count` are to be sent: pieces that are under way together, so that the hops of a
+        route work at the same time, and none so small that a hop's time goes into reading its weights."""
+        pieces = max(1, min(self.window, count // PIECE_POSITIONS_MIN))
+        return max(1, min(self.chunk_positions, -(-count // pieces)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,7 +316,8 @@ class SessionCore:
         return self._rebuild(error) if self._on_route(peer) else []
 
     def forgotten(self, epoch: int, error: SwarmError, *, gap_at: StepId | None = None) -> list[Action]:
-        """A healthy hop does not hold what the session thinks (lease over, restart), or found a gap before a step."""
+        """A healthy hop does not hold what the session thinks (lease over, restart), or found a gap before a step, or
+        steps back for its owner."""
         if epoch != self.epoch or not self._on_route(None):
             return []
         if gap_at in self._behind_busy:
@@ -402,8 +418,9 @@ class SessionCore:
             held = step.first + step.count
 
     def _replay_chunks(self, start: int, end: int) -> Iterable[PendingStep]:
-        for first in range(start, end, self.config.chunk_positions):
-            count = min(self.config.chunk_positions, end - first)
+        chunk = self.config.chunk(end - start)
+        for first in range(start, end, chunk):
+            count = min(chunk, end - first)
             yield PendingStep(step=self._new_id(), first=first, count=count, want_from=count, replay=True)
 
     def _send(self) -> list[Action]:

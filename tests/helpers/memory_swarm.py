@@ -17,8 +17,9 @@ from peers.capacity import plan_capacity
 from peers.host import ServerPeer
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import load_config
+from peers.runtime.cost import ForwardCost
 from peers.runtime.engine import Sharing
-from peers.runtime.probe import Speed
+from peers.runtime.probe import Probe
 from peers.transport.memory import MemoryNetwork, MemoryTransport
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, PeerId
@@ -26,10 +27,16 @@ from routing.store import RecordStore
 from swarm.models.loading import load_model
 from swarm.network import ClientNode, NetworkThread
 from swarm.session.core import SessionConfig
-from swarm.session.driver import RemoteModel, SwarmRemote
+from swarm.session.driver import SwarmRemote
+from swarm.session.live import RemoteModel
 from swarm.session.remote import Embed
 
-SPEED = Speed(decode_s_per_block=1e-3, prefill_s_per_token_block=1e-4)
+PROBE = Probe(
+    decode_s_per_block=1e-3,
+    prefill_s_per_token_block=1e-4,
+    cost=ForwardCost(base_s=1e-3, per_token_s=1e-4, per_token_past_s=0.0),
+    forward_bytes=1 << 20,
+)
 """What tiny peers announce instead of measuring for a second."""
 
 _seeds = itertools.count(1)
@@ -124,7 +131,7 @@ class MemorySwarm:
             threads=1,
             page_size=self._page_size,
             share_prefixes=self._share_prefixes,
-            speed=SPEED,
+            probe=PROBE,
         )
         self._serving.append(asyncio.create_task(peer.serve()))
         await peer.announced()
@@ -166,6 +173,14 @@ class MemorySwarm:
             self.network.cut(peer_id)
 
         self.thread.call(cut())
+
+    def pause_peer(self, peer_id: PeerId, paused: bool = True) -> None:
+        """The peer steps back for its owner, or returns."""
+
+        async def pause() -> None:
+            next(peer for peer in self.peers if peer._key.peer_id == peer_id).pause(paused)
+
+        self.thread.call(pause())
 
     def forget_sessions(self) -> None:
         """Every lease ends at once, as after a long pause."""

@@ -40,6 +40,15 @@ def torn(folder: Path) -> list[str]:
     return []
 
 
+def flipped(folder: Path) -> list[str]:
+    """One bit of the header: flipped values are just another model, with another id."""
+    shard = folder / "model" / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[8] ^= 1  # the brace that opens the header
+    shard.write_bytes(content)
+    return []
+
+
 def readable_by_all(folder: Path) -> list[str]:
     (folder / "peer.key").write_bytes(b"secret")
     (folder / "peer.key").chmod(0o644)
@@ -60,6 +69,7 @@ _taken: list[socket.socket] = []
     [
         (recurrent, "mamba models cannot be cut into blocks"),
         (torn, "model.safetensors"),
+        (flipped, "model.safetensors"),
         (readable_by_all, "chmod 600"),
         (port_in_use, "in use"),
     ],

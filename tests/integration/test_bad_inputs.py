@@ -43,7 +43,7 @@ async def test_an_unknown_model_is_named(tmp_path: Path) -> None:
 
 async def test_a_peer_too_small_for_one_block_is_told_what_it_takes(tmp_path: Path) -> None:
     with pytest.raises(PeerTooSmall, match=r"1 block\(s\) of this model .* MiB") as caught:
-        await start_peer(tmp_path, max_memory_bytes=700 << 20)
+        await start_peer(tmp_path, max_memory_bytes=700_000_000)
     assert "--max-memory" in caught.value.hint
 
 

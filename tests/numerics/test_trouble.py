@@ -90,6 +90,53 @@ def test_a_hop_that_dies_is_replaced_and_the_ids_stay_the_same(
     assert used[dies] not in [hop.peer_id for hop in model._remote_layers.remote.route.hops]
 
 
+@pytest.mark.parametrize("pauses", [0, 1])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_hop_that_pauses_is_replaced_with_the_same_ids_and_blamed_by_nobody_and_serves_again_later(
+    make_swarm: Callable[..., MemorySwarm], local: Any, pauses: int, beams: int
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+    remote, router = model._remote_layers.remote, swarm.thread.client.router
+    swarm.add_peer(*((0, 2), (2, NUM_BLOCKS))[pauses])
+    ids, used = prompt(2), []
+
+    def step_back() -> None:
+        used.append(remote.route.hops[pauses].peer_id)
+        swarm.pause_peer(used[0])
+
+    pause = AtToken(5, step_back)
+    assert torch.equal(
+        generate(model, ids, num_beams=beams, stopping_criteria=[pause]), generate(local, ids, num_beams=beams)
+    )
+    other = remote.route.hops[pauses].peer_id
+    assert other != used[0]
+    assert remote.traffic.rebuilds >= 1
+    assert router._reputation.backed_off(swarm.thread.client.discovery.now_s()) == {}
+    assert swarm.eventually_settled()
+
+    swarm.pause_peer(used[0], False)
+    swarm.pause_peer(other)
+    assert torch.equal(generate(model, ids), generate(local, ids))
+    assert remote.route.hops[pauses].peer_id == used[0]
+
+
+def test_a_conversation_whose_only_holder_pauses_hears_why_and_goes_on_when_it_is_back(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+    peer_id = swarm.peers[1]._key.peer_id
+    with model.session():
+        first = generate(model, prompt())
+        more = torch.cat([first, prompt(seed=7)], 1)
+        swarm.pause_peer(peer_id)
+        with pytest.raises(NoRoute, match="paused"):
+            generate(model, more)
+        swarm.pause_peer(peer_id, False)
+        assert torch.equal(generate(model, more), generate(local, more))
+
+
 def test_a_rebuild_is_planned_from_the_route_that_was_lost(
     make_swarm: Callable[..., MemorySwarm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +218,19 @@ def test_a_pool_too_small_for_all_sessions_at_once_finishes_every_one(
     with ThreadPoolExecutor(6) as threads:
         results = list(threads.map(lambda ids: generate(model, ids), prompts))
     for ids, result in zip(prompts, results, strict=True):
+        assert torch.equal(result, generate(local, ids))
+    assert swarm.eventually_settled()
+
+
+def test_two_users_whose_sessions_pass_the_pool_together_both_finish_everything(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)], cache_tokens=64)
+    light, heavy = swarm.model(guest=True), swarm.model()
+    work = [(light, prompt(seed=10)), *((heavy, prompt(seed=seed)) for seed in range(5)), (light, prompt(seed=11))]
+    with ThreadPoolExecutor(len(work)) as threads:
+        results = list(threads.map(lambda one: generate(*one), work))
+    for (_, ids), result in zip(work, results, strict=True):
         assert torch.equal(result, generate(local, ids))
     assert swarm.eventually_settled()
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from peers.capacity import CACHE_TOKENS_DEFAULT, PROCESS_BYTES, plan_capacity
+from peers import capacity
+from peers.capacity import FORWARD_BYTES, PROCESS_BYTES, plan_capacity
 from peers.errors import PeerTooSmall
+from peers.model.support import examine
+from peers.runtime.sizing import SESSIONS_MAX, TOKENS_MIN
 from routing.errors import CallerError, InvalidSpan
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES, NUM_BLOCKS
@@ -14,9 +19,10 @@ from tests.helpers.families import FAMILIES, NUM_BLOCKS
 CONFIG = FAMILIES["llama"].config()
 
 
-def test_a_peer_with_room_may_host_every_block_with_the_usual_cache() -> None:
+def test_a_peer_with_room_may_host_every_block_with_a_cache_for_several_of_the_longest_sessions() -> None:
     plan = plan_capacity(CONFIG, device="cpu", max_memory_bytes=4 << 30)
-    assert (plan.num_blocks, plan.max_blocks, plan.cache_tokens) == (NUM_BLOCKS, NUM_BLOCKS, CACHE_TOKENS_DEFAULT)
+    most = SESSIONS_MAX * CONFIG.max_position_embeddings
+    assert (plan.num_blocks, plan.max_blocks, plan.cache_tokens) == (NUM_BLOCKS, NUM_BLOCKS, most)
     assert plan.dtype == torch.float32
 
 
@@ -27,8 +33,66 @@ def test_memory_bounds_the_blocks_and_less_cache_makes_room_for_more() -> None:
     assert 1 <= full.max_blocks < roomy.max_blocks == NUM_BLOCKS
 
 
+def test_by_default_a_part_of_what_is_free_now_is_taken_and_never_more_than_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = FAMILIES["llama"].config()
+    config.max_position_embeddings = 1 << 30
+    kv_bytes = sum(shape.elements for shape in examine(config).kv_shapes) * 4
+
+    def pool_bytes(free_bytes: int, **options: Any) -> int:
+        monkeypatch.setattr(capacity.psutil, "virtual_memory", lambda: SimpleNamespace(available=free_bytes))
+        return kv_bytes * plan_capacity(config, device="cpu", **options).cache_tokens
+
+    assert 0.9 * (3.2 * 2**30 - PROCESS_BYTES) < pool_bytes(4 << 30) <= 3.2 * 2**30 - PROCESS_BYTES
+    assert pool_bytes(4 << 30, max_memory_bytes=2 << 30) <= (2 << 30) - PROCESS_BYTES
+    assert pool_bytes(4 << 30, max_memory_bytes=64 << 30) <= (4 << 30) - PROCESS_BYTES
+
+
+def test_in_a_container_what_it_has_left_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "_CONTAINER", tmp_path)
+    unlimited = capacity._free_bytes(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text("900000000\n")
+    (tmp_path / "memory.current").write_text("800000000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000000\nactive_file 50000000\ninactive_file 20000000\n")
+    assert capacity._free_bytes(torch.device("cpu")) == 170_000_000 < unlimited
+    (tmp_path / "memory.max").write_text("max\n")
+    assert capacity._free_bytes(torch.device("cpu")) > 170_000_000
+
+
+def test_a_large_forward_leaves_less_room_and_a_small_one_no_more_than_was_planned() -> None:
+    limit = PROCESS_BYTES + (2 << 20)
+    plan = plan_capacity(CONFIG, device="cpu", max_memory_bytes=limit)
+    assert plan.beside(0) == plan.beside(FORWARD_BYTES) == plan
+    beside = plan.beside(FORWARD_BYTES + (1 << 20))
+    assert (beside.max_blocks, beside.cache_tokens) < (plan.max_blocks, plan.cache_tokens)
+    assert beside.beside(FORWARD_BYTES) == plan
+    with pytest.raises(PeerTooSmall):
+        plan.beside(FORWARD_BYTES + (3 << 20))
+
+
+def test_several_devices_share_the_blocks_and_the_memory() -> None:
+    plan = plan_capacity(CONFIG, device="cpu,cpu", max_memory_bytes=4 << 30, blocks=BlockSpan(1, 4))
+    assert [span for _, span in plan.parts(BlockSpan(1, 4))] in (
+        [BlockSpan(1, 2), BlockSpan(2, 4)],
+        [BlockSpan(1, 3), BlockSpan(3, 4)],
+    )
+    assert plan.request.limits_bytes == (2 << 30, 2 << 30)
+    one = plan_capacity(CONFIG, device="cpu,cpu", max_memory_bytes=4 << 30, num_blocks=1)
+    assert len(one.parts(BlockSpan(3, 4))) == 1
+
+
+def test_a_cache_too_small_to_be_useful_is_refused_unless_it_was_asked_for() -> None:
+    one_block = sum(size for name, size in examine(CONFIG).weights.items() if ".layers.0." in name)
+    tight = PROCESS_BYTES + one_block + 100_000
+    with pytest.raises(PeerTooSmall, match=f"cache of {TOKENS_MIN}"):
+        plan_capacity(CONFIG, device="cpu", max_memory_bytes=tight)
+    asked = plan_capacity(CONFIG, device="cpu", max_memory_bytes=tight, cache_tokens=256)
+    assert (asked.max_blocks >= 1, asked.cache_tokens) == (True, 256)
+
+
 def test_a_peer_too_small_for_one_block_is_told_the_sizes() -> None:
-    with pytest.raises(PeerTooSmall, match="may use 700 MiB") as raised:
+    with pytest.raises(PeerTooSmall, match="may use 668 MiB") as raised:
         plan_capacity(CONFIG, device="cpu", max_memory_bytes=PROCESS_BYTES)
     assert "--max-memory" in raised.value.hint
 
@@ -49,6 +113,7 @@ def test_blocks_that_the_model_does_not_have_are_refused(wrong: dict[str, object
 @pytest.mark.parametrize(
     "wrong",
     [
+        *({"device": name} for name in ("cpu,", "cpu,abacus", "cpu,cuda:77")),
         *({"device": name} for name in ("abacus", "meta", "xpu", "cpu:7", "cuda:", "cuda:-1", "cuda:77")),
         {"dtype": "int3", "device": "cpu"},
         *({"device": "cpu", "cache_tokens": tokens} for tokens in (-1, 0, 1, 15)),

@@ -12,16 +12,22 @@ from typing import Any
 import pytest
 
 from peers import host
+from peers.capacity import FORWARD_BYTES, plan_capacity
 from peers.errors import AddressInUse, InsecureIdentity
 from peers.host import BootstrapConfig, Event, PeerConfig, run_bootstrap, run_peer
+from peers.runtime.engine import Engine
+from peers.runtime.probe import Probe
+from peers.serving.owner import Owner
 from peers.serving.reachability import DialBackService
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.links import Links
 from routing.errors import CallerError, SwarmError, Unavailable
 from routing.identity import SigningKey
+from routing.ids import BlockSpan
 from routing.records import MAX_MODEL_NAME_CHARS
 from tests.helpers.families import FAMILIES, save_checkpoint
-from tests.helpers.memory_swarm import MemorySwarm
+from tests.helpers.hours import hours_without_now
+from tests.helpers.memory_swarm import PROBE, MemorySwarm
 
 LISTEN = "/ip4/127.0.0.1/tcp/0"
 
@@ -158,6 +164,61 @@ async def test_the_first_peer_of_a_network_becomes_ready_alone(tmp_path: Path, t
     assert "no other node" in str(unknown.fields["reason"])
 
 
+async def test_a_peer_outside_its_hours_loads_announces_itself_as_paused_and_opens_by_itself(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peers.serving.owner.LOOK_S", 0.05)
+    schedule = hours_without_now()
+    async with Life(peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1, schedule=schedule)) as life:
+        paused = await life.wait_for("paused")
+        assert life.events["ready"]
+        assert paused.fields["reason"] == "schedule"
+        monkeypatch.setattr(Owner, "minute", property(lambda _: schedule.ranges[0][0]))
+        await life.wait_for("resumed")
+    assert life.kinds[-2:] == ["draining", "stopped"]
+
+
+@pytest.mark.parametrize(
+    "wish", [{"nice": 20}, {"pause_on_load_percent": 0.0}, {"max_bytes_per_s": 1}], ids=lambda wish: next(iter(wish))
+)
+def test_a_comfort_that_makes_no_sense_is_refused_at_once(wish: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CallerError) as caught:
+        peer(tmp_path, **wish)
+    assert caught.value.hint
+
+
+async def test_a_peer_measures_itself_at_its_first_start_and_remembers_it(tmp_path: Path, tiny: Path) -> None:
+    found = []
+    for _ in range(2):
+        async with Life(peer(tmp_path, model=str(tiny), blocks=BlockSpan(0, 2), threads=1)) as life:
+            found.append((await life.wait_for("ready")).fields)
+    first, second = found
+    assert (first.pop("probed"), second.pop("probed")) == ("now", "before")
+    for name in ("decode_ms_per_block", "prefill_ms_per_block", "token_budget", "forward_mib", "probe_disturbed"):
+        assert first[name] == second[name]
+
+
+async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_from_the_first_start_on(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_capacity(FAMILIES["llama"].config(), device="cpu", max_memory_bytes=4 << 30)
+    half_bytes = plan.max_blocks * plan.cache_tokens * plan.request.sizes.token_bytes // 2
+    found = replace(PROBE, forward_bytes=FORWARD_BYTES + half_bytes)
+
+    async def measured(engine: Engine) -> Probe:
+        return found
+
+    monkeypatch.setattr(host, "measure", measured)
+    options = {
+        "blocks": BlockSpan(0, plan.max_blocks),
+        "max_memory_bytes": plan.share.num_bytes(plan.request.sizes, plan.max_blocks),
+    }
+    for _ in range(2):
+        async with Life(peer(tmp_path, model=str(tiny), threads=1, **options)) as life:
+            cache_tokens = (await life.wait_for("ready")).fields["cache_tokens"]
+        assert cache_tokens == plan.cache_tokens // 2 // 16 * 16
+
+
 async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_have_its_record(
     tmp_path: Path, tiny: Path
 ) -> None:
@@ -188,3 +249,10 @@ def test_a_wrong_clock_is_named_as_the_reason() -> None:
     assert "clock" in str(behind["hint"])
     assert right == unknown == {"reason": str(problem), "hint": problem.hint}
     assert host._outage(None, -60.0).kind == "announced"
+
+
+async def test_a_peer_of_two_devices_is_one_peer(tmp_path: Path, tiny: Path) -> None:
+    config = peer(tmp_path, model=str(tiny), device="cpu,cpu", blocks=BlockSpan(0, 3), threads=1)
+    async with Life(config) as life:
+        ready = (await life.wait_for("ready")).fields
+    assert (ready["device"], ready["span"]) == ("cpu,cpu", [0, 3])

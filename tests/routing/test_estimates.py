@@ -95,3 +95,12 @@ def test_a_hop_costs_latency_plus_bytes_over_bandwidth_plus_queue_plus_blocks() 
     assert one == pytest.approx((0.02 + 0.001 + 0.003, 0.002, 0.021))
     many = hop_cost(estimate, tokens=101, bytes_per_token=12_500)
     assert many == pytest.approx((0.02 + 0.101 + 0.003, 0.002 + 0.01, 0.121))
+
+
+def test_a_cap_below_the_assumed_bandwidth_is_paid_on_the_way_in_and_on_the_way_out() -> None:
+    estimate = Estimates().of(SAID, NOW_S)
+    free = hop_cost(estimate, tokens=1, bytes_per_token=12_500)
+    capped = hop_cost(estimate._replace(max_bytes_per_s=1_250_000), tokens=1, bytes_per_token=12_500)
+    assert capped.enter_s - free.enter_s == pytest.approx(2 * (0.010 - 0.001))
+    assert (capped.per_block_s, capped.leave_s) == (free.per_block_s, free.leave_s)
+    assert hop_cost(estimate._replace(max_bytes_per_s=10**9), tokens=1, bytes_per_token=12_500) == free

@@ -36,12 +36,13 @@ def test_the_rarest_blocks_go_first_when_all_are_held() -> None:
     assert choose([*everywhere, announcement(peer(7), 0, 14), announcement(peer(8), 16, 30)], 2) == "14:16"
 
 
-def test_peers_that_leave_are_expired_or_claim_another_size_do_not_count() -> None:
+def test_peers_that_leave_pause_are_expired_or_claim_another_size_do_not_count() -> None:
     held = announcement(peer(9), 10, 30)
+    pausing = announcement(peer(4), 0, 10, state=PeerState.PAUSED)
     leaving = announcement(peer(1), 0, 10, state=PeerState.DRAINING)
     expired = announcement(peer(2), 0, 10, expires_at_s=NOW_S - CLOCK_SLACK_S)
     other_size = announcement(peer(3), 0, 10, num_blocks=31)
-    assert choose([held, leaving, expired, other_size], 10) == "0:10"
+    assert choose([held, pausing, leaving, expired, other_size], 10) == "0:10"
 
 
 def test_a_peer_with_room_to_spare_takes_the_whole_model() -> None:

@@ -16,6 +16,7 @@ from routing.records import (
     CLOCK_SLACK_S,
     KEYS_PER_MODEL,
     MAX_BLOCKS,
+    MAX_BYTES_PER_S,
     MAX_EXPIRY_AHEAD_S,
     MAX_RECORD_BYTES,
     MAX_RECORDS_PER_KEY,
@@ -62,7 +63,7 @@ def body_of(value: bytes) -> list[object]:
 FIELD = {name: index for index, name in enumerate([
     "sequence", "expires_at_s", "model", "model_name", "num_blocks", "start", "end", "state", "dtype", "quantization",
     "version", "protocol", "name", "addresses", "decode_s_per_block", "prefill_s_per_token_block", "cache_tokens",
-    "free_tokens",
+    "free_tokens", "max_bytes_per_s",
 ])}  # fmt: skip
 
 
@@ -98,6 +99,7 @@ ANNOUNCEMENTS = st.builds(
     protocol=st.integers(0, 65535),
     decode_s_per_block=st.floats(0, 3600),
     prefill_s_per_token_block=st.floats(0, 3600),
+    max_bytes_per_s=st.integers(0, MAX_BYTES_PER_S),
     sequence=st.integers(0, 2**63 - 1),
     expires_at_s=st.floats(NOW_S - CLOCK_SLACK_S, NOW_S + MAX_EXPIRY_AHEAD_S),
 )
@@ -121,6 +123,12 @@ def test_the_layout_is_the_documented_one() -> None:
     assert VALUE[0] == 1
     assert signed_body(body_of(VALUE)) == VALUE
     assert len(body_of(VALUE)) == len(FIELD)
+
+
+def test_a_record_of_a_version_that_knew_fewer_fields_or_knows_more_is_read() -> None:
+    body = body_of(VALUE)
+    assert verdict(signed_body(body[: FIELD["max_bytes_per_s"]])) == RECORD
+    assert verdict(signed_body([*body, "a field of tomorrow"])) == RECORD
 
 
 @given(st.binary(max_size=1100))
@@ -303,6 +311,8 @@ def test_texts_are_bounded_and_printable(name: str, text: str) -> None:
         ("cache_tokens", 2**41),
         ("free_tokens", 8193),
         ("free_tokens", 1.5),
+        ("max_bytes_per_s", -1),
+        ("max_bytes_per_s", MAX_BYTES_PER_S + 1),
     ],
 )
 def test_a_field_out_of_bounds_is_refused_even_when_its_owner_signed_it(name: str, content: object) -> None:
@@ -353,8 +363,8 @@ def test_every_field_of_an_announcement_travels() -> None:
     changed = replace(
         RECORD, model=OTHER_MODEL, model_name="other", num_blocks=31, span=BlockSpan(3, 4), state=PeerState.DRAINING,
         dtype="int8", quantization="nf4", version="9", protocol=7, name="other", addresses=(),
-        decode_s_per_block=0.5, prefill_s_per_token_block=0.25, cache_tokens=6, free_tokens=5, sequence=4,
-        expires_at_s=NOW_S + 3,
+        decode_s_per_block=0.5, prefill_s_per_token_block=0.25, cache_tokens=6, free_tokens=5, max_bytes_per_s=8,
+        sequence=4, expires_at_s=NOW_S + 3,
     )  # fmt: skip
     for field in fields(Announcement):
         if field.name != "peer_id":

@@ -104,7 +104,13 @@ def test_a_swarm_without_the_model_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "word"), [(PeerState.DRAINING, "draining"), (PeerState.JOINING, "joining"), (PeerState.ONLINE, "avoided")]
+    ("state", "word"),
+    [
+        (PeerState.DRAINING, "draining"),
+        (PeerState.JOINING, "joining"),
+        (PeerState.PAUSED, "paused"),
+        (PeerState.ONLINE, "avoided"),
+    ],
 )
 def test_blocks_that_only_unusable_peers_hold_are_told_from_blocks_that_nobody_holds(
     state: PeerState, word: str
@@ -125,6 +131,27 @@ def test_a_backed_off_holder_is_named_with_the_reason() -> None:
         router.plan(REQUEST, NOW_S)
     assert raised.value.missing == ((10, 20),)
     assert "nobody" not in str(raised.value)
+
+
+def test_a_peer_that_says_it_paused_is_left_alone_until_it_announces_that_it_is_back() -> None:
+    router = router_with(*THREE)
+    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(1)
+    router.on_paused(peer(1))
+    router.on_paused(peer(9))  # who is not known
+    router.on_announcements([THREE[1]], NOW_S)  # the record of before, read again
+    with pytest.raises(NoRoute, match=r"\(10:20, paused\)"):
+        router.plan(REQUEST, NOW_S)
+    router.on_announcements([replace(THREE[1], sequence=2)], NOW_S)
+    assert peers_of(router.plan(REQUEST, NOW_S))[1] == peer(1)
+
+
+def test_of_two_peers_with_equal_claims_the_one_with_less_bandwidth_gets_no_prompt() -> None:
+    capped = replace(THREE[1], max_bytes_per_s=200_000)
+    spare = announcement(peer(3), 10, 20, decode_s_per_block=0.0015)
+    router = router_with(THREE[0], capped, THREE[2], spare)
+    prompt = replace(REQUEST, tokens=256, bytes_per_token=2304)
+    assert peers_of(router.plan(prompt, NOW_S))[1] == peer(3)
+    assert peers_of(router.plan(replace(REQUEST, bytes_per_token=10), NOW_S))[1] == peer(1)
 
 
 def test_the_message_stays_short_however_many_peers_are_unusable() -> None:
@@ -209,7 +236,7 @@ def test_a_kept_route_carries_fresh_addresses_and_cost() -> None:
     assert kept.cost_s < previous.cost_s
 
 
-@pytest.mark.parametrize("loss", ["draining", "shrunk", "expired", "failed", "avoided"])
+@pytest.mark.parametrize("loss", ["draining", "paused", "shrunk", "expired", "failed", "avoided"])
 def test_a_previous_route_that_lost_a_hop_is_not_kept(loss: str) -> None:
     spare = announcement(peer(3), 10, 20, decode_s_per_block=1.0, expires_at_s=NOW_S + 300)
     router = router_with(*THREE, spare)
@@ -218,6 +245,8 @@ def test_a_previous_route_that_lost_a_hop_is_not_kept(loss: str) -> None:
     request, now_s = replace(REQUEST, previous=previous), NOW_S
     if loss == "draining":
         router.on_announcements([replace(THREE[1], sequence=2, state=PeerState.DRAINING)], NOW_S)
+    elif loss == "paused":
+        router.on_announcements([replace(THREE[1], sequence=2, state=PeerState.PAUSED)], NOW_S)
     elif loss == "shrunk":
         router.on_announcements([announcement(peer(1), 12, 20, sequence=2)], NOW_S)
         request = replace(request, avoid=frozenset({peer(0)}))
@@ -260,7 +289,9 @@ SAYINGS = st.lists(
     max_size=25,
 )
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["rtt", "step", "failure", "busy", "success"]), st.integers(0, 8), st.floats(0, 2)),
+    st.tuples(
+        st.sampled_from(["rtt", "step", "failure", "busy", "paused", "success"]), st.integers(0, 8), st.floats(0, 2)
+    ),
     max_size=25,
 )
 
@@ -288,12 +319,15 @@ def test_whatever_happens_a_plan_covers_each_block_once_with_usable_peers_or_nam
                 router.on_failure(peer(number), NOW_S, "died")
             elif event == "busy":
                 router.on_busy(peer(number), amount, NOW_S)
+            elif event == "paused":
+                router.on_paused(peer(number))
             else:
                 router.on_success(peer(number), NOW_S)
         return router
 
     request = replace(REQUEST, num_blocks=10, cache_tokens=2, avoid=frozenset(map(peer, avoided)))
     live = {a.peer_id: a for a in said}
+    paused = {peer(number) for event, number, _ in events if event == "paused"}
     try:
         route = build(said).plan(request, NOW_S)
     except NoRoute:
@@ -309,7 +343,7 @@ def test_whatever_happens_a_plan_covers_each_block_once_with_usable_peers_or_nam
     for hop in route.hops:
         assert live[hop.peer_id].span.covers(hop.span)
         assert live[hop.peer_id].state is PeerState.ONLINE
-        assert hop.peer_id not in request.avoid
+        assert hop.peer_id not in request.avoid | paused
     # The same events in another order of announcements give the same route, and the route survives its own hysteresis.
     assert build(rng.sample(said, len(said))).plan(request, NOW_S) == route
     assert build(said).plan(replace(request, previous=route), NOW_S).hops == route.hops
@@ -317,19 +351,27 @@ def test_whatever_happens_a_plan_covers_each_block_once_with_usable_peers_or_nam
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 9), st.integers(1, 10), st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=25
+        st.tuples(
+            st.integers(0, 9),
+            st.integers(1, 10),
+            st.integers(0, 5),
+            st.integers(0, 2),
+            st.sampled_from([0, 500, 10**9]),
+        ),
+        min_size=1,
+        max_size=25,
     ),
     st.integers(1, 3),
 )
 def test_strangers_that_are_not_priced_would_not_have_made_a_route_cheaper(
-    sayings: list[tuple[int, int, int, int]], tokens: int
+    sayings: list[tuple[int, int, int, int, int]], tokens: int
 ) -> None:
     said = [
         announcement(
             peer(n), start, min(10, start + length), num_blocks=10,
-            decode_s_per_block=float(decode_s), prefill_s_per_token_block=float(prefill_s),
+            decode_s_per_block=float(decode_s), prefill_s_per_token_block=float(prefill_s), max_bytes_per_s=cap,
         )
-        for n, (start, length, decode_s, prefill_s) in enumerate(sayings)
+        for n, (start, length, decode_s, prefill_s, cap) in enumerate(sayings)
     ]  # fmt: skip
     nobody_measured = Estimates()
     priced = [

@@ -71,6 +71,8 @@ def test_help_and_argument_errors_come_without_loading_torch() -> None:
         ("join", "m", "--new-swarm", "--dtype", "float8"),
         ("join", "m", "--new-swarm", "--blocks", "0:1", "--num-blocks", "1"),
         ("join", "m", "--new-swarm", "--max-memory", "lots"),
+        ("join", "m", "--new-swarm", "--max-bandwidth", "fast"),
+        ("join", "m", "--new-swarm", "--nice", "20"),
         ("join", "m", "--new-swarm", "--initial-peers", ADDRESS),
         ("generate", "m", "--top-p", "2"),
     ],
@@ -94,6 +96,7 @@ def test_a_mistyped_command_is_a_usage_error(arguments: tuple[str, ...], run: Ca
         (("join", "m", "--new-swarm", "--blocks", "9:3"), "blocks 9:3 are not a range", "A:B"),
         (("join", "m", "--new-swarm", "--listen", "everywhere"), "is not an address of this network", "/ip4/"),
         (("join", "m", "--new-swarm", "--network", "My Network"), "is not a network name", "lower-case"),
+        (("join", "m", "--new-swarm", "--schedule", "at night"), "'at night' is no time of day", "22:00-08:00"),
         (("bootstrap", "--network", "My Network"), "is not a network name", "lower-case"),
         (("generate", "m", "--initial-peers", ADDRESS, "--network", "A"), "is not a network name", "lower-case"),
         (("generate", "m", "--initial-peers", ADDRESS), "the prompt is empty", "--prompt"),
@@ -149,6 +152,18 @@ def test_memory_is_read_with_its_unit(text: str, expected: int) -> None:
     assert _bytes(text) == expected
 
 
+def test_a_bandwidth_may_be_written_per_second(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]) -> None:
+    configs: list[peers.host.PeerConfig] = []
+    monkeypatch.setattr(node, "join", lambda config, as_json: configs.append(config))
+    monkeypatch.setattr(node, "claim_identity", lambda path, role: Path("unused.key"))
+    wishes = ("--nice", "5", "--schedule", "22:00-08:00,12:00-13:00", "--pause-on-load", "40")
+    for text in ("2MB/s", "2MB", "2000000"):
+        assert run("join", "m", "--new-swarm", "--max-bandwidth", text, *wishes).exit_code == 0
+    for config in configs:
+        assert (config.max_bytes_per_s, config.nice, config.pause_on_load_percent) == (2_000_000, 5, 40.0)
+        assert str(config.schedule) == "22:00-08:00,12:00-13:00"
+
+
 @pytest.mark.parametrize("text", ["", "B", "GB", "-1GB", "0", "nan", "inf", "1PB", "12 apples"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
@@ -189,12 +204,19 @@ def test_every_event_of_a_node_has_words() -> None:
             "device": "cpu",
             "cache_tokens": 4096,
             "decode_ms_per_block": 1.25,
+            "prefill_ms_per_block": 0.125,
+            "token_budget": 256,
+            "forward_mib": 20,
+            "probed": "now",
+            "probe_disturbed": True,
         },
         "reachable": {"addresses": [ADDRESS]},
         "unreachable": {"problems": {ADDRESS: "no answer"}, "hint": "forward the port"},
         "reachability_unknown": {"reason": "nobody answers", "hint": "wait"},
         "unannounced": {"reason": "clock skew", "hint": "set the clock"},
         "announced": {},
+        "paused": {"reason": "schedule", "schedule": "22:00-08:00", "resumes_at": "22:00"},
+        "resumed": {},
         "draining": {},
         "stopped": {},
     }
@@ -206,6 +228,9 @@ def test_every_event_of_a_node_has_words() -> None:
     assert "forward the port" in words["unreachable"]
     assert "nobody answers" in words["reachability_unknown"]
     assert "clock skew" in words["unannounced"]
+    assert "outside 22:00-08:00; back at 22:00" in words["paused"]
+    load = {"reason": "load", "load_percent": 83, "limit_percent": 50.0, "resume_percent": 37.5}
+    assert "use 83 % of the CPUs, the limit is 50 %" in node.describe(Event("paused", dict(load)))
 
 
 def test_json_events_are_one_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,7 +419,8 @@ def view() -> status_view.View:
     alice = announcement(1, BlockSpan(0, 2), name="alice")
     bob = announcement(2, BlockSpan(1, 4), state=PeerState.DRAINING)
     carol = announcement(3, BlockSpan(4, 6))
-    router.on_announcements([alice, bob, carol], 100.0)
+    dora = announcement(4, BlockSpan(1, 4), state=PeerState.PAUSED)
+    router.on_announcements([alice, bob, carol, dora], 100.0)
     return status_view.View(network="hive", models=models(router.snapshot(100.0)), rtt_s={alice.peer_id: 0.0125})
 
 
@@ -404,7 +430,9 @@ def test_status_names_holders_and_gaps(view: status_view.View) -> None:
     assert model["gaps"] == [[2, 4]]
     assert not model["healthy"]
     assert [len(holders) for holders in model["blocks"]] == [1, 1, 0, 0, 1, 1]
-    alice, bob, _ = model["peers"]
+    peers = {peer["peer_id"]: peer for peer in model["peers"]}
+    alice, bob, dora = (peers[SigningKey.from_seed(bytes([seed]) * 32).peer_id] for seed in (1, 2, 4))
+    assert dora["state"] == "paused"
     assert (alice["name"], alice["span"], alice["latency_ms"], alice["version"]) == ("alice", [0, 2], 12.5, "0.1.0")
     assert (bob["state"], bob["latency_ms"]) == ("draining", None)
 
@@ -412,7 +440,16 @@ def test_status_names_holders_and_gaps(view: status_view.View) -> None:
 def test_status_is_a_table_for_people(view: status_view.View, capsys: pytest.CaptureFixture[str]) -> None:
     status_view.show(view)
     printed = capsys.readouterr().out
-    for expected in ("nobody serves blocks 2:4", "2:4 ", "nobody", "alice (…", "12.5 ms", "no answer", "draining"):
+    for expected in (
+        "nobody serves blocks 2:4",
+        "2:4 ",
+        "nobody",
+        "alice (…",
+        "12.5 ms",
+        "no answer",
+        "draining",
+        "paused",
+    ):
         assert expected in printed
     for peer in view.models[0].peers:
         assert peer.peer_id in printed

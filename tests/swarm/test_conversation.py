@@ -49,7 +49,7 @@ def test_a_model_that_cannot_be_cut_is_refused_before_its_weights_are_read(
 
 
 def test_a_command_resolves_its_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody(*_: object) -> None:
+    def nobody(*_: object, **__: object) -> None:
         raise PeerUnreachable("nobody is there")
 
     monkeypatch.setenv("HIVESWARM_CACHE", str(tmp_path / "cache"))

@@ -47,6 +47,10 @@ class FastLinear(nn.Linear):
     rows_max: int
     bias_float32: Tensor | None
 
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
+        """Weight, scales, bias and format, as the library takes them."""
+        return self.weight, None, self.bias_float32, ""
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's own name
         weight, values = self.weight, input.numel()
         if (

@@ -76,6 +76,10 @@ class PackedLinear(nn.Module):
         """[N, K]"""
         return whole(self.codes, self.scales, self.format, self.in_features, dtype, self.pool)
 
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
+        """Weight, scales, bias and format, as the library takes them."""
+        return self.codes, self.scales, self.bias, self.format.value
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's own name
         if (
             self.pool is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class Pool:
     def __init__(self, threads: int) -> None:
         """Raises NoLibrary."""
         self._linear, self._unpack = library().hive_linear, library().hive_unpack
-        self._attend = library().hive_attend
+        self._attend, self._run = library().hive_attend, library().hive_run
         self._pool = ctypes.c_void_p(library().hive_pool(threads))
         if not self._pool:
             raise NoLibrary(f"{threads} threads could not be started")
@@ -128,6 +129,27 @@ class Pool:
             scale,
             softcap or 0.0,
             visits.positions,
+        )
+
+    def run(self, code: Tensor, bases: Sequence[int], visits: Sequence[Visits], slots_T: Tensor) -> None:
+        """Carry out the instructions of `tape.cpp`, whose operands lie relative to the addresses `bases`."""
+        seen = [
+            part
+            for each in visits
+            for part in (
+                each.segments_n4.data_ptr(),
+                len(each.segments_n4),
+                each.runs_n2.data_ptr(),
+                each.positions,
+            )
+        ]
+        self._run(
+            self._pool,
+            code.data_ptr(),
+            len(code),
+            (ctypes.c_void_p * len(bases))(*bases),
+            (ctypes.c_int64 * max(1, len(seen)))(*seen),
+            slots_T.data_ptr(),
         )
 
 

@@ -159,4 +159,24 @@ inline void sums(const Floats *totals, float *result) {
     }
 }
 
+// e^x to about 2e-7 for x <= 0, as Cephes' expf: 2^n times a polynomial of the rest.
+inline Floats exponential(Floats x) {
+    const Floats low = Floats{} - 87.0f;
+    x = x < low ? low : x;
+    const Floats magic = Floats{} + 12582912.0f;  // adding it rounds to the nearest integer
+    Floats n = x * 1.44269504f + magic;
+    auto bits = load<Vector<int32_t>>((const int32_t *)&n);
+    n -= magic;
+    x -= n * 0.693359375f;
+    x += n * 2.12194440e-4f;
+    Floats y = x * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    y = y * x * x + x + 1.0f;
+    auto power = ((bits - 0x4b400000) + 127) << 23;
+    return y * load<Floats>((const float *)&power);
+}
+
 }  // namespace

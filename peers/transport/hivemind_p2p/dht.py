@@ -286,7 +286,7 @@ class DhtStore:
             reason = outcomes[0] if outcomes else "none can be reached"
             raise Unavailable(
                 f"no DHT node accepted the record: {reason}",
-                hint="check the network; it is tried again" if not peers else "is this machine's clock right?",
+                hint="it is tried again" if peers else "check the network; it is tried again",
             )
 
     async def get(self, keys: Sequence[str]) -> list[StoredRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
+from peers.model.kernels import Pool, linear
+from peers.runtime.cache import PagedCache
 from peers.runtime.engine import (
     CacheTooSmall,
     ComputeFailed,
+    Done,
     Engine,
     EngineConfig,
     NonFiniteOutput,
@@ -105,6 +109,84 @@ async def test_sessions_that_are_ready_together_share_a_forward(local: Local) ->
         gate.open()
         await runs
         assert gate.forwards <= 2
+
+
+class Interlude:
+    """Submits something in the first pause of a long forward, as if it had just come."""
+
+    def __init__(self, engine: Engine, submit: Callable[[], None]) -> None:
+        self._loop, self._submit, self._go_on = asyncio.get_running_loop(), submit, engine._let_steps_in
+        self._submitted = threading.Event()
+        self.pauses = 0
+        engine._let_steps_in = self._pause  # type: ignore[method-assign]
+
+    def _pause(self) -> None:
+        self.pauses += 1
+        if self.pauses == 1:
+            self._loop.call_soon_threadsafe(self._act)
+            self._submitted.wait()
+        self._go_on()
+
+    def _act(self) -> None:
+        self._submit()
+        self._loop.call_soon(self._submitted.set)  # what was submitted is a task, which runs before
+
+
+@pytest.mark.parametrize("family", ["local", "alone"])
+async def test_a_step_that_comes_during_a_long_forward_is_let_in(request: pytest.FixtureRequest, family: str) -> None:
+    whole: Local = request.getfixturevalue(family)
+    async with running(whole.cut(), token_budget=128) as engine:
+        short, long = Sequence(whole, engine, seed=1), Sequence(whole, engine, seed=2)
+        await short.step(5)
+        order: list[str] = []
+
+        async def named(name: str, step: Awaitable[Done]) -> Done:
+            done = await step
+            order.append(name)
+            return done
+
+        tasks: list[asyncio.Task[Done]] = []
+        interlude = Interlude(engine, lambda: tasks.append(asyncio.ensure_future(named("short", short.step(1)))))
+        done = await named("long", long.step(100))
+        await tasks[0]
+        assert order == ["short", "long"]
+        assert interlude.pauses == len(SPAN) - 1
+        assert done.compute_s > 0
+        await together(short.step(1), long.step(1))
+        for sequence in (short, long):
+            engine.release(sequence.session)
+        assert_all_free(engine)
+
+
+async def test_who_needs_pages_of_others_is_not_let_in(local: Local) -> None:
+    async with running(local.cut(), token_budget=128, cache_tokens=104) as engine:
+        older, long = Sequence(local, engine, seed=1), Sequence(local, engine, seed=2)
+        await older.step(4)
+        tasks: list[asyncio.Task[Done]] = []
+        Interlude(engine, lambda: tasks.append(asyncio.ensure_future(older.step(1))))
+        await long.step(100)
+        await tasks[0]  # in a forward of its own, for which the younger session gave way
+        with pytest.raises(Preempted):
+            await long.step(1)
+
+
+async def test_a_session_released_in_a_pause_of_its_forward_keeps_its_pages_until_it_ends(local: Local) -> None:
+    async with running(local.cut(), token_budget=128) as engine:
+        short, long = Sequence(local, engine, seed=1), Sequence(local, engine, seed=2)
+        await short.step(4)
+        tasks: list[asyncio.Task[Done]] = []
+
+        def act() -> None:
+            engine.release(long.session)
+            tasks.append(asyncio.ensure_future(short.step(1)))
+
+        Interlude(engine, act)
+        with pytest.raises(SessionReleased):
+            await long.step(100)
+        await tasks[0]
+        await short.step(1)
+        engine.release(short.session)
+        assert_all_free(engine)
 
 
 async def test_an_output_is_the_callers_own(local: Local) -> None:
@@ -375,6 +457,59 @@ async def test_stopping_finishes_what_is_queued_and_refuses_the_rest(local: Loca
     assert all(len(run.result().hidden) == 300 for run in runs)
 
 
+async def test_works_are_answered_while_the_engine_still_prepares_and_the_same_afterwards(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, prepare = threading.Event(), PagedCache.prepare
+
+    def slowly(self: PagedCache) -> Iterator[None]:
+        while not gate.is_set():
+            yield
+        yield from prepare(self)
+
+    monkeypatch.setattr(PagedCache, "prepare", slowly)
+    async with running(local.cut()) as engine:
+        sequence, waiting = Sequence(local, engine), asyncio.ensure_future(engine.prepared())
+        await sequence.step(20)
+        await sequence.step(1)
+        assert not waiting.done()
+        gate.set()
+        await waiting
+        await sequence.step(1)
+
+
+async def test_prepared_forwards_run_on_the_layers_that_were_chosen(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[int] = []
+    multiply = Pool.linear
+
+    def counted(self: Pool, *tensors: Any) -> Tensor:
+        products.append(1)
+        return multiply(self, *tensors)
+
+    monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
+    monkeypatch.setattr(Pool, "linear", counted)
+    async with running(local.cut()) as engine:
+        await engine.run(work(new_session(), 0, 1))  # before, while or after they are chosen
+        await engine.prepared()
+        for tokens in (1, 20):  # by a program, and by the model's own code
+            products.clear()
+            await engine.run(work(new_session(), 0, tokens))
+            assert len(products) >= 7 * len(SPAN)
+
+
+async def test_who_waits_for_an_engine_hears_what_ended_it(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Engine, library: object) -> Iterator[None]:
+        raise ValueError("the books are wrong")
+        yield
+
+    monkeypatch.setattr(Engine, "_preparation", broken)
+    async with running(local.cut()) as engine:
+        with pytest.raises(ValueError, match="books"):
+            await engine.prepared()
+
+
 async def test_stopping_gives_up_at_its_deadline(local: Local) -> None:
     engine = Engine(local.cut(), EngineConfig(cache_tokens=512))
     await engine.start()
@@ -410,7 +545,9 @@ async def test_whatever_clients_do_all_pages_come_back(local: Local, seed: int) 
                 known.append(session)
                 parent = (origin, rng.randint(0, engine.held(origin) + 1))
             start = parent[1] if parent else max(0, engine.held(session) - rng.randint(0, 2))
-            given = work(session, start, rng.choice([1, 1, 1, 20]), owner=PeerId(str(rng.randint(0, 2))), parent=parent)
+            given = work(
+                session, start, rng.choice([1, 1, 1, 20, 70]), owner=PeerId(str(rng.randint(0, 2))), parent=parent
+            )
             task = asyncio.ensure_future(engine.run(given))
             if rng.random() < 0.2:
                 await asyncio.sleep(0)
@@ -418,7 +555,7 @@ async def test_whatever_clients_do_all_pages_come_back(local: Local, seed: int) 
             with suppress(Preempted, PositionGap, SessionReleased, CacheTooSmall, asyncio.CancelledError):
                 await task  # whatever comes of it, the client goes on with what the engine holds
 
-    async with running(local.cut(), cache_tokens=100) as engine:
+    async with running(local.cut(), cache_tokens=200, token_budget=128) as engine:
         known: list[SessionId] = []
         await asyncio.gather(*(live(engine, known) for _ in range(8)))
         for session in known:

@@ -1,19 +1,144 @@
-"""What a peer says about its own speed."""
+"""What a peer finds out about itself."""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from peers.runtime.probe import measure_speed
-from routing.ids import BlockSpan
+import pytest
+import torch
+
+from peers.runtime import probe
+from peers.runtime.cost import ForwardCost
+from peers.runtime.engine import Engine
+from peers.runtime.probe import Probe, measure
+from peers.runtime.probe_cache import DISTURBED_LIFETIME_S, LIFETIME_S, probe_file, recall, remember
+from routing.ids import BlockSpan, ModelId
 from tests.peers.runtime.spans import Local, running
 
+SPAN = BlockSpan(0, 2)
+PROBE = Probe(
+    decode_s_per_block=0.5,
+    prefill_s_per_token_block=0.25,
+    cost=ForwardCost(base_s=0.5, per_token_s=0.25, per_token_past_s=1e-6),
+    forward_bytes=1 << 20,
+)
 
-async def test_speed_is_measured_quickly_and_leaves_nothing_behind() -> None:
-    async with running(Local("gpt2", BlockSpan(0, 2)).cut(), cache_tokens=64) as engine:
-        began_s = time.perf_counter()
-        speed = await measure_speed(engine)
-        assert time.perf_counter() - began_s < 3
-        assert 0 < speed.prefill_s_per_token_block <= speed.decode_s_per_block
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])  # in packed forwards, and session by session
+@pytest.mark.parametrize(("cache_tokens", "page_size"), [(4096, 16), (64, 4), (20, 16), (16, 16)])
+async def test_a_peer_is_measured_whatever_its_cache_and_nothing_is_left_behind(
+    family: str, cache_tokens: int, page_size: int
+) -> None:
+    model = Local(family, SPAN).cut()
+    async with running(model, cache_tokens=cache_tokens, page_size=page_size, token_budget=256) as engine:
+        found = await measure(engine)
+        assert 0 <= found.prefill_s_per_token_block <= found.decode_s_per_block
+        assert found.decode_s_per_block > 0
+        assert found.cost.seconds(256) >= found.cost.seconds(1) > 0
+        assert found.forward_bytes >= 0
         assert engine.stats().free_tokens == engine.stats().total_tokens
         assert engine.stats().sessions == 0
+
+
+async def test_no_forward_begins_that_would_not_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards: list[int] = []
+
+    async def slow(self: Any, sessions: list[Any], start: int, tokens: int, **_: Any) -> float:
+        forwards.append(len(sessions) * tokens)
+        clock_s[0] += 1.0 * forwards[-1]
+        return 1.0 * forwards[-1]
+
+    clock_s = [0.0]
+    monkeypatch.setattr(probe.time, "monotonic", lambda: clock_s[0])
+    monkeypatch.setattr(probe._Bench, "_forward", slow)
+    async with running(Local("gpt2", SPAN).cut(), cache_tokens=4096) as engine:
+        found = await measure(engine)
+    assert clock_s[0] < 10
+    assert found.decode_s_per_block == found.prefill_s_per_token_block == 1.0 / len(SPAN)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_busy_programs_beside_a_probe_are_noticed(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    elapsed_s, others_s = itertools.count(0.0, 1.0), itertools.count(0.0, 1.0 if busy else 0.0)
+    monkeypatch.setattr(probe.psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(probe, "_others_s", lambda: next(others_s))
+    monkeypatch.setattr(probe, "_Bench", lambda engine: SimpleNamespace(run=found, clear=lambda: None))
+    monkeypatch.setattr(probe.time, "monotonic", lambda: next(elapsed_s))
+
+    async def found() -> Probe:
+        return PROBE
+
+    engine: Any = SimpleNamespace(prepared=lambda: asyncio.sleep(0))
+    assert (await measure(engine)).disturbed == busy
+
+
+async def test_works_that_are_gathered_share_a_forward() -> None:
+    async with running(Local("gpt2", SPAN).cut(), token_budget=256) as engine:
+        bench = probe._Bench(engine)
+        sizes: list[int] = []
+        run_batch = Engine._run_batch
+
+        def counted(self: Engine, batch: Any, **how: Any) -> None:
+            sizes.append(len(batch))
+            run_batch(self, batch, **how)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Engine, "_run_batch", counted)
+            assert await bench._forward([bench._session() for _ in range(16)], 0, 1) > 0
+        bench.clear()
+    assert sizes == [16]
+
+
+def file_of(cache: Path, **changes: Any) -> Path:
+    facts: dict[str, Any] = {
+        "model": ModelId(bytes(32)),
+        "blocks": 2,
+        "dtype": "float32",
+        "quantization": "none",
+        "devices": (torch.device("cpu"),),
+        "threads": 1,
+    }
+    return probe_file(cache, **facts | changes)
+
+
+@pytest.mark.parametrize(("disturbed", "lifetime_s"), [(False, LIFETIME_S), (True, DISTURBED_LIFETIME_S)])
+def test_a_probe_is_remembered_longer_if_nothing_disturbed_it(
+    disturbed: bool, lifetime_s: float, tmp_path: Path
+) -> None:
+    now_s, file, found = time.time(), file_of(tmp_path), replace(PROBE, disturbed=disturbed)
+    assert recall(file, now_s) is None
+    remember(file, found, now_s)
+    assert recall(file, now_s + lifetime_s - 1) == found
+    assert recall(file, now_s + lifetime_s) is None
+    assert recall(file, now_s - 1) is None  # the clock was set back
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff", b'{"measured_at_s": 1, "probe": {"forward_bytes": "many"}}'])
+def test_a_damaged_note_is_as_good_as_none(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "probe.json").write_bytes(damage)
+    assert recall(tmp_path / "probe.json", 2.0) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": ModelId(bytes([1] * 32))},
+        {"blocks": 3},
+        {"dtype": "bfloat16"},
+        {"quantization": "int8"},
+        {"threads": 2},
+    ],
+)
+def test_another_start_has_another_probe(change: dict[str, Any], tmp_path: Path) -> None:
+    assert file_of(tmp_path, **change) != file_of(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / "probes").write_text("a file where a folder should be")
+    remember(file_of(tmp_path), PROBE, 1.0)

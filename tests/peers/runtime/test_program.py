@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from peers.model.kernels import Pool, accelerate, linear
 from peers.runtime.cache import PagedCache, open_cache
 from peers.runtime.pages import PagePool
-from peers.runtime.program import TOKENS_MAX, NotFlat, record
+from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES
 from tests.peers.runtime.spans import Local
@@ -26,6 +28,17 @@ class NoAttention:
 ALONE = NoAttention()
 
 
+def recorded(forward: Any) -> Programs:
+    steps = record(forward, torch.zeros(6), ALONE)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            programs = end.value
+            assert isinstance(programs, Programs)
+            return programs
+
+
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.pluggable])
 def test_a_family_has_a_program_that_says_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
@@ -33,6 +46,8 @@ def test_a_family_has_a_program_that_says_the_same(family: str, monkeypatch: pyt
     accelerate(model.module, library)
     cache = open_cache(model, PagePool(8, 4), library)
     assert isinstance(cache, PagedCache)
+    for _ in cache.prepare():
+        pass
     assert (cache._programs is None) == (family in NOT_FLAT)
 
 
@@ -44,7 +59,7 @@ def test_what_is_linear_in_the_number_of_positions_runs_at_any() -> None:
         halves = (hidden @ weight).view(1, tokens * 2, 3).reshape(1, tokens, 2, 3)
         return (halves.flip(2).reshape(1, tokens, 6) + positions[..., None]) * 0.5
 
-    programs = record(forward, torch.zeros(6), ALONE)
+    programs = recorded(forward)
     for tokens in (1, 2, 7, TOKENS_MAX):
         hidden, positions = torch.randn(1, tokens, 6), torch.randint(0, 99, (1, tokens))
         assert torch.equal(programs(hidden, positions, ALONE), forward(hidden, positions, ALONE))
@@ -55,7 +70,7 @@ def test_a_forward_that_looks_at_values_is_refused() -> None:
         return hidden if hidden.sum() > 0 else -hidden
 
     with pytest.raises(NotFlat, match="cannot be recorded"):
-        record(forward, torch.zeros(6), ALONE)
+        recorded(forward)
 
 
 def test_a_forward_that_depends_on_how_many_there_are_is_refused() -> None:
@@ -63,10 +78,10 @@ def test_a_forward_that_depends_on_how_many_there_are_is_refused() -> None:
         return hidden * 2 if hidden.shape[1] < 5 else hidden * 3
 
     with pytest.raises(NotFlat, match="5 positions come out differently"):
-        record(forward, torch.zeros(6), ALONE)
+        recorded(forward)
 
     def branch(hidden: Tensor, positions: Tensor, attender: object) -> Tensor:
         return hidden * 2 if hidden.shape[1] == 2 else (hidden + 1) * 3
 
     with pytest.raises(NotFlat, match="how many positions"):
-        record(branch, torch.zeros(6), ALONE)
+        recorded(branch)

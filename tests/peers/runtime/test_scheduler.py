@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peers.runtime.scheduler import STEP_TOKENS, Item, Pick, Scheduler
+from peers.runtime.scheduler import AGEING_BATCHES, STEP_TOKENS, Item, Pace, Pick, Scheduler, Tempo
+from peers.wire.messages import Urgency
 
 BUDGET = 64
 
@@ -18,9 +19,17 @@ class Desk:
         self.scheduler = Scheduler(budget)
         self.items: dict[int, Item] = {}
 
-    def submit(self, session: int, tokens: int, *, owner: str = "alice", group: str = "g") -> int:
+    def submit(
+        self,
+        session: int,
+        tokens: int,
+        *,
+        owner: str = "alice",
+        group: str = "g",
+        urgency: Urgency = Urgency.INTERACTIVE,
+    ) -> int:
         work = len(self.items)
-        self.items[work] = Item(work=work, session=session, owner=owner, tokens=tokens, group=group)
+        self.items[work] = Item(work=work, session=session, owner=owner, tokens=tokens, group=group, urgency=urgency)
         self.scheduler.submit(self.items[work])
         return work
 
@@ -94,6 +103,67 @@ def test_owners_take_turns() -> None:
     while picks := desk.run():
         order += [pick.work for pick in picks if pick.work in (*prompts, single)]
     assert order.index(single) <= 1
+
+
+def test_classes_go_before_turns_and_whoever_was_passed_over_for_long_rises() -> None:
+    desk = Desk()
+    background = desk.submit(0, 1, urgency=Urgency.BACKGROUND)
+    training = desk.submit(1, BUDGET, urgency=Urgency.TRAINING)
+    prompt = desk.submit(2, 2 * BUDGET)
+    assert [desk.works() for _ in range(4)] == [[prompt], [prompt], [training], [background]]
+    background = desk.submit(0, 1, urgency=Urgency.BACKGROUND)
+    served = 0
+    while background in desk.scheduler.works_of(0):
+        desk.submit(2, BUDGET)  # there is always a prompt
+        desk.run()
+        served += 1
+    assert AGEING_BATCHES < served <= 2 * AGEING_BATCHES + 2
+
+
+def test_a_step_in_the_background_is_no_step() -> None:
+    desk = Desk()
+    slow, quick = desk.submit(0, 1, urgency=Urgency.BACKGROUND), desk.submit(1, 1)
+    assert desk.scheduler.steps_beside(()) == [Pick(work=quick, offset=0, tokens=1)]
+    assert desk.works() == [quick, slow]
+
+
+def test_steps_beside_a_running_forward_are_of_other_sessions_and_of_one_group() -> None:
+    desk = Desk()
+    running, first, other = desk.submit(0, 1), desk.submit(1, 1, group="a"), desk.submit(2, 1, group="b")
+    desk.submit(3, 100)
+    assert desk.scheduler.steps_beside({0}) == [Pick(work=first, offset=0, tokens=1)]
+    assert desk.scheduler.steps_beside({0, 1}) == [Pick(work=other, offset=0, tokens=1)]
+    assert desk.scheduler.steps_beside({0, 1, 2}) == []
+    assert running in desk.scheduler.works_of(0)
+
+
+def test_the_pace_bounds_longer_works_but_never_stops_them() -> None:
+    desk = Desk()
+    prompt = desk.submit(0, 200)
+    slow = Pace(beside_steps=5, alone=7)
+    assert desk.scheduler.next_batch(slow) == [Pick(work=prompt, offset=0, tokens=7)]
+    step = desk.submit(1, 1)
+    assert desk.scheduler.next_batch(slow) == [
+        Pick(work=step, offset=0, tokens=1),
+        Pick(work=prompt, offset=0, tokens=5),
+    ]
+
+
+seconds = st.floats(1e-6, 10)
+
+
+@given(seconds, seconds, st.integers(1, 80), st.integers(64, 4096))
+def test_steps_wait_about_as_long_as_they_take(step_s: float, token_s: float, slices: int, budget: int) -> None:
+    tempo = Tempo(slices)
+    assert tempo.pace(budget, decoding=True).alone == budget  # nothing is known yet
+    tempo.measured(step_s, steps=3, longer=0)
+    tempo.measured(100 * token_s, steps=0, longer=100)
+    pace = tempo.pace(budget, decoding=True)
+    assert STEP_TOKENS <= pace.beside_steps <= max(STEP_TOKENS, budget)
+    assert 64 <= pace.alone <= budget
+    assert pace.beside_steps == STEP_TOKENS or pace.beside_steps * token_s <= step_s * 1.001
+    assert pace.alone == 64 or pace.alone * token_s / slices <= step_s * 1.001
+    assert tempo.pace(budget, decoding=False).alone == budget
 
 
 def test_a_removed_work_makes_room_for_the_next_in_line() -> None:

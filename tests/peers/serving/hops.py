@@ -106,11 +106,13 @@ class ToyEngine:
 class Hop:
     """One serving peer of blocks `[4 * index, 4 * index + 4)`."""
 
-    def __init__(self, network: MemoryNetwork, index: int, **limits: Any) -> None:
+    def __init__(
+        self, network: MemoryNetwork, index: int, *, max_bytes_per_s: int | None = None, **limits: Any
+    ) -> None:
         self.span = BlockSpan(4 * index, 4 * index + 4)
         self.transport = network.transport(peer_id(100 + index))
         self.peer_id = self.transport.peer_id
-        self.links = Links(self.transport, network="test", software="test")
+        self.links = Links(self.transport, network="test", software="test", max_bytes_per_s=max_bytes_per_s)
         self.engine = ToyEngine()
         self.ledger: Ledger[Delivery, Link] = Ledger(LedgerLimits(**{"max_positions": 1000} | limits))
         self.admission = Admission(AdmissionLimits(max_bytes_in_flight_per_peer=1 << 20))

@@ -104,6 +104,24 @@ async def test_records_are_renewed_and_each_outage_is_told_once_with_its_end() -
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+async def test_a_change_is_announced_at_once_also_one_that_comes_while_the_store_is_slow() -> None:
+    peer = Peer()
+    running = asyncio.create_task(peer.announcer.run())
+    await asyncio.sleep(1.0)
+    peer.announcer.soon()
+    await asyncio.sleep(0.01)
+    assert len(peer.shelf.records) == 4
+    peer.shelf.answers = False
+    peer.announcer.soon()
+    await asyncio.sleep(1.0)
+    peer.announcer.soon()  # while the announcement before is still under way
+    peer.shelf.answers = True
+    await asyncio.sleep(PUT_TIMEOUT_S)
+    assert len(peer.shelf.records) >= 6
+    running.cancel()
+    await asyncio.wait([running])
+
+
 async def test_a_peer_counts_as_heard_only_once_others_have_taken_its_record() -> None:
     peer = Peer()
     peer.shelf.answers = False

@@ -11,7 +11,7 @@ import torch
 
 from peers.errors import Busy, Preempted
 from peers.runtime.engine import CacheTooSmall, ComputeFailed, PositionGap
-from peers.serving.handler import MAX_PAYLOAD_BYTES, SWEEP_S
+from peers.serving.handler import MAX_PAYLOAD_BYTES, PAUSED_RETRY_S, SWEEP_S
 from peers.transport import links
 from peers.transport.base import MAX_FRAME_BYTES
 from peers.wire import codec
@@ -434,6 +434,63 @@ async def test_a_draining_peer_refuses_new_sessions_and_finishes_what_runs() -> 
             assert await client.refusal() == Code.DRAINING
         assert torch.equal(await client.result(), expected([hop], 0, 5))
         await asyncio.wait_for(draining, 0.1)
+
+
+async def test_a_paused_peer_finishes_what_runs_refuses_everything_else_and_goes_on_where_it_was() -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        hop.engine.compute_s = 3.0
+        await client.step(hop, 1, 0, 5)
+        await asyncio.sleep(0.1)
+        hop.handler.paused = True
+        await client.step(hop, 2, 5)
+        (message,) = client.opens(route.hops, session=2)
+        await client.send(hop, message)
+        for step in (2, None):
+            failure, _ = await client.next(Failed)
+            assert (failure.code, failure.step) == (Code.PAUSED, step)
+            assert failure.retry_after_s == PAUSED_RETRY_S
+        assert torch.equal(await client.result(), expected([hop], 0, 5))
+        hop.handler.paused = False
+        await runs(client, hop, 2, 5)
+
+
+async def test_a_pause_in_the_middle_of_a_route_is_told_to_the_client_by_the_hop_before() -> None:
+    async with Route() as route:
+        await route.client.open(route.hops)
+        route.hops[1].handler.paused = True
+        await route.client.step(route.hops[0], 1, 0, 5)
+        failure, _ = await route.client.next(Failed)
+        assert (failure.code, failure.peer, failure.step) == (Code.PAUSED, route.hops[1].peer_id, 1)
+
+
+async def test_a_peer_takes_no_further_sessions_while_others_wait_to_be_read_and_goes_on_with_those_it_has() -> None:
+    async with Alone(max_bytes_per_s=1000) as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        reading = [asyncio.create_task(hop.links.download.admit(2000, bulk=True)) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        (message,) = client.opens(route.hops, session=2)
+        await client.send(hop, message)
+        assert await client.refusal() == Code.BUSY
+        await runs(client, hop, 1, 0)
+        await asyncio.wait(reading)
+        await client.open(route.hops, session=2)
+
+
+async def test_a_peer_whose_answers_wait_for_bandwidth_takes_no_further_steps() -> None:
+    async with Alone(max_bytes_per_s=1000) as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        sending = [asyncio.create_task(hop.links.upload.admit(2000, bulk=True)) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        await client.step(hop, 1, 0)
+        failure, _ = await client.next(Failed)
+        assert failure.code == Code.BUSY
+        assert failure.retry_after_s == pytest.approx(6.0)
+        await asyncio.wait(sending)
+        await runs(client, hop, 1, 0)
 
 
 async def test_a_full_table_is_busy() -> None:

@@ -36,9 +36,12 @@ def now_s() -> float:
 class Node:
     """Links of one peer that writes down what happens to it."""
 
-    def __init__(self, network: MemoryNetwork, peer: PeerId, *, name: str = "test") -> None:
+    def __init__(
+        self, network: MemoryNetwork, peer: PeerId, *, name: str = "test", max_bytes_per_s: int | None = None
+    ) -> None:
         self.transport: MemoryTransport = network.transport(peer)
-        self.links = Links(self.transport, network=name, software=f"software of {peer[-4:]}")
+        software = f"software of {peer[-4:]}"
+        self.links = Links(self.transport, network=name, software=software, max_bytes_per_s=max_bytes_per_s)
         self.received: list[tuple[Link, AnyMessage, int]] = []
         self.lost: list[Link] = []
         self.gate = asyncio.Event()
@@ -293,6 +296,75 @@ async def test_a_peer_that_reads_nothing_is_given_up(world: World) -> None:
         await asyncio.gather(*sending)
     assert now_s() - started_s == pytest.approx(module.SEND_TIMEOUT_S, abs=1.0)
     assert world.one.lost == [link]
+
+
+# --- a bounded bandwidth ---
+
+
+@pytest.fixture
+async def capped(world: World) -> AsyncIterator[Node]:
+    """A node that carries 1 MB/s each way, linked with the other one."""
+    third = Node(world.network, THIRD, max_bytes_per_s=1_000_000)
+    await third.links.serve()
+    yield third
+    third.gate.set()
+    await third.close()
+
+
+async def test_what_a_capped_node_sends_keeps_to_the_rate_in_order_and_nobody_is_given_up(
+    world: World, capped: Node
+) -> None:
+    link = await capped.links.to(OTHER)
+    started_s = now_s()
+    await asyncio.gather(*(link.send(*step(number, 600_000), bulk=True) for number in range(80)))
+    assert now_s() - started_s == pytest.approx(79 * 0.6 - 0.25, abs=0.1), "more than a slow reader is given"
+    await asyncio.sleep(0.1)
+    assert world.other.numbers() == list(range(80))
+    assert not link.closed
+
+
+async def test_beside_its_bulk_frames_a_capped_node_sends_tokens_and_answers_pings_at_once(
+    world: World, capped: Node
+) -> None:
+    link = await capped.links.to(OTHER)
+    bulk = [asyncio.create_task(link.send(*step(number, 600_000), bulk=True)) for number in range(10)]
+    for number in range(100, 120):
+        await asyncio.sleep(0.1)
+        started_s = now_s()
+        await link.send(*step(number, 2_000))
+        assert now_s() - started_s < 0.02
+        rtt_s, _ = await world.other.links.ping(THIRD, capped.transport.addresses)
+        assert rtt_s == pytest.approx(0.02)
+    await asyncio.gather(*bulk)
+    await asyncio.sleep(0.1)
+    assert sorted(world.other.numbers()) == [*range(10), *range(100, 120)]
+
+
+async def test_what_a_capped_node_receives_holds_the_sender(world: World, capped: Node) -> None:
+    link = await world.one.links.to(THIRD, capped.transport.addresses)
+    started_s = now_s()
+    for number in range(20):
+        await link.send(*step(number, 600_000), bulk=True)
+        small_s = now_s()
+        await link.send(Close(sessions=()))
+        assert now_s() == small_s
+    assert now_s() - started_s > 15 * 0.6, "all but what the streams hold"
+    await asyncio.sleep(5.0)
+    assert capped.numbers() == list(range(20))
+
+
+async def test_who_stops_waiting_for_bandwidth_leaves_nothing_behind(world: World, capped: Node) -> None:
+    link = await capped.links.to(OTHER)
+    sending = [asyncio.create_task(link.send(*step(number, 600_000), bulk=True)) for number in range(5)]
+    await asyncio.sleep(0.1)
+    assert capped.links.upload is not None
+    assert capped.links.upload.backlog_s == pytest.approx(4 * 0.6)
+    await link.close()
+    for task in sending[3:]:
+        task.cancel()
+    outcomes = await asyncio.gather(*sending, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes[1:]] == [StreamClosed] * 2 + [asyncio.CancelledError] * 2
+    assert capped.links.upload.backlog_s == 0.0
 
 
 # --- requests ---

@@ -6,6 +6,7 @@ import contextlib
 import struct
 
 import msgpack
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -28,6 +29,7 @@ from peers.wire.messages import (
     Relay,
     Result,
     Step,
+    Urgency,
 )
 
 SESSION = bytes(range(16))
@@ -46,7 +48,7 @@ MESSAGES: list[AnyMessage] = [
     ),
     Opened(session=SESSION, epoch=1, lease_s=30.0, held=128),
     STEP,
-    Relay(next="p", reason="no way", step=STEP),
+    Relay(next="p", reason="no way", step=msgspec.structs.replace(STEP, urgency=Urgency.BACKGROUND)),
     Result(session=SESSION, epoch=1, step=7, count=1, dtype="bfloat16", hidden=4),
     Failed(peer="p", session=SESSION, epoch=1, step=None, code="busy", message="later", retry_after_s=0.5),
     Close(sessions=(SESSION,)),

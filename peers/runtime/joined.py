@@ -1,0 +1,139 @@
+"""The engines of one machine's devices, chained: to others they are one engine that runs their spans one after another.
+
+Owns which part of a work runs where, and that all of them know the same sessions in the same order: who is older is
+older everywhere, so that the session that nobody may preempt is the same one on each device. Hidden states travel
+between devices through this machine's memory. A session holds what every device holds of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from peers.runtime.engine import Done, Engine, EngineConfig, EngineStats, SessionReleased, Work
+from routing.errors import CallerError, SwarmError
+from routing.ids import BlockSpan, PeerId, SessionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinedModel:
+    """What others ask of an engine's model."""
+
+    span: BlockSpan
+    hidden_size: int
+    max_positions: int
+    device: torch.device
+    """The first one."""
+
+
+class JoinedEngine:
+    """What `Engine` is, over engines whose spans follow each other."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        first, last = engines[0].model, engines[-1].model
+        assert all(a.model.span.end == b.model.span.start for a, b in pairwise(engines))
+        self.model = JoinedModel(
+            span=BlockSpan(first.span.start, last.span.end),
+            hidden_size=first.hidden_size,
+            max_positions=first.max_positions,
+            device=first.device,
+        )
+        self._engines = tuple(engines)
+        self._lives: dict[SessionId, object] = {}
+        """A token for each session; another one when it begins again after a release."""
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._engines[0].config
+
+    @property
+    def packs_sessions(self) -> bool:
+        return all(engine.packs_sessions for engine in self._engines)
+
+    async def start(self) -> None:
+        """Raises what starting one of them raises; `stop` ends the others."""
+        for engine in self._engines:
+            await engine.start()
+
+    async def prepared(self) -> None:
+        await asyncio.gather(*(engine.prepared() for engine in self._engines))
+
+    async def broken(self) -> None:
+        """Never returns; raises what ended a thread."""
+        await asyncio.gather(*(engine.broken() for engine in self._engines))
+
+    async def stop(self, *, deadline_s: float = 10.0) -> None:
+        await asyncio.gather(*(engine.stop(deadline_s=deadline_s) for engine in self._engines))
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        with self._engines[0].gathering():
+            yield
+
+    def open(self, session: SessionId, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
+        assert session not in self._lives
+        held = min(engine.open(session, owner, part, keys) for engine, part in self._parts(span))
+        self._admit(session, owner)
+        return held
+
+    async def run(self, work: Work) -> Done:
+        """As `Engine.run`. A work that began a fork and failed leaves no session behind: it may be sent again."""
+        if not self.model.span.covers(work.span):
+            raise CallerError(f"blocks {work.span} are not served here")
+        life = self._admit(work.session, work.owner)
+        try:
+            if work.parent is not None:
+                for engine in self._engines:  # at once: what becomes of the parent meanwhile is its own affair
+                    engine.admit(work.session, work.owner, work.parent)
+            done = Done(hidden=work.hidden, queue_s=0.0, compute_s=0.0)
+            for engine, part in self._parts(work.span):
+                if self._lives.get(work.session) is not life:
+                    raise SessionReleased(f"session {work.session} was released")
+                before = done
+                done = await engine.run(replace(work, span=part, hidden=before.hidden, parent=None))
+                done = replace(done, queue_s=before.queue_s + done.queue_s, compute_s=before.compute_s + done.compute_s)
+        except SwarmError:
+            if work.parent is not None and self._lives.get(work.session) is life:
+                self.release(work.session)
+            raise
+        return done
+
+    def release(self, session: SessionId) -> None:
+        self._lives.pop(session, None)
+        for engine in self._engines:
+            engine.release(session)
+
+    def stats(self) -> EngineStats:
+        """Of whichever device has least left; each session has its part on all of them."""
+        all_stats = [engine.stats() for engine in self._engines]
+        return replace(
+            all_stats[0],
+            total_tokens=min(stats.total_tokens for stats in all_stats),
+            free_tokens=min(stats.free_tokens for stats in all_stats),
+            kept_tokens=min(stats.kept_tokens for stats in all_stats),
+            queued_tokens=sum(stats.queued_tokens for stats in all_stats),
+        )
+
+    def _admit(self, session: SessionId, owner: PeerId) -> object:
+        """Known to every device, in the order in which it came here."""
+        if session not in self._lives:
+            self._lives[session] = object()
+            for engine in self._engines:
+                engine.admit(session, owner)
+        return self._lives[session]
+
+    def _parts(self, span: BlockSpan) -> list[tuple[Engine, BlockSpan]]:
+        parts = []
+        for engine in self._engines:
+            start, end = max(span.start, engine.model.span.start), min(span.end, engine.model.span.end)
+            if start < end:
+                parts.append((engine, BlockSpan(start, end)))
+        return parts
+
+
+AnyEngine = Engine | JoinedEngine

@@ -1,0 +1,356 @@
+"""Recorded forwards as one call of the library: the operations of a `program` without Python and torch between them.
+
+Owns the translation of a recording into the instructions of `kernels/tape.cpp` for a given number of positions: where
+every tensor lies in one arena, what is a view of what, and which operations the library knows. Where it does not know
+one there is no tape, and the program runs instead; no architecture is named here.
+
+Shapes and strides are asked of torch itself, on its `meta` device. Integers that depend on the number of positions are
+linear in it, as in `program`.
+
+Legend: T positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from peers.model.kernels import FastLinear, PackedLinear, Pool
+from peers.model.kernels.pool import INPUTS, WEIGHTS
+from peers.model.support import one_line
+from peers.runtime.attention import LayerPool, Pattern, RaggedBatch
+from peers.runtime.program import Attention, NotFlat, Programs, Recording, constant_of
+
+logger = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+OPS = (
+    *("linear", "attend", "copy", "add", "sub", "mul", "div", "neg", "square", "cube", "rsqrt", "silu", "gelu"),
+    *("gelu_tanh", "sigmoid", "tanh", "relu", "cos", "sin", "mean", "layer_norm"),
+)
+UNARY = {
+    **{aten.neg: "neg", aten.rsqrt: "rsqrt", aten.silu: "silu", aten.sigmoid: "sigmoid", aten.tanh: "tanh"},
+    **{aten.relu: "relu", aten.cos: "cos", aten.sin: "sin", aten._to_copy: "copy", aten.clone: "copy"},
+}
+BINARY = {aten.add: "add", aten.sub: "sub", aten.mul: "mul", aten.div: "div"}
+POWERS = {1: "copy", 2: "square", 3: "cube", -0.5: "rsqrt"}
+VIEWS = {
+    *(aten.view, aten._unsafe_view, aten.transpose, aten.permute, aten.slice, aten.unsqueeze, aten.squeeze),
+    *(aten.expand, aten.select, aten.alias, aten.detach, aten.t),
+}
+NOTHING_NEW = {"device", "layout", "pin_memory", "non_blocking", "memory_format"}
+SEVERAL_VIEWS = {aten.split, aten.split_with_sizes, aten.unbind, aten.chunk}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2}
+HIDDEN, POSITIONS, ARENA, OUTPUT, ABSOLUTE = 0, 1, 2, 3, -1
+"""What the offset of an operand counts from."""
+ALIGNMENT = 64
+ERROR_MAX = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Relative distance from the program; measured: 3e-7, and in bfloat16 4e-3 (roundings that fall to the other side)."""
+_OPERAND, _HEAD = 11, 14
+"""64-bit words of the library's structures."""
+
+
+@dataclass(slots=True, eq=False)
+class _Region:
+    """A part of the arena, until the last instruction that reads it."""
+
+    offset: int
+    nbytes: int
+    last_use: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor lies, and on the `meta` device what it looks like from there."""
+
+    base: int
+    offset: int
+    like: Tensor
+    region: _Region | None = None
+
+    def operand(self, shape: Sequence[int] | None = None) -> list[int]:
+        """The library's words, repeated to `shape`."""
+        like = self.like if shape is None else self.like.expand(shape)
+        offset = self.offset + like.storage_offset() * like.itemsize
+        while like.dim() > 4 and 1 in like.shape[:-1]:
+            like = like.squeeze(like.shape.index(1))
+        missing = 4 - like.dim()
+        if missing < 0 or like.dtype not in DTYPES:
+            raise NotFlat(f"the library knows no tensor of {like.dim()} dimensions in {like.dtype}")
+        strides = [0 if size == 1 else stride for size, stride in zip(like.shape, like.stride(), strict=True)]
+        return [self.base, offset, DTYPES[like.dtype], *[1] * missing, *like.shape, *[0] * missing, *strides]
+
+
+class _Writer:
+    """Writes the instructions for T positions."""
+
+    def __init__(
+        self, recordings: tuple[Recording, Recording], like_H: Tensor, tokens: int, pools: Iterable[LayerPool]
+    ) -> None:
+        self.words: list[np.ndarray[Any, Any]] = []
+        self.kept: list[Tensor] = []
+        """Tensors whose addresses are written."""
+        self.arena_bytes = 0
+        self._first, self._second = recordings
+        self._tokens = tokens
+        self._pools = iter(pools)
+        self._places: dict[Node, _Place] = {}
+        self._parts: dict[Node, list[_Place]] = {}
+        """Of operations with several outputs."""
+        self._live: list[_Region] = []
+        self._free: dict[int, list[int]] = {}
+        nodes = list(self._first.graph.nodes)
+        order = {node: index for index, node in enumerate(nodes)}
+        self._last_use = {node: max((order[user] for user in node.users), default=at) for node, at in order.items()}
+        self._index = 0
+        hidden = torch.empty(1, tokens, like_H.shape[-1], dtype=like_H.dtype, device="meta")
+        positions = torch.empty(1, tokens, dtype=torch.long, device="meta")
+        inputs = iter((_Place(HIDDEN, 0, hidden), _Place(POSITIONS, 0, positions)))
+        for index, (node, other) in enumerate(zip(nodes, self._second.graph.nodes, strict=True)):
+            self._index = index
+            match node.op:
+                case "placeholder":
+                    self._places[node] = next(inputs)
+                case "get_attr":
+                    self._places[node] = self._constant(constant_of(self._first, self._second, node, other))
+                case "call_function" if getattr(node.target, "overloadpacket", None) in SEVERAL_VIEWS:
+                    of, *rest = self._resolved(node.args, other.args)
+                    for user in node.users:
+                        self._last_use[node] = max(self._last_use[node], self._last_use[user])
+                    likes = node.target(of.like, *rest)
+                    self._parts[node] = [self._view(node, of, like) for like in likes]
+                case "call_function" if node.target is operator.getitem and node.args[0] in self._parts:
+                    self._places[node] = self._parts[node.args[0]][node.args[1]]
+                case "call_function":
+                    self._places[node] = self._call(node, other)
+                case "output":
+                    result = self._resolved(node.args[0], other.args[0])
+                    self._emit("copy", _Place(OUTPUT, 0, hidden), [result])
+                case op:
+                    raise NotFlat(f"a recorded {op}")
+            for region in [region for region in self._live if region.last_use <= self._index]:
+                self._live.remove(region)
+                self._free.setdefault(region.nbytes, []).append(region.offset)
+
+    def _call(self, node: Node, other: Node) -> _Place:
+        target: Any = node.target
+        if target is torch.ops.hive_program.opaque.default:
+            return self._opaque(node)
+        args = self._resolved(node.args, other.args)
+        if target is operator.getitem and args[1] == 0:
+            return self._view(node, args[0], args[0].like)
+        named = {key: self._resolved(value, other.kwargs[key]) for key, value in node.kwargs.items()}
+        named = {key: value for key, value in named.items() if key not in NOTHING_NEW}
+        packet = getattr(target, "overloadpacket", None)
+        if packet is aten.native_layer_norm:
+            given, shape, weight, bias, eps = args
+            if len(shape) != 1:
+                raise NotFlat("a norm over several dimensions")
+            scales = [part for part in (weight, bias) if part is not None]
+            if bias is not None and weight is None:
+                raise NotFlat("a norm with a bias alone")
+            return self._compute("layer_norm", node, torch.empty_like(given.like), [given, *scales], eps)
+        if packet in (aten.cat, aten.stack):
+            return self._join(node, packet, args)
+        likes = [value.like if isinstance(value, _Place) else value for value in args]
+        like = target(*likes, **named)
+        if packet in VIEWS:
+            return self._view(node, args[0], like)
+        if packet in UNARY:
+            return self._compute(UNARY[packet], node, like, args[:1])
+        if packet in BINARY and not named:
+            left, right = args
+            if isinstance(right, _Place):
+                return self._compute(BINARY[packet], node, like, [left, right])
+            return self._compute(BINARY[packet], node, like, [left], right)
+        if packet is aten.gelu:
+            kind = "gelu_tanh" if named.get("approximate") == "tanh" else "gelu"
+            return self._compute(kind, node, like, args[:1])
+        if packet is aten.pow and args[1] in POWERS:
+            return self._compute(POWERS[args[1]], node, like, args[:1])
+        if packet is aten.mean and not named and args[1:] in ([[-1], True], [[args[0].like.dim() - 1], True]):
+            place = self._region(node, like)
+            self._emit("mean", place, args[:1], whole=False)
+            return place
+        raise NotFlat(f"the library does not know {target}")
+
+    def _opaque(self, node: Node) -> _Place:
+        inputs, number = node.args
+        call, owner = self._first.calls[number], self._first.owners[number]  # type: ignore[index]
+        places = [self._places[given] for given in inputs]  # type: ignore[union-attr,index]
+        if isinstance(call, Attention):
+            return self._attend(node, call, *places)
+        if (
+            not isinstance(owner, FastLinear | PackedLinear)
+            or getattr(call, "__func__", None) is not type(owner).forward
+        ):
+            raise NotFlat(f"the library does not know what {type(owner).__name__} does")
+        (given,) = places
+        K, N = owner.in_features, owner.out_features
+        M = given.like.numel() // K
+        if owner.rows_max < M or given.like.dtype is not owner.dtype:
+            raise NotFlat(f"torch makes the products of {M} rows")
+        weight, scales, bias, format_name = owner.operands()
+        place = self._region(node, torch.empty((*given.like.shape[:-1], N), dtype=owner.dtype, device="meta"))
+        kind = (INPUTS.index(owner.dtype), WEIGHTS.index(format_name))
+        extra = [*kind, *map(self._address, (weight, scales, bias)), M, N, K]
+        self._emit("linear", place, [self._contiguous(given)], extra=extra, whole=False)
+        return place
+
+    def _attend(self, node: Node, call: Attention, q: _Place, k: _Place, v: _Place, *sinks: _Place) -> _Place:
+        pool = next(self._pools)
+        pattern, scale, softcap = call.settings
+        keys, values = pool.keys_1JSK, pool.values_1JSV
+        _, H, T, K = q.like.shape
+        _, J, S, V = values.shape
+        if {q.like.dtype, k.like.dtype, v.like.dtype} != {keys.dtype} or keys.dtype not in INPUTS:
+            raise NotFlat(f"attention in {q.like.dtype} over {keys.dtype}")
+        sink = None
+        if sinks:
+            if sinks[0].base != ABSOLUTE:
+                raise NotFlat("sinks that are computed")
+            sink = next(tensor for tensor in self.kept if tensor.data_ptr() == sinks[0].offset).float().contiguous()
+        place = self._region(node, torch.empty(1, T, H, V, dtype=keys.dtype, device="meta"))
+        extra = [INPUTS.index(keys.dtype), *map(self._address, (keys, values, sink)), H, J, K, V, S, pattern]
+        operands = [q if q.like.stride(3) == 1 else self._contiguous(q), k, v]
+        self._emit("attend", place, operands, scale, softcap or 0.0, extra=extra, whole=False)
+        return place
+
+    def _join(self, node: Node, packet: Any, args: Sequence[Any]) -> _Place:
+        parts, dim = args[0], args[1] if len(args) > 1 else 0
+        likes = [part.like for part in parts]
+        joined = torch.cat(likes, dim) if packet is aten.cat else torch.stack(likes, dim)
+        place = self._region(node, joined)
+        at = 0
+        for part in parts:
+            size = part.like.shape[dim] if packet is aten.cat else 1
+            like = joined.narrow(dim, at, size) if packet is aten.cat else joined.select(dim, at)
+            self._emit("copy", _Place(ARENA, place.offset, like), [part])
+            at += size
+        return place
+
+    def _compute(self, op: str, node: Node, like: Tensor, operands: Sequence[_Place], number: float = 0.0) -> _Place:
+        place = self._region(node, like)
+        self._emit(op, place, operands, float(number))
+        return place
+
+    def _view(self, node: Node, of: _Place, like: Tensor) -> _Place:
+        if of.region is not None:
+            of.region.last_use = max(of.region.last_use, self._last_use[node])
+        return _Place(of.base, of.offset, like, of.region)
+
+    def _contiguous(self, place: _Place) -> _Place:
+        if place.like.is_contiguous():
+            return place
+        copied = self._region(None, torch.empty(place.like.shape, dtype=place.like.dtype, device="meta"))
+        self._emit("copy", copied, [place])
+        return copied
+
+    def _constant(self, tensor: Tensor) -> _Place:
+        if tensor.device.type != "cpu":
+            raise NotFlat("a constant that is not on the CPU")
+        self._address(tensor)
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return _Place(ABSOLUTE, tensor.data_ptr(), like)
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _region(self, node: Node | None, like: Tensor) -> _Place:
+        """Memory for a new tensor, until nobody needs it any more."""
+        nbytes = -(-like.numel() * like.itemsize // ALIGNMENT) * ALIGNMENT
+        free = self._free.get(nbytes)
+        if free:
+            offset = free.pop()
+        else:
+            offset, self.arena_bytes = self.arena_bytes, self.arena_bytes + nbytes
+        region = _Region(offset, nbytes, self._index if node is None else self._last_use[node])
+        self._live.append(region)
+        return _Place(ARENA, offset, like, region)
+
+    def _emit(
+        self,
+        op: str,
+        out: _Place,
+        operands: Sequence[_Place],
+        *numbers: float,
+        extra: Sequence[int] = (),
+        whole: bool = True,
+    ) -> None:
+        """`whole`: every operand is repeated to the output's shape."""
+        words = np.zeros(_HEAD + 4 * _OPERAND, np.int64)
+        words[:2] = OPS.index(op), len(operands)
+        words[2 : 2 + len(numbers)].view(np.float64)[:] = numbers
+        words[4 : 4 + len(extra)] = extra
+        for index, place in enumerate([out, *operands]):
+            start = _HEAD + index * _OPERAND
+            words[start : start + _OPERAND] = place.operand(out.like.shape if whole else None)
+        self.words.append(words)
+
+    def _resolved(self, value: Any, other: Any) -> Any:
+        """An argument for T positions, tensors as their places."""
+        match value:
+            case Node():
+                return self._places[value]
+            case list() | tuple():
+                return [self._resolved(a, b) for a, b in zip(value, other, strict=True)]
+            case bool() | None | str():
+                return value
+            case int():
+                return value + (other - value) * (self._tokens - 2)
+            case _:
+                return value
+
+
+class Tapes:
+    """The tapes of one span over the pools of its layers, made as they are needed."""
+
+    def __init__(self, programs: Programs, like_H: Tensor, pools: Sequence[LayerPool], library: Pool) -> None:
+        self._programs, self._like_H, self._pools, self._library = programs, like_H, pools, library
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._tapes: dict[int, tuple[Tensor, list[Tensor]] | None] = {}
+
+    def __call__(self, hidden_1TH: Tensor, batch: RaggedBatch) -> Tensor | None:
+        """What the program makes of it, [1, T, H]; None where the library cannot."""
+        tokens = hidden_1TH.shape[1]
+        if tokens not in self._tapes:
+            self._tapes[tokens] = self._write(tokens)
+        tape = self._tapes[tokens]
+        patterns = self._programs.recordings[tokens > 1][1].patterns
+        if tape is None or (visits := batch.visits([Pattern(p.function) for p in patterns], hidden_1TH)) is None:
+            return None
+        hidden_1TH = hidden_1TH.contiguous()
+        output_1TH = torch.empty_like(hidden_1TH)
+        tensors = (hidden_1TH, batch.positions_T, self._arena, output_1TH)
+        bases = [tensor.data_ptr() for tensor in tensors]
+        self._library.run(tape[0], bases, visits, batch.slots_T)
+        return output_1TH
+
+    def agree(self, hidden_1TH: Tensor, batch: RaggedBatch, expected_1TH: Tensor) -> bool:
+        """Whether there is a tape for this forward, and it says the same as its program."""
+        output_1TH = self(hidden_1TH, batch)
+        if output_1TH is None:
+            return False
+        distance = (output_1TH.double() - expected_1TH.double()).norm()
+        return bool(distance <= ERROR_MAX[hidden_1TH.dtype] * expected_1TH.double().norm())
+
+    def _write(self, tokens: int) -> tuple[Tensor, list[Tensor]] | None:
+        try:
+            written = _Writer(self._programs.recordings[tokens > 1], self._like_H, tokens, self._pools)
+        except (NotFlat, RuntimeError) as error:  # the latter from torch, where a view of T positions is none
+            logger.info("forwards of %d positions run as programs: %s", tokens, one_line(error))
+            return None
+        if self._arena.numel() < written.arena_bytes + ALIGNMENT:
+            self._arena = torch.empty(written.arena_bytes + ALIGNMENT, dtype=torch.uint8)
+        return torch.from_numpy(np.stack(written.words)), written.kept

@@ -1,0 +1,166 @@
+"""What peers send to a client: checked against the route of the session it names, and told to that session's core.
+
+Owns the meaning of each message and what is learnt from it; a message of another epoch, or of a peer that is not on the
+route, changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from msgspec.structs import replace as replace_fields
+
+from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
+from peers.transport.links import Link
+from peers.wire import tensors
+from peers.wire.messages import Code, Failed, Opened, Relay, Result
+from routing.ids import PeerId, SessionId, StepId
+from routing.router import Route
+from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
+
+logger = logging.getLogger(__name__)
+
+
+class Inbox:
+    """Handles the messages of one client's links, for the sessions of one model."""
+
+    def __init__(self, sessions: Sessions, driver: Driver) -> None:
+        self._sessions = sessions
+        self._driver = driver
+        links = sessions.client.links
+        links.handle(Opened, self._opened)
+        links.handle(Result, self._result)
+        links.handle(Failed, self._failed)
+        links.handle(Relay, self._relay)
+        links.on_lost(self._link_lost)
+        links.keep(self._needed_links)
+
+    def _session_of(self, link: Link, session: bytes, peer: str | None = None) -> LiveSession | None:
+        """The session that a message names, if the sender is on its route."""
+        known = self._sessions.by_id.get(SessionId(session))
+        if known is None or known.core is None or known.core.route is None:
+            return None
+        hops = [hop.peer_id for hop in known.core.route.hops]
+        return known if link.remote in hops and (peer is None or peer in hops) else None
+
+    async def _opened(self, link: Link, message: Opened, _: memoryview) -> None:
+        session = self._session_of(link, message.session)
+        if session is None or session.core is None or message.epoch != session.core.epoch:
+            return
+        if message.held > session.offered:
+            error = ProtocolError(f"{link.remote} holds {message.held} positions, more than it was asked for")
+            self._driver.lose(session, link.remote, error)
+            return
+        self._driver.perform(session, session.core.opened(link.remote, message.epoch, message.held))
+
+    async def _result(self, link: Link, message: Result, payload: memoryview) -> None:
+        session = self._session_of(link, message.session)
+        if session is None or session.core is None or session.core.route is None:
+            return
+        core, route = session.core, session.core.route
+        if link.remote != route.hops[-1].peer_id or message.hidden != self._sessions.model.hidden_size:
+            return
+        try:
+            rows = tensors.unpack(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
+        except ProtocolError as error:
+            self._driver.lose(session, link.remote, error)
+            return
+        step = core.sent(StepId(message.step), message.epoch)
+        if step is None:
+            return
+        if len(rows) != step.count - step.want_from:
+            self._driver.lose(
+                session, link.remote, ProtocolError(f"{link.remote} returned {len(rows)} rows of {step.count}")
+            )
+            return
+        self._sessions.traffic.results += 1
+        self._sessions.traffic.bytes_received += len(payload)
+        self._learn(route, message, step.count)
+        session.renew_deadline()
+        self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
+
+    async def _failed(self, link: Link, message: Failed, _: memoryview) -> None:
+        session = self._session_of(link, message.session, message.peer)
+        if session is None or session.core is None or session.core.route is None:
+            return
+        core, route, peer, epoch = session.core, session.core.route, PeerId(message.peer), message.epoch
+        if epoch != core.epoch:
+            return  # of a route that was replaced
+        logger.info("session %s: %s answers %s: %s", core.session, peer, message.code, message.message)
+        text = f"{peer}: {message.message}"
+        now_s = self._sessions.client.discovery.now_s()
+        match message.code:
+            case Code.BUSY | Code.PREEMPTED:
+                self._sessions.client.router.on_busy(peer, message.retry_after_s, now_s)
+                error = Busy(text, retry_after_s=message.retry_after_s)
+                preempted = message.code == Code.PREEMPTED
+                actions = core.busy(epoch, message.retry_after_s, error, preempted=preempted)
+            case Code.PAUSED:
+                self._sessions.client.router.on_paused(peer)
+                actions = core.forgotten(epoch, Paused(text, retry_after_s=message.retry_after_s))
+            case Code.UNKNOWN_SESSION | Code.STALE_EPOCH:
+                actions = core.forgotten(epoch, Refused(text, code=message.code))
+            case Code.GAP:
+                gap_at = None if message.step is None else StepId(message.step)
+                actions = core.forgotten(epoch, Refused(text, code=message.code), gap_at=gap_at)
+            case Code.MALFORMED:
+                hops = [hop.peer_id for hop in route.hops]
+                at = hops.index(peer)
+                if at == 0:
+                    actions = core.give_up(ProtocolError(text, hint="the values given to the model are not usable"))
+                else:  # what the hop before it sent is not usable
+                    self._driver.lose(session, hops[at - 1], ProtocolError(text))
+                    return
+            case Code.INTERNAL:
+                self._driver.lose(session, peer, Refused(text, code=message.code))
+                return
+            case _:
+                actions = core.refused(peer, epoch, Refused(text, code=message.code))
+        self._driver.perform(session, actions)
+
+    async def _relay(self, link: Link, message: Relay, payload: memoryview) -> None:
+        session = self._session_of(link, message.step.session, message.next)
+        if session is None or session.core is None or session.core.route is None:
+            return
+        route = session.core.route
+        following = next(hop for hop in route.hops if hop.peer_id == message.next)
+        self._sessions.traffic.relays += 1
+        session.renew_deadline()
+        step = replace_fields(message.step, epoch=session.core.epoch)
+        if step == message.step:
+            await self._driver.send_to(session, following.peer_id, following.addresses, step, payload)
+
+    def _link_lost(self, link: Link) -> None:
+        error = PeerUnreachable(f"the connection to {link.remote} ended")
+        if not link.outbound:
+            return
+        affected = [
+            (session, actions)
+            for session in self._sessions.by_id.values()
+            if session.core is not None and (actions := session.core.hop_lost(link.remote, error))
+        ]
+        if affected:
+            self._driver.blame(link.remote, str(error))
+        for session, actions in affected:
+            self._driver.perform(session, actions)
+
+    def _needed_links(self) -> Iterator[Link]:
+        """Those to every hop of every session: a hop between two others hears nothing from us while it works."""
+        for session in self._sessions.by_id.values():
+            if session.core is not None and session.core.route is not None:
+                for hop in session.core.route.hops:
+                    if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
+                        yield link
+
+    def _learn(self, route: Route, message: Result, tokens: int) -> None:
+        """Feed the router what the hops reported of their own time."""
+        if len(message.hops) != len(route.hops):
+            return  # a route with a relay in it may have lost count; nothing depends on it
+        now_s = self._sessions.client.discovery.now_s()
+        timings = []
+        for hop, (queue_s, compute_s) in zip(route.hops, message.hops, strict=True):
+            timings.append(HopTiming(peer=hop.peer_id, queue_s=queue_s, compute_s=compute_s))
+            self._sessions.client.router.on_step(hop.peer_id, len(hop.span), tokens, compute_s, queue_s, now_s)
+            self._sessions.client.router.on_success(hop.peer_id, now_s)
+        self._sessions.last_hops = tuple(timings)

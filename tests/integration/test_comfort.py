@@ -1,0 +1,43 @@
+"""A volunteer's machine is its owner's first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from swarm.testing import LocalSwarm
+from tests.helpers.hours import hours_without_now
+from tests.integration.conftest import Swarm
+
+
+def test_outside_its_hours_a_peer_says_that_it_is_paused_and_counts_for_nothing(
+    swarm: LocalSwarm, command: Swarm, tmp_path: Path
+) -> None:
+    """With a model of its own, so that nobody else's tests see its record."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path)
+    hours = str(hours_without_now())
+    comfort = ("--schedule", hours, "--nice", "5", "--pause-on-load", "90", "--max-bandwidth", "2MB/s")
+    guest = swarm.add_peer((0, 2), *comfort, "--cache-tokens", "256", model=tmp_path)
+    try:
+        paused = guest.wait_for("paused", timeout_s=20)
+        assert (paused["reason"], paused["schedule"]) == ("schedule", hours)
+        assert paused["resumes_at"] == hours.partition("-")[0]
+        done = command("status", guest.wait_for("ready")["model_id"], "--invite", swarm.invite, "--json")
+        assert done.returncode == 0, done.stderr
+        (model,) = json.loads(done.stdout)["models"]
+        (seen,) = model["peers"]
+        assert (seen["peer_id"], seen["state"], seen["max_bytes_per_s"]) == (guest.peer_id, "paused", 2_000_000)
+        assert (model["healthy"], model["gaps"]) == (False, [[0, 2]])
+        family = [psutil.Process(guest.pid), *psutil.Process(guest.pid).children(recursive=True)]
+        assert len(family) > 1, "the libp2p daemon is one of them"
+        assert {process.nice() for process in family} == {5}
+        assert guest.terminate() == 0
+    finally:
+        swarm.peers.remove(guest)
+        guest.close()

@@ -1,0 +1,96 @@
+"""Tapes say what programs say, for any mixture of sessions; families without one still run."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from peers.model.kernels import Pool, accelerate, linear
+from peers.model.quantization import quantize
+from peers.runtime.cache import Chunk, PagedCache, open_cache
+from peers.runtime.pages import PagePool
+from routing.ids import BlockSpan
+from tests.helpers.families import FAMILIES
+from tests.peers.runtime.spans import Local
+
+WITHOUT = {
+    *("llama-dynamic", "biogpt", "jetmoe"),  # no program either
+    *("phi3-longrope", "ctrl", "gemma4"),  # tensors made or changed in place
+    *(
+        "mixtral",
+        "qwen3-moe",
+        "olmoe",
+        "gpt-oss",
+        "deepseek-v3",
+        "mimo-v2",
+        "gpt2",
+    ),  # products that are no linear layers
+}
+LIBRARY = Pool(1)
+ERROR_MAX = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def opened(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, *, int8: bool = False) -> PagedCache:
+    monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
+    model = Local(family, BlockSpan(1, 3)).cut()
+    model.module.to(dtype)
+    model.dtype = dtype
+    if int8:
+        quantize(model.module, "int8")
+    accelerate(model.module, LIBRARY)
+    with torch.inference_mode():
+        cache = open_cache(model, PagePool(64, 4), LIBRARY)
+        for _ in cache.prepare():
+            pass
+    assert isinstance(cache, PagedCache)
+    return cache
+
+
+@torch.inference_mode()
+def assert_same_with_and_without(cache: PagedCache, dtype: torch.dtype, seed: int) -> None:
+    """Sessions that grow by a token or a few, in any company; rows of one session are runs of pages that lie apart."""
+    rng, pages, tapes = random.Random(seed), cache._pages, cache._tapes
+    lengths = dict.fromkeys(range(4), 0)
+    for session in lengths:
+        pages.open(session)
+    ran = 0
+    for _ in range(12):
+        chosen = rng.sample(sorted(lengths), rng.randint(1, 4))
+        chunks = []
+        for session in chosen:
+            tokens = rng.choice([1, 1, 1, 3, 16])
+            pages.grow(session, lengths[session] + tokens)
+            chunks.append(Chunk(session=session, start=lengths[session], tokens=tokens))
+            lengths[session] += tokens
+        total = sum(chunk.tokens for chunk in chunks)
+        hidden_TH = torch.randn(total, cache._model.hidden_size).to(dtype)
+        outputs: list[Tensor] = []
+        for some in (None, tapes):
+            cache._tapes = some
+            outputs.append(cache.forward(chunks, hidden_TH, cache._model.span, 0).double())
+        program, tape = outputs
+        assert (tape - program).norm() <= ERROR_MAX[dtype] * program.norm()
+        assert tapes is not None
+        ran += tapes._tapes.get(total) is not None
+    assert ran
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.pluggable])
+def test_a_family_has_a_tape_that_says_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = opened(family, torch.float32, monkeypatch)
+    assert (cache._tapes is None) == (family in WITHOUT)
+    if cache._tapes is not None:
+        assert_same_with_and_without(cache, torch.float32, seed=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-neox", "opt"])
+def test_in_bfloat16_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_same_with_and_without(opened(family, torch.bfloat16, monkeypatch), torch.bfloat16, seed=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_weights_in_8_bits_too(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_same_with_and_without(opened("llama", dtype, monkeypatch, int8=True), dtype, seed=2)

@@ -1,0 +1,143 @@
+"""What is asked of the real system, and when a peer hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from typing import Any
+
+import psutil
+import pytest
+
+from peers.serving import owner as module
+from peers.serving.comfort import Comfort, Reason, Schedule
+from peers.serving.owner import LOOK_S, MIN_BYTES_PER_S, NICE_MAX, OtherPrograms, Owner, check
+from routing.errors import CallerError
+
+BURN = "import sys,time\nwhile time.process_time() < 0.7: pass\nprint(flush=True)\nsys.stdin.read()"
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"nice": -1},
+        {"nice": NICE_MAX + 1},
+        {"load_percent": 0},
+        {"load_percent": 101},
+        {"load_percent": float("nan")},
+        {"max_bytes_per_s": MIN_BYTES_PER_S - 1},
+        {"max_bytes_per_s": 1 << 60},
+    ],
+    ids=str,
+)
+def test_a_wish_that_makes_no_sense_is_refused_with_a_hint(wish: dict[str, Any]) -> None:
+    with pytest.raises(CallerError) as caught:
+        check(**wish)
+    assert caught.value.hint
+
+
+def test_sensible_wishes_are_not_refused() -> None:
+    check()
+    check(nice=0, load_percent=100, max_bytes_per_s=MIN_BYTES_PER_S)
+    check(nice=NICE_MAX, load_percent=0.5, max_bytes_per_s=10_000_000)
+
+
+def test_a_nice_process_has_and_starts_nice_threads_and_children() -> None:
+    probe = (
+        "import os, subprocess, sys, threading\n"
+        "from peers.serving.owner import be_nice\n"
+        "asked, seen = threading.Event(), []\n"
+        "def see(): asked.wait(); seen.append(os.getpriority(os.PRIO_PROCESS, 0))\n"
+        "before = threading.Thread(target=see)\n"
+        "before.start()\n"
+        "be_nice(7)\n"
+        "after = threading.Thread(target=see)\n"
+        "after.start(), asked.set(), before.join(), after.join(), see()\n"
+        "print(*seen, flush=True)\n"
+        "subprocess.run([sys.executable, '-c', 'import os; print(os.getpriority(os.PRIO_PROCESS, 0))'], check=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["7"] * 4
+
+
+def test_a_priority_that_the_system_refuses_is_an_error_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    with pytest.raises(CallerError, match="may not go down to 3") as caught:
+        module.be_nice(3)
+    assert "or more" in caught.value.hint
+
+
+def test_what_this_process_and_its_children_use_is_nobody_elses_load() -> None:
+    """On a machine that this test keeps busy as far as others let it: what is ours is not theirs."""
+    cpus = psutil.cpu_count() or 1
+    others = OtherPrograms()
+    started = [psutil.cpu_times(), others._at_s]
+    children = [
+        subprocess.Popen([sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(min(cpus, 4))
+    ]
+    for child in children:
+        assert child.stdout is not None
+        child.stdout.readline()
+    ours_s = sum(sum(psutil.Process(child.pid).cpu_times()[:2]) for child in children)
+    percent = others.percent()
+    wall_s = others._at_s - float(started[1])  # type: ignore[arg-type]
+    assert percent <= 100 * (1 - ours_s / (cpus * wall_s)) + 10
+    for child in children:
+        child.communicate(timeout=20)
+    counted_s = others._read()[1] - others._used_s
+    assert counted_s > -0.5, "time of children that have ended is still ours, and not given back to nobody"
+
+
+# --- the driver ---
+
+
+class Times(Owner):
+    """An owner whose clock the test sets."""
+
+    at = 12 * 60
+
+    @property
+    def minute(self) -> int:
+        return self.at
+
+
+@pytest.mark.looptime
+async def test_the_peer_hears_of_every_change_and_people_at_once_of_the_first() -> None:
+    heard: list[bool] = []
+    told: list[Reason | None] = []
+    owner = Times(Comfort(Schedule.parse("22:00-08:00")), heard.append)
+    assert await owner.look()
+    assert (heard, owner.reason) == ([True], Reason.SCHEDULE)
+    watching = asyncio.create_task(owner.watch(lambda: told.append(owner.reason)))
+    await asyncio.sleep(5 * LOOK_S)
+    assert (heard, told) == ([True], [Reason.SCHEDULE])
+    owner.at = 22 * 60
+    await asyncio.sleep(1.5 * LOOK_S)
+    assert (heard, told) == ([True, False], [Reason.SCHEDULE, None])
+    owner.at = 8 * 60
+    await asyncio.sleep(1.5 * LOOK_S)
+    assert (heard, told) == ([True, False, True], [Reason.SCHEDULE, None, Reason.SCHEDULE])
+    watching.cancel()
+    await asyncio.wait([watching])
+
+
+async def test_an_owner_without_wishes_is_not_watched() -> None:
+    told: list[None] = []
+    owner = Owner(Comfort(), lambda paused: None)
+    assert not await owner.look()
+    await owner.watch(lambda: told.append(None))
+    assert told == []
+
+
+async def test_a_limit_on_the_load_looks_at_the_machine() -> None:
+    heard: list[bool] = []
+    owner = Owner(Comfort(max_load_percent=50.0), heard.append)
+    await owner.look()
+    assert 0.0 <= owner.load_percent <= 100.0
+    assert heard == [], "one look is no reason"
