@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peers.model.kernels import Pool, accelerate, linear
-from peers.model.quantization import quantize
+from peers.model.quantization import NONE, quantize
 from peers.runtime.cache import Chunk, PagedCache, open_cache
 from peers.runtime.pages import PagePool
 from routing.ids import BlockSpan
@@ -33,7 +33,7 @@ LIBRARY = Pool(1)
 ERROR_MAX = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
-def opened(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, quantization: str = "none") -> PagedCache:
+def opened(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, *, quantization: str = NONE) -> PagedCache:
     monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
     model = Local(family, BlockSpan(1, 3)).cut()
     model.module.to(dtype)
@@ -90,7 +90,7 @@ def test_in_bfloat16_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_with_and_without(opened(family, torch.bfloat16, monkeypatch), torch.bfloat16, seed=1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
-def test_with_weights_in_fewer_bits_too(quantization: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_same_with_and_without(opened("llama", dtype, monkeypatch, quantization), dtype, seed=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_weights_in_fewer_bits_too(dtype: torch.dtype, quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_same_with_and_without(opened("llama", dtype, monkeypatch, quantization=quantization), dtype, seed=2)
