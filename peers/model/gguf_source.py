@@ -73,8 +73,12 @@ def _convert(gguf: Path, folder: Path, progress: Progress, accept: Callable[[Pat
     try:
         reader = GGUFReader(gguf)
         parsed = load_gguf_checkpoint(gguf)
-        config = language_config(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True))
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        config = language_config(
+            AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+        )
     except UnsupportedModel:
         raise
     except Exception as error:  # a stranger's file runs through transformers' own mapping

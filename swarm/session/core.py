@@ -245,7 +245,8 @@ class SessionCore:
         return core
 
     def submit(self, first: int, count: int, want_from: int) -> tuple[StepId, list[Action]]:
-        """A new step over positions [first, first + count). Steps are answered in the order of submission."""
+        """A new step over positions [first, first + count). Steps are answered in the order of submission, but
+        for one that was lost on its way between hops which hold its positions all the same."""
         assert self.alive, f"submit in state {self.state}"
         assert 0 <= want_from <= count
         assert count > 0
