@@ -19,7 +19,7 @@ def main() -> None:
         require_platform()
     except SwarmError as error:
         sys.exit(f"error: {error}\nhint: {error.hint}")
-    # torch's threads sleep when they wait: spinning, those of several peers and other programs keep each other from work
+    # torch's threads sleep when they wait: spinning, they keep those of other peers and programs from work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from swarm.cli import signals  # which, as the rest, another platform may not be able to import
 

@@ -310,16 +310,20 @@ class SwarmRemote:
         core = session.core
         assert core is not None
         pending = core.pending
+        length = max((step.first + step.count for step in pending), default=0)
+        previous = session.route
+        if previous is None and length >= PREFIX_POSITIONS:  # where the last session was, its prompt may be known
+            previous = self._sessions.last_route
         request = RouteRequest(
             model=self.model.model,
             num_blocks=self.model.num_blocks,
             avoid=avoid,
             tokens=max((step.count for step in pending), default=1),
             bytes_per_token=self.model.hidden_size * 4,
-            cache_tokens=max((step.first + step.count for step in pending), default=0),
+            cache_tokens=length,
             protocol=PROTOCOL_VERSION,
             min_precision=self.model.min_precision,
-            previous=session.route,
+            previous=previous,
         )
         try:
             route = await self._client.discovery.route(request)
