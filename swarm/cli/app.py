@@ -332,6 +332,9 @@ def generate(
     seed: Seed = None,
     dtype: Dtype = "auto",
     min_precision: MinPrecision = None,
+    background: Annotated[
+        bool, typer.Option("--background", help="Give way to everybody who waits for an answer.")
+    ] = False,
     network: Network = None,
     token: Token = None,
     as_json: Json = False,
@@ -350,7 +353,12 @@ def generate(
         from swarm.cli import conversation
 
         connection = conversation.Connection(
-            model=model, entrance=entrance, dtype=dtype, token=token, min_precision=min_precision
+            model=model,
+            entrance=entrance,
+            dtype=dtype,
+            token=token,
+            min_precision=min_precision,
+            background=background,
         )
         sampling = Sampling(
             temperature=temperature,

@@ -33,6 +33,7 @@ class Connection:
     dtype: str
     token: str | None
     min_precision: str | None
+    background: bool = False
 
     def open(self) -> tuple[Any, Checkpoint]:
         """The remote model (close it) and its checkpoint. Raises SwarmError."""
@@ -45,6 +46,7 @@ class Connection:
                 dtype=self.dtype,
                 progress=bars,
                 min_precision=self.min_precision,
+                background=self.background,
             )
         return model, checkpoint
 

@@ -21,6 +21,7 @@ from peers.runtime.cost import ForwardCost
 from peers.runtime.engine import Sharing
 from peers.runtime.probe import Probe
 from peers.transport.memory import MemoryNetwork, MemoryTransport
+from peers.wire.messages import Urgency
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, PeerId
 from routing.store import RecordStore
@@ -142,7 +143,12 @@ class MemorySwarm:
         return self.thread.call(self._add(BlockSpan(start, end), quantization))
 
     def model(
-        self, *, guest: bool = False, prefix_secret: bytes | None = None, min_precision: str | None = None
+        self,
+        *,
+        guest: bool = False,
+        prefix_secret: bytes | None = None,
+        min_precision: str | None = None,
+        urgency: Urgency = Urgency.INTERACTIVE,
     ) -> Any:
         """A client's model; closed with the swarm. A `guest` is a client of its own."""
         thread = self.thread
@@ -158,6 +164,7 @@ class MemorySwarm:
                 config=self._session_config,
                 owns_network=False,
                 prefix_secret=prefix_secret,
+                urgency=urgency,
             )
 
         model = load_model(

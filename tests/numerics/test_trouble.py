@@ -17,6 +17,7 @@ import torch
 from transformers import StoppingCriteria
 
 from peers.transport import links
+from peers.wire.messages import Urgency
 from routing.errors import NoRoute, Unavailable
 from routing.router import Route, RouteRequest
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
@@ -233,6 +234,17 @@ def test_two_users_whose_sessions_pass_the_pool_together_both_finish_everything(
     for (_, ids), result in zip(work, results, strict=True):
         assert torch.equal(result, generate(local, ids))
     assert swarm.eventually_settled()
+
+
+def test_a_model_in_the_background_says_the_same_beside_one_that_is_not(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    models = [swarm.model(), swarm.model(urgency=Urgency.BACKGROUND)]
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda model: generate(model, prompt(2)), models))
+    for result in results:
+        assert torch.equal(result, generate(local, prompt(2)))
 
 
 def test_an_interrupted_generation_frees_its_pages(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:
