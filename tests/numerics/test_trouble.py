@@ -240,7 +240,7 @@ def test_a_model_in_the_background_says_the_same_beside_one_that_is_not(
     make_swarm: Callable[..., MemorySwarm], local: Any
 ) -> None:
     swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
-    models = [swarm.model(), swarm.model(urgency=Urgency.BACKGROUND)]
+    models = [swarm.model(), swarm.model(guest=True, urgency=Urgency.BACKGROUND)]
     with ThreadPoolExecutor(2) as threads:
         results = list(threads.map(lambda model: generate(model, prompt(2)), models))
     for result in results:
