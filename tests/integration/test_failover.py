@@ -98,7 +98,12 @@ def test_a_peer_killed_after_a_prefix_hit_is_replaced_without_changing_a_token(
     known = prompt * 8
     asked = (*known, *prompt[:3])
     assert len(known) >= PREFIX_POSITIONS
-    assert generate(client, known, 2) == greedy(known, 2)
+    traffic = driver(client).traffic
+    for _ in range(8):  # until spares that nobody has measured yet do not look better than who knows the prompt
+        assert generate(client, known, 2) == greedy(known, 2)
+        if traffic.prefix_positions:
+            break
+    before = traffic.prefix_positions
     killed: list[LocalPeer] = []
 
     def kill() -> None:
@@ -107,7 +112,7 @@ def test_a_peer_killed_after_a_prefix_hit_is_replaced_without_changing_a_token(
 
     assert generate(client, asked, 24, streamer=At(8, kill)) == greedy(asked, 24)
     assert middle(client, failing) is not killed[0]
-    assert driver(client).traffic.prefix_positions == len(known) // PREFIX_POSITIONS * PREFIX_POSITIONS
+    assert traffic.prefix_positions - before >= len(known) // PREFIX_POSITIONS * PREFIX_POSITIONS
 
 
 def test_a_hung_peer_is_replaced_without_changing_a_token(
