@@ -29,6 +29,7 @@ from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.pages import PagePool
 from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import grow_or_preempt
+from peers.runtime.program import TOKENS_MAX
 from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Scheduler, Tempo
 from peers.wire.messages import Urgency
 from peers.wire.tensors import finite
@@ -37,9 +38,6 @@ from routing.ids import BlockSpan, PeerId, SessionId
 
 logger = logging.getLogger(__name__)
 
-SHORT_TOKENS = 64
-"""In a short forward torch has little to share out besides linear layers, and its helpers, which go on spinning when
-their part is done, would stand in the way of the library's."""
 DECODING_S = 1.0
 """A step so long ago says that others will follow."""
 Sharing = Literal["owner", "network"]
@@ -605,7 +603,8 @@ class Engine:
             inputs.append(ticket.work.hidden[pick.offset : pick.offset + pick.tokens].to(self.model.dtype))
         hidden_TH = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         alone = self._alone
-        self._share_cores(self._accelerated and len(hidden_TH) <= SHORT_TOKENS)
+        # in a short forward torch has little to share out, and its helpers would stand in the way of the library's
+        self._share_cores(self._accelerated and len(hidden_TH) <= TOKENS_MAX)
         try:
             return self._cache.forward(
                 chunks,
