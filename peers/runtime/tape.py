@@ -269,6 +269,8 @@ class _Writer:
 
     def _region(self, node: Node | None, like: Tensor) -> _Place:
         """Memory for a new tensor, until nobody needs it any more."""
+        if like.dtype not in INPUTS:
+            raise NotFlat(f"the library computes nothing in {like.dtype}")
         nbytes = -(-like.numel() * like.itemsize // ALIGNMENT) * ALIGNMENT
         free = self._free.get(nbytes)
         if free:
