@@ -106,6 +106,7 @@ def chat(connection: Connection, *, system: str | None, sampling: Sampling, max_
             say(f"{checkpoint.name} through the swarm. {HELP}")
         with model.session():
             _converse(model, tokenizer, start, sampling=sampling, max_new_tokens=max_new_tokens)
+            signals.raise_on_signal()
 
 
 def _converse(
@@ -140,7 +141,8 @@ def _converse(
 
         try:
             prompt_ids = encode_chat(tokenizer, messages)
-            answer(model, tokenizer, prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, write=take)
+            with signals.stoppable():
+                answer(model, tokenizer, prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, write=take)
         except SwarmError as error:
             messages.pop()
             if isinstance(error, ContextTooLong):
@@ -150,7 +152,6 @@ def _converse(
         except signals.Interrupted as interruption:
             if interruption.number != signal.SIGINT:
                 raise
-            signals.raise_on_signal()
         write("\n")
         messages.append({"role": "assistant", "content": "".join(pieces)})
 
@@ -159,7 +160,8 @@ def _read_line() -> str | None:
     """The next line, or None at the end of standard input."""
     while True:
         try:
-            return input("> " if sys.stdin.isatty() else "")
+            with signals.stoppable():
+                return input("> " if sys.stdin.isatty() else "")
         except EOFError:
             if sys.stdin.isatty():
                 say("")
@@ -167,7 +169,6 @@ def _read_line() -> str | None:
         except signals.Interrupted as interruption:
             if interruption.number != signal.SIGINT or not sys.stdin.isatty():
                 raise
-            signals.raise_on_signal()
             say("\n(Ctrl-D leaves)")
 
 

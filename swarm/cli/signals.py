@@ -62,6 +62,16 @@ def raise_on_signal() -> None:
         signal.signal(number, _raise_once)
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, Ctrl-C raises Interrupted. After it Ctrl-C does nothing until the next: what it was to stop has ended."""
+    raise_on_signal()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, lambda *_: None)
+
+
 def _raise_once(number: int, _: FrameType | None) -> NoReturn:
     for each in SIGNALS:
         signal.signal(each, lambda number, _: leave(_code(number)))

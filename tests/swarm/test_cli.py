@@ -26,7 +26,7 @@ from routing.ids import BlockSpan, ModelId
 from routing.invites import parse
 from routing.records import Announcement, PeerState
 from routing.router import Router
-from swarm.cli import node, output
+from swarm.cli import node, output, signals
 from swarm.cli import status as status_view
 from swarm.cli.app import _bytes, app, spread
 
@@ -363,6 +363,16 @@ def test_a_signal_during_the_start_does_not_wait_for_threads() -> None:
     process = start(NODE.format(parent="", starts=False, hangs=False), until="starting")
     process.send_signal(signal.SIGINT)
     assert end(process) == (130, "", "")
+
+
+def test_ctrl_c_stops_what_can_be_stopped_and_nothing_after_it() -> None:
+    with signals.interruptible():
+        for _ in range(2):
+            with pytest.raises(signals.Interrupted), signals.stoppable():
+                signal.raise_signal(signal.SIGINT)
+            with signals.stoppable():
+                pass
+            signal.raise_signal(signal.SIGINT)  # it came as the answer had ended: the conversation goes on
 
 
 def test_the_end_of_the_parent_is_a_signal() -> None:
