@@ -140,6 +140,7 @@ def plan_capacity(
         ),
         num_blocks=total_blocks,
         max_positions=max_positions(config),
+        windows=anatomy.windows,
         blocks=num_blocks if blocks is None else len(blocks),
         cache_tokens=cache_tokens,
     )

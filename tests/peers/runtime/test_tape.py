@@ -60,6 +60,7 @@ def assert_same_with_and_without(cache: PagedCache, dtype: torch.dtype, seed: in
         chunks = []
         for session in chosen:
             tokens = rng.choice([1, 1, 1, 3, 16])
+            pages.slide(session)
             pages.grow(session, lengths[session] + tokens)
             chunks.append(Chunk(session=session, start=lengths[session], tokens=tokens))
             lengths[session] += tokens
