@@ -1,4 +1,4 @@
-"""Models whose layers slide, in a swarm in one process: however far a caller goes back, the outputs are the local ones."""
+"""However far a caller goes back in a model whose layers slide, the outputs are those of the local one."""
 
 from __future__ import annotations
 
