@@ -249,16 +249,16 @@ class PagePool:
         """
         held = self._sessions[session]
         assert length >= held.length
-        if self.missing(session, length) > 0:
+        needed = [self._needed(held, table, length) for table in held.tables]
+        if sum(needed) > self.free_pages:
             return None
         copies = []
         filled, tail = divmod(held.length, self.page_size)
-        for table in held.tables:
-            pages, needed = table.pages, self._needed(held, table, length)
-            shared = self._shared_tail(held, table, length)
+        for table, count in zip(held.tables, needed, strict=True):
+            pages, shared = table.pages, self._shared_tail(held, table, length)
             if shared is not None:
                 self.let_go(table.cut(filled))
-            table.extend(self._take(needed, after=pages[-1] if pages else None))
+            table.extend(self._take(count, after=pages[-1] if pages else None))
             if shared is not None:
                 target = pages[filled - table.returned] * self.page_size
                 copies.append(SlotCopy(source=shared * self.page_size, target=target, slots=tail))
@@ -278,8 +278,10 @@ class PagePool:
 
     def truncate(self, session: int, length: int) -> None:
         """Forget every position from `length` on, which the session reaches."""
-        assert self.reaches(session, length)
         held = self._sessions[session]
+        if length == held.length:
+            return
+        assert self.reaches(session, length)
         for table in held.tables:
             self.let_go(table.cut(self._pages_for(length)))
             if length == 0:

@@ -19,7 +19,7 @@ USEFUL_TOKENS = 16_384
 """Of conversations of TOKENS_MIN."""
 SESSIONS_MAX = 16
 BEHIND_WINDOW_TOKENS = 320
-"""What a block with a window keeps of a session besides it: slack, and one work."""
+"""What a block with a window keeps of a session besides it: the slack and a work as large as an engine's budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
