@@ -140,6 +140,8 @@ def plan_capacity(
         ),
         num_blocks=total_blocks,
         max_positions=max_positions(config),
+        # blocks that store unlike things share no memory, and so keep everything (`runtime.cache`)
+        windows=anatomy.windows if len(set(anatomy.kv_shapes)) == 1 else (None,),
         blocks=num_blocks if blocks is None else len(blocks),
         cache_tokens=cache_tokens,
     )

@@ -2,7 +2,8 @@
 
 Owns one rule and its promise: on every device, weights + pool + headroom never exceed its limit. A pool wants to hold
 USEFUL_TOKENS before the peer takes one more block; once the blocks are settled it takes what is left, up to
-SESSIONS_MAX sessions of the longest kind, because nobody would ever fill more. On a CPU pages that were never written
+SESSIONS_MAX sessions of the longest kind, because nobody would ever fill more. Blocks that see no further than a window
+keep less of a session, so there the same conversations fit in a smaller pool. On a CPU pages that were never written
 cost nothing.
 
 Several devices share the blocks so that the pool, which is as large on each of them, is as large as can be.
@@ -15,7 +16,10 @@ from dataclasses import dataclass
 TOKENS_MIN = 2048
 """Below that, one conversation would fill the pool: such a peer is more trouble to a route than help."""
 USEFUL_TOKENS = 16_384
+"""Of conversations of TOKENS_MIN."""
 SESSIONS_MAX = 16
+BEHIND_WINDOW_TOKENS = 320
+"""What a block with a window keeps of a session besides it: the slack and a work as large as an engine's budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +47,15 @@ class Request:
     """Of the whole model."""
     max_positions: int
     """Of one session."""
+    windows: tuple[int | None, ...] = (None,)
+    """How many positions each block of the model sees; None: all."""
     blocks: int | None = None
     cache_tokens: int | None = None
+
+    def weight(self, tokens: int) -> int:
+        """What a session of that length takes, in positions that every block keeps; on average over the blocks."""
+        kept = (tokens if window is None else min(tokens, window + BEHIND_WINDOW_TOKENS) for window in self.windows)
+        return -(-sum(kept) // len(self.windows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +82,15 @@ def divide(request: Request) -> Share:
     """The share that fits within the limits; where even the least does not, that least, which does not fit."""
     sizes, cache_tokens = request.sizes, request.cache_tokens
     rooms = [limit_bytes - sizes.process_bytes - sizes.forward_bytes for limit_bytes in request.limits_bytes]
-    most = cache_tokens or SESSIONS_MAX * request.max_positions
-    least = cache_tokens or min(TOKENS_MIN, most)
+    most = cache_tokens or SESSIONS_MAX * request.weight(request.max_positions)
+    least = cache_tokens or min(request.weight(TOKENS_MIN), most)
 
     def affordable(device: int, blocks: int) -> int:
         return (rooms[device] // blocks - sizes.block_bytes) // sizes.token_bytes
 
     wanted = request.blocks
     if wanted is None:
-        useful = cache_tokens or min(USEFUL_TOKENS, most)
+        useful = cache_tokens or min(USEFUL_TOKENS // TOKENS_MIN * request.weight(TOKENS_MIN), most)
         room = sum(max(0, room // (sizes.block_bytes + useful * sizes.token_bytes)) for room in rooms)
         wanted = min(request.num_blocks, max(1, room))
     blocks = [0] * len(rooms)

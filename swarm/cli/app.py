@@ -226,7 +226,8 @@ def join(
             "--cache-tokens",
             min=1,
             metavar="N",
-            help="Tokens that users' sessions may hold here, together. Default: as many as memory holds.",
+            help="Tokens that users' sessions may hold here, together; more where blocks see no further than a window. "
+            "Default: as many as memory holds.",
             show_default=False,
         ),
     ] = None,

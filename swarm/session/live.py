@@ -43,6 +43,8 @@ class Traffic:
     results: int = 0
     relays: int = 0
     rebuilds: int = 0
+    replays: int = 0
+    """Steps that went back further than layers with a window hold, and so were sent with all that came before."""
     prefix_positions: int = 0
     """Positions not sent, because every hop of a route held them already when it was opened."""
     bytes_sent: int = 0

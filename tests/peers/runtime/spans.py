@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from peers.model.cutting import SpanModel
 from peers.model.support import examine
-from peers.runtime.engine import Done, Engine, EngineConfig, Work
+from peers.runtime.engine import BehindWindow, Done, Engine, EngineConfig, Work
 from routing.ids import BlockSpan, PeerId, SessionId
 from tests.helpers.families import FAMILIES, VOCABULARY, random_model
 
@@ -88,6 +88,8 @@ class Sequence:
         self.session = new_session()
         self.steps: list[Tensor] = []
         self.parent: tuple[SessionId, int] | None = None
+        self.replays = 0
+        """How often it went back further than layers with a window keep."""
 
     @property
     def length(self) -> int:
@@ -113,17 +115,22 @@ class Sequence:
         self.seed += 1
         self.steps.append(random_ids(tokens, self.seed))
         hidden, expected = self.local.follow(self.steps)
-        done = await self.engine.run(self.work(start, hidden))
+        try:
+            done = await self.engine.run(self.work(start, hidden))
+        except BehindWindow:
+            self.replays, self.parent = self.replays + 1, None
+            return await self.replay()
         self.parent = None
         assert_same(done.hidden, expected)
         return done
 
-    async def replay(self) -> None:
-        """Send everything again from position 0, step by step, to a session that lost it."""
+    async def replay(self) -> Done:
+        """Send everything again from position 0, step by step, to a session that lost it; returns the last answer."""
         for count, step in enumerate(self.steps, start=1):
             hidden, expected = self.local.follow(self.steps[:count])
             done = await self.engine.run(self.work(sum(len(s) for s in self.steps[:count]) - len(step), hidden))
             assert_same(done.hidden, expected)
+        return done
 
     def work(self, start: int, hidden: Tensor) -> Work:
         return Work(

@@ -17,24 +17,30 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from peers.errors import Preempted
-from peers.runtime.engine import Engine, EngineConfig, PositionGap, SessionReleased
+from peers.runtime.engine import BehindWindow, Engine, EngineConfig, PositionGap, SessionReleased
 from routing.ids import BlockSpan, PeerId
 from tests.peers.runtime.spans import ALICE, Local, Sequence, random_ids
 
 SPAN = BlockSpan(1, 3)
 LENGTH_MAX = 140
+TOKENS_MAX = 90
+SLACK = 10
 BOB = PeerId("bob")
 LOCAL = Local("llama", SPAN)
-MODEL = LOCAL.cut()
 
 
-def configured(**others: Any) -> Engine:
-    return Engine(MODEL, EngineConfig(**{"cache_tokens": 240, "page_size": 4, "token_budget": 128, **others}))
+def configured(local: Local = LOCAL, **others: Any) -> Engine:
+    settings = {"cache_tokens": 240, "page_size": 4, "token_budget": 128, "slack": SLACK, **others}
+    return Engine(local.cut(), EngineConfig(**settings))
 
 
 def assert_pages_add_up(engine: Engine) -> None:
     pages = engine._pages
     assert pages.free_pages + sum(count > 0 for count in pages._references) == pages.num_pages
+    for session in pages._sessions.values():
+        for table in session.tables:
+            if table.window is not None:
+                assert len(table.pages) <= -(-(table.window + SLACK + TOKENS_MAX) // pages.page_size) + 1
 
 
 async def send(sequence: Sequence, tokens: int) -> None:
@@ -49,6 +55,8 @@ async def send(sequence: Sequence, tokens: int) -> None:
 
 
 class Interleavings(RuleBasedStateMachine):
+    local = LOCAL
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
@@ -59,7 +67,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.engine = configured()
+        self.engine = configured(self.local)
         self.run(self.engine.start())
 
     def draw(self, data: st.DataObject) -> Sequence:
@@ -68,7 +76,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(owner=st.sampled_from([ALICE, BOB]), seed=st.integers(0, 10))
     def open(self, owner: PeerId, seed: int) -> None:
         if len(self.sequences) < 6:
-            self.sequences.append(Sequence(LOCAL, self.engine, seed=seed, owner=owner))
+            self.sequences.append(Sequence(self.local, self.engine, seed=seed, owner=owner))
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -77,7 +85,7 @@ class Interleavings(RuleBasedStateMachine):
         chosen = data.draw(st.lists(st.sampled_from(self.sequences), min_size=1, unique_by=id))
         works = []
         for sequence in chosen:
-            tokens = data.draw(st.sampled_from([1, 1, 3, 30, 90]))
+            tokens = data.draw(st.sampled_from([1, 1, 3, 30, TOKENS_MAX]))
             if sequence.length + tokens <= LENGTH_MAX:
                 works.append(send(sequence, tokens))
 
@@ -114,7 +122,7 @@ class Interleavings(RuleBasedStateMachine):
             task = asyncio.ensure_future(sequence.step(tokens))
             await asyncio.sleep(0)
             task.cancel()
-            with suppress(asyncio.CancelledError, Preempted, PositionGap):
+            with suppress(asyncio.CancelledError, Preempted, PositionGap, BehindWindow):
                 await task
             sequence.steps = before  # whatever came of it, it goes on from there
 
@@ -141,8 +149,20 @@ class Interleavings(RuleBasedStateMachine):
         self.loop.close()
 
 
+class SlidingInterleavings(Interleavings):
+    local = Local("mistral", SPAN)
+
+
+class HybridInterleavings(Interleavings):
+    local = Local("gemma3", BlockSpan(0, 3))
+
+
 Interleavings.TestCase.settings = settings(max_examples=12, stateful_step_count=25, deadline=None)
+SlidingInterleavings.TestCase.settings = settings(max_examples=3, stateful_step_count=25, deadline=None)
+HybridInterleavings.TestCase.settings = settings(max_examples=5, stateful_step_count=25, deadline=None)
 TestInterleavings = Interleavings.TestCase
+TestSlidingInterleavings = SlidingInterleavings.TestCase
+TestHybridInterleavings = HybridInterleavings.TestCase
 
 
 @pytest.mark.timeout(600)

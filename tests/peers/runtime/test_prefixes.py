@@ -30,10 +30,14 @@ class PrefixMachine(RuleBasedStateMachine):
     seen at once: `held_texts` says what each session would hold had it computed everything itself.
     """
 
-    @initialize(positions=st.sampled_from([256, 512, 1024]), page_size=st.sampled_from([8, 16, 24, 64, 128]))
-    def start(self, positions: int, page_size: int) -> None:
-        num_pages = positions // page_size
-        self.pool = PagePool(num_pages, page_size)
+    @initialize(
+        positions=st.sampled_from([256, 512, 1024]),
+        page_size=st.sampled_from([8, 16, 24, 64, 128]),
+        windows=st.sampled_from([[None], [None], [9], [None, 9, 100]]),
+    )
+    def start(self, positions: int, page_size: int, windows: list[int | None]) -> None:
+        num_pages = positions // page_size * len(windows)
+        self.pool = PagePool(num_pages, page_size, windows, slack=BLOCK)
         self.index = PrefixIndex(self.pool)
         self.memory: list[object] = [None] * (num_pages * page_size)
         self.held_texts: dict[int, list[int]] = {}
@@ -69,18 +73,21 @@ class PrefixMachine(RuleBasedStateMachine):
         session = data.draw(st.sampled_from(sorted(self.held_texts)))
         text = self.held_texts[session]
         start = max(0, len(text) - back)
+        if not self.pool.reaches(session, start):
+            start = 0
         plan = self.plans[session]
         if other and start < self.sent[session]:
             self.faithful.discard(session)
         new = plan[start : start + count] if session in self.faithful else []
         new += [3] * (count - len(new))
         end = start + len(new)
-        if self.pool.pages_for(end) > self.pool.num_pages:
+        if self.pool.needed(0, end) > self.pool.num_pages:
             return
         del text[start:]
         self.sent[session] = end
         self.index.begun(session, start, end)
         self.pool.truncate(session, start)
+        self.pool.slide(session)
         copies = self.pool.grow(session, end)
         while copies is None and self.index.make_room(session, end):
             copies = self.pool.grow(session, end)
@@ -94,9 +101,10 @@ class PrefixMachine(RuleBasedStateMachine):
             self.memory[copy.target : copy.target + copy.slots] = self.memory[copy.source : copy.source + copy.slots]
         computed = data.draw(st.sampled_from([len(new), len(new), len(new) // 2]))
         text += new[:computed]
-        slots = self.slots(session, end)
-        for position in range(start, start + computed):
-            self.memory[slots[position]] = tuple(text[: position + 1])
+        for table in self.tables:
+            slots = self.slots(session, end, table)
+            for position in range(start, start + computed):
+                self.memory[slots[position]] = (table, *text[: position + 1])
         self.index.computed(session, len(text))
         self.pool.truncate(session, len(text))
 
@@ -105,6 +113,8 @@ class PrefixMachine(RuleBasedStateMachine):
     def fork(self, data: st.DataObject) -> None:
         parent, child = data.draw(st.sampled_from(sorted(self.held_texts))), next(self.numbers)
         length = data.draw(st.integers(0, len(self.held_texts[parent])))
+        if not self.pool.reaches(parent, length):
+            return
         self.pool.fork(parent, child, length)
         self.held_texts[child], self.plans[child] = self.held_texts[parent][:length], []
         self.sent[child] = length
@@ -117,22 +127,29 @@ class PrefixMachine(RuleBasedStateMachine):
         self.pool.release(session)
         del self.held_texts[session]
 
-    def slots(self, session: int, length: int) -> list[int]:
-        return [slot for first, count in self.pool.runs(session, length) for slot in range(first, first + count)]
+    @property
+    def tables(self) -> range:
+        return range(len(self.pool.windows))
+
+    def slots(self, session: int, length: int, table: int) -> dict[int, int]:
+        runs = self.pool.runs(session, length, table)
+        slots = [slot for first, count in runs for slot in range(first, first + count)]
+        return dict(enumerate(slots, start=self.pool.first(session, table)))
 
     @invariant()
     def every_session_reads_what_it_would_have_computed(self) -> None:
         for session, text in getattr(self, "held_texts", {}).items():
             assert self.pool.length(session) == len(text)
-            for position, slot in enumerate(self.slots(session, len(text))):
-                assert self.memory[slot] == tuple(text[: position + 1])
+            for table in self.tables:
+                for position, slot in self.slots(session, len(text), table).items():
+                    assert self.memory[slot] == (table, *text[: position + 1])
 
     @invariant()
     def free_held_and_kept_pages_are_all_pages(self) -> None:
         if hasattr(self, "pool"):
             held = self.pool.distinct_pages(self.held_texts)
             assert self.pool.free_pages + held + self.pool.idle_pages == self.pool.num_pages
-            kept = len(self.index) * self.index.block // self.pool.page_size
+            kept = len(self.index) * self.index.block // self.pool.page_size * len(self.pool.windows)
             assert self.pool.idle_pages <= kept <= self.pool.num_pages // 2
 
     def teardown(self) -> None:
@@ -141,7 +158,7 @@ class PrefixMachine(RuleBasedStateMachine):
         for session in self.held_texts:
             self.index.close(session)
             self.pool.release(session)
-        newcomer, everything = next(self.numbers), self.pool.num_pages * self.pool.page_size
+        newcomer, everything = next(self.numbers), self.pool.tokens(self.pool.num_pages)
         self.pool.open(newcomer)
         while self.pool.grow(newcomer, everything) is None:
             assert self.index.make_room(newcomer, everything)

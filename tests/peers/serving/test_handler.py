@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from peers.errors import Busy, Preempted
-from peers.runtime.engine import CacheTooSmall, ComputeFailed, PositionGap
+from peers.runtime.engine import BehindWindow, CacheTooSmall, ComputeFailed, PositionGap
 from peers.serving.handler import MAX_PAYLOAD_BYTES, PAUSED_RETRY_S, SWEEP_S
 from peers.transport import links
 from peers.transport.base import MAX_FRAME_BYTES
@@ -211,6 +211,7 @@ async def test_a_step_lower_than_what_is_held_rolls_back() -> None:
         (Busy("full", retry_after_s=0.7), Code.BUSY, 0.7),
         (Preempted("taken", retry_after_s=0.3), Code.PREEMPTED, 0.3),
         (PositionGap(5, 0), Code.GAP, 0.0),
+        (BehindWindow(5), Code.REPLAY, 0.0),
         (CacheTooSmall("small"), Code.TOO_LONG, 0.0),
         (ComputeFailed("broken"), Code.INTERNAL, 0.0),
         (Unavailable("stopping"), Code.DRAINING, 0.0),
