@@ -455,12 +455,17 @@ class SwarmRemote:
 
 
 def connect(
-    entrance: Entrance, model: RemoteModel, embed: Embed, *, urgency: Urgency = Urgency.INTERACTIVE
+    entrance: Entrance,
+    model: RemoteModel,
+    embed: Embed,
+    *,
+    prefix_secret: bytes | None = None,
+    urgency: Urgency = Urgency.INTERACTIVE,
 ) -> SwarmRemote:
     """Enter a network in a thread of its own and drive one model through it. Raises SwarmError."""
     network = NetworkThread(lambda: enter(entrance))
     try:
-        return SwarmRemote(network, model, embed, urgency=urgency)
+        return SwarmRemote(network, model, embed, prefix_secret=prefix_secret, urgency=urgency)
     except BaseException:  # also an interrupt: the thread must not stay behind
         network.close()
         raise
