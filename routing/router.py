@@ -248,7 +248,7 @@ def _no_route(
     reasons = [
         f"{a.name or a.peer_id} ({a.spans}, {excluded[a.peer_id]})"
         for a in sorted(held, key=lambda a: (a.spans, a.peer_id))
-        if a.peer_id in excluded and any(map(a.spans.overlap, missing))
+        if a.peer_id in excluded and any(map(a.spans.overlaps, missing))
     ]
     if reasons:
         named = ", ".join(reasons[:_NAMED_MAX]) + (", …" if len(reasons) > _NAMED_MAX else "")

@@ -360,7 +360,7 @@ class SwarmRemote:
             self.perform(session, core.give_up(error))
 
     def _close_hops(self, route: Route, session: SessionId) -> None:
-        for peer in {hop.peer_id for hop in route.hops}:
+        for peer in dict.fromkeys(hop.peer_id for hop in route.hops):
             self._goodbyes.spawn(self._close_hop(peer, session), name=f"close {session}")
 
     async def _close_hop(self, peer: PeerId, session: SessionId) -> None:
