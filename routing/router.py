@@ -43,7 +43,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """Hops that cover every block once and in order, each at another peer."""
+    """Hops that cover every block once and in order; a peer may serve several of them."""
 
     hops: tuple[Hop, ...]
     cost_s: float
@@ -151,22 +151,23 @@ class Router:
             and a.peer_id not in imprecise
         )
         usable = _without_slow_strangers(allowed, request, known=self._estimates.measured | busy | settled)
-        whole = bool(previous) and all(peer in usable and usable[peer].span.covers(span) for peer, span in previous)
-        candidates: dict[PeerId, Candidate] = {}
+        whole = bool(previous) and all(peer in usable and usable[peer].spans.covers(span) for peer, span in previous)
+        costs: dict[PeerId, HopCost] = {}
         for peer, announcement in usable.items():
             cost = self._cost(announcement, request, now_s)
             if peer in settled and not whole:
                 cost = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
             if peer in busy or (announcement.free_tokens < request.cache_tokens and peer not in settled):
                 cost = cost._replace(enter_s=cost.enter_s + _LAST_RESORT_S)
-            candidates[peer] = Candidate(peer, announcement.span, cost)
+            costs[peer] = cost
 
-        path = cheapest_path(candidates.values(), num_blocks)
+        candidates = [Candidate(peer, span, costs[peer]) for peer, a in usable.items() for span in a.spans.parts]
+        path = cheapest_path(candidates, num_blocks)
         if path is None:
             raise _no_route(request, announcements, excluded, imprecise)
         hops = path.hops
         if whole:
-            staying_s = path_cost_s([(candidates[peer].cost, len(span)) for peer, span in previous])
+            staying_s = path_cost_s([(costs[peer], len(span)) for peer, span in previous])
             if path.cost_s > (1 - HYSTERESIS) * staying_s:
                 hops = previous
         return Route(
@@ -182,19 +183,20 @@ class Router:
 def _without_slow_strangers(
     announcements: Iterable[Announcement], request: RouteRequest, *, known: Set[PeerId]
 ) -> dict[PeerId, Announcement]:
-    """By peer, all `announcements` but those of strangers that a stranger with the same span and cap claims to beat.
+    """By peer, all `announcements` but those of strangers that a stranger with the same spans and cap claims to beat.
 
     Everything that is assumed of peers of which nothing is known is the same for all of them. In a large swarm most are
     strangers, and what is dropped here need not be priced.
     """
     kept: dict[PeerId, Announcement] = {}
-    fastest: dict[tuple[int, int, int, bool], tuple[float, Announcement]] = {}
+    fastest: dict[tuple[int, int, tuple[BlockSpan, ...], int, bool], tuple[float, Announcement]] = {}
     for a in announcements:
         if a.peer_id in known:
             kept[a.peer_id] = a
             continue
         takes_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, request.tokens)
-        key = (a.span.start, a.span.end, a.max_bytes_per_s, a.free_tokens < request.cache_tokens)
+        parts = a.spans.parts
+        key = (parts[0].start, parts[0].end, parts[1:], a.max_bytes_per_s, a.free_tokens < request.cache_tokens)
         best = fastest.get(key)
         if best is None or takes_s < best[0] or (takes_s == best[0] and a.peer_id < best[1].peer_id):
             fastest[key] = (takes_s, a)
@@ -225,10 +227,12 @@ def _no_route(
     excluded = excluded | {a.peer_id: "without an address" for a in held if not a.addresses}
     excluded |= {a.peer_id: a.state.value for a in held if a.state is not PeerState.ONLINE}
     serving = [a for a in held if a.peer_id not in excluded]
-    precise = [a.span for a in serving if a.peer_id not in imprecise]
+    precise = [span for a in serving if a.peer_id not in imprecise for span in a.spans]
     missing, excluded = gaps(precise, request.num_blocks), imprecise | excluded
-    by_imprecise = gaps((*precise, *gaps((a.span for a in serving), request.num_blocks)), request.num_blocks)
-    unheld = gaps((a.span for a in held), request.num_blocks)
+    by_imprecise = gaps(
+        (*precise, *gaps((span for a in serving for span in a.spans), request.num_blocks)), request.num_blocks
+    )
+    unheld = gaps((span for a in held for span in a.spans), request.num_blocks)
     if not held:
         everything = _listed([BlockSpan(0, request.num_blocks)])
         return NoRoute(
@@ -242,9 +246,9 @@ def _no_route(
         served = f"block {by_imprecise[0].start} is" if one else f"blocks {_listed(by_imprecise)} are"
         message += f"; {served} served only below the demanded precision, {request.min_precision}"
     reasons = [
-        f"{a.name or a.peer_id} ({a.span}, {excluded[a.peer_id]})"
-        for a in sorted(held, key=lambda a: (a.span, a.peer_id))
-        if a.peer_id in excluded and any(a.span.start < gap.end and gap.start < a.span.end for gap in missing)
+        f"{a.name or a.peer_id} ({a.spans}, {excluded[a.peer_id]})"
+        for a in sorted(held, key=lambda a: (a.spans, a.peer_id))
+        if a.peer_id in excluded and any(map(a.spans.overlaps, missing))
     ]
     if reasons:
         named = ", ".join(reasons[:_NAMED_MAX]) + (", …" if len(reasons) > _NAMED_MAX else "")
