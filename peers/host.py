@@ -369,11 +369,15 @@ class ServerPeer:
                 probe=self.probe,
             )
             return
-        self.cache_tokens = self.engine.stats().total_tokens
-        model = self.engine.model
-        max_positions = min(self.cache_tokens, model.max_positions)
+        model, stats = self.engine.model, self.engine.stats()
+        self.cache_tokens = stats.longest_tokens
         ledger: Ledger[Delivery, Link] = Ledger(
-            LedgerLimits(max_positions=max_positions, pool_positions=self.cache_tokens, lease_s=self._lease_s)
+            LedgerLimits(
+                max_positions=min(stats.longest_tokens, model.max_positions),
+                pool_positions=stats.total_tokens,
+                weight=self.engine.weight,
+                lease_s=self._lease_s,
+            )
         )
         served = Served(model=checkpoint.model_id, span=span, hidden_size=model.hidden_size)
         self.handler = Handler(
@@ -449,7 +453,7 @@ class ServerPeer:
             self._describe_static,
             state=self.state,
             addresses=self._transport.addresses[:4],
-            free_tokens=self.engine.stats().free_tokens,
+            free_tokens=self.engine.stats().room_tokens,
             sequence=sequence,
             expires_at_s=expires_at_s,
         )

@@ -53,6 +53,8 @@ class SpanModel:
         """Whether attention goes through transformers' registry; if not, each session runs alone on `new_cache()`."""
         self.kv_shapes = anatomy.kv_shapes[span.start : span.end]
         """What each block of the span stores for each position."""
+        self.windows = anatomy.windows[span.start : span.end]
+        """How many positions each block of the span sees; None: all that came before."""
         self.module = decoder
         self.config: PretrainedConfig = decoder.config
         self.max_positions = max_positions(self.config)

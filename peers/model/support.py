@@ -51,6 +51,10 @@ PROBE_ATTENTION = "swarm_probe"
 """Name under which the probe's attention and mask functions are registered."""
 
 PROBE_TOKENS = 3
+FAR = 1 << 17
+"""A position so far out that a window which is longer is none."""
+MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
+"""Of batch, head, query and key: whether the query sees the key."""
 KNOWN_ATTENTION_ARGUMENTS = frozenset(
     {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "position_ids", "use_cache", "is_causal"}
     | {"output_attentions", "output_router_logits", "output_hidden_states"}
@@ -93,6 +97,9 @@ class Anatomy:
     kv_shapes: tuple[KeyValueShape, ...]
     """What each block stores for each position: where attention is pluggable, the keys and values that reach it (latent
     attention has expanded them by then), else those that reach the cache."""
+    windows: tuple[int | None, ...]
+    """How many positions each block sees, a position itself included, where attention is pluggable and that is so at
+    every position; else None."""
     weights: Mapping[str, int]
     """Bytes of each of the whole model's weights, by the name in its state dict, in the configuration's dtype."""
 
@@ -174,6 +181,7 @@ def _examine(config: PretrainedConfig) -> Anatomy:
         returns=watch.returns,
         pluggable=watch.pluggable,
         kv_shapes=tuple(watch.kv_shapes),
+        windows=tuple(map(_window, watch.masks)) if watch.pluggable else (None,) * len(layers),
         weights={name: tensor.nbytes for name, tensor in model.state_dict().items()},
     )
 
@@ -231,6 +239,8 @@ class _Watch:
     attended: int = 0
     attended_to: tuple[Tensor, Tensor] | None = None
     kv_shapes: list[KeyValueShape] = field(default_factory=list)
+    masks: list[MaskFunction] = field(default_factory=list)
+    """Of each block, where attention is pluggable."""
     hidden_size: int = 0
     returns: int = -1
     pluggable: bool = True
@@ -354,11 +364,32 @@ class _ProbeCache(Cache):  # type: ignore[misc]  # transformers is untyped to my
     get_recurrent_state = update_recurrent_state = is_recording_past = _recurrent
 
 
+@dataclass(frozen=True, slots=True)
+class _ProbeMask:
+    function: MaskFunction
+
+
 def _probe_mask(**kwargs: Any) -> object:
     watch = _watching.get()
     if "allow_is_bidirectional_skip" in kwargs:  # only transformers' bidirectional masks pass it
         raise watch.refuse("its attention is not causal")
-    return _PROBE_MASK
+    return _ProbeMask(kwargs["mask_function"])
+
+
+def _window(function: MaskFunction) -> int | None:
+    """How many positions a query sees under this mask, itself included, if that is the same everywhere.
+
+    Asked far out and where a mask of another kind would differ; whoever leans on it asks again (`runtime.attention`).
+    """
+
+    def seen(query: int) -> Tensor:
+        return function(0, 0, torch.tensor([[query]]), torch.arange(query + 1)[None])[0]
+
+    window = FAR + 1 - int(seen(FAR).int().argmax())
+    for query in (0, 1, window - 2, window - 1, window, window + 1, 2 * window - 1, 2 * window, FAR - 1, FAR):
+        if not torch.equal(seen(max(0, query)), torch.arange(max(0, query) + 1) > query - window):
+            return None
+    return window if window <= FAR else None
 
 
 def _probe_attention(
@@ -367,7 +398,9 @@ def _probe_attention(
     watch = _watching.get()
     unknown = {name for name, argument in kwargs.items() if argument is not None} - KNOWN_ATTENTION_ARGUMENTS
     same_length = key.shape[2] == value.shape[2] == query.shape[2] == PROBE_TOKENS
-    if attention_mask is not _PROBE_MASK or unknown or not same_length:
+    if isinstance(attention_mask, _ProbeMask) and not unknown and same_length:
+        watch.masks.append(attention_mask.function)
+    else:
         watch.unlike_ours()
     watch.attended += 1
     watch.attended_to = key, value
@@ -375,7 +408,6 @@ def _probe_attention(
     return used.expand(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
-_PROBE_MASK = object()
 _watching: ContextVar[_Watch] = ContextVar("watching")
 AttentionInterface.register(PROBE_ATTENTION, _probe_attention)
 AttentionMaskInterface.register(PROBE_ATTENTION, _probe_mask)

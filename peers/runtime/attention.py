@@ -9,13 +9,14 @@ heads · G = H / J query heads per key/value head · K, V width of a key and of 
 
 The model hands over a mask as a function of absolute positions (`transformers.masking_utils`); it is asked, never
 guessed, so that full, sliding, chunked and combined patterns all hold. Two shortcuts, both exact: a plain causal mask
-is recognised by identity, and keys in front of the first visible one are not read.
+is recognised by identity, and keys in front of the first visible one are not read. They need not be there any more:
+what a session has of its past is asked of the table (`pages`) that a layer goes by.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -29,6 +30,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from peers.model.kernels import Pool, Visits
+from peers.model.support import MaskFunction
 
 RAGGED = "swarm_ragged"
 SHORT_TOKENS = 16
@@ -36,18 +38,16 @@ SHORT_TOKENS = 16
 SCORES_LIMIT = 1 << 24
 """Scores held at once where they are written out (soft-capping, sinks, keys wider than values): 64 MiB in float32."""
 
-MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pattern:
     """One mask of one forward: which keys a query sees, as a function of absolute positions."""
 
     function: MaskFunction
-    views: dict[int, View] = field(default_factory=dict)
-    """What each segment reads under this pattern; filled by the first layer that uses it."""
-    plans: list[Plan] = field(default_factory=list)
-    """Which segments the library attends for; at most one, made by the first layer that uses the pattern."""
+    sights: dict[int, Sight] = field(default_factory=dict)
+    """What each segment sees under this pattern; filled by the first layer that uses it."""
+    plans: dict[int, Plan] = field(default_factory=dict)
+    """For each table, which segments the library attends for; made by the first layer that uses both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,8 @@ class LayerPool:
 
     keys_1JSK: Tensor
     values_1JSV: Tensor
+    table: int = 0
+    """Which of a session's tables says where its positions are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +67,21 @@ class Segment:
     start: int
     tokens: int
     runs: Sequence[tuple[int, int]]
-    """Slots of positions `[0, start + tokens)`, as `(first slot, count)` in order."""
+    """Slots of positions `[first, start + tokens)`, as `(first slot, count)` in order."""
+    first: int = 0
+    """Earlier positions are there no more."""
 
     @property
     def end(self) -> int:
         return self.start + self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """How many positions from the segment's first on it does not see, and an additive mask over the others."""
+
+    skipped: int
+    mask_nL: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +97,7 @@ class Plan:
     """Short segments go through the library together, the others through torch one by one."""
 
     visits: Visits | None
-    others: Sequence[int]
+    others: Sequence[tuple[int, View]]
 
 
 class Attender(Protocol):
@@ -109,19 +121,24 @@ class NotPluggable(Exception):
 
 
 class RaggedBatch:
-    """The segments of one forward, packed in order, over the pools of the layers it runs through, in their order."""
+    """The segments of one forward, packed in order, over the pools of the layers it runs through, in their order.
+
+    `tables`: the same segments as each of the sessions' tables has them.
+    """
 
     def __init__(
         self,
-        segments: Sequence[Segment],
+        tables: Sequence[Sequence[Segment]],
         pools: Iterable[LayerPool],
         device: torch.device,
         library: Pool | None = None,
     ) -> None:
-        self.segments = segments
-        self.positions_T = torch.tensor([p for s in segments for p in range(s.start, s.end)], device=device)
-        self.slots_T = torch.tensor([slot for s in segments for slot in _last_slots(s)], device=device)
-        self._rows = list(accumulate((segment.tokens for segment in segments), initial=0))
+        self.positions_T = torch.tensor([p for s in tables[0] for p in range(s.start, s.end)], device=device)
+        self._tables = tables
+        self._slots = [
+            torch.tensor([slot for s in segments for slot in _last_slots(s)], device=device) for segments in tables
+        ]
+        self._rows = list(accumulate((segment.tokens for segment in tables[0]), initial=0))
         self._pools = iter(pools)
         self._library = library
 
@@ -137,19 +154,19 @@ class RaggedBatch:
     ) -> Tensor:
         pool = next(self._pools)
         keys, values = pool.keys_1JSK, pool.values_1JSV
-        keys.index_copy_(2, self.slots_T, k_1JTK)
-        values.index_copy_(2, self.slots_T, v_1JTV)
-        if not pattern.plans:
-            pattern.plans.append(self._plan(pattern, q_1HTK))
-        (plan,) = pattern.plans
+        keys.index_copy_(2, self._slots[pool.table], k_1JTK)
+        values.index_copy_(2, self._slots[pool.table], v_1JTV)
+        plan = pattern.plans.get(pool.table)
+        if plan is None:
+            plan = pattern.plans[pool.table] = self._plan(pattern, pool.table, q_1HTK)
         _, H, T, K = q_1HTK.shape
         J = keys.shape[1]
         out_THV = q_1HTK.new_empty(T, H, values.shape[3])
         if plan.visits is not None:
             assert self._library is not None
             self._library.attend(q_1HTK, keys, values, out_THV, plan.visits, scale, softcap, sinks_H)
-        for index in plan.others:
-            view, rows = pattern.views[index], slice(self._rows[index], self._rows[index + 1])
+        for index, view in plan.others:
+            rows = slice(self._rows[index], self._rows[index + 1])
             if len(view.runs) == 1:
                 first, count = view.runs[0]
                 k_1JLK, v_1JLV = keys.narrow(2, first, count), values.narrow(2, first, count)
@@ -161,38 +178,40 @@ class RaggedBatch:
             out_THV[rows] = out_nJGV.reshape(-1, H, out_THV.shape[2])
         return out_THV[None]
 
-    def visits(self, patterns: Sequence[Pattern], like: Tensor) -> list[Visits] | None:
-        """What every segment attends to under each pattern; None where not all of them are the library's."""
+    def visits(self, uses: Sequence[tuple[Pattern, int]], like: Tensor) -> list[Visits] | None:
+        """What every segment attends to under each pattern in each table; None where not all are the library's."""
         found = []
-        for pattern in patterns:
-            plan = self._plan(pattern, like)
+        for pattern, table in uses:
+            plan = self._plan(pattern, table, like)
             if plan.visits is None or plan.others:
                 return None
             found.append(plan.visits)
         return found
 
-    def _plan(self, pattern: Pattern, like: Tensor) -> Plan:
-        others: list[int] = []
+    def _plan(self, pattern: Pattern, table: int, like: Tensor) -> Plan:
+        others: list[tuple[int, View]] = []
         segments: list[tuple[int, int, int, int]] = []
         runs: list[tuple[int, int]] = []
         positions = 0
-        for index, segment in enumerate(self.segments):
-            causal = pattern.function is causal_mask_function
+        causal = pattern.function is causal_mask_function
+        for index, segment in enumerate(self._tables[table]):
             short = self._library is not None and segment.tokens <= SHORT_TOKENS and (causal or segment.tokens == 1)
-            view = None
-            if not (short and causal):
-                view = pattern.views[index] = see(segment, pattern.function, like)
+            view = View(segment.runs, None)
+            if not (short and causal and segment.first == 0):
+                sight = pattern.sights.get(index)
+                if sight is None:
+                    sight = pattern.sights[index] = look(segment, pattern.function, like)
+                view = View(_skip(segment.runs, sight.skipped), sight.mask_nL)
                 short = short and view.mask_nL is None
             if not short:
-                others.append(index)
+                others.append((index, view))
                 continue
-            own = segment.runs if view is None else view.runs
-            segments.append((self._rows[index], segment.tokens, len(runs), len(own)))
-            runs += own
-            positions += sum(count for _, count in own)
+            segments.append((self._rows[index], segment.tokens, len(runs), len(view.runs)))
+            runs += view.runs
+            positions += sum(count for _, count in view.runs)
         if not segments:
             return Plan(None, others)
-        return Plan(Visits(torch.tensor(segments), torch.tensor(runs), positions), others)
+        return Plan(Visits(torch.tensor(segments), torch.tensor(runs), positions, self._slots[table]), others)
 
 
 def attend_one(
@@ -253,26 +272,30 @@ def _attend_written_out(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def see(segment: Segment, function: MaskFunction, like: Tensor) -> View:
-    """What `segment` reads under a mask: the runs from the first key that any of its queries sees, and the holes.
+def look(segment: Segment, function: MaskFunction, like: Tensor) -> Sight:
+    """What `segment` sees under a mask: from the first key on that any of its queries sees, and the holes.
 
-    The mask is additive, of the dtype and on the device of `like`.
+    The mask is additive, of the dtype and on the device of `like`. Raises NotPluggable where a query would see what is
+    there no more: the layer's mask is not what its window said.
     """
-    plain = function is causal_mask_function
-    if plain and segment.tokens == 1:
-        return View(segment.runs, None)
+    plain, first = function is causal_mask_function, segment.first
+    if plain and segment.tokens == 1 and first == 0:
+        return Sight(0, None)
     queries_n1 = torch.arange(segment.start, segment.end, device=like.device)[:, None]
-    keys_1L = torch.arange(segment.end, device=like.device)[None, :]
+    keys_1L = torch.arange(max(0, first - 1), segment.end, device=like.device)[None, :]
     if plain:
-        seen_nL, first = keys_1L <= queries_n1, 0
+        seen_nL = keys_1L <= queries_n1
     else:
-        seen_nL = function(0, 0, queries_n1, keys_1L).expand(segment.tokens, segment.end)
-        first = int(seen_nL.any(0).int().argmax())
-        seen_nL = seen_nL[:, first:]
+        seen_nL = function(0, 0, queries_n1, keys_1L).expand(segment.tokens, keys_1L.shape[1])
+    if first:
+        if seen_nL[:, 0].any():
+            raise NotPluggable(f"a mask that sees positions before {first}, though the layer's window ends there")
+        seen_nL = seen_nL[:, 1:]
+    skipped = 0 if plain else int(seen_nL.any(0).int().argmax())
+    seen_nL = seen_nL[:, skipped:]
     if seen_nL.all():
-        return View(_skip(segment.runs, first), None)
-    mask_nL = torch.zeros_like(seen_nL, dtype=like.dtype).masked_fill_(~seen_nL, float("-inf"))
-    return View(_skip(segment.runs, first), mask_nL)
+        return Sight(skipped, None)
+    return Sight(skipped, torch.zeros_like(seen_nL, dtype=like.dtype).masked_fill_(~seen_nL, float("-inf")))
 
 
 class PassThrough(Cache):  # type: ignore[misc]

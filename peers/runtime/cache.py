@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -35,10 +35,10 @@ from peers.runtime.attention import (
     Segment,
     attend_one,
     attending,
+    look,
     register,
-    see,
 )
-from peers.runtime.pages import PagePool, SlotCopy
+from peers.runtime.pages import Arrangement, PagePool, SlotCopy, arrange
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
 from peers.runtime.tape import Tapes
 from routing.ids import BlockSpan
@@ -107,15 +107,26 @@ class PagedCache:
     packs_sessions = True
 
     def __init__(
-        self, model: SpanModel, shapes: Sequence[LayerShape], pages: PagePool, library: Pool | None = None
+        self,
+        model: SpanModel,
+        shapes: Sequence[LayerShape],
+        places: Sequence[tuple[int, int]],
+        pages: PagePool,
+        library: Pool | None = None,
     ) -> None:
+        """`places`: of `arrange`. Layers in the same place of different tables share memory."""
         slots = pages.num_pages * pages.page_size
         self._model = model
         self._pages = pages
         self._library = library
         self._programs: Programs | None = None
         self._tapes: Tapes | None = None
-        self._pools = [_allocate(shape, slots, model.device) for shape in shapes]
+        own: dict[int, LayerPool] = {}
+        for shape, (_, place) in zip(shapes, places, strict=True):
+            if place not in own:
+                own[place] = _allocate(shape, slots, model.device)
+        self._own = list(own.values())
+        self._pools = [replace(own[place], table=table) for table, place in places]
 
     def forward(
         self,
@@ -125,13 +136,20 @@ class PagedCache:
         regime_length: int,
         between: Callable[[], None] | None = None,
     ) -> Tensor:
-        segments = [
-            Segment(
-                start=chunk.start, tokens=chunk.tokens, runs=self._pages.runs(chunk.session, chunk.start + chunk.tokens)
-            )
-            for chunk in chunks
+        tables = [
+            [
+                Segment(
+                    start=chunk.start,
+                    tokens=chunk.tokens,
+                    runs=self._pages.runs(chunk.session, chunk.start + chunk.tokens, table),
+                    first=self._pages.first(chunk.session, table),
+                )
+                for chunk in chunks
+            ]
+            for table in range(len(self._pages.windows))
         ]
-        batch = RaggedBatch(segments, self._pools, self._model.device, self._library)
+        pools = self._pools[span.start - self._model.span.start :]
+        batch = RaggedBatch(tables, pools, self._model.device, self._library)
         programs = self._programs if between is None and len(hidden_TH) <= TOKENS_MAX else None
         if programs is not None and span == self._model.span:
             regime = self._model.regime
@@ -172,12 +190,13 @@ class PagedCache:
             return None
         like_H = _random_hidden(model, 1)[0]
         pools = [
-            LayerPool(keys_1JSK=_some(pool.keys_1JSK), values_1JSV=_some(pool.values_1JSV)) for pool in self._pools
+            replace(pool, keys_1JSK=_some(pool.keys_1JSK), values_1JSV=_some(pool.values_1JSV)) for pool in self._pools
         ]
         tapes = Tapes(programs, like_H, pools, library)
         for start, sessions in ((0, 3), (1, 3), (1, 1)):
             segments = [Segment(start=start, tokens=1, runs=[(2 * n, start + 1)]) for n in range(sessions)]
-            batch, again = (RaggedBatch(segments, pools, model.device, library) for _ in range(2))
+            tables = [segments] * len(self._pages.windows)
+            batch, again = (RaggedBatch(tables, pools, model.device, library) for _ in range(2))
             hidden_1TH = _random_hidden(model, sessions)[None]
             if not tapes.agree(hidden_1TH, batch, programs(hidden_1TH, again.positions_T[None], again)):
                 logger.info("%s: short forwards run as programs", model.config.model_type)
@@ -186,7 +205,7 @@ class PagedCache:
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         for move in copies:
-            for pool in self._pools:
+            for pool in self._own:
                 for tensor in (pool.keys_1JSK, pool.values_1JSV):
                     tensor.narrow(2, move.target, move.slots).copy_(tensor.narrow(2, move.source, move.slots))
 
@@ -277,22 +296,28 @@ def _copy(cache: DynamicCache, length: int) -> DynamicCache:
     return copied
 
 
-def open_cache(model: SpanModel, pages: PagePool, library: Pool | None = None) -> SpanCache:
-    """The cache that this model can have, over these pages; selects the attention to go with it.
+def open_cache(
+    model: SpanModel, num_pages: int, page_size: int, library: Pool | None = None, *, slack: int = 0
+) -> tuple[SpanCache, PagePool]:
+    """The cache that this model can have, and its books; selects the attention to go with it.
 
-    With `library`, short segments attend through it where that was found to say the same.
+    It has room for `num_pages` pages of all layers, which layers that slide leave to others (see `pages`; `slack` is of
+    a `PagePool`). With `library`, short segments attend through it where that was found to say the same.
 
     Raises UnsupportedModel when its layers keep nothing that could be rolled back.
     """
     shapes = _observe(model)
     if shapes is not None:
+        # pages of any table lie in the same memory, so that layers of several kinds can only have one
+        tables = arrange(model.windows if len(set(shapes)) == 1 else [None] * len(shapes))
         for backend in dict.fromkeys((library, None)):
-            if _agrees(model, shapes, backend):
-                return PagedCache(model, shapes, pages, backend)
+            if _agrees(model, shapes, tables, backend):
+                pages = PagePool(num_pages * len(tables.windows), page_size, tables.windows, slack)
+                return PagedCache(model, shapes, tables.places, pages, backend), pages
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
     _bytes_per_token_alone(model)
-    return SoloCache(model)
+    return SoloCache(model), PagePool(num_pages, page_size)
 
 
 def bytes_per_token(model: SpanModel) -> int:
@@ -329,7 +354,7 @@ class _Observer:
         _, H, T, K = q_1HTK.shape
         _, J, _, V = v_1JTV.shape
         self.shapes.append(LayerShape(kv_heads=J, key_width=K, value_width=V, dtype=k_1JTK.dtype))
-        mask_nL = see(Segment(start=0, tokens=T, runs=[(0, T)]), pattern.function, q_1HTK).mask_nL
+        mask_nL = look(Segment(start=0, tokens=T, runs=[(0, T)]), pattern.function, q_1HTK).mask_nL
         q_TJGK = q_1HTK[0].transpose(0, 1).reshape(T, J, H // J, K)
         return attend_one(q_TJGK, k_1JTK, v_1JTV, mask_nL, scale, softcap, sinks_H).reshape(1, T, H, V).contiguous()
 
@@ -355,20 +380,21 @@ def _observe(model: SpanModel) -> list[LayerShape] | None:
 
 
 @torch.inference_mode()
-def _agrees(model: SpanModel, shapes: Sequence[LayerShape], library: Pool | None) -> bool:
+def _agrees(model: SpanModel, shapes: Sequence[LayerShape], tables: Arrangement, library: Pool | None) -> bool:
     """Whether two sessions packed together, piece by piece, come out as each of them alone and at once.
 
     A position agrees when it differs by less than 2 % of what the span adds to it, or by a few roundings of its dtype.
     Two of the six that have a past need not: in low precision a token may go to another expert.
     """
     given_2LH = _random_hidden(model, 12).view(2, 6, -1)
-    pages = PagePool(8, 2)
-    paged, solo = PagedCache(model, shapes, pages, library), SoloCache(model)
+    pages = PagePool(8 * len(tables.windows), 2, tables.windows)
+    paged, solo = PagedCache(model, shapes, tables.places, pages, library), SoloCache(model)
     packed = []
     for session in (0, 1):
         pages.open(session)
     for start, end in ((0, 3), (3, 5), (5, 6)):
         for session in (0, 1):
+            pages.slide(session)
             pages.grow(session, end)
         chunks = [Chunk(session=session, start=start, tokens=end - start) for session in (0, 1)]
         output_TH = paged.forward(chunks, given_2LH[:, start:end].flatten(0, 1), model.span, 6)

@@ -54,6 +54,14 @@ class PositionGap(CallerError):
         self.held = held
 
 
+class BehindWindow(CallerError):
+    """Layers of a session (or parent) that slide do not hold what this position sees any more; send everything from
+    position 0 on. Never raised where the session goes back by no more than `EngineConfig.slack`."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__(f"the step goes back to {start}, behind what layers with a window keep: replay from 0")
+
+
 class SessionReleased(CallerError):
     """The session was released while this work was queued or running."""
 
@@ -80,6 +88,9 @@ class EngineConfig:
     """Positions per forward, at most: fewer where somebody's next token would be late (see `scheduler.Tempo`)."""
     threads: int = 1
     """CPU threads of the forward."""
+    slack: int = 64
+    """Positions that a session can go back at any time; layers that see no further than a window keep so many more, so
+    that speculation never meets their end."""
     max_queued_tokens: int = 16384
     """Bound of the queue: beyond it callers are told to come back, before their tensors pile up in memory."""
     share_prefixes: Sharing = "owner"
@@ -92,8 +103,8 @@ class EngineConfig:
             raise ValueError(f"{self.cache_tokens} cache tokens do not make one page of {self.page_size}")
         if self.token_budget < MIN_TOKEN_BUDGET:
             raise ValueError(f"token_budget is at least {MIN_TOKEN_BUDGET}, not {self.token_budget}")
-        if self.threads < 1 or self.max_queued_tokens < 1:
-            raise ValueError("threads and max_queued_tokens are at least 1")
+        if self.threads < 1 or self.max_queued_tokens < 1 or self.slack < 0:
+            raise ValueError("threads and max_queued_tokens are at least 1, slack at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -138,6 +149,10 @@ class EngineStats:
     total_tokens: int
     free_tokens: int
     """No session holds these, though prefixes may be kept there until somebody needs the room."""
+    longest_tokens: int
+    """What one session alone may hold: more than `total_tokens` where layers slide."""
+    room_tokens: int
+    """What one session more may hold: more than `free_tokens` where layers slide."""
     queued_tokens: int
     sessions: int
     kept_tokens: int = 0
@@ -185,8 +200,8 @@ class Engine:
     def __init__(self, model: SpanModel, config: EngineConfig) -> None:
         self.model = model
         self.config = config
-        self._pages = PagePool(config.cache_tokens // config.page_size, config.page_size)
-        self._prefixes = PrefixIndex(self._pages)
+        self._pages: PagePool
+        self._prefixes: PrefixIndex
         self._scheduler = Scheduler(config.token_budget)
         self._sessions: dict[SessionId, _Session] = {}
         self._by_number: dict[int, _Session] = {}
@@ -265,7 +280,7 @@ class Engine:
     def admit(self, session: SessionId, owner: PeerId, parent: tuple[SessionId, int] | None = None) -> None:
         """Know the session from now on, with `parent` as a fork (see `Work.parent`). Who is known first is older.
 
-        Raises PositionGap, Preempted, CallerError.
+        Raises PositionGap, BehindWindow, Preempted, CallerError.
         """
         with self._wake:
             state = self._sessions.get(session)
@@ -282,8 +297,8 @@ class Engine:
         Works of one session run in submission order. A work that starts before the held length rolls the session back
         first. Cancelling leaves the session with what was computed until then.
 
-        Raises Busy (queue full), Preempted (replay from position 0), PositionGap, SessionReleased, CacheTooSmall,
-        ComputeFailed, NonFiniteOutput, Unavailable (stopping), CallerError (a work that makes no sense).
+        Raises Busy (queue full), Preempted (replay from position 0), PositionGap, BehindWindow, SessionReleased,
+        CacheTooSmall, ComputeFailed, NonFiniteOutput, Unavailable (stopping), CallerError (a work that makes no sense).
         """
         self._check(work)
         with self._wake:
@@ -322,13 +337,20 @@ class Engine:
             state = self._sessions.get(session)
             return 0 if state is None else state.held
 
+    def weight(self, length: int) -> int:
+        """What a session of that length takes of `EngineStats.total_tokens`: less than that where layers slide."""
+        return self._pages.weight(length, self.config.token_budget)
+
     def stats(self) -> EngineStats:
         with self._wake:
-            size = self.config.page_size
-            kept_tokens = self._pages.idle_pages * size
+            pages, idle_pages = self._pages, self._pages.idle_pages
+            unused_pages, work = pages.free_pages + idle_pages, self.config.token_budget
+            kept_tokens = pages.tokens(idle_pages)
             return EngineStats(
-                total_tokens=self._pages.num_pages * size,
-                free_tokens=self._pages.free_pages * size + kept_tokens,
+                total_tokens=pages.tokens(pages.num_pages),
+                free_tokens=pages.tokens(unused_pages),
+                longest_tokens=pages.longest(pages.num_pages, work, self.model.max_positions),
+                room_tokens=pages.longest(unused_pages, work, self.model.max_positions),
                 queued_tokens=self._scheduler.queued_tokens,
                 sessions=len(self._sessions),
                 kept_tokens=kept_tokens,
@@ -345,8 +367,8 @@ class Engine:
             raise CallerError(f"position {work.start} of blocks {work.span} is not served here")
         if work.parent is not None and (work.parent[0] == work.session or work.parent[1] < 0):
             raise CallerError(f"session {work.session} cannot begin as session {work.parent[0]} up to {work.parent[1]}")
-        if self._pages.pages_for(work.end) > self._pages.num_pages:
-            capacity = self._pages.num_pages * self._pages.page_size
+        if self._pages.needed(work.start, work.end) > self._pages.num_pages:
+            capacity = self._pages.tokens(self._pages.num_pages)
             raise CacheTooSmall(f"a session of {work.end} positions does not fit this peer's cache of {capacity}")
 
     def _submit(self, work: Work) -> _Ticket:
@@ -395,6 +417,8 @@ class Engine:
         kept = min([parent.held, *(ticket.work.start for ticket in queued if not ticket.begun)])
         if position > kept:  # also when the parent is about to be rolled back further
             raise PositionGap(position, kept)
+        if position and self._cache.shares_pages and not self._pages.reaches(parent.number, position):
+            raise BehindWindow(position)
 
     def _fork(self, parent: _Session, child: _Session, position: int) -> None:
         """Needs no page and touches nothing that a running forward reads or writes, so it is done at once."""
@@ -461,7 +485,9 @@ class Engine:
         torch.set_num_threads(self.config.threads)
         try:
             library = pool_for(self.model.device, self.config.threads)
-            self._cache = open_cache(self.model, self._pages, library)
+            num_pages, size = self.config.cache_tokens // self.config.page_size, self.config.page_size
+            self._cache, self._pages = open_cache(self.model, num_pages, size, library, slack=self.config.slack)
+            self._prefixes = PrefixIndex(self._pages)
         except Exception as error:  # whatever it is, `start` raises it
             logger.debug("the engine does not start", exc_info=True)
             self._loop.call_soon_threadsafe(ready.set_exception, error)
@@ -554,17 +580,19 @@ class Engine:
     def _finds_room(self, ticket: _Ticket) -> bool:
         number = ticket.session.number
         if number not in self._pages.sessions:
-            return self._pages.pages_for(ticket.work.end) <= self._pages.free_pages
+            return self._pages.needed(0, ticket.work.end) <= self._pages.free_pages
         return ticket.work.end <= self._pages.length(number) or self._pages.missing(number, ticket.work.end) <= 0
 
     def _begin(self, ticket: _Ticket) -> None:
-        """Roll back and reserve pages for the whole work. Raises PositionGap or Preempted."""
+        """Roll back and reserve pages for the whole work. Raises PositionGap, BehindWindow or Preempted."""
         work, session = ticket.work, ticket.session
         held = session.held if session.span == work.span else 0
         if work.start > held:
             if session.preempted:
                 raise self._preemption()
             raise PositionGap(work.start, held)
+        if session.number in self._pages.sessions and not self._pages.reaches(session.number, work.start):
+            raise BehindWindow(work.start)
         ticket.begun = True
         if session.span != work.span:
             self._prefixes.close(session.number)
@@ -573,6 +601,7 @@ class Engine:
         if session.number not in self._pages.sessions:
             self._pages.open(session.number)
         self._shorten(session)
+        self._pages.slide(session.number)
         copies, victims = grow_or_preempt(
             self._pages,
             self._prefixes,

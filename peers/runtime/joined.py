@@ -108,6 +108,10 @@ class JoinedEngine:
         for engine in self._engines:
             engine.release(session)
 
+    def weight(self, length: int) -> int:
+        """On whichever device it is most."""
+        return max(engine.weight(length) for engine in self._engines)
+
     def stats(self) -> EngineStats:
         """Of whichever device has least left; each session has its part on all of them."""
         all_stats = [engine.stats() for engine in self._engines]
@@ -115,6 +119,8 @@ class JoinedEngine:
             all_stats[0],
             total_tokens=min(stats.total_tokens for stats in all_stats),
             free_tokens=min(stats.free_tokens for stats in all_stats),
+            longest_tokens=min(stats.longest_tokens for stats in all_stats),
+            room_tokens=min(stats.room_tokens for stats in all_stats),
             kept_tokens=min(stats.kept_tokens for stats in all_stats),
             queued_tokens=sum(stats.queued_tokens for stats in all_stats),
         )

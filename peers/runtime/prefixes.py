@@ -19,6 +19,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from peers.runtime.pages import PagePool
 from peers.wire.messages import PREFIX_POSITIONS
@@ -50,8 +51,9 @@ class PrefixIndex:
         self.hit_positions = 0
         """With how many, all of them together."""
         self._pool = pool
-        self._max_blocks = pool.num_pages * pool.page_size // 2 // self.block  # the rest stays for runs of free pages
-        self._blocks: OrderedDict[_Key, list[int]] = OrderedDict()
+        self._max_blocks = pool.tokens(pool.num_pages) // 2 // self.block  # the rest stays for runs of free pages
+        self._blocks: OrderedDict[_Key, list[list[int]]] = OrderedDict()
+        """Their pages in each table: also where layers slide, so that a session may begin at the end of any block."""
         self._offers: dict[int, _Offer] = {}
 
     def __len__(self) -> int:
@@ -63,7 +65,8 @@ class PrefixIndex:
         usable = keys[stride - 1 :: stride][: self._max_blocks]
         offered = tuple(dict.fromkeys((scope, key) for key in usable))
         found = next((n for n, key in enumerate(offered) if key not in self._blocks), len(offered))
-        self._pool.open(session, [page for key in offered[:found] for page in self._blocks[key]])
+        by_table = zip(*(self._blocks[key] for key in offered[:found]), strict=True)
+        self._pool.open(session, [list(chain.from_iterable(pages)) for pages in by_table])
         self._used(offered[:found])
         self._offers[session] = _Offer(keys=offered, kept=found, described=len(offered) * self.block)
         self.hits += found > 0
@@ -95,7 +98,10 @@ class PrefixIndex:
         for index in range(offer.kept, blocks):
             if offer.keys[index] not in self._blocks:
                 pages = self._pool.pages(session, index * self.block, (index + 1) * self.block)
-                self._pool.hold(pages)
+                if pages is None:  # a block is longer than what stays behind a window: what follows is of no use
+                    self.close(session)
+                    return
+                self._pool.hold(chain.from_iterable(pages))
                 self._blocks[offer.keys[index]] = pages
         if blocks > offer.kept:
             offer.kept = blocks
@@ -111,7 +117,7 @@ class PrefixIndex:
         for key, pages in list(self._blocks.items()):
             if self._pool.missing(session, length) <= 0:
                 break
-            if any(self._pool.makes_room(page, session) for page in pages):
+            if any(self._pool.makes_room(page, session) for page in chain.from_iterable(pages)):
                 self._let_go(key)
         return len(self._blocks) < before
 
@@ -122,4 +128,4 @@ class PrefixIndex:
                 self._blocks.move_to_end(key)
 
     def _let_go(self, key: _Key) -> None:
-        self._pool.let_go(self._blocks.pop(key))
+        self._pool.let_go(chain.from_iterable(self._blocks.pop(key)))

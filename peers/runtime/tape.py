@@ -98,6 +98,8 @@ class _Writer:
         self.words: list[np.ndarray[Any, Any]] = []
         self.kept: list[Tensor] = []
         """Tensors whose addresses are written."""
+        self.uses: list[tuple[int, int]] = []
+        """Patterns of attention, by number, and the tables in which they are used."""
         self.arena_bytes = 0
         self._first, self._second = recordings
         self._tokens = tokens
@@ -219,7 +221,11 @@ class _Writer:
                 raise NotFlat("sinks that are computed")
             sink = next(tensor for tensor in self.kept if tensor.data_ptr() == sinks[0].offset).float().contiguous()
         place = self._region(node, torch.empty(1, T, H, V, dtype=keys.dtype, device="meta"))
-        extra = [INPUTS.index(keys.dtype), *map(self._address, (keys, values, sink)), H, J, K, V, S, pattern]
+        use = (pattern, pool.table)
+        if use not in self.uses:
+            self.uses.append(use)
+        addresses = map(self._address, (keys, values, sink))
+        extra = [INPUTS.index(keys.dtype), *addresses, H, J, K, V, S, self.uses.index(use)]
         operands = [q if q.like.stride(3) == 1 else self._contiguous(q), k, v]
         self._emit("attend", place, operands, scale, softcap or 0.0, extra=extra, whole=False)
         return place
@@ -315,13 +321,20 @@ class _Writer:
                 return value
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tape:
+    code: Tensor
+    uses: list[tuple[int, int]]
+    kept: list[Tensor]
+
+
 class Tapes:
     """The tapes of one span over the pools of its layers, made as they are needed."""
 
     def __init__(self, programs: Programs, like_H: Tensor, pools: Sequence[LayerPool], library: Pool) -> None:
         self._programs, self._like_H, self._pools, self._library = programs, like_H, pools, library
         self._arena = torch.empty(0, dtype=torch.uint8)
-        self._tapes: dict[int, tuple[Tensor, list[Tensor]] | None] = {}
+        self._tapes: dict[int, _Tape | None] = {}
 
     def __call__(self, hidden_1TH: Tensor, batch: RaggedBatch) -> Tensor | None:
         """What the program makes of it, [1, T, H]; None where the library cannot."""
@@ -329,14 +342,17 @@ class Tapes:
         if tokens not in self._tapes:
             self._tapes[tokens] = self._write(tokens)
         tape = self._tapes[tokens]
-        patterns = self._programs.recordings[tokens > 1][1].patterns
-        if tape is None or (visits := batch.visits([Pattern(p.function) for p in patterns], hidden_1TH)) is None:
+        if tape is None:
+            return None
+        patterns = [Pattern(pattern.function) for pattern in self._programs.recordings[tokens > 1][1].patterns]
+        visits = batch.visits([(patterns[number], table) for number, table in tape.uses], hidden_1TH)
+        if visits is None:
             return None
         hidden_1TH = hidden_1TH.contiguous()
         output_1TH = torch.empty_like(hidden_1TH)
         tensors = (hidden_1TH, batch.positions_T, self._arena, output_1TH)
         bases = [tensor.data_ptr() for tensor in tensors]
-        self._library.run(tape[0], bases, visits, batch.slots_T)
+        self._library.run(tape.code, bases, visits)
         return output_1TH
 
     def agree(self, hidden_1TH: Tensor, batch: RaggedBatch, expected_1TH: Tensor) -> bool:
@@ -347,7 +363,7 @@ class Tapes:
         distance = (output_1TH.double() - expected_1TH.double()).norm()
         return bool(distance <= ERROR_MAX[hidden_1TH.dtype] * expected_1TH.double().norm())
 
-    def _write(self, tokens: int) -> tuple[Tensor, list[Tensor]] | None:
+    def _write(self, tokens: int) -> _Tape | None:
         try:
             written = _Writer(self._programs.recordings[tokens > 1], self._like_H, tokens, self._pools)
         except (NotFlat, RuntimeError) as error:  # the latter from torch, where a view of T positions is none
@@ -355,4 +371,4 @@ class Tapes:
             return None
         if self._arena.numel() < written.arena_bytes + ALIGNMENT:
             self._arena = torch.empty(written.arena_bytes + ALIGNMENT, dtype=torch.uint8)
-        return torch.from_numpy(np.stack(written.words)), written.kept
+        return _Tape(torch.from_numpy(np.stack(written.words)), written.uses, written.kept)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
-from peers.runtime.engine import CacheTooSmall, Done, PositionGap, SessionReleased, Work
+from peers.runtime.engine import BehindWindow, CacheTooSmall, Done, PositionGap, SessionReleased, Work
 from peers.runtime.joined import AnyEngine
 from peers.serving.admission import Admission
 from peers.serving.ledger import Entry, Ledger, Repeat, Run
@@ -236,7 +236,7 @@ class Handler:
         stats = self._engine.stats()
         return Pong(
             nonce=nonce,
-            free_tokens=min(stats.free_tokens, MAX_POSITIONS),
+            free_tokens=min(stats.room_tokens, MAX_POSITIONS),
             queued_tokens=stats.queued_tokens,
             sessions=len(self.ledger),
         )
@@ -275,6 +275,8 @@ def _code(error: SwarmError) -> str:
             return Code.MALFORMED
         case PositionGap():
             return Code.GAP
+        case BehindWindow():
+            return Code.REPLAY
         case SessionReleased():
             return Code.UNKNOWN_SESSION
         case CacheTooSmall():

@@ -19,7 +19,7 @@ A step that starts below the positions held undoes what reached further: repeate
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -41,6 +41,8 @@ class LedgerLimits:
     """The most positions one session may hold: the model's context, and no more than the whole pool."""
     pool_positions: int | None = None
     """What all sessions together may hold; None where nothing counts them."""
+    weight: Callable[[int], int] = int
+    """What a session that holds so many positions takes of the pool: fewer, where layers of the model slide."""
     owner_share: float = 0.75
     """Of the pool: who holds as much opens no further session while others have some; what there is goes on."""
     max_sessions: int = 4096
@@ -281,7 +283,7 @@ class Ledger(Generic[Answer, OwnerLink]):
         mine = self._sessions_of.get(owner, set())
         if self.limits.pool_positions is None or len(mine) in (0, len(self._entries)):
             return
-        held = sum(self._entries[session].positions for session in mine)
+        held = sum(self.limits.weight(self._entries[session].positions) for session in mine)
         if held >= self.limits.owner_share * self.limits.pool_positions:
             raise Busy(
                 f"your sessions hold {held} of this peer's {self.limits.pool_positions} positions", retry_after_s=1.0

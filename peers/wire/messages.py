@@ -58,6 +58,7 @@ class Code:
     UNKNOWN_SESSION = "unknown_session"  # lease expired or the peer restarted: open again and replay
     STALE_EPOCH = "stale_epoch"  # this route was replaced
     GAP = "gap"  # the step starts behind the positions held: replay
+    REPLAY = "replay"  # it goes back to where layers with a window hold too little: open again, send from position 0
     FORBIDDEN = "forbidden"  # the sender is not the predecessor that the client named
     WRONG_MODEL = "wrong_model"  # this peer serves other weights or other blocks
     TOO_LONG = "too_long"  # more positions than the model or the whole pool has

@@ -21,6 +21,7 @@ stalls or forgets. The driver performs the actions and reports what happened.
     pausing   preempted                          waiting   Release
     pausing   timer                              ready     SendStep
     waiting   timer                              routing   NeedRoute
+    ready     behind window                      opening   OpenHops (next epoch) of the same route
     any live  hop lost, refused, forgot, stalled routing   Release, NeedRoute; idle when nothing is pending
     any live  too many attempts without progress failed    Release, Fail
     any       close                              closed    Release
@@ -328,6 +329,11 @@ class SessionCore:
             self._offers = False  # some hop does not hold what it said it holds: believe nobody any more
         return self._rebuild(error)
 
+    def behind_window(self, epoch: int, error: SwarmError) -> list[Action]:
+        """A step goes back to where a healthy hop's layers with a window hold too little: the same hops hear everything
+        again. What they have kept as a prefix they begin with."""
+        return self._rebuild(error, self.route) if epoch == self.epoch and self._on_route(None) else []
+
     def stalled(self, error: SwarmError) -> list[Action]:
         """Nobody answers, though everybody is alive."""
         return self._rebuild(error) if self._on_route(None) else []
@@ -454,11 +460,15 @@ class SessionCore:
         self.state = State.ROUTING
         return [NeedRoute(frozenset(self._avoid))]
 
-    def _rebuild(self, error: SwarmError) -> list[Action]:
+    def _rebuild(self, error: SwarmError, route: Route | None = None) -> list[Action]:
+        """With `route`, over the same hops, which forget the session when it is opened there again."""
         self.attempts += 1
         if self.attempts > self.config.max_attempts:
             return self._fail(error)
         actions = self._release()
+        if route is not None and self._pending:
+            self.state = State.ROUTING
+            return self.route_ready(route)
         return actions + (self._need_route() if self._pending else self._idle())
 
     def _fail(self, error: SwarmError) -> list[Action]:

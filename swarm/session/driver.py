@@ -270,8 +270,8 @@ class SwarmRemote:
                 case NeedRoute():
                     self._tasks.spawn(self._plan(session, action.avoid), name=f"plan {core.session}")
                 case OpenHops():
+                    self.traffic.rebuilds += action.epoch > 1 and action.route is not session.route
                     self._sessions.last_route = session.route = action.route
-                    self.traffic.rebuilds += action.epoch > 1
                     session.renew_deadline()
                     for index, prefix in enumerate(self._offer(session, action)):
                         work = self._open_hop(session, action.route, index, action.epoch, prefix)

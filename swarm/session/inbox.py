@@ -104,6 +104,8 @@ class Inbox:
             case Code.GAP:
                 gap_at = None if message.step is None else StepId(message.step)
                 actions = core.forgotten(epoch, Refused(text, code=message.code), gap_at=gap_at)
+            case Code.REPLAY:
+                actions = core.behind_window(epoch, Refused(text, code=message.code))
             case Code.MALFORMED:
                 hops = [hop.peer_id for hop in route.hops]
                 at = hops.index(peer)

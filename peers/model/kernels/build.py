@@ -111,5 +111,5 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.hive_attend.restype = None
     found.hive_attend.argtypes = [pointer, ctypes.c_int, *[pointer] * 5, size, pointer, pointer, *[size] * 7]
     found.hive_attend.argtypes += [ctypes.c_float, ctypes.c_float, size]
-    found.hive_run.restype, found.hive_run.argtypes = None, [pointer, pointer, size, *[pointer] * 3]
+    found.hive_run.restype, found.hive_run.argtypes = None, [pointer, pointer, size, pointer, pointer]
     return found

@@ -37,6 +37,8 @@ class Visits:
     """int64: first slot, slots; of each segment in order."""
     positions: int
     """Of all segments together."""
+    slots_T: Tensor
+    """int64: where the keys and values of each of the forward's positions go."""
 
 
 class Pool:
@@ -131,7 +133,7 @@ class Pool:
             visits.positions,
         )
 
-    def run(self, code: Tensor, bases: Sequence[int], visits: Sequence[Visits], slots_T: Tensor) -> None:
+    def run(self, code: Tensor, bases: Sequence[int], visits: Sequence[Visits]) -> None:
         """Carry out the instructions of `tape.cpp`, whose operands lie relative to the addresses `bases`."""
         seen = [
             part
@@ -141,6 +143,7 @@ class Pool:
                 len(each.segments_n4),
                 each.runs_n2.data_ptr(),
                 each.positions,
+                each.slots_T.data_ptr(),
             )
         ]
         self._run(
@@ -149,7 +152,6 @@ class Pool:
             len(code),
             (ctypes.c_void_p * len(bases))(*bases),
             (ctypes.c_int64 * max(1, len(seen)))(*seen),
-            slots_T.data_ptr(),
         )
 
 

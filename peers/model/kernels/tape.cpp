@@ -39,6 +39,7 @@ struct Visits {
     int64_t num_segments;
     const int64_t *runs;
     int64_t positions;
+    const int64_t *slots;  // where each position's keys and values go
 };
 
 constexpr size_t WIDTHS[] = {4, 2, 8};
@@ -185,9 +186,8 @@ void keep(const Operand &rows, const char *from, char *pool, int64_t slots, cons
 extern "C" {
 
 // Called by peers/model/kernels/pool.py. A negative base makes an operand's offset an address; visits: one per pattern
-// of attention; slots: where each position's keys and values go.
-void hive_run(void *pool, const void *instructions, int64_t count, char *const *bases, const void *visits,
-              const int64_t *slots) {
+// of attention and table of pages.
+void hive_run(void *pool, const void *instructions, int64_t count, char *const *bases, const void *visits) {
     thread_local std::vector<float> room;
     for (const Instruction *code = (const Instruction *)instructions, *end = code + count; code < end; ++code) {
         const int64_t *extra = code->extra;
@@ -196,11 +196,11 @@ void hive_run(void *pool, const void *instructions, int64_t count, char *const *
                 hive_linear(pool, int(extra[0]), int(extra[1]), place(code->in[0], bases), (void *)extra[2],
                             (void *)extra[3], (float *)extra[4], place(code->out, bases), extra[5], extra[6], extra[7]);
                 break;
-            case ATTEND: {  // kind, keys, values, sinks, H, J, K, V, slots of the pool, pattern
+            case ATTEND: {  // kind, keys, values, sinks, H, J, K, V, slots of the pool, visits
                 const Operand &q = code->in[0];
                 const Visits &seen = ((const Visits *)visits)[extra[9]];
-                keep(code->in[1], place(code->in[1], bases), (char *)extra[1], extra[8], slots);
-                keep(code->in[2], place(code->in[2], bases), (char *)extra[2], extra[8], slots);
+                keep(code->in[1], place(code->in[1], bases), (char *)extra[1], extra[8], seen.slots);
+                keep(code->in[2], place(code->in[2], bases), (char *)extra[2], extra[8], seen.slots);
                 hive_attend(pool, int(extra[0]), place(q, bases), (void *)extra[1], (void *)extra[2],
                             place(code->out, bases), seen.segments, seen.num_segments, seen.runs, (float *)extra[3],
                             extra[4], extra[5], extra[6], extra[7], extra[8], q.stride[1], q.stride[2],

@@ -25,9 +25,9 @@ from peers.runtime.attention import (
     RaggedBatch,
     Segment,
     attend_one,
+    look,
     ragged_attention,
     ragged_mask,
-    see,
 )
 
 Sees = Callable[[int, int], bool]
@@ -129,7 +129,7 @@ def test_a_ragged_batch_attends_as_each_of_its_sessions_would_alone(backend: str
     def packed(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts).transpose(0, 1)[None]
 
-    batch = RaggedBatch(segments, [pool], torch.device("cpu"), LIBRARIES[backend])
+    batch = RaggedBatch([segments], [pool], torch.device("cpu"), LIBRARIES[backend])
     output = batch.attend(
         packed(queries), packed(keys), packed(values), Pattern(function), 0.3, softcap, sinks if len(sinks) else None
     )
@@ -152,7 +152,7 @@ def test_long_sessions_are_shared_out_among_threads_in_bfloat16() -> None:
         for first, length in zip(firsts, lengths, strict=True)
     ]
     q, k, v = (torch.randn(1, heads, 3, K, generator=generator).bfloat16() for heads in (J * G, J, J))
-    batch = RaggedBatch(segments, [pool], torch.device("cpu"), LIBRARIES["library in two threads"])
+    batch = RaggedBatch([segments], [pool], torch.device("cpu"), LIBRARIES["library in two threads"])
     output = batch.attend(q, k, v, Pattern(causal_mask_function), 0.125, None, None)
     for row, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
         keys = pool.keys_1JSK[0, :, first : first + length].transpose(0, 1)
@@ -163,7 +163,7 @@ def test_long_sessions_are_shared_out_among_threads_in_bfloat16() -> None:
 
 def test_long_prompts_are_scored_a_few_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(9, 2, 3, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
-    mask = see(Segment(start=0, tokens=9, runs=[(0, 9)]), causal_mask_function, q).mask_nL
+    mask = look(Segment(start=0, tokens=9, runs=[(0, 9)]), causal_mask_function, q).mask_nL
     whole = attend_one(q, k, v, mask, 0.3, softcap=4.0)
     monkeypatch.setattr(attention, "SCORES_LIMIT", 2 * 2 * 3 * 9)
     torch.testing.assert_close(attend_one(q, k, v, mask, 0.3, softcap=4.0), whole)
@@ -171,8 +171,8 @@ def test_long_prompts_are_scored_a_few_queries_at_a_time(monkeypatch: pytest.Mon
 
 def test_a_window_reads_no_key_before_it() -> None:
     segment = Segment(start=20, tokens=1, runs=[(40, 16), (0, 5)])
-    view = see(segment, sliding_window_causal_mask_function(7), torch.empty(0))
-    assert (view.runs, view.mask_nL) == ([(54, 2), (0, 5)], None)
+    sight = look(segment, sliding_window_causal_mask_function(7), torch.empty(0))
+    assert (sight.skipped, sight.mask_nL) == (14, None)
 
 
 def test_what_it_does_not_understand_it_refuses() -> None:

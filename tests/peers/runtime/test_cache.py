@@ -9,7 +9,6 @@ import torch
 from peers.model.cutting import SpanModel
 from peers.runtime import attention, cache
 from peers.runtime.cache import PagedCache, SoloCache, bytes_per_token, open_cache
-from peers.runtime.pages import PagePool
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES, NUM_BLOCKS
 from tests.peers.runtime.spans import Local, Sequence, running, together
@@ -63,9 +62,9 @@ def test_the_cost_of_a_position_is_what_the_layers_keep() -> None:
 
 
 def test_pages_of_slots_are_not_touched_before_they_are_used() -> None:
-    model, pages = span_of("llama"), PagePool(1 << 16, 16)
+    model = span_of("llama")
     before = psutil.Process().memory_info().rss
-    opened = open_cache(model, pages)
+    opened, _ = open_cache(model, 1 << 16, 16)
     assert isinstance(opened, PagedCache)
     assert bytes_per_token(model) << 20 > 400e6
     assert psutil.Process().memory_info().rss - before < 50e6
@@ -75,7 +74,7 @@ def test_a_model_on_which_ragged_attention_is_wrong_runs_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cache, "RaggedBatch", _Forgetful)
-    assert isinstance(open_cache(span_of("llama"), PagePool(4, 4)), SoloCache)
+    assert isinstance(open_cache(span_of("llama"), 4, 4)[0], SoloCache)
     assert "sessions run alone" in caplog.text
 
 
@@ -86,4 +85,4 @@ class _Forgetful(attention.RaggedBatch):
 
 def test_a_layer_with_unknown_arguments_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_HARMLESS", frozenset())
-    assert isinstance(open_cache(span_of("llama"), PagePool(4, 4)), SoloCache)
+    assert isinstance(open_cache(span_of("llama"), 4, 4)[0], SoloCache)

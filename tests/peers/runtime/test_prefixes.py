@@ -75,7 +75,7 @@ class PrefixMachine(RuleBasedStateMachine):
         new = plan[start : start + count] if session in self.faithful else []
         new += [3] * (count - len(new))
         end = start + len(new)
-        if self.pool.pages_for(end) > self.pool.num_pages:
+        if self.pool.needed(0, end) > self.pool.num_pages:
             return
         del text[start:]
         self.sent[session] = end

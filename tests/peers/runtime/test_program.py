@@ -10,7 +10,6 @@ from torch import Tensor
 
 from peers.model.kernels import Pool, accelerate, linear
 from peers.runtime.cache import PagedCache, open_cache
-from peers.runtime.pages import PagePool
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES
@@ -44,7 +43,7 @@ def test_a_family_has_a_program_that_says_the_same(family: str, monkeypatch: pyt
     monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
     model, library = Local(family, BlockSpan(1, 3)).cut(), Pool(1)
     accelerate(model.module, library)
-    cache = open_cache(model, PagePool(8, 4), library)
+    cache, _ = open_cache(model, 8, 4, library)
     assert isinstance(cache, PagedCache)
     for _ in cache.prepare():
         pass

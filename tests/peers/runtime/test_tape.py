@@ -11,7 +11,6 @@ from torch import Tensor
 from peers.model.kernels import Pool, accelerate, linear
 from peers.model.quantization import NONE, quantize
 from peers.runtime.cache import Chunk, PagedCache, open_cache
-from peers.runtime.pages import PagePool
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES
 from tests.peers.runtime.spans import Local
@@ -41,7 +40,7 @@ def opened(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, *, 
     quantize(model.module, quantization)
     accelerate(model.module, LIBRARY)
     with torch.inference_mode():
-        cache = open_cache(model, PagePool(64, 4), LIBRARY)
+        cache, _ = open_cache(model, 64, 4, LIBRARY)
         for _ in cache.prepare():
             pass
     assert isinstance(cache, PagedCache)

@@ -100,7 +100,14 @@ class ToyEngine:
         return len(self.sessions.get(session, ()))
 
     def stats(self) -> EngineStats:
-        return EngineStats(total_tokens=100, free_tokens=42, queued_tokens=7, sessions=len(self.sessions))
+        return EngineStats(
+            total_tokens=100,
+            free_tokens=42,
+            longest_tokens=100,
+            room_tokens=42,
+            queued_tokens=7,
+            sessions=len(self.sessions),
+        )
 
 
 class Hop:
