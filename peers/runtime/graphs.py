@@ -13,6 +13,7 @@ Names as in `attention`; R runs of slots in which a session's positions may lie.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,9 @@ from peers.runtime.program import Programs
 logger = logging.getLogger(__name__)
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
-"""Sessions per graph. A pool on which graphs run has as many slots more than its pages need, for rows of nobody."""
+"""Sessions per graph."""
+NOBODYS = COUNTS[-1] + 1
+"""Slots that a pool must have behind its pages', all zero: one for each row of nobody, and one that stays so."""
 REACHES = (256, 1024, 4096, 16384, 65536)
 """Positions that the longest session of a graph can see; every row costs the attention to so many."""
 RUNS = 32
@@ -44,7 +47,8 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 class Rows:
     """The attention of T sessions, each with one new position and seeing at most L, from tensors of fixed shapes.
 
-    The last slots of each pool, one for every row, belong to nobody: rows that are filled up attend to theirs.
+    Rows that are filled up attend to a slot of nobody's each. What a row does not see is read from the last of these:
+    even under a mask, a NaN would be one.
     """
 
     def __init__(self, count: int, reach: int, pools: Sequence[LayerPool], like_H: Tensor) -> None:
@@ -52,8 +56,8 @@ class Rows:
         self.hidden_1TH = like_H.new_zeros(1, count, len(like_H))
         self._pools = pools
         self._device = like_H.device
-        slots = pools[0].keys_1JSK.shape[2]
-        self._nobodys = list(range(slots - COUNTS[-1], slots - COUNTS[-1] + count))
+        self._unseen = pools[0].keys_1JSK.shape[2] - 1
+        self._nobodys = list(range(self._unseen - count, self._unseen))
         self.positions_1T = torch.zeros(1, count, dtype=torch.long, device=self._device)
         tables = 1 + max(pool.table for pool in pools)
         nobodys_T = torch.tensor(self._nobodys, device=self._device)
@@ -91,6 +95,7 @@ class Rows:
         positions = [segment.start for segment in tables[0]]
         self.positions_1T.copy_(_on_host([positions + [0] * empty]), non_blocking=True)
         self.hidden_1TH[:, : self.count - empty].copy_(hidden_1TH, non_blocking=True)
+        self.hidden_1TH[:, self.count - empty :].zero_()
         return True
 
     def attend(
@@ -112,7 +117,7 @@ class Rows:
         T, L, J = self.count, self.reach, k_1JTK.shape[1]
         k_TJLK = pool.keys_1JSK[0].index_select(1, slots_n).view(J, T, L, -1).transpose(0, 1)
         v_TJLV = pool.values_1JSV[0].index_select(1, slots_n).view(J, T, L, -1).transpose(0, 1)
-        q_TJGK = q_1HTK[0].transpose(0, 1).unflatten(1, (J, -1))
+        q_TJGK = q_1HTK[0].transpose(0, 1).reshape(T, J, -1, q_1HTK.shape[3])
         if softcap is None and sinks_H is None and k_TJLK.shape[3] == v_TJLV.shape[3]:
             out_TJGV = F.scaled_dot_product_attention(q_TJGK, k_TJLK, v_TJLV, attn_mask=seen_T11L, scale=scale)
         else:
@@ -139,7 +144,7 @@ class Rows:
             run_TL = torch.searchsorted(end_TR, at_TL.contiguous(), right=True).clamp_(max=RUNS - 1)
             slot_TL = at_TL + (first_TR - end_TR + count_TR).gather(1, run_TL)
             seen_TL = at_TL < end_TR[:, -1:]
-            slots_n = torch.where(seen_TL, slot_TL, self._nobodys[0]).flatten()
+            slots_n = torch.where(seen_TL, slot_TL, self._unseen).flatten()
             self._expanded[key] = slots_n, seen_TL[:, None, None]
         return self._expanded[key]
 
@@ -151,9 +156,9 @@ class Graphs:
         self._programs, self._pools, self._like_H, self._record = programs, pools, like_H, record
         self._graphs: dict[tuple[int, int], _Graph | None] = {}
 
-    def prepare(self, reaches: Sequence[int] = REACHES[:2]) -> Iterator[None]:
+    def prepare(self) -> Iterator[None]:
         """Record what most steps need, a graph between two forwards; the rest when it is first needed."""
-        for reach in reaches:
+        for reach in REACHES[:2]:
             for count in COUNTS:
                 self._graphs[count, reach] = self._recorded(count, reach)
                 yield
@@ -205,25 +210,31 @@ class _Graph:
         return self.output_1TH[:, : hidden_1TH.shape[1]]
 
 
-def record_on_device(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record `run` as a CUDA graph, as torch's manual on CUDA graphs says: warmed up on a stream of its own."""
-    current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(current)
-    with torch.cuda.stream(aside):
-        run()
-    current.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # what other threads do with the device meanwhile is none of its business
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = run()
-    graph.replay()
-    return graph.replay, output
+def recorder_for(device: torch.device) -> Record | None:
+    """What records on this device; None where there are no graphs."""
+    return functools.partial(_record_on, device) if device.type == "cuda" else None
+
+
+def _record_on(device: torch.device, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of `run`, made as torch's notes on CUDA semantics say: warmed up on a stream of its own."""
+    with torch.cuda.device(device):
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            run()
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # what other threads do with their devices meanwhile is none of its business
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = run()
+        graph.replay()
+        return graph.replay, output
 
 
 _HOST = torch.empty(0)
 
 
-def _on_host(values: list[object]) -> Tensor:
+def _on_host(values: Sequence[object]) -> Tensor:
     tensor = torch.tensor(values)
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
