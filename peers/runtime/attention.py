@@ -201,7 +201,7 @@ class RaggedBatch:
                 sight = pattern.sights.get(index)
                 if sight is None:
                     sight = pattern.sights[index] = look(segment, pattern.function, like)
-                view = View(_skip(segment.runs, sight.skipped), sight.mask_nL)
+                view = View(skip(segment.runs, sight.skipped), sight.mask_nL)
                 short = short and view.mask_nL is None
             if not short:
                 others.append((index, view))
@@ -390,7 +390,7 @@ def _last_slots(segment: Segment) -> list[int]:
     return slots
 
 
-def _skip(runs: Sequence[tuple[int, int]], positions: int) -> list[tuple[int, int]]:
+def skip(runs: Sequence[tuple[int, int]], positions: int) -> list[tuple[int, int]]:
     """The runs without their first `positions` slots."""
     kept = []
     for first, count in runs:

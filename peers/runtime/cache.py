@@ -38,6 +38,7 @@ from peers.runtime.attention import (
     look,
     register,
 )
+from peers.runtime.graphs import NOBODYS, Graphs, Record
 from peers.runtime.pages import Arrangement, PagePool, SlotCopy, arrange
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
 from peers.runtime.tape import Tapes
@@ -113,6 +114,7 @@ class PagedCache:
         places: Sequence[tuple[int, int]],
         pages: PagePool,
         library: Pool | None = None,
+        recorder: Record | None = None,
     ) -> None:
         """`places`: of `arrange`. Layers in the same place of different tables share memory."""
         slots = pages.num_pages * pages.page_size
@@ -121,10 +123,12 @@ class PagedCache:
         self._library = library
         self._programs: Programs | None = None
         self._tapes: Tapes | None = None
+        self._recorder = recorder
+        self._graphs: Graphs | None = None
         own: dict[int, LayerPool] = {}
         for shape, (_, place) in zip(shapes, places, strict=True):
             if place not in own:
-                own[place] = _allocate(shape, slots, model.device)
+                own[place] = _allocate(shape, slots, model.device, nobodys=NOBODYS if recorder else 0)
         self._own = list(own.values())
         self._pools = [replace(own[place], table=table) for table, place in places]
 
@@ -148,16 +152,20 @@ class PagedCache:
             ]
             for table in range(len(self._pages.windows))
         ]
+        short = between is None and len(hidden_TH) <= TOKENS_MAX and span == self._model.span
+        regime = self._model.regime
+        programs = self._programs if short and regime.key(regime_length) == regime.key(1) else None
+        if programs is not None and self._graphs is not None:
+            output_1TH = self._graphs(hidden_TH[None], tables)
+            if output_1TH is not None:
+                return output_1TH[0]
         pools = self._pools[span.start - self._model.span.start :]
         batch = RaggedBatch(tables, pools, self._model.device, self._library)
-        programs = self._programs if between is None and len(hidden_TH) <= TOKENS_MAX else None
-        if programs is not None and span == self._model.span:
-            regime = self._model.regime
-            if regime.key(regime_length) == regime.key(1):
-                output_1TH = None if self._tapes is None else self._tapes(hidden_TH[None], batch)
-                if output_1TH is None:
-                    output_1TH = programs(hidden_TH[None], batch.positions_T[None], batch)
-                return output_1TH[0]
+        if programs is not None:
+            output_1TH = None if self._tapes is None else self._tapes(hidden_TH[None], batch)
+            if output_1TH is None:
+                output_1TH = programs(hidden_TH[None], batch.positions_T[None], batch)
+            return output_1TH[0]
         with attending(batch) as cache:
             return self._model.forward(
                 hidden_TH[None],
@@ -169,7 +177,7 @@ class PagedCache:
             )[0]
 
     def prepare(self) -> Iterator[None]:
-        """Afterwards short forwards of the whole span go by a program, where there is one (`program`)."""
+        """Afterwards short forwards of the whole span go by a program, where there is one, by tape or by graph."""
         model = self._model
 
         def forward(hidden_1TH: Tensor, position_ids_1T: Tensor, attender: Attender) -> Tensor:
@@ -182,6 +190,10 @@ class PagedCache:
             logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
         else:
             self._tapes = self._checked_tapes(self._programs)
+            if self._recorder is not None:
+                graphs = Graphs(self._programs, self._pools, _random_hidden(model, 1)[0], self._recorder)
+                yield from graphs.prepare()
+                self._graphs = graphs
 
     def _checked_tapes(self, programs: Programs) -> Tapes | None:
         """Tapes, if they say the same as programs of a few tokens with a past, over a small cache of their own."""
@@ -297,12 +309,19 @@ def _copy(cache: DynamicCache, length: int) -> DynamicCache:
 
 
 def open_cache(
-    model: SpanModel, num_pages: int, page_size: int, library: Pool | None = None, *, slack: int = 0
+    model: SpanModel,
+    num_pages: int,
+    page_size: int,
+    library: Pool | None = None,
+    recorder: Record | None = None,
+    *,
+    slack: int = 0,
 ) -> tuple[SpanCache, PagePool]:
     """The cache that this model can have, and its books; selects the attention to go with it.
 
     It has room for `num_pages` pages of all layers, which layers that slide leave to others (see `pages`; `slack` is of
-    a `PagePool`). With `library`, short segments attend through it where that was found to say the same.
+    a `PagePool`). With `library`, short segments attend through it where that was found to say the same;
+    with `recorder`, steps of single positions run as graphs (`graphs`) where these do.
 
     Raises UnsupportedModel when its layers keep nothing that could be rolled back.
     """
@@ -313,7 +332,7 @@ def open_cache(
         for backend in dict.fromkeys((library, None)):
             if _agrees(model, shapes, tables, backend):
                 pages = PagePool(num_pages * len(tables.windows), page_size, tables.windows, slack)
-                return PagedCache(model, shapes, tables.places, pages, backend), pages
+                return PagedCache(model, shapes, tables.places, pages, backend, recorder), pages
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
     _bytes_per_token_alone(model)
@@ -419,9 +438,13 @@ def _some(of_1JSX: Tensor) -> Tensor:
     return of_1JSX.new_empty(1, of_1JSX.shape[1], 6, of_1JSX.shape[3])
 
 
-def _allocate(shape: LayerShape, slots: int, device: torch.device) -> LayerPool:
-    """Not zeroed: slots are written before they are read, and untouched memory costs nothing until then."""
-    return LayerPool(
-        keys_1JSK=torch.empty(1, shape.kv_heads, slots, shape.key_width, dtype=shape.dtype, device=device),
-        values_1JSV=torch.empty(1, shape.kv_heads, slots, shape.value_width, dtype=shape.dtype, device=device),
-    )
+def _allocate(shape: LayerShape, slots: int, device: torch.device, *, nobodys: int = 0) -> LayerPool:
+    """Only `nobodys` slots at the end are zeroed: others are written before they are read, and untouched memory costs
+    nothing until then."""
+
+    def allocated(width: int) -> Tensor:
+        tensor = torch.empty(1, shape.kv_heads, slots + nobodys, width, dtype=shape.dtype, device=device)
+        tensor[:, :, slots:] = 0
+        return tensor
+
+    return LayerPool(keys_1JSK=allocated(shape.key_width), values_1JSV=allocated(shape.value_width))

@@ -26,6 +26,7 @@ from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool, accelerate, pool_for
 from peers.runtime.cache import Chunk, SpanCache, open_cache
+from peers.runtime.graphs import recorder_for
 from peers.runtime.pages import PagePool
 from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import grow_or_preempt
@@ -492,7 +493,9 @@ class Engine:
         try:
             library = pool_for(self.model.device, self.config.threads)
             num_pages, size = self.config.cache_tokens // self.config.page_size, self.config.page_size
-            self._cache, self._pages = open_cache(self.model, num_pages, size, library, slack=self.config.slack)
+            self._cache, self._pages = open_cache(
+                self.model, num_pages, size, library, recorder_for(self.model.device), slack=self.config.slack
+            )
             self._prefixes = PrefixIndex(self._pages)
         except Exception as error:  # whatever it is, `start` raises it
             logger.debug("the engine does not start", exc_info=True)

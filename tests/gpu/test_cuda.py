@@ -10,9 +10,12 @@ import torch
 from peers.model.catalog import resolve
 from peers.model.loading import load_span
 from peers.model.quantization import QUANTIZATIONS
+from peers.runtime.cache import PagedCache, open_cache
+from peers.runtime.graphs import COUNTS, recorder_for
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
+from tests.peers.runtime.spans import assert_graphs_say_the_same
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,3 +48,18 @@ def test_packed_weights_say_the_same_on_a_gpu(family: str, quantization: str, tm
         hidden = torch.randn(1, 7, model.hidden_size, generator=torch.Generator().manual_seed(0))
         outputs.append(model.forward(hidden.to(device), torch.arange(7, device=device)[None]).cpu())
     assert (outputs[1] - outputs[0]).norm() <= 1e-3 * outputs[0].norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-oss"])
+def test_steps_run_as_graphs_that_say_the_same(family: str, tmp_path: Path) -> None:
+    save_checkpoint(FAMILIES[family], tmp_path / "model")
+    checkpoint, span = resolve(str(tmp_path / "model"), cache=tmp_path / "cache"), BlockSpan(0, NUM_BLOCKS)
+    model = load_span(checkpoint, span, dtype=torch.float32, device="cuda:0")
+    with torch.inference_mode():
+        cache, _ = open_cache(model, 512, 4, None, recorder_for(model.device))
+        for _ in cache.prepare():
+            pass
+    assert isinstance(cache, PagedCache)
+    assert cache._graphs is not None
+    assert any(cache._graphs._graphs.values())
+    assert_graphs_say_the_same(cache, COUNTS[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from peers.model.cutting import SpanModel
 from peers.model.support import examine
+from peers.runtime.cache import Chunk, PagedCache
 from peers.runtime.engine import BehindWindow, Done, Engine, EngineConfig, Work
 from routing.ids import BlockSpan, PeerId, SessionId
 from tests.helpers.families import FAMILIES, VOCABULARY, random_model
@@ -68,6 +70,30 @@ def random_ids(tokens: int, seed: int) -> Tensor:
 def assert_same(output: Tensor, expected: Tensor) -> None:
     """Equal to 1e-5 of the largest value."""
     torch.testing.assert_close(output, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+
+
+@torch.inference_mode()
+def assert_graphs_say_the_same(cache: PagedCache, most: int) -> None:
+    """Sessions that grow by a token, or some by a few, in any company: of at most `most` there are graphs."""
+    rng, model, graphs = random.Random(most), cache._model, cache._graphs
+    lengths = dict.fromkeys(range(most + 1), 0)
+    for session in lengths:
+        cache._pages.open(session)
+    for turn in range(20):
+        chunks = []
+        for session in rng.sample(sorted(lengths), rng.randint(1, len(lengths))):
+            tokens = rng.choice([1, 1, 1, 7]) if turn < 8 else 1
+            cache._pages.grow(session, lengths[session] + tokens)
+            chunks.append(Chunk(session=session, start=lengths[session], tokens=tokens))
+            lengths[session] += tokens
+        total = sum(chunk.tokens for chunk in chunks)
+        hidden_TH = torch.randn(total, model.hidden_size, generator=torch.Generator().manual_seed(turn))
+        outputs = []
+        for some in (None, graphs):
+            cache._graphs = some
+            outputs.append(cache.forward(chunks, hidden_TH.to(model.device), model.span, 0).clone())
+        program, graph = outputs
+        torch.testing.assert_close(graph, program, atol=2e-5, rtol=1e-4)
 
 
 @asynccontextmanager
