@@ -1,0 +1,114 @@
+"""Network namespaces that are known by their names to be a lab's, so that the next lab can remove what a dead one left.
+
+Owns names, creation, entering and removal. A name says which process made it: `hivelab-PID-STARTED-HOST`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+FOLDER: Final = Path("/run/netns")
+PREFIX: Final = "hivelab"
+STOP_TIMEOUT_S: Final = 10.0
+_CLONE_NEWNET: Final = 0x40000000
+_NAME: Final = re.compile(rf"{PREFIX}-(?P<pid>\d+)-(?P<started>\d+)(-.+)?")
+_SOCKETS: Final = re.compile(r"/tmp/hiveswarm-\w+(?=/)")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def why_not() -> str | None:
+    """Why this machine cannot have a lab, in words; None if it can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "the program ip is missing (package iproute2)"
+    return None if os.path.exists("/dev/net/tun") else "/dev/net/tun is missing (kernel module tun)"
+
+
+def own_prefix() -> str:
+    """What the names of everything that this process makes begin with."""
+    return f"{PREFIX}-{os.getpid()}-{_started(os.getpid())}"
+
+
+@contextlib.contextmanager
+def entered(namespace: str) -> Iterator[None]:
+    """Run the body of this thread, and all threads and processes that it starts, in a namespace."""
+    with open("/proc/thread-self/ns/net") as before, open(FOLDER / namespace) as inside:
+        _set_namespace(inside.fileno())
+        try:
+            yield
+        finally:
+            _set_namespace(before.fileno())
+
+
+def create(namespace: str) -> None:
+    ip("netns", "add", namespace)
+
+
+def remove(namespace: str) -> None:
+    """End everything that runs in a namespace, then remove it with its devices."""
+    members = []
+    for pid in ip("netns", "pids", namespace).split():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            members.append(psutil.Process(int(pid)))
+    for member in members:
+        if member.pid != os.getpid():  # a thread of ours may still be inside
+            kill(member)
+    psutil.wait_procs(members, timeout=STOP_TIMEOUT_S)
+    ip("netns", "del", namespace)
+
+
+def remove_leftovers() -> list[str]:
+    """Remove what labs left that did not live to do it; returns the names."""
+    left = [path.name for path in FOLDER.glob(f"{PREFIX}-*") if not _alive(path.name)]
+    for namespace in left:
+        remove(namespace)
+    for folder in Path("/tmp").glob(f"{PREFIX}-*"):
+        if not _alive(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+    return left
+
+
+def kill(process: psutil.Process) -> None:
+    """End a process and remove the folder of sockets that its libp2p daemon would have removed."""
+    with contextlib.suppress(psutil.Error):
+        sockets = {found.group() for word in process.cmdline() if (found := _SOCKETS.search(word))}
+        process.send_signal(signal.SIGKILL)
+        for folder in sockets:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def ip(*arguments: str) -> str:
+    """Run `ip …`; returns what it printed. Raises CalledProcessError."""
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _alive(name: str) -> bool:
+    match = _NAME.fullmatch(name)
+    return match is not None and _started(int(match["pid"])) == int(match["started"])
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot: with its id it names a process for ever. None if gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except FileNotFoundError:
+        return None
+
+
+def _set_namespace(descriptor: int) -> None:
+    if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
