@@ -122,7 +122,7 @@ class Fabric:
 
 
 def tcp_reset(packet: bytes) -> bytes | None:
-    """The reset that a host gets which sent `packet` to a closed port (RFC 9293, section 3.10.7.1); None for a reset."""
+    """The reset for a host that sent `packet` to a closed port (RFC 9293, section 3.10.7.1); None for a reset."""
     source, target = packet[12:16], packet[16:20]
     source_port, target_port, sequence, acknowledged, offset, flags = struct.unpack_from("!HHIIBB", packet, _HEADER)
     if flags & _RST:

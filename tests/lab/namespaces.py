@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,8 @@ FOLDER: Final = Path("/run/netns")
 PREFIX: Final = "hivelab"
 STOP_TIMEOUT_S: Final = 10.0
 _CLONE_NEWNET: Final = 0x40000000
+_NEEDED: Final = 1 << 12 | 1 << 21
+"""CAP_NET_ADMIN and CAP_SYS_ADMIN: root in a container may lack them."""
 _NAME: Final = re.compile(rf"{PREFIX}-(?P<pid>\d+)-(?P<started>\d+)(-.+)?")
 _SOCKETS: Final = re.compile(r"/tmp/hiveswarm-\w+(?=/)")
 
@@ -30,7 +33,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def why_not() -> str | None:
     """Why this machine cannot have a lab, in words; None if it can."""
-    if os.geteuid() != 0:
+    if sys.platform != "linux":
+        return "network namespaces are a thing of Linux"
+    held = int(re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)
+    if held & _NEEDED != _NEEDED:
         return "network namespaces need root"
     if shutil.which("ip") is None:
         return "the program ip is missing (package iproute2)"

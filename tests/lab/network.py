@@ -52,8 +52,8 @@ class Host:
 class Network:
     """Hosts that reach each other through links; from any thread.
 
-        with Network(["a", "b"], seed=1, profile=PROFILES["wifi"]) as network, network["a"].entered():
-            …
+    with Network(["a", "b"], seed=1, profile=PROFILES["wifi"]) as network, network["a"].entered():
+        …
     """
 
     def __init__(self, names: Iterable[str], *, seed: int, profile: LinkProfile = PROFILES["loopback"]) -> None:
@@ -167,4 +167,3 @@ class Network:
         if not line:
             raise OSError("the lab's forwarder ended or hung; what it said stands above")
         return dict(json.loads(line))
-

@@ -132,13 +132,13 @@ class Experiment:
     runs_short: int = 1
 
 
-def ends(work: Callable[[], T]) -> T:
+def ends(work: Callable[[], T], *, within_s: float = HANG_S) -> T:
     """The result of work that must not hang. Raises TimeoutError when it does, and what `work` raises."""
     pool = ThreadPoolExecutor(1)
     try:
-        return pool.submit(work).result(HANG_S)
+        return pool.submit(work).result(within_s)
     except FutureTimeout:
-        raise TimeoutError(f"it hangs: no end within {HANG_S:.0f} s") from None
+        raise TimeoutError(f"it hangs: no end within {within_s:.0f} s") from None
     finally:
         pool.shutdown(wait=False)
 

@@ -6,6 +6,7 @@ Owns the processes and the users' models until `close`. Nodes are what `swarm bo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -102,7 +103,7 @@ class Answer:
     @property
     def gaps_s(self) -> list[float]:
         """What each token but the first took."""
-        return [later - earlier for earlier, later in zip(self.times_s, self.times_s[1:], strict=False)]
+        return [later - earlier for earlier, later in itertools.pairwise(self.times_s)]
 
     @property
     def tokens_per_s(self) -> float:
@@ -110,12 +111,9 @@ class Answer:
         return (len(self.times_s) - 1) / (self.times_s[-1] - self.times_s[0])
 
     def longest_gap_s(self, since_s: float) -> float:
-        """The longest wait for a token that began at or reached past `since_s`; the first token's is a wait too."""
-        edges_s = [self.started_s, *self.times_s]
-        return max(
-            (later - max(earlier, since_s) for earlier, later in zip(edges_s, edges_s[1:], strict=False)
-             if later > since_s), default=0.0
-        )  # fmt: skip
+        """The longest wait for a token, counted from `since_s` where it began before; the first one's is a wait too."""
+        waits = itertools.pairwise([self.started_s, *self.times_s])
+        return max((later - max(earlier, since_s) for earlier, later in waits if later > since_s), default=0.0)
 
 
 class User:
@@ -140,9 +138,7 @@ class User:
         """The peer ids of the present route."""
         return [] if self.model.route is None else [hop.peer_id for hop in self.model.route.hops]
 
-    def generate(
-        self, prompt: Sequence[int], count: int, *, on_token: Callable[[int], None] | None = None
-    ) -> Answer:
+    def generate(self, prompt: Sequence[int], count: int, *, on_token: Callable[[int], None] | None = None) -> Answer:
         """`count` greedy tokens; `on_token` is told how many there are, in this thread, before the next is asked for.
 
         Raises SwarmError.

@@ -145,11 +145,11 @@ def until_used_again(notebook: Notebook, swarm: LabSwarm, user: User, peer: LabP
     began_s = time.monotonic()
     swarm.network.refuse(twin(peer.label), on=True)
     try:
-        while (waited_s := time.monotonic() - began_s) < RETURN_TIMEOUT_S:
+        while time.monotonic() < began_s + RETURN_TIMEOUT_S:
             with contextlib.suppress(SwarmError):
                 ends(lambda: user.generate(notebook.prompt(4), 2))
                 if peer in swarm.serving(user):
-                    return waited_s
+                    return time.monotonic() - began_s
             time.sleep(0.2)
         return float("inf")
     finally:

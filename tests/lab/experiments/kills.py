@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class Kill:
     @property
     def stall(self) -> tuple[Look, Look]:
         """Before and after the longest wait."""
-        return max(zip(self.looks, self.looks[1:], strict=False), key=lambda pair: pair[1].at_s - pair[0].at_s)
+        return max(itertools.pairwise(self.looks), key=lambda pair: pair[1].at_s - pair[0].at_s)
 
 
 def run(notebook: Notebook) -> None:

@@ -123,9 +123,9 @@ def meets_again(user: User, swarm: LabSwarm, healed_s: float) -> float:
         if host.endswith("1"):
             swarm.network.refuse(host, on=True)
     try:
-        while (waited_s := time.monotonic() - healed_s) < MERGE_TIMEOUT_S:
+        while time.monotonic() < healed_s + MERGE_TIMEOUT_S:
             if answers(user) and all(peer.label.endswith("2") for peer in swarm.serving(user)):
-                return waited_s
+                return time.monotonic() - healed_s
         return float("inf")
     finally:
         for host in PEERS:
