@@ -72,8 +72,9 @@ class LabNode(LocalNode):
             pacer.join()
 
     def _family(self) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return [me := psutil.Process(self.pid), *me.children(recursive=True)]
+        if self.running:  # else its process id may be somebody else's by now
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return [me := psutil.Process(self.pid), *me.children(recursive=True)]
         return []
 
     def _signal(self, number: signal.Signals) -> None:
