@@ -63,6 +63,7 @@ class Notebook:
     started_s: float = field(default_factory=time.monotonic)
     rng: random.Random = field(init=False)
     _local: Any = None
+    _local_rates: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.experiment} {self.seed}")
@@ -91,7 +92,10 @@ class Notebook:
         """What local transformers says, greedily in float32."""
         if self._local is None:
             self._local = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=torch.float32).eval()
-        return generate(self._local, prompt, count)
+        began_s = time.monotonic()
+        ids = generate(self._local, prompt, count)
+        self._local_rates.append(count / (time.monotonic() - began_s))
+        return ids
 
     def saw(self, network: Network) -> None:
         """Keep what a network counted."""
@@ -107,6 +111,8 @@ class Notebook:
             "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
             "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load": os.getloadavg()},
             "model": MODEL,
+            # a yardstick: a machine that is busy with other things is slow at this, too
+            "local_tokens_per_s": median(self._local_rates) if self._local_rates else None,
             "seconds": round(time.monotonic() - self.started_s, 1),
         }
         bars = [asdict(bar) | {"met": bar.met} for bar in self.bars]
