@@ -64,16 +64,13 @@ def create(namespace: str) -> None:
 
 
 def remove(namespace: str) -> None:
-    """End everything that runs in a namespace, then remove it with its devices."""
-    members = []
-    for pid in ip("netns", "pids", namespace).split():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            members.append(psutil.Process(int(pid)))
-    for member in members:
-        if member.pid != os.getpid():  # a thread of ours may still be inside
-            kill(member)
-    psutil.wait_procs(members, timeout=STOP_TIMEOUT_S)
-    ip("netns", "del", namespace)
+    """End everything that runs in a namespace, then remove it with its devices. Raises CalledProcessError."""
+    try:
+        _end_members(namespace)
+        ip("netns", "del", namespace)
+    except subprocess.CalledProcessError:
+        if (FOLDER / namespace).exists():  # else another lab that starts now was faster
+            raise
 
 
 def remove_leftovers() -> list[str]:
@@ -99,6 +96,17 @@ def kill(process: psutil.Process) -> None:
 def ip(*arguments: str) -> str:
     """Run `ip …`; returns what it printed. Raises CalledProcessError."""
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _end_members(namespace: str) -> None:
+    members = []
+    for pid in map(int, ip("netns", "pids", namespace).split()):
+        if pid != os.getpid():  # a thread of ours may still be inside
+            with contextlib.suppress(psutil.NoSuchProcess):
+                members.append(psutil.Process(pid))
+    for member in members:
+        kill(member)
+    psutil.wait_procs(members, timeout=STOP_TIMEOUT_S)
 
 
 def _alive(name: str) -> bool:
