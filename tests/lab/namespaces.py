@@ -21,12 +21,14 @@ import psutil
 
 FOLDER: Final = Path("/run/netns")
 PREFIX: Final = "hivelab"
+SOCKETS: Final = "sockets"
 STOP_TIMEOUT_S: Final = 10.0
 _CLONE_NEWNET: Final = 0x40000000
 _NEEDED: Final = 1 << 12 | 1 << 21
 """CAP_NET_ADMIN and CAP_SYS_ADMIN: root in a container may lack them."""
 _NAME: Final = re.compile(rf"{PREFIX}-(?P<pid>\d+)-(?P<started>\d+)(-.+)?")
 _SOCKETS: Final = re.compile(r"/tmp/hiveswarm-\w+(?=/)")
+"""The folder that a node's or user's libp2p daemon has its sockets in, as its arguments tell it."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -80,8 +82,19 @@ def remove_leftovers() -> list[str]:
         remove(namespace)
     for folder in Path("/tmp").glob(f"{PREFIX}-*"):
         if not _alive(folder.name):
+            if (noted := folder / SOCKETS).exists():
+                for sockets in _SOCKETS.findall(noted.read_text()):
+                    shutil.rmtree(sockets, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
     return left
+
+
+def note_sockets(namespace: str, folder: Path) -> None:
+    """Note in a lab's folder the sockets of daemons that run in a namespace: a killed daemon does not remove them."""
+    with (folder / SOCKETS).open("a") as noted:
+        for process in _members(namespace):
+            with contextlib.suppress(psutil.Error):
+                noted.write(" ".join(process.cmdline()) + "\n")
 
 
 def kill(process: psutil.Process) -> None:
@@ -99,14 +112,19 @@ def ip(*arguments: str) -> str:
 
 
 def _end_members(namespace: str) -> None:
-    members = []
-    for pid in map(int, ip("netns", "pids", namespace).split()):
-        if pid != os.getpid():  # a thread of ours may still be inside
-            with contextlib.suppress(psutil.NoSuchProcess):
-                members.append(psutil.Process(pid))
+    members = _members(namespace)
     for member in members:
         kill(member)
     psutil.wait_procs(members, timeout=STOP_TIMEOUT_S)
+
+
+def _members(namespace: str) -> list[psutil.Process]:
+    """What runs in a namespace, without this process, of which a thread may be inside."""
+    members = []
+    for pid in map(int, ip("netns", "pids", namespace).split()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            members.append(psutil.Process(pid))
+    return [member for member in members if member.pid != os.getpid()]
 
 
 def _alive(name: str) -> bool:

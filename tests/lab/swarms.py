@@ -223,6 +223,7 @@ class LabSwarm:
     def add_user(self, host: str) -> User:
         user = User(self.network[host], self.model, self.initial_peers)
         self.users.append(user)
+        namespaces.note_sockets(user.host.namespace, self.network.folder)
         return user
 
     def of(self, peer_id: str) -> LabPeer:
