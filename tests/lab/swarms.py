@@ -58,7 +58,7 @@ class LabNode(LocalNode):
 
         def pace() -> None:
             with contextlib.suppress(ProcessLookupError):
-                while not ended.wait(share * PACE_S):
+                while not ended.wait(share * PACE_S) and self.running:
                     os.kill(self.pid, signal.SIGSTOP)
                     time.sleep((1 - share) * PACE_S)
                     os.kill(self.pid, signal.SIGCONT)
