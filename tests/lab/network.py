@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -69,8 +69,8 @@ class Network:
             namespaces.remove_leftovers()
             for number, name in enumerate(names, 1):
                 host = Host(name, f"{prefix}-{self.folder.name.rpartition('-')[2]}-{name}", f"{SUBNET}.{number}")
-                namespaces.create(host.namespace)
                 self.hosts[name] = host
+                namespaces.create(host.namespace)
             self._start_forwarder(profile, seed)
             for host in self.hosts.values():
                 inside = ("-n", host.namespace)
@@ -118,13 +118,13 @@ class Network:
         return self._order("counts")
 
     def close(self) -> None:
-        """End everything on every host and remove it. Idempotent."""
-        for host in self.hosts.values():
-            namespaces.remove(host.namespace)
+        """End everything on every host and remove it. Idempotent. Raises CalledProcessError when something stays."""
+        with ExitStack() as ends:  # each is done whatever becomes of the others
+            ends.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            ends.callback(self._stop_forwarder)
+            for host in self.hosts.values():
+                ends.callback(namespaces.remove, host.namespace)
         self.hosts = {}
-        if self._forwarder is not None:
-            self._forwarder.communicate()  # the end of its input is its end
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -146,6 +146,15 @@ class Network:
             process_group=0,  # Ctrl-C is for the lab, which then stops it in order
         )
         self._answer()
+
+    def _stop_forwarder(self) -> None:
+        if self._forwarder is not None:
+            try:
+                self._forwarder.communicate(timeout=FORWARDER_TIMEOUT_S)  # the end of its input is its end
+            except subprocess.TimeoutExpired:
+                self._forwarder.kill()
+                self._forwarder.communicate()
+            self._forwarder = None
 
     def _order(self, do: str, **what: object) -> dict[str, Any]:
         with self._lock:

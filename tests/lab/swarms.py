@@ -91,6 +91,11 @@ class LabNode(LocalNode):
 class LabPeer(LabNode, LocalPeer):
     """A peer that serves blocks."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has said so since it was started last."""
+        return any(event["event"] == "ready" for event in self.events)
+
 
 @dataclass(slots=True)
 class Answer:
@@ -228,7 +233,7 @@ class LabSwarm:
 
     def of(self, peer_id: str) -> LabPeer:
         """The peer with this id."""
-        return next(peer for peer in self.peers.values() if peer.events and peer.peer_id == peer_id)
+        return next(peer for peer in self.peers.values() if peer.is_ready and peer.peer_id == peer_id)
 
     def serving(self, user: User) -> list[LabPeer]:
         """The peers of a user's present route, in order."""

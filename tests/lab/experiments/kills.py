@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, Final
 from routing.errors import SwarmError
 from tests.lab.experiments.pairs import PEERS, pairs_network
 from tests.lab.fabric import bytes_into, bytes_out_of
-from tests.lab.notebook import HIDDEN_BYTES, Experiment, Notebook, ends, median
+from tests.lab.notebook import HIDDEN_BYTES, MODEL, Experiment, Notebook, ends, median
 from tests.lab.swarms import LabPeer, LabSwarm, User
 
 PROMPT: Final = 480
@@ -61,7 +62,7 @@ class Kill:
 
 
 def run(notebook: Notebook) -> None:
-    with pairs_network(notebook) as network, LabSwarm(network, "smollm2-135m-instruct", PEERS) as swarm:
+    with pairs_network(notebook) as network, LabSwarm(network, MODEL, PEERS) as swarm:
         user = swarm.add_user("user")
         prompt_s = warm_up(notebook, user)
         for number in range(notebook.runs):
@@ -111,23 +112,19 @@ def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt
         error = f"{type(failed).__name__}: {failed}"
     if timer is not None:
         timer.join()
-    before, after = kill.stall if len(kill.looks) > 1 else (kill.looks[0], kill.looks[0])
-    row = notebook.row(
-        run=number,
-        when=when,
-        hops=hops,
-        identical=ids == expected,
-        stall_s=after.at_s - before.at_s if not error else float("inf"),
-        rebuilds=user.remote.traffic.rebuilds - rebuilds,
-        **({"error": error} if error else {}),
-    )
+    about = {"run": number, "when": when, "hops": hops, "rebuilds": user.remote.traffic.rebuilds - rebuilds}
+    if error:
+        notebook.row(**about, identical=False, stall_s=math.inf, error=error)
+        return
+    before, after = kill.stall
+    carried = {}
     if when != "prompt":
         step_bytes = kill.looks[-1].sent - kill.looks[-2].sent
         names = [peer.label for peer in kill.survivors]
-        row["uplink"] = after.sent - before.sent - step_bytes
-        row["uplink_packets_bytes"] = bytes_out_of(after.counts, "user") - bytes_out_of(before.counts, "user")
-        row["into_healthy"] = sum(bytes_into(after.counts, n) - bytes_into(before.counts, n) for n in names)
-        notebook.say(f"  uplink beyond the step {row['uplink']} B, into healthy hops {row['into_healthy']} B")
+        carried["uplink"] = after.sent - before.sent - step_bytes
+        carried["uplink_packets"] = bytes_out_of(after.counts, "user") - bytes_out_of(before.counts, "user")
+        carried["into_healthy"] = sum(bytes_into(after.counts, n) - bytes_into(before.counts, n) for n in names)
+    notebook.row(**about, identical=ids == expected, stall_s=after.at_s - before.at_s, **carried)
 
 
 EXPERIMENTS: Final = (Experiment("kill", __doc__, run, runs=100, runs_short=9),)
