@@ -70,7 +70,11 @@ def swarm_way(user: User, prompt: list[int], count: int, failures: Failures) -> 
     def on_token(_: int) -> None:
         failures.step()
 
-    return ends(lambda: user.generate(prompt, count, on_token=on_token), within_s=BASELINE_S + count).ids
+    try:
+        return ends(lambda: user.generate(prompt, count, on_token=on_token), within_s=BASELINE_S + count).ids
+    except SwarmError as error:
+        failures.notebook.say(f"{type(error).__name__}: {error}")
+        return []
 
 
 def start_over(user: User, prompt: list[int], count: int, failures: Failures) -> list[int]:
