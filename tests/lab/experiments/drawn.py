@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import secrets
 import threading
 import time
@@ -35,18 +37,16 @@ class StartOver(Exception):
 class Failures:
     """Draws, for every step, which hops of the user's route fail, and lets them refuse for a while."""
 
-    notebook: Notebook
     swarm: LabSwarm
     user: User
     probability: float
+    rng: random.Random
     drawn: int = 0
     _timers: list[threading.Timer] = field(default_factory=list)
 
     def step(self) -> bool:
         """Whether any hop fails now."""
-        failing = [
-            peer.label for peer in self.swarm.serving(self.user) if self.notebook.rng.random() < self.probability
-        ]
+        failing = [peer.label for peer in self.swarm.serving(self.user) if self.rng.random() < self.probability]
         for host in failing:
             self.drawn += 1
             self.swarm.network.refuse(host, on=True)
@@ -72,8 +72,7 @@ def swarm_way(user: User, prompt: list[int], count: int, failures: Failures) -> 
 
     try:
         return ends(lambda: user.generate(prompt, count, on_token=on_token), within_s=BASELINE_S + count).ids
-    except SwarmError as error:
-        failures.notebook.say(f"{type(error).__name__}: {error}")
+    except SwarmError:
         return []
 
 
@@ -100,7 +99,7 @@ def no_cache(user: User, prompt: list[int], count: int, failures: Failures) -> l
     ids: list[int] = []
     deadline_s = time.monotonic() + BASELINE_S
     while len(ids) < count and time.monotonic() < deadline_s:
-        user.remote._prefix_secret = secrets.token_bytes(32)  # or peers would know the prompt from the step before
+        forget(user)
         try:
             ids += user.generate([*prompt, *ids], 1).ids
         except SwarmError:
@@ -113,7 +112,7 @@ WAYS: Final[dict[str, Way]] = {"swarm": swarm_way, "start over": start_over, "no
 
 
 def run(notebook: Notebook) -> None:
-    lengths = (32,) if notebook.short else (128, 1024)
+    lengths = (64,) if notebook.short else (128, 1024)
     copies = 2 if notebook.short else COPIES
     probabilities = (0.0, 1e-2) if notebook.short else PROBABILITIES
     peers = {f"{'abc'[hop]}{copy}": span for copy in range(copies) for hop, span in enumerate(SPANS)}
@@ -125,18 +124,14 @@ def run(notebook: Notebook) -> None:
             for length in lengths:
                 prompt = notebook.prompt(PROMPT)
                 expected = notebook.local(prompt, length)
-                for probability in probabilities:
-                    for name, way in WAYS.items():
-                        failures = Failures(notebook, swarm, user, probability)
-                        began_s = time.monotonic()
-                        try:
-                            ids = way(user, prompt, length, failures)
-                        finally:
-                            failures.end()
-                        seconds = time.monotonic() - began_s
-                        notebook.row(run=number, way=name, tokens=length, p=probability, failures=failures.drawn,
-                                     finished=len(ids) == length, identical=ids == expected[: len(ids)],
-                                     tokens_per_s=len(ids) / seconds)  # fmt: skip
+                for probability, name in itertools.product(probabilities, WAYS):
+                    # the same draws for every way
+                    rng = random.Random(f"{notebook.seed} {number} {length} {probability}")
+                    failures = Failures(swarm, user, probability, rng)
+                    ids, seconds = one_run(user, name, prompt, length, failures)
+                    notebook.row(run=number, way=name, tokens=length, p=probability, failures=failures.drawn,
+                                 finished=len(ids) == length, identical=ids == expected[: len(ids)],
+                                 tokens_per_s=len(ids) / seconds)  # fmt: skip
         notebook.saw(network)
     notebook.all_identical()
     ours = [row for row in notebook.rows if row["way"] == "swarm"]
@@ -150,6 +145,22 @@ def run(notebook: Notebook) -> None:
             best = max(speed(notebook, name, length, probability) for name in ("start over", "no cache"))
             ratio = speed(notebook, "swarm", length, probability) / best
             notebook.at_least(f"p = {probability:g}, {length} tokens: speed / the better baseline's", ratio, 1)
+
+
+def one_run(user: User, name: str, prompt: list[int], count: int, failures: Failures) -> tuple[list[int], float]:
+    """What a way gave, and in how many seconds, prompt included."""
+    forget(user)
+    began_s = time.monotonic()
+    try:
+        ids = WAYS[name](user, prompt, count, failures)
+        return ids, time.monotonic() - began_s
+    finally:
+        failures.end()
+
+
+def forget(user: User) -> None:
+    """Let no peer know the beginning of a prompt from before."""
+    user.remote._prefix_secret = secrets.token_bytes(32)
 
 
 def speed(notebook: Notebook, way: str, tokens: int, probability: float) -> float:
