@@ -111,8 +111,9 @@ class LocalNode:
     def kill(self) -> None:
         """End it the hard way, with its libp2p daemon, as a power cut would."""
         family: list[psutil.Process] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+        if self.running:  # else its process id may be somebody else's by now
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -1,0 +1,14 @@
+"""The experiments that `scripts/lab` knows, by name. Each has its bars from what the project promises."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.lab.experiments import churn, drawn, grey, kills, links, users
+from tests.lab.notebook import Experiment
+
+EXPERIMENTS: Final[dict[str, Experiment]] = {
+    experiment.name: experiment
+    for module in (kills, drawn, grey, churn, links, users)
+    for experiment in module.EXPERIMENTS
+}

@@ -1,0 +1,130 @@
+"""SIGKILL at a random token, at every position of a route, during the prompt, and two peers at once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from routing.errors import SwarmError
+from tests.lab.experiments.pairs import PEERS, pairs_network
+from tests.lab.fabric import bytes_into, bytes_out_of
+from tests.lab.notebook import HIDDEN_BYTES, MODEL, Experiment, Notebook, ends, median
+from tests.lab.swarms import LabPeer, LabSwarm, User
+
+PROMPT: Final = 480
+COUNT: Final = 40
+CASES: Final = (
+    *(("token", (hop,)) for hop in range(3)),
+    *(("prompt", (hop,)) for hop in range(3)),
+    *(("two at once", hops) for hops in ((0, 1), (1, 2), (0, 2))),
+)
+
+
+@dataclass(slots=True)
+class Look:
+    """What had been carried at a moment."""
+
+    at_s: float
+    sent: int
+    """By the user's model, in frames."""
+    counts: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Kill:
+    """Kills the peers of some hops once, and looks at the counters from then on at every token."""
+
+    swarm: LabSwarm
+    user: User
+    hops: tuple[int, ...]
+    looks: list[Look] = field(default_factory=list)
+    survivors: list[LabPeer] = field(default_factory=list)
+
+    def strike(self) -> None:
+        route = self.swarm.serving(self.user)
+        self.survivors = [peer for hop, peer in enumerate(route) if hop not in self.hops]
+        self.look()
+        for hop in self.hops:
+            route[hop].kill()
+
+    def look(self) -> None:
+        counts = self.swarm.network.counts()
+        self.looks.append(Look(time.monotonic(), self.user.remote.traffic.bytes_sent, counts))
+
+    @property
+    def stall(self) -> tuple[Look, Look]:
+        """Before and after the longest wait."""
+        return max(itertools.pairwise(self.looks), key=lambda pair: pair[1].at_s - pair[0].at_s)
+
+
+def run(notebook: Notebook) -> None:
+    with pairs_network(notebook) as network, LabSwarm(network, MODEL, PEERS) as swarm:
+        user = swarm.add_user("user")
+        prompt_s = warm_up(notebook, user)
+        for number in range(notebook.runs):
+            one_run(notebook, swarm, user, number, prompt_s)
+            swarm.revive()
+        notebook.saw(network)
+    stalls = [row["stall_s"] for row in notebook.rows]
+    notebook.all_identical()
+    notebook.at_most("median stall, s", median(stalls), 1.5)
+    notebook.at_most("worst stall, s", max(stalls), 5.0)
+    during = [row for row in notebook.rows if "uplink" in row]
+    if uplinks := [row["uplink"] for row in during if 0 not in row["hops"]]:
+        notebook.at_most("client's uplink beyond the pending step, worst, bytes", max(uplinks), 2048)
+    if during:
+        resent = max(row["into_healthy"] for row in during) / (PROMPT * HIDDEN_BYTES)
+        notebook.at_most("sent to healthy hops during a stall / the whole prompt, worst", resent, 0.1)
+
+
+def warm_up(notebook: Notebook, user: User) -> float:
+    """Seconds to a first token here, undisturbed."""
+    answers = [user.generate(notebook.prompt(PROMPT), 8) for _ in range(3)]
+    return median(answer.times_s[0] - answer.started_s for answer in answers)
+
+
+def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt_s: float) -> None:
+    when, hops = CASES[number % len(CASES)]
+    prompt = notebook.prompt(PROMPT)
+    at_token, at_s = notebook.rng.randrange(2, COUNT - 5), notebook.rng.uniform(0.1, 0.9) * prompt_s
+    expected = notebook.local(prompt, COUNT)
+    kill = Kill(swarm, user, hops)
+    timer = threading.Timer(at_s, kill.strike) if when == "prompt" else None
+
+    def on_token(count: int) -> None:
+        if kill.looks:
+            kill.look()
+        elif timer is None and count == at_token:
+            kill.strike()
+
+    rebuilds = user.remote.traffic.rebuilds
+    if timer is not None:
+        timer.start()
+    error = ""
+    ids: list[int] = []
+    try:
+        ids = ends(lambda: user.generate(prompt, COUNT, on_token=on_token)).ids
+    except SwarmError as failed:
+        error = f"{type(failed).__name__}: {failed}"
+    if timer is not None:
+        timer.join()
+    about = {"run": number, "when": when, "hops": hops, "rebuilds": user.remote.traffic.rebuilds - rebuilds}
+    if error:
+        notebook.row(**about, identical=False, stall_s=math.inf, error=error)
+        return
+    before, after = kill.stall
+    carried = {}
+    if when != "prompt":
+        step_bytes = kill.looks[-1].sent - kill.looks[-2].sent
+        names = [peer.label for peer in kill.survivors]
+        carried["uplink"] = after.sent - before.sent - step_bytes
+        carried["uplink_packets"] = bytes_out_of(after.counts, "user") - bytes_out_of(before.counts, "user")
+        carried["into_healthy"] = sum(bytes_into(after.counts, n) - bytes_into(before.counts, n) for n in names)
+    notebook.row(**about, identical=ids == expected, stall_s=after.at_s - before.at_s, **carried)
+
+
+EXPERIMENTS: Final = (Experiment("kill", __doc__, run, runs=100, runs_short=9),)

@@ -1,0 +1,167 @@
+"""The network between the hosts of a lab: which IPv4 packet goes where, and when.
+
+Owns the links between hosts and what goes wrong on purpose: cut directions, hosts behind a NAT, hosts that refuse.
+Decides only; `forwarder` moves the packets. Addresses are the 4 bytes in the packets.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Final, NamedTuple
+
+from tests.lab.links import Link, LinkProfile
+
+MAX_FLOWS: Final = 4096
+"""Remembered per NAT; a real one forgets idle flows as well."""
+
+_TCP: Final = 6
+_HEADER: Final = 20
+"""Bytes of an IPv4 header without options, and of a TCP header without them."""
+_ACK, _RST = 0x10, 0x04
+
+
+class Delivery(NamedTuple):
+    """A packet that is to arrive at the host of this name then."""
+
+    due_s: float
+    host: str
+    packet: bytes
+
+
+@dataclass(slots=True)
+class Refused:
+    """Packets that no link was asked for."""
+
+    foreign: int = 0
+    """Not IPv4, or to nobody here (multicast)."""
+    cut: int = 0
+    filtered: int = 0
+    """By a NAT."""
+    reset: int = 0
+    """Answered with a TCP reset."""
+
+
+class Fabric:
+    """Hosts joined each to each by a link of its own per direction."""
+
+    def __init__(self, addresses: dict[str, bytes], *, profile: LinkProfile, seed: int) -> None:
+        """`addresses` by host. `profile` is what every link starts with; a seed gives the same losses again."""
+        self.refused = Refused()
+        self._names = {address: name for name, address in addresses.items()}
+        self._links = {
+            (source, target): Link(profile, random.Random(f"{seed} {source} {target}"))
+            for source in addresses
+            for target in addresses
+            if source != target
+        }
+        self._cut: set[tuple[str, str]] = set()
+        self._flows: dict[str, OrderedDict[bytes, None]] = {}
+        """By host behind a NAT: what it opened, as those packets read that come back."""
+        self._refusing: set[str] = set()
+
+    def shape(self, profile: LinkProfile, *, source: str | None = None, target: str | None = None) -> None:
+        """Give links a profile: those from `source` to `target`, None meaning any."""
+        for (one, other), link in self._links.items():
+            if source in (None, one) and target in (None, other):
+                link.profile = profile
+
+    def cut(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Drop in silence what the first of a pair sends to the second."""
+        self._cut.update(pairs)
+
+    def heal(self, pairs: Sequence[tuple[str, str]] | None = None) -> None:
+        """Undo `cut`; None: everywhere."""
+        self._cut.difference_update(self._cut.copy() if pairs is None else pairs)
+
+    def put_behind_nat(self, host: str) -> None:
+        """From now on only answers reach it: packets of flows to which it sent first."""
+        self._flows.setdefault(host, OrderedDict())
+
+    def refuse(self, host: str, *, on: bool) -> None:
+        """Whether TCP from and to it is answered with resets, as if every connection were closed and none accepted."""
+        (self._refusing.add if on else self._refusing.discard)(host)
+
+    def accept(self, now_s: float, packet: bytes) -> Delivery | None:
+        """What becomes of a packet that its host sends now; None if nothing."""
+        source, target = self._names.get(packet[12:16]), self._names.get(packet[16:20])
+        if packet[0] != 0x45 or len(packet) < _HEADER + 8 or source is None or target is None or source == target:
+            self.refused.foreign += 1
+            return None
+        if (source, target) in self._cut:
+            self.refused.cut += 1
+            return None
+        if self._refusing and not self._refusing.isdisjoint((source, target)) and packet[9] == _TCP:
+            self.refused.reset += 1
+            answer = tcp_reset(packet)
+            return None if answer is None else Delivery(now_s, source, answer)
+        if self._flows and not self._passes_nat(source, target, packet):
+            self.refused.filtered += 1
+            return None
+        due_s = self._links[source, target].offer(now_s, len(packet))
+        return None if due_s is None else Delivery(due_s, target, packet)
+
+    def counts(self) -> dict[str, object]:
+        """Everything that was counted so far, ready for JSON: per link as "source target"."""
+        links = {f"{source} {target}": asdict(link.counts) for (source, target), link in self._links.items()}
+        return {"links": links, "refused": asdict(self.refused)}
+
+    def _passes_nat(self, source: str, target: str, packet: bytes) -> bool:
+        """Address- and port-dependent filtering (RFC 4787, section 5), without a change of addresses."""
+        protocol, one, other = packet[9:10], packet[12:16] + packet[20:22], packet[16:20] + packet[22:24]
+        if (opened := self._flows.get(source)) is not None:
+            answer = protocol + other + one
+            opened[answer] = None
+            opened.move_to_end(answer)
+            if len(opened) > MAX_FLOWS:
+                opened.popitem(last=False)
+        return (known := self._flows.get(target)) is None or protocol + one + other in known
+
+
+def tcp_reset(packet: bytes) -> bytes | None:
+    """The reset for a host that sent `packet` to a closed port (RFC 9293, section 3.10.7.1); None for a reset."""
+    source, target = packet[12:16], packet[16:20]
+    source_port, target_port, sequence, acknowledged, offset, flags = struct.unpack_from("!HHIIBB", packet, _HEADER)
+    if flags & _RST:
+        return None
+    if flags & _ACK:
+        numbers, answer_flags = (acknowledged, 0), _RST
+    else:
+        length = len(packet) - _HEADER - (offset >> 4) * 4 + bool(flags & 0x02) + bool(flags & 0x01)
+        numbers, answer_flags = (0, (sequence + length) & 0xFFFFFFFF), _RST | _ACK
+    tcp = struct.pack("!HHIIBBHHH", target_port, source_port, *numbers, (_HEADER // 4) << 4, answer_flags, 0, 0, 0)
+    tcp = tcp[:16] + checksum(target + source + struct.pack("!HH", _TCP, len(tcp)) + tcp) + tcp[18:]
+    header = struct.pack("!BBHHHBBH", 0x45, 0, _HEADER + len(tcp), 0, 0, 64, _TCP, 0) + target + source
+    return header[:10] + checksum(header) + header[12:] + tcp
+
+
+def checksum(words: bytes) -> bytes:
+    """RFC 1071, of an even number of bytes."""
+    total = sum(struct.unpack(f"!{len(words) // 2}H", words))
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return struct.pack("!H", ~total & 0xFFFF)
+
+
+def bytes_into(counts: dict[str, object], host: str, *, sources: Sequence[str] | None = None) -> int:
+    """Of `Fabric.counts`: what links into `host` carried, from these sources or all."""
+    return _by_end(counts, 1, sources)[host]
+
+
+def bytes_out_of(counts: dict[str, object], host: str) -> int:
+    """Of `Fabric.counts`: what links out of `host` carried."""
+    return _by_end(counts, 0, None)[host]
+
+
+def _by_end(counts: dict[str, object], end: int, sources: Sequence[str] | None) -> dict[str, int]:
+    links = counts["links"]
+    assert isinstance(links, dict)
+    totals: dict[str, int] = defaultdict(int)
+    for pair, count in links.items():
+        ends = pair.split()
+        if sources is None or ends[0] in sources:
+            totals[ends[end]] += count["carried_bytes"]
+    return totals

@@ -1,0 +1,55 @@
+"""How experiments count, apart from the machines that they run on."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from tests.lab.experiments import EXPERIMENTS
+from tests.lab.experiments.churn import longest_gap_s
+from tests.lab.notebook import Notebook
+from tests.lab.swarms import Answer
+
+
+def notebook(seed: int = 1) -> Notebook:
+    return Notebook("kill", seed, runs=1, short=True, say=lambda text: None)
+
+
+def test_every_experiment_has_a_title_and_a_short_form() -> None:
+    for name, experiment in EXPERIMENTS.items():
+        assert experiment.name == name
+        assert experiment.title.endswith(".")
+        assert "\n" not in experiment.title
+        assert 0 < experiment.runs_short <= experiment.runs
+
+
+def test_a_seed_draws_the_same_prompts_again() -> None:
+    assert notebook(1).prompt(20) == notebook(1).prompt(20) != notebook(2).prompt(20)
+
+
+def test_a_bar_is_met_on_its_own_side_and_what_never_came_is_null() -> None:
+    book = notebook()
+    book.row(identical=True, stall_s=math.inf)
+    book.all_identical()
+    book.at_most("stall, s", math.inf, 5)
+    assert [bar.met for bar in book.bars] == [True, False]
+    assert "| stall, s | inf | ≤ 5 | NOT MET |" in book.table()
+    written = json.loads(book.to_json())
+    assert (written["seed"], written["rows"][0]["stall_s"], written["bars"][1]["met"]) == (1, None, False)
+
+
+def test_a_wait_counts_from_the_trouble_on() -> None:
+    answer = Answer(started_s=0.0, times_s=[4.0, 5.0, 8.0])
+    assert answer.longest_gap_s(0.0) == 4.0
+    assert answer.longest_gap_s(3.5) == 3.0
+    assert answer.longest_gap_s(7.5) == 0.5
+    assert answer.longest_gap_s(9.0) == 0.0
+
+
+def test_a_gap_lasts_from_its_first_naming_to_the_next_answer_of_the_same_user() -> None:
+    def row(user: str, at_s: float, *, gap: bool = False) -> dict[str, object]:
+        return {"user": user, "at_s": at_s, "seconds": 1.0, "gap": gap, "error": "x" if gap else ""}
+
+    assert longest_gap_s([row("a", 0.0), row("a", 1.0)]) == 0.0
+    assert longest_gap_s([row("a", 0.0, gap=True), row("b", 5.0), row("a", 3.0, gap=True), row("a", 9.0)]) == 8.0
+    assert longest_gap_s([row("a", 0.0, gap=True), row("a", 40.0, gap=True)]) == 40.0
