@@ -268,8 +268,7 @@ class _Writer:
         K, N = owner.in_features, owner.out_features
         M = given.like.numel() // K
         if owner.rows_max < M or given.like.dtype is not owner.dtype:
-            like = torch.empty((*given.like.shape[:-1], N), dtype=given.like.dtype, device="meta")
-            return self._outside(node, call, places, {}, like)
+            raise NotFlat(f"torch makes the products of {M} rows")
         format_name, weight, scales, bias = owner.operands()
         place = self._region(node, torch.empty((*given.like.shape[:-1], N), dtype=owner.dtype, device="meta"))
         addresses = map(self._address, (weight, scales, bias))
@@ -424,7 +423,11 @@ class Tapes:
 
     def agree(self, hidden_1TH: Tensor, batch: RaggedBatch, expected_1TH: Tensor) -> bool:
         """Whether there is a tape for this forward, and it says the same as its program."""
-        output_1TH = self(hidden_1TH, batch)
+        try:
+            output_1TH = self(hidden_1TH, batch)
+        except RuntimeError as error:  # of torch: an operation outside gave another shape than it had said
+            logger.info("a forward of %d positions does not run as a tape: %s", len(batch.slots_T), one_line(error))
+            return False
         if output_1TH is None:
             return False
         distance = (output_1TH.double() - expected_1TH.double()).norm()
