@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.pytorch_utils import Conv1D
 
 from peers.model.rotary import rotary_regime, steer
 from peers.model.support import Anatomy, accepted_names, configs, hidden_argument, renumber, set_attention
@@ -45,6 +46,8 @@ class SpanModel:
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, span: BlockSpan) -> None:
         decoder = model.get_submodule(anatomy.decoder_path)
         layers = list(model.get_submodule(anatomy.layers_path).children())[span.start : span.end]
+        for layer in layers:
+            straighten(layer)
         _keep(decoder, anatomy, layers, BlockSpan(0, anatomy.num_blocks), span)
         self.span = span
         self.num_blocks = anatomy.num_blocks
@@ -127,6 +130,18 @@ class SpanModel:
         layers = list(_layer_list(decoder, self._anatomy))[span.start - self.span.start : span.end - self.span.start]
         _keep(decoder, self._anatomy, layers, self.span, span)
         return decoder
+
+
+def straighten(block: nn.Module) -> None:
+    """Make a linear layer of each `Conv1D` in `block`, which is one whose weights are kept the other way round."""
+    layer: Any
+    for parent in list(block.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is Conv1D:
+                straight = nn.Linear(layer.nx, layer.nf, device="meta")
+                straight.weight = nn.Parameter(layer.weight.detach().t().contiguous(), layer.weight.requires_grad)
+                straight.bias = layer.bias
+                setattr(parent, name, straight)
 
 
 class _View:

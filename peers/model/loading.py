@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils.logging import set_tqdm_hook
 
 from peers.errors import CorruptCheckpoint, UnsupportedModel
-from peers.model.cutting import SpanModel, hollow_meta
+from peers.model.cutting import SpanModel, hollow_meta, straighten
 from peers.model.prequantized import quantizer_of, settle
 from peers.model.progress import Progress, Silent
 from peers.model.quantization import NONE, quantize
@@ -115,6 +115,7 @@ def load_span(
     for block in span:  # one at a time: they never all stand here whole
         loaded = read(BlockSpan(block, block + 1))
         layers = cast(nn.ModuleList, loaded.get_submodule(anatomy.layers_path))
+        straighten(layers[block])
         quantize(layers[block], quantization)
         model = model or loaded
         cast(nn.ModuleList, model.get_submodule(anatomy.layers_path))[block] = layers[block]

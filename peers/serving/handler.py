@@ -255,7 +255,9 @@ def _delivery(entry: Entry[Delivery, Link], step: Step, done: Done) -> Delivery:
         return Delivery(
             replace(step, block=entry.span.end, hops=hops), tensors.pack(done.hidden, step.dtype), step.bulk
         )
-    rows = done.hidden[step.want_from :].clone()  # the answer is kept; the rows that nobody wants are not
+    rows = done.hidden
+    if step.want_from:
+        rows = rows[step.want_from :].clone()  # the answer is kept; the rows that nobody wants are not
     result = Result(
         session=step.session,
         epoch=step.epoch,

@@ -12,9 +12,7 @@ for messages that carry no tensor.
 from __future__ import annotations
 
 import struct
-from typing import get_args
 
-import msgpack
 import msgspec
 
 from peers.errors import ProtocolError
@@ -25,14 +23,15 @@ _LENGTHS = struct.Struct(">II")
 _LENGTH_BYTES = 4
 OVERHEAD_BYTES = _LENGTHS.size + MAX_HEADER_BYTES
 """The most that a message takes besides its payload."""
-_BY_TAG: dict[str, type[AnyMessage]] = {kind.__struct_config__.tag: kind for kind in get_args(AnyMessage)}
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(AnyMessage)
 
 Buffer = bytes | bytearray | memoryview
 
 
 def encode(message: AnyMessage, payload_bytes: int = 0) -> bytes:
     """A message's head (lengths and header); its payload of `payload_bytes`, if any, follows it in the same frame."""
-    header: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
+    header = _ENCODER.encode(message)
     assert len(header) <= MAX_HEADER_BYTES, f"{type(message).__name__} header of {len(header)} bytes"
     return _LENGTHS.pack(_LENGTH_BYTES + len(header) + payload_bytes, len(header)) + header
 
@@ -62,29 +61,8 @@ def decode(frame: Buffer) -> list[tuple[AnyMessage, memoryview]]:
 
 def _message(header: memoryview, payload_bytes: int) -> AnyMessage:
     try:
-        fields = msgpack.unpackb(
-            header,
-            raw=False,
-            use_list=False,
-            strict_map_key=True,
-            max_str_len=MAX_HEADER_BYTES,
-            max_bin_len=MAX_HEADER_BYTES,
-            max_array_len=1024,
-            max_map_len=64,
-            max_ext_len=0,
-        )
-        # one class instead of the union: msgspec keeps what it learns of a class, but not of a union
-        kind = _BY_TAG[fields["t"]]
-        message: AnyMessage = msgspec.convert(fields, kind, builtin_types=(bytes,))
-    # unpackb's documented errors are ValueError's family; odd shapes, deep nesting and unknown tags add the others
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        RecursionError,
-        msgpack.exceptions.UnpackException,
-        msgspec.ValidationError,
-    ) as error:
+        message: AnyMessage = _DECODER.decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # the last from nesting that is ignored
         raise ProtocolError(f"an unreadable message: {error}") from error
     if payload_bytes and not isinstance(message, Step | Relay | Result):
         raise ProtocolError(f"{type(message).__name__} with {payload_bytes} bytes of payload")

@@ -21,8 +21,10 @@ NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 def pack(rows: torch.Tensor, dtype: str) -> memoryview:
     """Bytes of `rows` [count, hidden] in `dtype`; shares memory with `rows` when nothing has to be converted."""
-    wire = rows.detach().to(device="cpu", dtype=DTYPES[dtype]).contiguous()
-    return wire.view(torch.uint8).numpy().data.cast("B") if wire.numel() else memoryview(b"")
+    # asked first: a call of torch that changes nothing takes as long as one that does
+    if not (rows.is_cpu and rows.dtype is DTYPES[dtype] and rows.is_contiguous()):
+        rows = rows.to(device="cpu", dtype=DTYPES[dtype]).contiguous()
+    return rows.detach().view(torch.uint8).numpy().data.cast("B") if rows.numel() else memoryview(b"")
 
 
 def unpack(payload: Buffer, *, dtype: str, count: int, hidden: int) -> torch.Tensor:

@@ -167,6 +167,8 @@ class SwarmRemote:
         try:
             for step in steps:
                 self._resolve(step)
+            if len(steps) == 1:  # somebody's next token: a task of its own would only delay it
+                return [await self._row(steps[0])]
             return list(await asyncio.gather(*(self._row(step) for step in steps)))
         except BaseException:  # an error of one row or an interrupt: no row may go on in the background
             self._release(tuple(sessions))
@@ -198,14 +200,16 @@ class SwarmRemote:
         assert isinstance(session, LiveSession)
         assert session.core is not None
         hidden_TD = step.hidden_TD.detach().to("cpu")
+        token_ids_T = None if step.token_ids_T is None else step.token_ids_T.to("cpu")
         count, want_from = len(hidden_TD), step.want_from
         futures = []
         if not session.core.outstanding:
             session.renew_deadline()
         chunk = self._config.chunk(count)
         for at in range(0, count, chunk):
-            rows_TD = hidden_TD[at : at + chunk]
-            ids_T = None if step.token_ids_T is None else step.token_ids_T[at : at + len(rows_TD)].detach().to("cpu")
+            rows_TD, ids_T = hidden_TD, token_ids_T
+            if count > chunk:
+                rows_TD, ids_T = rows_TD[at : at + chunk], None if ids_T is None else ids_T[at : at + chunk]
             session.history.append(
                 Segment(
                     first=step.start + at,
@@ -399,7 +403,8 @@ class SwarmRemote:
             rows_TD = await asyncio.to_thread(self._embed_again, segments)
         else:
             rows_TD, regime_length = known
-            rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
+            if len(rows_TD) > step.count:
+                rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
         if core.route is None or core.epoch != action.epoch:
             return
         dtype = tensors.NAMES[rows_TD.dtype]

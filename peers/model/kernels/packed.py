@@ -3,8 +3,8 @@
 Owns the formats. Inputs and sums are not rounded, so the error is that of the weights alone:
 
 - `int8`: 8 bits, one scale for each output (8 bits per weight);
-- `int4`: 16 even levels from the least to the greatest weight of each group of 32 (5 bits per weight, as llama.cpp's
-  Q4_1);
+- `int4`: 16 even levels for each group of 32 (5 bits per weight, as llama.cpp's Q4_1), laid where the squared error is
+  least, not from the least weight to the greatest;
 - `nf4`: 16 levels where normally distributed weights are, times the greatest magnitude in each group of 32 (4.5 bits
   per weight; QLoRA, arXiv 2305.14314, section 3 and appendix E, with groups half as long and scales half as wide).
 
@@ -24,11 +24,16 @@ from peers.model.kernels.pool import GROUP, INPUTS, Pool
 
 INT8_MAX = 127
 INT4_MAX = 15
+INT4_STEPS = (14.0, 14.5, 15.0, 15.5, 16.0, 16.5, 17.0)
+"""Into how many steps the range of a group's weights is cut, to see which codes suit them best. 15 finds the levels of
+weights that had 16 even ones before; beyond it the greatest weights share a level, and the others come closer."""
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+CHUNK = 8192
+"""Groups that a CPU packs at once: they stay in its cache."""
 TINY = torch.finfo(torch.float32).tiny
 """The scale of weights that are all alike: nothing is divided by zero."""
 
@@ -101,24 +106,54 @@ def packed(weight_NK: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
     group in their lower halves and 16 to 31 in their upper ones, and bfloat16 [N, G, 2] (scale, least weight) or
     [N, G]; a last group that is not full is filled with zeros.
     """
-    weight_NK = weight_NK.float()
     if format_ is Format.INT8:
+        weight_NK = weight_NK.float()
         scale_N = weight_NK.abs().amax(-1).clamp_min(TINY) / INT8_MAX
         return torch.round(weight_NK / scale_N[..., None]).to(torch.int8), scale_N
-    whole_groups_NK = F.pad(weight_NK, (0, -weight_NK.shape[-1] % GROUP))
-    weight_NGg = whole_groups_NK.view(*weight_NK.shape[:-1], -1, GROUP)
-    # a weight is compared with what the rounded scales say, so that their rounding costs nearly nothing
-    if format_ is Format.INT4:
-        least_NG, most_NG = weight_NGg.aminmax(dim=-1)
-        scales = torch.stack((((most_NG - least_NG) / INT4_MAX).clamp_min(TINY), least_NG), -1).bfloat16()
-        scale_NG1, least_NG1 = scales.float()[..., None].unbind(-2)
-        codes = ((weight_NGg - least_NG1) / scale_NG1).round().clamp(0, INT4_MAX).to(torch.uint8)
-    else:
-        scales = weight_NGg.abs().amax(-1).clamp_min(TINY).bfloat16()
-        levels = _nf4_levels(weight_NK.device)
-        codes = torch.bucketize(weight_NGg / scales.float()[..., None], (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    lower, upper = codes.chunk(2, -1)
-    return (lower | upper << 4).flatten(-2), scales
+    weight_NK = F.pad(weight_NK, (0, -weight_NK.shape[-1] % GROUP))
+    weight_ng = weight_NK.reshape(-1, GROUP)
+    chunks = torch.split(weight_ng, CHUNK) if weight_ng.device.type == "cpu" else (weight_ng,)
+    pack = _evenly if format_ is Format.INT4 else _normally
+    codes, scales = (torch.cat(parts) for parts in zip(*(pack(chunk.float()) for chunk in chunks), strict=True))
+    lower, upper = codes.view(*weight_NK.shape[:-1], -1, GROUP).chunk(2, -1)
+    return (lower | upper << 4).flatten(-2), scales.view(*weight_NK.shape[:-1], -1, *scales.shape[1:])
+
+
+# A weight is compared with what the rounded scales say, so that their rounding costs nearly nothing.
+
+
+def _evenly(weight_ng: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [n, 32] and scales [n, 2] of n groups for `int4`.
+
+    As llama.cpp's `make_qkx2_quants` (ggml-quants.c) without importance: codes for several scales, for each of them the
+    line from codes to weights with the least squares, and of these lines the one that explains most.
+    """
+    least_n = weight_ng.amin(-1)
+    range_n = (weight_ng.amax(-1) - least_n).clamp_min(TINY)
+    unit_ng = (weight_ng - least_n[:, None]) / range_n[:, None]
+    average_g = unit_ng.new_full((GROUP,), 1 / GROUP)
+    unit_n = unit_ng @ average_g
+    explained_n, slope_n, start_n = (torch.zeros_like(unit_n) for _ in range(3))
+    for steps in INT4_STEPS:
+        code_ng = (unit_ng * steps).round_().clamp_(max=INT4_MAX)
+        code_n = code_ng @ average_g
+        covariance_n = (code_ng * unit_ng) @ average_g - code_n * unit_n
+        new_slope_n = covariance_n / (code_ng.square_() @ average_g - code_n.square())
+        better_n = covariance_n * new_slope_n > explained_n  # never where all weights are alike
+        explained_n = torch.where(better_n, covariance_n * new_slope_n, explained_n)
+        slope_n = torch.where(better_n, new_slope_n, slope_n)
+        start_n = torch.where(better_n, unit_n - new_slope_n * code_n, start_n)
+    scales = torch.stack(((slope_n * range_n).clamp_min(TINY), least_n + start_n * range_n), -1).bfloat16()
+    scale_n1, least_n1 = scales.float()[..., None].unbind(-2)
+    return ((weight_ng - least_n1) / scale_n1).round_().clamp_(0, INT4_MAX).to(torch.uint8), scales
+
+
+def _normally(weight_ng: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [n, 32] and scales [n] of n groups for `nf4`."""
+    scale_n = weight_ng.abs().amax(-1).clamp_min(TINY).bfloat16()
+    levels = _nf4_levels(weight_ng.device)
+    codes = torch.bucketize(weight_ng / scale_n.float()[:, None], (levels[1:] + levels[:-1]) / 2)
+    return codes.to(torch.uint8), scale_n
 
 
 def whole(

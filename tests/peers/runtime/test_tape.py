@@ -17,16 +17,8 @@ from tests.peers.runtime.spans import Local
 
 WITHOUT = {
     *("llama-dynamic", "biogpt", "jetmoe"),  # no program either
-    *("phi3-longrope", "ctrl", "gemma4"),  # tensors made or changed in place
-    *(
-        "mixtral",
-        "qwen3-moe",
-        "olmoe",
-        "gpt-oss",
-        "deepseek-v3",
-        "mimo-v2",
-        "gpt2",
-    ),  # products that are no linear layers
+    "phi3-longrope",  # writes into what is not its own
+    "gpt-oss",  # torch does not say beforehand what its experts' products look like
 }
 LIBRARY = Pool(1)
 ERROR_MAX = {torch.float32: 2e-6, torch.bfloat16: 2e-2}

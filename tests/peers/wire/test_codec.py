@@ -73,7 +73,10 @@ OPEN |= {"previous": None, "next": None}
 
 
 def frame_of(fields: object, payload: bytes = b"") -> bytes:
-    header = msgpack.packb(fields)
+    return raw_frame(msgpack.packb(fields), payload)
+
+
+def raw_frame(header: bytes, payload: bytes = b"") -> bytes:
     return struct.pack(">II", 4 + len(header) + len(payload), len(header)) + header + payload
 
 
@@ -125,6 +128,8 @@ def test_unknown_fields_are_ignored_so_that_later_versions_may_add_some() -> Non
         frame_of({"t": "opened", "session": SESSION, "epoch": 1, "lease_s": 1.0, "held": -1}),
         frame_of({"t": "ping", "nonce": 1}, b"payload"),
         frame_of({1: 2}),
+        raw_frame(b"\x82\xa1t\xa4ping\xa5later\xdd\xff\xff\xff\xff"),
+        raw_frame(b"\x82\xa1t\xa4ping\xa5later" + b"\x91" * 30_000),
     ],
 )
 def test_what_no_encoder_would_write_is_refused(frame: bytes) -> None:
