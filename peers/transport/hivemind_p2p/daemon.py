@@ -13,10 +13,8 @@ import contextlib
 import logging
 import math
 import os
-import shutil
 import signal
 import socket
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib.resources import as_file, files
@@ -32,6 +30,7 @@ from hivemind.utils.multiaddr.exceptions import Error as MultiaddrError
 
 from peers.errors import AddressInUse, PeerUnreachable, ProtocolError, Refused, StreamClosed
 from peers.transport.framing import FramedStream
+from peers.transport.hivemind_p2p.folder import SocketFolder, remove_abandoned
 from routing.addresses import validate_multiaddr
 from routing.errors import InvalidAddress, Unavailable
 from routing.identity import SigningKey, identity_file_bytes, public_key_of
@@ -83,10 +82,10 @@ class Daemon:
         self._listen = listen
         self._announce = announce
         self._client_mode = client_mode
-        # Not $TMPDIR: the name of a UNIX socket has room for about a hundred bytes.
-        self._folder = Path(tempfile.mkdtemp(prefix="hiveswarm-", dir="/tmp"))
-        self.control_path: Final = self._folder / "control"
-        self.streams_path: Final = self._folder / "streams"
+        remove_abandoned()
+        self._folder = SocketFolder()
+        self.control_path: Final = self._folder.path / "control"
+        self.streams_path: Final = self._folder.path / "streams"
         """Where the daemon connects for each incoming stream."""
         self._process: asyncio.subprocess.Process | None = None
         self._output: deque[str] = deque(maxlen=20)
@@ -102,7 +101,7 @@ class Daemon:
         """Returns when the daemon listens. Raises AddressInUse, Unavailable."""
         for address in () if self._client_mode else self._listen:
             _check_free(address)
-        identity = self._folder / "identity"
+        identity = self._folder.path / "identity"
         identity.touch(mode=0o600)
         identity.write_bytes(identity_file_bytes(self._key))
         ready = asyncio.get_running_loop().create_future()
@@ -144,7 +143,7 @@ class Daemon:
                 await self._process.wait()
         if self._reading is not None:
             await self._reading
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
     async def wait_stopped(self) -> None:
         """Returns after `stop`. Raises Unavailable when the daemon ends by itself."""
