@@ -234,6 +234,15 @@ def join(
             show_default=False,
         ),
     ] = None,
+    share_prefixes: Annotated[
+        bool,
+        typer.Option(
+            "--share-prefixes",
+            help="Let one user's session begin with what another's same prompt left here, where they share a prefix "
+            "secret. Answers then come sooner for what somebody else asked before, and so give it away: for private "
+            "swarms whose members trust each other.",
+        ),
+    ] = False,
     nice: Annotated[
         int | None, typer.Option("--nice", min=0, max=19, help="Let other programs go first: 19 takes what they leave.")
     ] = None,
@@ -303,6 +312,7 @@ def join(
             max_memory_bytes=memory,
             threads=threads,
             cache_tokens=cache_tokens,
+            share_prefixes="network" if share_prefixes else "owner",
             nice=nice,
             schedule=hours,
             pause_on_load_percent=pause_on_load,

@@ -53,6 +53,7 @@ class SwarmModelForCausalLM(SwarmModel):
         remote: Remote | None = None,
         background: bool = False,
         min_precision: str | None = None,
+        prefix_secret: bytes | None = None,
     ) -> Any:
         """Load the ends of `model` (a folder, hub id, built-in name or Checkpoint) and enter a network for its layers.
 
@@ -60,17 +61,24 @@ class SwarmModelForCausalLM(SwarmModel):
         client's own tensors are downloaded (`cache`: where to; `token`: for gated repositories). Layers run in each
         peer's dtype, and with `min_precision` (`routing.precision.PRECISIONS`) only at peers that are as precise as
         that; `dtype` and `device` are those of the ends. A model in the `background` gives way to everybody who waits
-        for an answer, as befits long evaluations. The parameters are frozen. Raises SwarmError.
+        for an answer, as befits long evaluations. Models with the same `prefix_secret` (16 to 64 bytes; by default one
+        of their own), also of different users, may begin with what peers hold of each other's prompts, at peers that
+        `--share-prefixes`. The parameters are frozen. Raises SwarmError.
         """
         own_dtype = _dtype(dtype)
         if min_precision is not None:
             check_precision(min_precision)
+        if prefix_secret is not None and not 16 <= len(prefix_secret) <= 64:
+            raise CallerError(f"a prefix secret has 16 to 64 bytes, not {len(prefix_secret)}")
         connect: Callable[[RemoteModel, Embed], Remote]
         if remote is None:
             require_platform()
             entrance = Entrance.of(initial_peers=initial_peers, invite=invite, network=network)
             connect = functools.partial(
-                driver.connect, entrance, urgency=Urgency.BACKGROUND if background else Urgency.INTERACTIVE
+                driver.connect,
+                entrance,
+                prefix_secret=prefix_secret,
+                urgency=Urgency.BACKGROUND if background else Urgency.INTERACTIVE,
             )
         else:
             connect = functools.partial(_given, remote)

@@ -360,7 +360,7 @@ class SwarmRemote:
             self.perform(session, core.give_up(error))
 
     def _close_hops(self, route: Route, session: SessionId) -> None:
-        for peer in {hop.peer_id for hop in route.hops}:
+        for peer in dict.fromkeys(hop.peer_id for hop in route.hops):
             self._goodbyes.spawn(self._close_hop(peer, session), name=f"close {session}")
 
     async def _close_hop(self, peer: PeerId, session: SessionId) -> None:
@@ -455,12 +455,17 @@ class SwarmRemote:
 
 
 def connect(
-    entrance: Entrance, model: RemoteModel, embed: Embed, *, urgency: Urgency = Urgency.INTERACTIVE
+    entrance: Entrance,
+    model: RemoteModel,
+    embed: Embed,
+    *,
+    prefix_secret: bytes | None = None,
+    urgency: Urgency = Urgency.INTERACTIVE,
 ) -> SwarmRemote:
     """Enter a network in a thread of its own and drive one model through it. Raises SwarmError."""
     network = NetworkThread(lambda: enter(entrance))
     try:
-        return SwarmRemote(network, model, embed, urgency=urgency)
+        return SwarmRemote(network, model, embed, prefix_secret=prefix_secret, urgency=urgency)
     except BaseException:  # also an interrupt: the thread must not stay behind
         network.close()
         raise

@@ -15,6 +15,8 @@ import torch
 
 from peers.runtime.engine import EngineStats
 from peers.wire.messages import PREFIX_POSITIONS
+from routing.errors import CallerError
+from swarm import SwarmModelForCausalLM
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 from tests.numerics.test_trouble import AtToken, generate
@@ -177,6 +179,12 @@ def test_another_client_begins_with_nothing_unless_both_sides_agree(
         assert (skipped(first), skipped(second)) == (0, expected)
 
 
+@pytest.mark.parametrize("size", [0, 15, 65])
+def test_a_prefix_secret_of_another_size_is_refused(size: int) -> None:
+    with pytest.raises(CallerError, match="16 to 64 bytes"):
+        SwarmModelForCausalLM.from_pretrained("nowhere", prefix_secret=bytes(size))
+
+
 @pytest.mark.parametrize(("too_many", "same_route"), [(0, True), (1, False)])
 def test_a_hop_that_holds_less_than_it_says_costs_a_route_and_no_token(
     make_swarm: Callable[..., MemorySwarm], local: Any, too_many: int, same_route: bool
@@ -188,7 +196,7 @@ def test_a_hop_that_holds_less_than_it_says_costs_a_route_and_no_token(
     generate(model, text(20))
     route = remote.route.hops
     swarm.add_peer(*SPANS[1])
-    liar = next(peer for peer in swarm.peers if peer.handler.served.span == route[1].span)
+    liar = next(peer for peer in swarm.peers if peer.handler.served.spans.covers(route[1].span))
     liar.engine.open = lambda session, owner, span, keys: len(keys) * BLOCK + too_many  # type: ignore[method-assign]
     for others in (swarm.peers[0], swarm.peers[2]):
         others.engine.open = lambda session, owner, span, keys: len(keys) * BLOCK  # type: ignore[method-assign]

@@ -164,6 +164,20 @@ def test_a_bandwidth_may_be_written_per_second(monkeypatch: pytest.MonkeyPatch, 
         assert str(config.schedule) == "22:00-08:00,12:00-13:00"
 
 
+def test_several_spans_and_shared_prefixes_reach_the_peer(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]
+) -> None:
+    configs: list[peers.host.PeerConfig] = []
+    monkeypatch.setattr(node, "join", lambda config, as_json: configs.append(config))
+    monkeypatch.setattr(node, "claim_identity", lambda path, role: Path("unused.key"))
+    for arguments in (("--blocks", "8:12,0:4"), ("--share-prefixes",)):
+        assert run("join", "m", "--new-swarm", *arguments).exit_code == 0
+    assert [(str(config.blocks), config.share_prefixes) for config in configs] == [
+        ("0:4,8:12", "owner"),
+        ("None", "network"),
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "B", "GB", "-1GB", "0", "nan", "inf", "1PB", "12 apples"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
