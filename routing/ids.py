@@ -119,7 +119,9 @@ class BlockSpans:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.parts) <= MAX_SPANS:
-            raise InvalidSpan(f"{len(self.parts)} spans, a peer serves 1 to {MAX_SPANS}")
+            raise InvalidSpan(
+                f"{len(self.parts)} spans, a peer serves 1 to {MAX_SPANS}", hint="serve fewer, longer ones"
+            )
         if any(before.end >= after.start for before, after in pairwise(self.parts)):
             raise InvalidSpan(f"spans {self} are not in order with blocks of others between them")
 
@@ -164,5 +166,5 @@ class BlockSpans:
         """Whether one of the parts does."""
         return any(part.covers(span) for part in self.parts)
 
-    def overlap(self, span: BlockSpan) -> bool:
+    def overlaps(self, span: BlockSpan) -> bool:
         return any(part.start < span.end and span.start < part.end for part in self.parts)

@@ -14,7 +14,7 @@ from routing.cost import HopCost, block_s, hop_cost
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
 from routing.estimates import Estimates
-from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
+from routing.ids import BlockSpan, ModelId, PeerId
 from routing.path import Candidate, cheapest_path, gaps, path_cost_s
 from routing.precision import is_at_least, precision
 from routing.records import Announcement, PeerState
@@ -189,13 +189,14 @@ def _without_slow_strangers(
     strangers, and what is dropped here need not be priced.
     """
     kept: dict[PeerId, Announcement] = {}
-    fastest: dict[tuple[BlockSpans, int, bool], tuple[float, Announcement]] = {}
+    fastest: dict[tuple[int, int, tuple[BlockSpan, ...], int, bool], tuple[float, Announcement]] = {}
     for a in announcements:
         if a.peer_id in known:
             kept[a.peer_id] = a
             continue
         takes_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, request.tokens)
-        key = (a.spans, a.max_bytes_per_s, a.free_tokens < request.cache_tokens)
+        parts = a.spans.parts
+        key = (parts[0].start, parts[0].end, parts[1:], a.max_bytes_per_s, a.free_tokens < request.cache_tokens)
         best = fastest.get(key)
         if best is None or takes_s < best[0] or (takes_s == best[0] and a.peer_id < best[1].peer_id):
             fastest[key] = (takes_s, a)
@@ -247,7 +248,7 @@ def _no_route(
     reasons = [
         f"{a.name or a.peer_id} ({a.spans}, {excluded[a.peer_id]})"
         for a in sorted(held, key=lambda a: (a.spans, a.peer_id))
-        if a.peer_id in excluded and any(map(a.spans.overlap, missing))
+        if a.peer_id in excluded and any(map(a.spans.overlaps, missing))
     ]
     if reasons:
         named = ", ".join(reasons[:_NAMED_MAX]) + (", …" if len(reasons) > _NAMED_MAX else "")

@@ -99,9 +99,8 @@ class JoinedEngine:
         life = self._admit(work.session, work.owner)
         try:
             if work.parent is not None:
-                for engine, _ in self._parts(
-                    work.span
-                ):  # at once: what becomes of the parent meanwhile is its own affair
+                # all at once: what becomes of the parent meanwhile is its own affair
+                for engine, _ in self._parts(work.span):
                     engine.admit(work.session, work.owner, work.parent)
             done = Done(hidden=work.hidden, queue_s=0.0, compute_s=0.0)
             for engine, part in self._parts(work.span):

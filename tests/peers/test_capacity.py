@@ -82,6 +82,19 @@ def test_several_devices_share_the_blocks_and_the_memory() -> None:
     assert len(one.parts(BlockSpans.parse("3:4"))) == 1
 
 
+def test_several_spans_are_cut_at_their_own_ends_and_between_devices() -> None:
+    spans = BlockSpans.parse("0:1,2:4")
+    alone = plan_capacity(CONFIG, device="cpu", max_memory_bytes=4 << 30, blocks=spans)
+    assert [part for _, part in alone.parts(spans)] == [BlockSpan(0, 1), BlockSpan(2, 4)]
+    both = plan_capacity(CONFIG, device="cpu,cpu", max_memory_bytes=4 << 30, blocks=spans)
+    blocks = [list(part) for _, part in both.parts(spans)]
+    assert sum(blocks, []) == [0, 2, 3]  # noqa: RUF017
+    assert len(blocks) in (2, 3)
+    joined = plan_capacity(CONFIG, device="cpu", max_memory_bytes=4 << 30, blocks=BlockSpans.parse("0:3"))
+    extra = alone.request.sizes.forward_bytes - joined.request.sizes.forward_bytes
+    assert extra == FORWARD_BYTES, "each span's engine may run a forward at the same time"
+
+
 def test_a_cache_too_small_to_be_useful_is_refused_unless_it_was_asked_for() -> None:
     one_block = sum(size for name, size in examine(CONFIG).weights.items() if ".layers.0." in name)
     tight = PROCESS_BYTES + one_block + 100_000

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from peers.errors import Busy, Refused
 from peers.serving.ledger import AlreadyRunning, Entry, Ledger, LedgerLimits, Repeat, Run
 from peers.wire.messages import Code, Open, Step
-from routing.ids import PeerId, Place, SessionId, StepId
+from routing.ids import BlockSpan, PeerId, Place, SessionId, StepId
 
 CLIENT, OTHER, BEFORE, AFTER = (PeerId(name) for name in ("client", "other", "before", "after"))
 A, B, C = (SessionId(bytes([number]) * 16) for number in range(3))
@@ -214,6 +214,23 @@ def test_nobody_hears_of_steps_of_an_older_epoch_or_of_a_closed_session() -> Non
     entry, run = table.run(1, 0, epoch=2)
     table.close(CLIENT, [A])
     assert not table.failed(entry, run)
+
+
+def test_a_session_has_a_place_for_each_hop_that_this_peer_is_to_it() -> None:
+    table = Table()
+    there = open_message(start=8, end=12, previous=AFTER, next=None)
+    table.open(CLIENT, table.link, there, 0.0)
+    table.do(1, 0, 5)
+    table.step(AFTER, step_message(1, 0, 5, block=8), 0.0)
+    assert refusal(lambda: table.step(BEFORE, step_message(2, 5, block=8), 0.0)) == Code.FORBIDDEN
+    assert refusal(lambda: table.step(CLIENT, step_message(2, 5, block=4), 0.0)) == Code.UNKNOWN_SESSION
+    assert refusal(lambda: table.open(CLIENT, table.link, there, 0.0)) == Code.STALE_EPOCH
+    assert table.before(Place(A, 4)) is table.get(Place(A, 0))
+    assert table.before(Place(A, 12)) is table.get(Place(A, 8))
+    assert table.before(Place(A, 8)) is None
+    child, _ = table.run(3, 5, block=8, session=B, parent=A)
+    assert (child.place, child.span) == (Place(B, 8), BlockSpan(8, 12))
+    assert set(table.close(CLIENT, [A])) == {Place(A, 0), Place(A, 8)}
 
 
 # --- forks ---
