@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -87,9 +87,12 @@ class SwarmRemote:
 
     # --- the Remote protocol: any thread ---
 
-    def open(self, parent: RemoteSession | None = None, position: int = 0) -> RemoteSession:
+    def open(
+        self, parent: RemoteSession | None = None, position: int = 0, *, prefix_secret: bytes | None = None
+    ) -> RemoteSession:
+        """`prefix_secret`: 16 to 64 bytes in place of this remote's own, for one of several users behind it."""
         assert parent is None or isinstance(parent, LiveSession)
-        return LiveSession(None if parent is None else (parent, position))
+        return LiveSession(None if parent is None else (parent, position), prefix_secret or self._prefix_secret)
 
     def run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._closed:
@@ -99,6 +102,12 @@ class SwarmRemote:
             result.to(device=step.hidden_TD.device, dtype=step.hidden_TD.dtype)
             for step, result in zip(steps, results, strict=True)
         ]
+
+    def start(self, steps: Sequence[RowStep], done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
+        """Run each step by itself, without waiting; `done` is told each result, or why there is none, in the network's
+        loop. Releasing a session ends its step with SessionClosed. After `close` nothing is told. From any thread."""
+        if not self._closed:
+            self._network.post(self._start_each, tuple(steps), done)
 
     def release(self, sessions: Sequence[RemoteSession]) -> None:
         if not self._closed:
@@ -159,6 +168,18 @@ class SwarmRemote:
         for session in tuple(self._sessions.by_id.values()):
             if session.core is not None:
                 self.perform(session, session.core.give_up(error))
+
+    def _start_each(self, steps: Sequence[RowStep], done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
+        for step in steps:
+            self._tasks.spawn(self._tell(step, done), name="a step")
+
+    async def _tell(self, step: RowStep, done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
+        try:
+            (result,) = await self._run((step,))
+        except SwarmError as error:
+            done(step, error)
+        else:
+            done(step, result)
 
     async def _run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._failure is not None:
@@ -301,7 +322,7 @@ class SwarmRemote:
         hops, (rows_TD, _) = action.route.hops, session.rows[session.core.pending[0].step]
         blocks = describe_blocks(session.history.between(0, action.offer), self.model.regime_key)
         session.offered = len(blocks) * PREFIX_POSITIONS
-        start = (self._prefix_secret, self.model.model, tensors.NAMES[rows_TD.dtype])
+        start = (session.prefix_secret, self.model.model, tensors.NAMES[rows_TD.dtype])
         return [prefix_keys(*start, hops[:index], blocks) for index in range(len(hops))]
 
     def _done(self, session: LiveSession, step: PendingStep, rows: torch.Tensor) -> None:

@@ -76,15 +76,18 @@ class LiveSession(RemoteSession):
         "offered",
         "outbox",
         "parent",
+        "prefix_secret",
         "pumping",
         "route",
         "rows",
         "silence_s",
     )
 
-    def __init__(self, parent: tuple[LiveSession, int] | None) -> None:
+    def __init__(self, parent: tuple[LiveSession, int] | None, prefix_secret: bytes) -> None:
         super().__init__(0 if parent is None else parent[1])
         self.parent = parent
+        self.prefix_secret = prefix_secret
+        """Only sessions with the same one begin with what peers hold of each other's prompts."""
         self.core: SessionCore | None = None
         self.history = History()
         self.futures: dict[StepId, asyncio.Future[torch.Tensor]] = {}
