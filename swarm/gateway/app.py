@@ -4,8 +4,6 @@ Owns what a request meets in order: its body's bound, its key, its budget, its s
 engines, and no network.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -78,7 +78,7 @@ class RunningGateway:
 
     def __init__(self, served: dict[str, Served], listener: socket.socket, app: FastAPI, *, drain_s: float) -> None:
         self.url = url(listener)
-        self._served, self._listener, self._drain_s = served, listener, drain_s
+        self._served, self.listener, self._drain_s = served, listener, drain_s
         self._server: Server = make_server(app, close_within_s=drain_s + SETTLE_S)
         self._gateway: Gateway = app.state.gateway
         self._stopping = asyncio.Event()
@@ -90,7 +90,7 @@ class RunningGateway:
 
     async def serve(self) -> None:
         """Until `stop`."""
-        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        serving = asyncio.create_task(self._server.serve(sockets=[self.listener]))
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)

@@ -31,7 +31,7 @@ from swarm.cli import status as status_view
 from swarm.cli.app import _bytes, app, spread
 
 ADDRESS = "/ip4/127.0.0.1/tcp/4001/p2p/" + SigningKey.from_seed(bytes(32)).peer_id
-COMMANDS = ("bootstrap", "join", "generate", "chat", "status", "demo")
+COMMANDS = ("bootstrap", "join", "generate", "chat", "gateway", "status", "demo")
 
 
 def swarm(*arguments: str) -> subprocess.CompletedProcess[str]:
