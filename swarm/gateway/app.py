@@ -27,7 +27,7 @@ from swarm.gateway.answers import ChatFormat, Format, TextFormat, event
 from swarm.gateway.engine import Ask, Feed
 from swarm.gateway.errors import ApiError, from_swarm, from_validation
 from swarm.gateway.keys import Account, Keys
-from swarm.gateway.metrics import Metrics
+from swarm.gateway.metrics import Counted, Metrics
 from swarm.gateway.schemas import (
     AnyJson,
     ChatCompletion,
@@ -169,6 +169,7 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
         max_bytes=MAX_BODY_BYTES,
         refuse=lambda status, text: ApiError(status, text).response(),
     )
+    app.add_middleware(Counted, requests=gateway.metrics.requests)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

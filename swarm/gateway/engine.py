@@ -179,6 +179,8 @@ class Counts:
     """What an engine does and did."""
 
     active: int
+    waiting: int
+    """Of those, for a reader who is behind."""
     kept_sessions: int
     kept_tokens: int
     generated_tokens: int
@@ -210,7 +212,7 @@ class Engine:
         self._secret = secrets.token_bytes(32)
         self._lock = threading.Lock()
         self._active = 0
-        self._generated = self._cached = self._products = 0
+        self._generated = self._cached = self._products = self._parked = 0
         self._failure: SwarmError | None = None
         self._feeds: dict[Feed, list[_Request]] = {}
         self._under_way: dict[RemoteSession, _Answer] = {}
@@ -245,10 +247,8 @@ class Engine:
         """The reader has gone: free at once what its answers hold at peers. Idempotent, also after they have ended."""
         self._work.put(lambda: self._fail(feed, None))
 
-    def stop(self, error: SwarmError) -> None:
-        """End all answers with `error`, now and from now on."""
-        with self._lock:
-            self._failure = self._failure or error
+    def interrupt(self, error: SwarmError) -> None:
+        """End all answers that are under way with `error`."""
         self._work.put(lambda: self._fail_all(error))
 
     @property
@@ -264,6 +264,7 @@ class Engine:
     def counts(self) -> Counts:
         return Counts(
             active=self._active,
+            waiting=self._parked,
             kept_sessions=len(self._kept),
             kept_tokens=self._kept.tokens,
             generated_tokens=self._generated,
@@ -273,7 +274,8 @@ class Engine:
 
     def close(self) -> None:
         """End the thread, and answers under way with SessionClosed. Idempotent. The model stays open."""
-        self.stop(SessionClosed("the gateway was closed"))
+        with self._lock:
+            self._failure = self._failure or SessionClosed("the gateway was closed")
         self._work.put(None)
         self._thread.join()
 
@@ -291,7 +293,8 @@ class Engine:
                 for strand in self._kept.expire(self._now_s()):
                     self._drop(strand)
         except BaseException:
-            self.stop(Unavailable("the gateway has failed, see its log", hint="start it again"))
+            with self._lock:
+                self._failure = Unavailable("the gateway has failed, see its log", hint="start it again")
             raise  # a defect: it is logged as the end of this thread
         finally:
             self._fail_all(self._failure)
@@ -449,6 +452,7 @@ class Engine:
             self._fork(answer, strand, len(ask.prompt))
         if answer.request.feed.full:
             answer.parked = token
+            self._parked += 1
             self._wait_for_reader(answer.request.feed)
         else:
             self._send(answer, token)
@@ -478,6 +482,7 @@ class Engine:
             for answer in request.answers:
                 if answer.parked is not None and not answer.done:
                     token, answer.parked = answer.parked, None
+                    self._parked -= 1
                     self._send(answer, token)
 
     def _say(self, answer: _Answer, text: str, finish: str | None) -> None:
@@ -496,6 +501,9 @@ class Engine:
 
     def _end(self, answer: _Answer, *, keep: bool = False) -> None:
         answer.done = True
+        if answer.parked is not None:
+            answer.parked = None
+            self._parked -= 1
         with self._lock:
             self._active -= 1
         strand = answer.strand

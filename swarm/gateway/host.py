@@ -99,7 +99,7 @@ class RunningGateway:
                 async with asyncio.timeout(self._drain_s):
                     await asyncio.shield(serving)
             for served in self._served.values():
-                served.engine.stop(Unavailable("the gateway has ended", hint="ask again, here or elsewhere"))
+                served.engine.interrupt(Unavailable("the gateway has ended", hint="ask again, here or elsewhere"))
             await serving
         finally:
             stopping.cancel()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swarm.gateway.served import Served
 
@@ -44,6 +45,22 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+class Counted:
+    """ASGI middleware that counts answers by the path's pattern, of which there are few, and status."""
+
+    def __init__(self, app: ASGIApp, *, requests: Counter) -> None:
+        self._app, self._requests = app, requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = getattr(scope.get("route"), "path", "other")
+                self._requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted if scope["type"] == "http" else send)
+
+
 class _Engines(Collector):
     def __init__(self, served: Mapping[str, Served]) -> None:
         self._served = served
@@ -51,6 +68,9 @@ class _Engines(Collector):
     def collect(self) -> Iterator[Metric]:
         gauges = {
             "active": GaugeMetricFamily(f"{PREFIX}_active_answers", "Answers under way.", labels=["model"]),
+            "waiting": GaugeMetricFamily(
+                f"{PREFIX}_waiting_answers", "Answers that wait for a reader who is behind.", labels=["model"]
+            ),
             "kept_sessions": GaugeMetricFamily(
                 f"{PREFIX}_kept_sessions", "Sessions kept at peers between turns.", labels=["model"]
             ),
