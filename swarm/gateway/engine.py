@@ -392,8 +392,8 @@ class Engine:
         answer = self._under_way.pop(session)
         self._unpin(answer)
         if answer.done:
-            self._remote.release([session])  # its release may have come before its step had begun
-        elif isinstance(outcome, SwarmError):
+            return
+        if isinstance(outcome, SwarmError):
             self._fail(answer.request.feed, outcome)
         else:
             assert answer.strand is not None

@@ -80,6 +80,8 @@ class SwarmRemote:
         self._tasks = Tasks()
         self._goodbyes = Tasks()
         self._guard = Tasks()
+        self._starting: set[RemoteSession] = set()
+        """Sessions of steps that `start` was asked for and whose tasks have not begun."""
         self._failure: SwarmError | None = None
         """Why nothing can be run any more, should this client's own node have ended."""
         self._closed = False
@@ -171,10 +173,14 @@ class SwarmRemote:
 
     def _start_each(self, steps: Sequence[RowStep], done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
         for step in steps:
+            self._starting.add(step.session)
             self._tasks.spawn(self._tell(step, done), name="a step")
 
     async def _tell(self, step: RowStep, done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
         try:
+            if step.session not in self._starting:
+                raise SessionClosed("the session was released")
+            self._starting.remove(step.session)
             (result,) = await self._run((step,))
         except SwarmError as error:
             done(step, error)
@@ -256,6 +262,7 @@ class SwarmRemote:
     def _release(self, sessions: Sequence[RemoteSession]) -> None:
         for session in sessions:
             assert isinstance(session, LiveSession)
+            self._starting.discard(session)
             session.parent = None
             if session.core is not None:
                 self.perform(session, session.core.close())

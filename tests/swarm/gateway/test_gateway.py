@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -16,8 +17,10 @@ import openai
 import pytest
 import torch
 
+from swarm.gateway.engine import Ask
 from swarm.gateway.kept import KeptLimits
 from swarm.gateway.keys import Account, hash_key
+from swarm.gateway.sampling import Sampling
 from tests.helpers.gateway import GatewayWorld, serving
 
 KEYS = ["a-key-that-belongs-to-alice", "a-key-that-belongs-to-bobby"]
@@ -225,7 +228,7 @@ def test_many_streams_at_once_share_the_head_and_each_is_right(world: GatewayWor
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_reader_that_leaves_frees_its_places_and_pages(world: GatewayWorld, url: str, stream: bool) -> None:
     kept = world.served.engine.counts().kept_sessions
-    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1900, "n": 3, "stream": stream}
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1900, "n": 3, "stream": stream, "ignore_eos": True}
     headers = {"authorization": f"Bearer {KEYS[0]}"}
     with httpx2.Client(timeout=60) as http:
         if stream:
@@ -237,6 +240,29 @@ def test_a_reader_that_leaves_frees_its_places_and_pages(world: GatewayWorld, ur
                 http.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.5)
     assert eventually(lambda: world.served.engine.counts().active == 0)
     assert eventually(lambda: world.held == kept)
+
+
+def test_readers_that_leave_at_any_moment_leave_nothing_behind(world: GatewayWorld) -> None:
+    """Also while the first steps of forks are under way, and before a step's task has begun."""
+    engine, kept = world.served.engine, world.served.engine.counts().kept_sessions
+    prompt = world.tokenizer(PROMPT).input_ids
+
+    async def leave_after(pieces: int) -> None:
+        ask = Ask(prompt=prompt, max_tokens=50, sampling=Sampling(), owner="x", n=5, ignore_eos=True)
+        feed = engine.submit([ask])
+        reading = aiter(feed)
+        for _ in range(pieces):
+            await anext(reading)
+        engine.cancel(feed)
+
+    async def all_of_them() -> None:
+        for pieces in (0, 1, 2, 3, 5, 8, 13):
+            await asyncio.gather(*(leave_after(pieces) for _ in range(3)))
+            assert await asyncio.to_thread(eventually, lambda: engine.counts().active == 0)
+
+    asyncio.run(all_of_them())
+    assert eventually(lambda: world.held == kept)
+    assert engine.failure is None
 
 
 def test_a_reader_that_does_not_read_makes_its_answer_wait(world: GatewayWorld) -> None:
@@ -255,7 +281,7 @@ def test_a_reader_that_does_not_read_makes_its_answer_wait(world: GatewayWorld) 
 
 
 def test_overload_is_answered_with_a_time_to_try_again(world: GatewayWorld, url: str, client: openai.OpenAI) -> None:
-    with complete(client, n=16, max_tokens=1000, stream=True) as stream:
+    with complete(client, n=16, max_tokens=1000, stream=True, extra_body={"ignore_eos": True}) as stream:
         next(iter(stream))
         with pytest.raises(openai.RateLimitError) as caught:
             complete(client, n=16)
