@@ -443,7 +443,7 @@ def gateway(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL…",
+            metavar="MODEL",
             help="What to serve: built-in names, hub ids, folders or GGUF files. Clients use the names given here.",
         ),
     ],
@@ -531,7 +531,9 @@ def gateway(
         entrance = _entrance(initial_peers, invite, network)
         from swarm.extras import require_extra
 
-        require_extra("gateway", "fastapi", "llguidance", "prometheus_client", "sse_starlette", "uvicorn")
+        require_extra(
+            "gateway", "fastapi", "fastapi_offline", "llguidance", "prometheus_client", "sse_starlette", "uvicorn"
+        )
         from swarm.cli import gateway as view
         from swarm.gateway.host import GatewayConfig
         from swarm.gateway.kept import KeptLimits

@@ -14,6 +14,8 @@ from typing import Annotated, Any, TypeVar, cast
 from fastapi import Depends, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
@@ -111,7 +113,8 @@ class Gateway:
 def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[str, ...] = ()) -> FastAPI:
     """The application; `app.state.gateway` is its Gateway. `served`: by the names that clients use."""
     gateway = Gateway(served, keys, Metrics(served))
-    app = FastAPI(
+    app = FastAPIOffline(  # the page at /docs with what it needs: nothing is fetched from elsewhere
+        redoc_url=None,
         title="hiveswarm gateway",
         version=VERSION,
         description="Large language models run by a swarm of peers, through the API that OpenAI's clients speak. "
@@ -121,19 +124,19 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
     app.state.gateway = gateway
     bearer = Security(HTTPBearer(auto_error=False, description="An API key, where the gateway needs one"))
 
-    def known(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, bearer]) -> Account:
+    async def known(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, bearer]) -> Account:
         return gateway.account(request)
 
-    def paying(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, bearer]) -> Account:
+    async def paying(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, bearer]) -> Account:
         return gateway.paying(request)
 
     @app.get("/v1/models", responses={401: ERRORS[401]}, dependencies=[Depends(known)])
-    def models() -> ModelList:
+    async def models() -> ModelList:
         """The models that are served."""
         return ModelList(object="list", data=[_card(each) for each in served.values()])
 
     @app.get("/v1/models/{model:path}", responses={401: ERRORS[401], 404: ERRORS[404]}, dependencies=[Depends(known)])
-    def model(model: str) -> ModelCard:
+    async def model(model: str) -> ModelCard:
         """One model."""
         return _card(gateway.model(model))
 
@@ -150,7 +153,7 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
         return await _answer(gateway, request, body, await asyncio.to_thread(_prepare_text, gateway, body, account))
 
     @app.get("/health", responses={503: {"model": Health}})
-    def health() -> Response:
+    async def health() -> Response:
         """Whether the gateway works, without a key."""
         failed = {name: str(error) for name, each in served.items() if (error := each.engine.failure) is not None}
         status = "stopping" if gateway.stopping else "failed" if failed else "ok"
@@ -160,9 +163,9 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
         return JSONResponse({"status": status, "models": models}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", response_model=None, responses={401: ERRORS[401]}, dependencies=[Depends(known)])
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """Counters for Prometheus. Where there are API keys, it needs one."""
-        return Response(gateway.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     app.add_middleware(
         BoundedBodies,
@@ -270,17 +273,21 @@ def _prepare_text(gateway: Gateway, body: CompletionRequest, account: Account) -
 
 
 async def _answer(gateway: Gateway, request: Request, body: AnyRequest, prepared: _Prepared) -> Response:
-    feed = prepared.served.engine.submit(prepared.asks)
+    engine = prepared.served.engine
+    feed = engine.submit(prepared.asks)
     pieces = _watched(gateway, prepared.served, feed)
     if body.stream:
-        return _Stream(_events(pieces, prepared.format), lambda: prepared.served.engine.cancel(feed))
+        return _Stream(_events(pieces, prepared.format), lambda: engine.cancel(feed))
 
     async def collect() -> dict[str, Any]:
         async for piece in pieces:
             prepared.format.add(piece)
         return prepared.format.whole()
 
-    answer = await _while_connected(request, collect)
+    try:
+        answer = await _while_connected(request, collect)
+    finally:
+        engine.cancel(feed)
     return Response(status_code=CLOSED_REQUEST) if answer is None else JSONResponse(answer)
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from routing.errors import CallerError
 
 MAX_SCHEMA_CHARACTERS = 64 << 10
+MAX_REASON_CHARACTERS = 300
 
 
 class Grammars:
@@ -52,9 +53,9 @@ class Grammars:
             grammar = LLMatcher.grammar_from_json_schema(text, defaults=options)
             first = LLMatcher(tokenizer, grammar, log_level=0)
         except ValueError as error:
-            raise CallerError(f"the JSON schema cannot be used: {error}") from error
+            raise _unusable(str(error)) from error
         if first.is_error():
-            raise CallerError(f"the JSON schema cannot be used: {first.get_error()}")
+            raise _unusable(first.get_error())
         return lambda: JsonGrammar(first.deep_copy(), self._eos_ids)
 
 
@@ -69,7 +70,7 @@ class JsonGrammar:
         """The logits, with −∞ for all that may not follow."""
         allowed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            raise CallerError(f"the JSON schema cannot be used: {self._matcher.get_error()}")
+            raise _unusable(self._matcher.get_error())
         bits = np.unpackbits(allowed, bitorder="little")[: len(logits_V)]
         allowed_V = torch.zeros(len(logits_V), dtype=torch.bool)
         allowed_V[: len(bits)] = torch.from_numpy(bits).bool()
@@ -84,3 +85,8 @@ class JsonGrammar:
     @property
     def complete(self) -> bool:
         return bool(self._matcher.is_stopped())
+
+
+def _unusable(reason: str) -> CallerError:
+    """The first line says what is wrong, the rest is llguidance's own state."""
+    return CallerError(f"the JSON schema cannot be used: {reason.partition(chr(10))[0][:MAX_REASON_CHARACTERS]}")

@@ -235,8 +235,8 @@ class Engine:
             )
         feed = Feed(choices)
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
             if self._active + choices > self._max_answers:
                 raise Overloaded(f"{self._active} of at most {self._max_answers} answers are under way")
             self._active += choices
@@ -254,7 +254,7 @@ class Engine:
     @property
     def failure(self) -> SwarmError | None:
         """Why nothing is answered any more."""
-        return self._failure
+        return self._failure or self._remote.failure
 
     @property
     def traffic(self) -> Traffic:
@@ -297,6 +297,9 @@ class Engine:
                 self._failure = Unavailable("the gateway has failed, see its log", hint="start it again")
             raise  # a defect: it is logged as the end of this thread
         finally:
+            while not self._work.empty():  # what was asked just before learns it, too
+                if (work := self._work.get()) is not None:
+                    work()
             self._fail_all(self._failure)
             for strand in self._kept.clear():
                 self._drop(strand)

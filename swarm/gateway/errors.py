@@ -62,7 +62,8 @@ def from_swarm(error: SwarmError) -> ApiError:
 def from_validation(error: RequestValidationError) -> ApiError:
     """The first of what is wrong with a request; its value is not repeated."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    # pydantic also names the alternative of a union that it tried, which is no field
+    place = [str(part) for part in first["loc"] if part != "body" and (isinstance(part, int) or part.isidentifier())]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['msg']}", code="invalid_json")
     where = ".".join(place) or "body"

@@ -190,8 +190,8 @@ class ChatRequest(Request):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
     # without effect here
+    parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[str, Short], Field(max_length=16)] | None = None
     store: bool | None = None
     service_tier: Annotated[str, StringConstraints(max_length=64)] | None = None

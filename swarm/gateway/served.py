@@ -91,6 +91,7 @@ class Served:
                 turns.insert(0, {"role": "system", "content": described})
         try:
             text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **arguments)
+            text.encode()  # a schema or a call's arguments may hold halves of characters, which nothing can read
         except (TemplateError, TypeError, ValueError, KeyError) as error:  # a template may raise what it likes
             raise CallerError(f"the model's chat template does not take these messages: {error}") from error
         with self._encoding:

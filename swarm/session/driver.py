@@ -124,6 +124,11 @@ class SwarmRemote:
                 self._network.close()
 
     @property
+    def failure(self) -> SwarmError | None:
+        """Why nothing can be run any more, should this client's own node have ended."""
+        return self._failure
+
+    @property
     def traffic(self) -> Traffic:
         """What was sent and heard for this model so far."""
         return self._sessions.traffic

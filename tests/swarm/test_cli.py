@@ -75,6 +75,8 @@ def test_help_and_argument_errors_come_without_loading_torch() -> None:
         ("join", "m", "--new-swarm", "--nice", "20"),
         ("join", "m", "--new-swarm", "--initial-peers", ADDRESS),
         ("generate", "m", "--top-p", "2"),
+        ("gateway",),
+        ("gateway", "m", "--port", "70000"),
     ],
 )
 def test_a_mistyped_command_is_a_usage_error(arguments: tuple[str, ...], run: Callable[..., Result]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -333,6 +334,17 @@ def test_no_key_no_answer_and_a_budget_is_a_budget(world: GatewayWorld, url: str
         ("completions", {"model": MODEL, "prompt": [999]}, 400, None),
         ("completions", {"model": MODEL, "prompt": "x" * 3000}, 400, None),
         ("completions", "[" * 100_000, 400, None),
+        ("completions", f'{{"model": "{MODEL}", "prompt": "\\ud800"}}', 400, "prompt"),
+        (
+            "chat/completions",
+            {
+                "model": MODEL,
+                "messages": [{"role": "user", "content": "x"}],
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": "\ud800"}}}],
+            },
+            400,
+            None,
+        ),
         ("completions", "x" * (9 << 20), 413, None),
         ("nothing", {}, 404, None),
     ],
@@ -354,6 +366,12 @@ def test_other_pages_may_not_ask_unless_they_were_named(world: GatewayWorld, url
     with serving(world.served, cors_origins=("https://a.example",)) as gateway:
         answer = httpx2.options(f"{gateway.url}/v1/completions", headers=asked)
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+def test_the_page_that_describes_the_api_fetches_nothing_from_elsewhere(url: str) -> None:
+    page = httpx2.get(f"{url}/docs").text
+    assert "swagger-ui" in page
+    assert not [link for link in re.findall(r'(?:src|href)="([^"]*)"', page) if not link.startswith("/")]
 
 
 def test_metrics_follow_prometheus_conventions(url: str, client: openai.OpenAI) -> None:
