@@ -111,6 +111,9 @@ def test_probabilities_are_those_of_local_transformers(world: GatewayWorld, clie
         assert [top.logprob for top in entry.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-3)
         assert entry.logprob == entry.top_logprobs[0].logprob
         assert bytes(entry.bytes).decode() == entry.token
+    assert [entry.top_logprobs for entry in chat(client, "Hello", logprobs=True).choices[0].logprobs.content] == [
+        []
+    ] * 12
     plain = complete(client, logprobs=3).choices[0].logprobs
     assert (len(plain.tokens), [len(top) for top in plain.top_logprobs]) == (12, [3] * 12)
 
@@ -210,6 +213,21 @@ def test_the_next_turn_computes_only_what_is_new_and_only_for_the_same_key(url: 
     retried = chat(client, *turns[:2], "And kings, if there are any?")
     assert retried.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
     assert chat(client, *turns).choices[0].message.content == second.choices[0].message.content
+
+
+def test_what_peers_hold_of_a_prompt_serves_only_the_key_that_sent_it(world: GatewayWorld) -> None:
+    engine, prompt = world.served.engine, world.tokenizer("abcdefgh" * 40).input_ids
+
+    async def ask(owner: str) -> int:
+        """Positions that the peers held already."""
+        before = engine.traffic.prefix_positions
+        feed = engine.submit([Ask(prompt=prompt, max_tokens=1, sampling=Sampling(), owner=owner, keep=False)])
+        assert [piece async for piece in feed]
+        return engine.traffic.prefix_positions - before
+
+    assert asyncio.run(ask("alice")) == 0
+    assert asyncio.run(ask("alice")) > 0
+    assert asyncio.run(ask("bobby")) == 0
 
 
 # --- many, slow and absent readers ---
