@@ -38,14 +38,20 @@ class Grammars:
             try:
                 self._tokenizer = llguidance.hf.from_tokenizer(self._hf_tokenizer, eos_token=self._eos_ids or None)
             except ValueError as error:
-                raise CallerError(f"this model's tokenizer does not allow constrained answers: {error}") from error
+                raise CallerError(
+                    f"this model's tokenizer does not allow constrained answers: {error}",
+                    hint="ask for plain text, or serve a checkpoint with a fast tokenizer",
+                ) from error
         return self._tokenizer
 
     def json(self, schema: dict[str, Any] | bool) -> Callable[[], JsonGrammar]:
         """A maker of grammars of JSON as `schema` describes it, checked once. May take seconds. Raises CallerError."""
         text = json.dumps(schema)
         if len(text) > MAX_SCHEMA_CHARACTERS:
-            raise CallerError(f"the JSON schema is longer than {MAX_SCHEMA_CHARACTERS} characters")
+            raise CallerError(
+                f"the JSON schema has {len(text)} characters, and at most {MAX_SCHEMA_CHARACTERS} are read",
+                hint="shorten its descriptions",
+            )
         tokenizer = self.prepare()
         # no free white space: a model that is bad at JSON would go on with it for ever
         options: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -89,4 +95,7 @@ class JsonGrammar:
 
 def _unusable(reason: str) -> CallerError:
     """The first line says what is wrong, the rest is llguidance's own state."""
-    return CallerError(f"the JSON schema cannot be used: {reason.partition(chr(10))[0][:MAX_REASON_CHARACTERS]}")
+    return CallerError(
+        f"the JSON schema cannot be used: {reason.partition(chr(10))[0][:MAX_REASON_CHARACTERS]}",
+        hint="leave out the keyword that it names",
+    )

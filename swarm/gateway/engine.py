@@ -49,7 +49,7 @@ SWEEP_S = 5.0
 class Overloaded(Unavailable):
     """All places are taken."""
 
-    default_hint = "wait a little and try again"
+    default_hint = "try again in a few seconds"
 
 
 class Grammar(Protocol):
@@ -231,7 +231,8 @@ class Engine:
         choices = sum(ask.n for ask in asks)
         if choices > self._max_answers:
             raise CallerError(
-                f"{choices} answers at once are more than the {self._max_answers} that this gateway gives"
+                f"{choices} answers at once are more than the {self._max_answers} that this gateway gives",
+                hint="ask for fewer choices or prompts in one request",
             )
         feed = Feed(choices)
         with self._lock:

@@ -62,15 +62,15 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         if not self.models or len({*self.models}) < len(self.models):
-            raise CallerError("name one model or several, each once")
+            raise CallerError("a model is named twice, or none is", hint="name each model once")
         if not 0 <= self.port < 1 << 16:
-            raise CallerError(f"{self.port} is no port", hint="0 to 65535")
+            raise ValueError(f"{self.port} is no port")
         if self.max_streams < 1:
-            raise CallerError("max_streams is at least 1")
+            raise ValueError("max_streams is at least 1")
         if not 0 <= self.drain_s <= MAX_DRAIN_S:
-            raise CallerError(f"drain_s is 0 to {MAX_DRAIN_S:.0f} seconds")
+            raise ValueError(f"drain_s is 0 to {MAX_DRAIN_S:.0f} seconds")
         if self.requests_per_minute is not None and not self.requests_per_minute > 0:
-            raise CallerError("requests_per_minute is above 0")
+            raise ValueError("requests_per_minute is above 0")
 
 
 class RunningGateway:

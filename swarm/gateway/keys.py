@@ -97,7 +97,7 @@ def read_keys(file: Path) -> list[Account]:
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CallerError(f"{file} cannot be read: {error}") from error
+        raise CallerError(f"the API keys cannot be read: {error}", hint="give --api-keys a text file") from error
     accounts = []
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()

@@ -93,7 +93,10 @@ class Served:
             text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **arguments)
             text.encode()  # a schema or a call's arguments may hold halves of characters, which nothing can read
         except (TemplateError, TypeError, ValueError, KeyError) as error:  # a template may raise what it likes
-            raise CallerError(f"the model's chat template does not take these messages: {error}") from error
+            raise CallerError(
+                f"the model's chat template does not take these messages: {error}",
+                hint="most templates want user and assistant in turn, with one system message at the start",
+            ) from error
         with self._encoding:
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -102,9 +105,12 @@ class Served:
     def room(self, prompt: Sequence[int], max_tokens: int | None) -> int:
         """Tokens that may be generated behind `prompt`. Raises CallerError."""
         if not prompt:
-            raise CallerError("the prompt is empty")
+            raise CallerError("the prompt is empty", hint="give at least one token to go on from")
         if max(prompt) >= self.vocabulary:
-            raise CallerError(f"{max(prompt)} is no token: this model has {self.vocabulary}")
+            raise CallerError(
+                f"the prompt has token {max(prompt)}; this model has {self.vocabulary}",
+                hint="give ids of this model's own tokenizer, or text",
+            )
         room = (self.context or NO_CONTEXT_TOKENS) - len(prompt)
         if room < 1:
             raise ContextTooLong(
@@ -123,7 +129,10 @@ class Served:
         chosen["top_k"] = max(0, chosen.get("top_k", 0))
         bias = {int(token_id): value for token_id, value in (request.logit_bias or {}).items()}
         if bias and max(bias) >= self.vocabulary:
-            raise CallerError(f"logit_bias names token {max(bias)}: this model has {self.vocabulary}")
+            raise CallerError(
+                f"logit_bias names token {max(bias)}; this model has {self.vocabulary}",
+                hint="give ids of this model's own tokenizer",
+            )
         return Sampling(**chosen, logit_bias=bias, seed=request.seed)
 
 
