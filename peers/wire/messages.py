@@ -129,9 +129,9 @@ class Urgency(enum.IntEnum):
 class Step(Message, tag="step", frozen=True, kw_only=True):
     """One forward of a session over `count` positions from the absolute position `first`; carries [count, hidden].
 
-    A hop that holds more than `first` positions truncates, or answers `replay` where it cannot. A repeated `step` id
-    returns the stored answer. With a `parent`, `session` is new and forks from the parent's first `first` positions in
-    this same step.
+    A hop that holds more than `first` positions truncates, or answers `replay` where layers with a window do not hold
+    what is needed so far back. A repeated `step` id returns the stored answer. With a `parent`, `session` is new and
+    forks from the parent's first `first` positions in this same step.
     """
 
     session: Bytes16
