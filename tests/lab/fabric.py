@@ -122,7 +122,7 @@ class Fabric:
 
 
 def tcp_reset(packet: bytes) -> bytes | None:
-    """What a host gets that sent `packet` to a closed port (RFC 9293, section 3.10.7.1); None for a reset or a stump."""
+    """What a host gets that sent `packet` to a closed port (RFC 9293, section 3.10.7.1); None for a reset or stump."""
     if len(packet) < 2 * _HEADER:
         return None
     source, target = packet[12:16], packet[16:20]
