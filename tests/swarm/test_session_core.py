@@ -51,6 +51,10 @@ def route(*peers: PeerId) -> Route:
     return Route(hops=tuple(hops), cost_s=1.0)
 
 
+def keeping(actions: Sequence[Action]) -> tuple[int, ...]:
+    return next(action.keep for action in actions if isinstance(action, OpenHops))
+
+
 def kinds(actions: Sequence[Action]) -> list[type[Action]]:
     return [type(action) for action in actions]
 
@@ -84,7 +88,7 @@ def test_the_first_step_asks_for_a_route_and_is_sent_once_every_hop_is_open() ->
     assert (core.state, core.outstanding) == (State.IDLE, False)
     step, actions = core.submit(0, 3, 2)
     assert actions == [NeedRoute(frozenset())]
-    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 1, offer=3)]
+    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 1, offer=3, keep=(0, 0))]
     assert (core.state, core.outstanding) == (State.OPENING, True)
     assert core.opened(Q, 1) == []
     assert core.opened(Q, 1) == []
@@ -157,14 +161,14 @@ def test_the_gaps_behind_a_busy_step_are_its_shadow_whenever_they_arrive() -> No
     assert core.forgotten(1, FORGOT, gap_at=steps[1]) == []
     core.timer()
     assert core.forgotten(1, FORGOT, gap_at=steps[2]) == []
-    assert kinds(core.forgotten(1, FORGOT, gap_at=steps[2])) == [Release, NeedRoute], "each step is excused once"
+    assert kinds(core.forgotten(1, FORGOT, gap_at=steps[2])) == [NeedRoute], "each step is excused once"
 
 
 def test_a_hop_that_forgot_the_session_is_believed_also_during_a_pause() -> None:
     core = ready()
     core.submit(1, 1, 0)
     core.busy(1, 0.5, FULL, preempted=False)
-    assert kinds(core.forgotten(1, FORGOT)) == [Release, NeedRoute]
+    assert kinds(core.forgotten(1, FORGOT)) == [NeedRoute]
     assert core.timer() == []
 
 
@@ -191,7 +195,7 @@ def test_a_busy_hop_at_opening_is_released_and_asked_again_later() -> None:
     core = SessionCore(SESSION, SessionConfig())
     core.submit(0, 1, 0)
     core.route_ready(route(P, Q))
-    assert core.busy(1, 0.5, FULL, preempted=False) == [Release(route(P, Q)), Wait(0.5)]
+    assert core.busy(1, 0.5, FULL, preempted=False) == [Release(route(P, Q).hops), Wait(0.5)]
     assert core.opened(Q, 1) == []
     assert kinds(core.timer()) == [NeedRoute]
 
@@ -204,7 +208,7 @@ def test_a_preempted_session_waits_without_pages(pausing: bool) -> None:
     if pausing:
         core.busy(1, 0.5, FULL, preempted=False)
         waits = []  # a timer runs already
-    assert core.busy(1, 0.5, FULL, preempted=True) == [Release(route(P, Q)), *waits]
+    assert core.busy(1, 0.5, FULL, preempted=True) == [Release(route(P, Q).hops), *waits]
     assert core.state is State.WAITING
     assert kinds(core.timer()) == [NeedRoute]
     core.route_ready(route(P, Q))
@@ -226,7 +230,7 @@ def test_one_wait_is_bounded_whatever_a_hop_asks_for_and_all_together_by_patienc
         core.timer()
         core.route_ready(route(P, Q))
         opened(core)
-    assert core.busy(core.epoch, 1e9, FULL, preempted=True) == [Release(route(P, Q)), Fail(FULL)]
+    assert core.busy(core.epoch, 1e9, FULL, preempted=True) == [Release(route(P, Q).hops), Fail(FULL)]
 
 
 @pytest.mark.parametrize(
@@ -251,9 +255,14 @@ def test_whatever_breaks_a_route_leads_to_another_one(
     if state is State.PAUSING:
         core.busy(1, 0.5, FULL, preempted=False)
     actions = happens(core)
-    assert kinds(actions) == [Release, NeedRoute]
+    lost = core._lost | core._avoid
+    assert kinds(actions) == ([Release, NeedRoute] if lost else [NeedRoute])
+    assert isinstance(actions[-1], NeedRoute)
+    assert [hop.peer_id for hop in actions[-1].keep] == [peer for peer in (P, Q) if peer not in lost]
     assert core.timer() == [], "an old timer finds nothing to do"
-    assert core.route_ready(route(P, R)) == [OpenHops(route(P, R), 2, offer=1)]
+    actions = core.route_ready(route(P, R))
+    assert kinds(actions) == ([OpenHops] if lost else [Release, OpenHops])
+    assert keeping(actions) == (1, 0)
     assert [s.step for s in sent(opened(core))] == [step]
     assert core.result(step, 1) == []
     assert kinds(core.result(step, 2)) == [StepDone]
@@ -271,7 +280,7 @@ def test_a_peer_that_declined_is_avoided_from_then_on_and_a_stranger_does_not_ma
     core.submit(1, 1, 0)
     assert core.refused(R, 1, LOST) == core.hop_lost(R, LOST) == core.refused(Q, 0, LOST) == []
     assert core.forgotten(0, FORGOT) == core.busy(0, 1.0, FULL, preempted=True) == []
-    assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}))
+    assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}), route(P).hops)
 
 
 def test_a_session_without_progress_fails_after_its_attempts_also_when_every_replay_succeeds() -> None:
@@ -282,7 +291,7 @@ def test_a_session_without_progress_fails_after_its_attempts_also_when_every_rep
         core.route_ready(route(P, Q))
         replay, _ = sent(opened(core))
         core.result(replay.step, core.epoch)
-    assert core.hop_lost(P, LOST) == [Release(route(P, Q)), Fail(LOST)]
+    assert core.hop_lost(P, LOST) == [Release(route(P, Q).hops), Fail(LOST)]
 
 
 def test_a_result_renews_the_attempts() -> None:
@@ -301,11 +310,11 @@ def test_a_result_renews_the_attempts() -> None:
 def test_giving_up_fails_and_closing_releases_and_both_are_final() -> None:
     core = ready()
     core.submit(1, 1, 0)
-    assert core.give_up(FORGOT) == [Release(route(P, Q)), Fail(FORGOT)]
+    assert core.give_up(FORGOT) == [Release(route(P, Q).hops), Fail(FORGOT)]
     assert core.give_up(FORGOT) == core.close() == []
     core = ready()
     step, _ = core.submit(1, 1, 0)
-    assert core.close() == [Release(route(P, Q))]
+    assert core.close() == [Release(route(P, Q).hops)]
     assert core.close() == core.result(step, 1) == core.hop_lost(P, LOST) == core.timer() == []
     assert not core.alive
 
@@ -387,7 +396,7 @@ def test_what_every_hop_holds_and_nobody_wants_to_hear_is_not_sent() -> None:
     core = SessionCore(SESSION, SessionConfig())
     for first, want_from in ((0, 4), (4, 4), (8, 3)):
         core.submit(first, 4, want_from)
-    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 1, offer=12)]
+    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 1, offer=12, keep=(0, 0))]
     actions = opened(core, 12, 6)  # the hop that holds less decides
     assert kinds(actions) == [Skip, SendStep, SendStep]
     assert isinstance(actions[0], Skip)
@@ -410,8 +419,10 @@ def test_a_replay_starts_where_every_hop_holds_the_session() -> None:
     core = ready(SessionConfig(chunk_positions=4), positions=10)
     core.submit(10, 1, 0)
     core.hop_lost(P, LOST)
-    assert core.route_ready(route(R, Q)) == [OpenHops(route(R, Q), 2, offer=11)]
-    assert spans(opened(core, 6, 8)) == [(6, 4, 4), (10, 1, 0)]
+    assert core.route_ready(route(R, Q)) == [OpenHops(route(R, Q), 2, offer=11, keep=(0, 11))]
+    actions = opened(core, 6, 8)
+    assert spans(actions) == [(6, 2, 2), (8, 2, 2), (10, 1, 0)]
+    assert [step.until for step in sent(actions)] == [1, None, None], "Q hears nothing twice"
 
 
 def test_steps_that_are_all_held_are_answered_without_a_word() -> None:
@@ -428,7 +439,7 @@ def test_positions_that_a_pending_step_undoes_are_not_offered() -> None:
     core.submit(0, 8, 8)
     core.submit(8, 8, 8)
     core.submit(5, 2, 2)
-    assert core.route_ready(route(P)) == [OpenHops(route(P), 1, offer=0)]
+    assert core.route_ready(route(P)) == [OpenHops(route(P), 1, offer=0, keep=(0,))]
     assert spans(opened(core, 8)) == [(0, 8, 8), (8, 8, 8)]
 
 
@@ -438,8 +449,8 @@ def test_after_a_gap_behind_held_positions_no_hop_is_believed_any_more() -> None
     core.route_ready(route(P, Q))
     assert spans(opened(core, 8, 8)) == [(7, 1, 0)]
     core.forgotten(1, FORGOT, gap_at=step)
-    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 2, offer=0)]
-    assert spans(opened(core, 8, 8)) == [(0, 8, 7)]
+    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 2, offer=0, keep=(0, 0))]
+    assert spans(opened(core, 0, 0)) == [(0, 8, 7)]
 
 
 def test_a_parent_whose_route_is_not_settled_does_not_lend_it() -> None:
@@ -469,6 +480,8 @@ class Held:
     epoch: int
     next: PeerId | None
     tokens: list[int] = field(default_factory=list)
+    journal: int = 0
+    """The hop can send again what it sent from this position on."""
     answers: OrderedDict[StepId, Message] = field(default_factory=OrderedDict)
     preempted: bool = False
     offered: tuple[int, ...] = ()
@@ -491,6 +504,8 @@ class Message:
     digests: tuple[int, ...] = ()
     next: PeerId | None = None
     held: int = 0
+    """With an "opened", and of what a hop is told to keep with an "open"."""
+    journal: int = 0
 
 
 @dataclass
@@ -505,6 +520,7 @@ class Owner:
     expected: dict[StepId, int] = field(default_factory=dict)
     """Digest of the whole sequence behind each unanswered step, in order of submission."""
     flying: set[StepId] = field(default_factory=set)
+    keep: tuple[PeerId, ...] = ()
     routes_without_answer: int = 0
     waited_s: float = 0.0
     failure: SwarmError | None = None
@@ -526,6 +542,8 @@ class World:
         self.kept: dict[PeerId, dict[tuple[int, ...], list[int]]] = {peer: {} for peer in PEERS}
         """Under what a client said it would send, what it did send."""
         self.skipped = 0
+        self.replayed = 0
+        """Positions that came from a journal."""
         self.dead: set[PeerId] = set()
         self.leaving: set[PeerId] = set()
         self.busy: set[PeerId] = set()
@@ -603,10 +621,16 @@ class World:
         held = self.hops[peer][session]
         self._disturb(self.owners[session])
         held.tokens.clear()
+        held.journal = 0
         held.answers.clear()
         held.preempted = True
         held.described = 0
         self._reply(peer, Message("preempted", session, held.epoch, peer))
+
+    def evict(self, peer: PeerId) -> None:
+        """The peer has no room for its journals."""
+        for held in self.hops[peer].values():
+            held.journal = len(held.tokens)
 
     def duplicate(self, key: Channel) -> None:
         channel = self.channels[key]
@@ -677,18 +701,22 @@ class World:
         core = owner.core
         for action in actions:
             match action:
-                case NeedRoute():
+                case NeedRoute(_, keep):
+                    owner.keep = tuple(hop.peer_id for hop in keep)
                     self.deferred.append(("plan", core.session, None))
-                case OpenHops(route, epoch, offer):
+                case OpenHops(route, epoch, offer, keep, _):
                     assert offer <= len(owner.history)
                     offered = tuple(owner.history[:offer])
                     owner.routes_without_answer += 1
+                    owner.flying.clear()
                     assert owner.routes_without_answer <= CONFIG.max_attempts + 1 + 60 / 0.05
                     for index, hop in enumerate(route.hops):
                         following = route.hops[index + 1].peer_id if index + 1 < len(route.hops) else None
                         if hop.peer_id in self.dead:
                             self.deferred.append(("lost", core.session, hop.peer_id))
-                        message = Message("open", core.session, epoch, CLIENT, tokens=offered, next=following)
+                        message = Message(
+                            "open", core.session, epoch, CLIENT, tokens=offered, next=following, held=keep[index]
+                        )
                         self._post(CLIENT, hop.peer_id, message, "control")
                 case Skip(positions, steps):
                     self.skipped += positions
@@ -707,16 +735,20 @@ class World:
                     tokens = owner.rows.get(step.step) or tuple(owner.history[step.first : step.first + step.count])
                     tokens = tokens[-step.count :]
                     assert len(tokens) == step.count
-                    message = Message("step", core.session, epoch, CLIENT, step, tokens)
-                    self._post(CLIENT, core.route.hops[0].peer_id, message, epoch)
+                    if step.hop:
+                        message = Message("replay", core.session, epoch, CLIENT, step)
+                        self._post(CLIENT, core.route.hops[step.hop - 1].peer_id, message, ("replay", epoch))
+                        self.replayed += step.count
+                    else:
+                        message = Message("step", core.session, epoch, CLIENT, step, tokens)
+                        self._post(CLIENT, core.route.hops[0].peer_id, message, epoch)
                 case StepDone(step):
                     assert step.step in owner.expected, "once"
                     # a hop that lost a push may hold its positions from an earlier session, and run what follows
                     lost = (core.session, core.epoch) in self.disturbed
                     assert lost or step.step == next(iter(owner.expected)), "in order of submission"
-                case Release(route):
-                    owner.flying.clear()
-                    for hop in route.hops:
+                case Release(hops):
+                    for hop in hops:
                         self._post(CLIENT, hop.peer_id, Message("close", core.session, 0, CLIENT), "control")
                 case Wait(delay_s):
                     owner.waited_s += delay_s
@@ -734,7 +766,7 @@ class World:
         self.log.append(event)
         if kind == "plan":
             self._routes += 1
-            self._perform(owner, self._plan(owner))
+            self._perform(owner, self._plan(owner, owner.keep))
         elif kind == "timer":
             if owner.core.state is State.PAUSING:
                 owner.flying.clear()
@@ -742,9 +774,12 @@ class World:
         elif peer is not None:
             self._perform(owner, owner.core.hop_lost(peer, LOST))
 
-    def _plan(self, owner: Owner) -> list[Action]:
+    def _plan(self, owner: Owner, keep: tuple[PeerId, ...]) -> list[Action]:
         hops = []
         for span in "ABC":
+            if kept := [peer for peer in keep if peer[0] == span and peer not in self.dead]:
+                hops.append(kept[0])
+                continue
             alive = [p for p in PEERS if p[0] == span and p not in self.dead and p not in owner.core._avoid]
             if not alive:
                 return owner.core.no_route(NoRoute(f"nobody serves {span}"))
@@ -769,8 +804,8 @@ class World:
         sessions, session, epoch = self.hops[peer], message.session, message.epoch
         held = sessions.get(session)
 
-        def answer(kind: str, held: int = 0) -> None:
-            self._reply(peer, Message(kind, session, epoch, peer, message.step, held=held))
+        def answer(kind: str, held: int = 0, journal: int = 0) -> None:
+            self._reply(peer, Message(kind, session, epoch, peer, message.step, held=held, journal=journal))
 
         if message.kind == "close":
             sessions.pop(session, None)
@@ -782,12 +817,19 @@ class World:
             elif peer in self.busy:
                 self.busy.discard(peer)
                 answer("busy")
+            elif held is not None and message.held:
+                held.epoch, held.next = epoch, message.next
+                del held.tokens[message.held :]
+                held.answers.clear()
+                answer("opened", len(held.tokens), min(held.journal, len(held.tokens)))
             else:
                 offered, kept = message.tokens, self.kept[peer]
                 length = max((n for n in range(len(offered) + 1) if offered[:n] in kept), default=0)
                 tokens = list(kept.get(offered[:length], ()))
-                sessions[session] = Held(epoch, message.next, tokens, offered=offered, described=len(offered))
-                answer("opened", length)
+                sessions[session] = Held(epoch, message.next, tokens, length, offered=offered, described=len(offered))
+                answer("opened", length, length)
+        elif message.kind == "replay":
+            self._replay(peer, message, held, answer)
         else:
             self._step(peer, message, held, answer)
 
@@ -796,7 +838,8 @@ class World:
         assert step is not None
         owner = self.owners[message.session]
         if held is None and step.parent is not None and (source := sessions.get(step.parent)) is not None:
-            held = Held(source.epoch, source.next, source.tokens[: step.first], preempted=source.preempted)
+            tokens = source.tokens[: step.first]
+            held = Held(source.epoch, source.next, tokens, min(source.journal, step.first), preempted=source.preempted)
         if held is None:
             answer("forgot")
         elif held.epoch != message.epoch:
@@ -818,6 +861,7 @@ class World:
                 self.resurrected.add(message.session)
             sessions[message.session] = held
             del held.tokens[step.first :]
+            held.journal = min(held.journal, step.first)
             held.tokens += message.tokens
             held.preempted = False
             if step.first < held.sent:
@@ -832,8 +876,22 @@ class World:
                 held.answers.popitem(last=False)
             self._pass_on(peer, held, output)
 
+    def _replay(self, peer: PeerId, message: Message, held: Held | None, answer: Callable[[str], None]) -> None:
+        step = message.step
+        assert step is not None
+        end = step.first + step.count
+        if held is None or held.epoch != message.epoch:
+            answer("forgot")
+        elif step.first < held.journal or end > len(held.tokens):
+            answer("evicted")
+        else:
+            assert held.next is not None
+            tokens = tuple(held.tokens[step.first : end])
+            self._post(peer, held.next, Message("step", message.session, held.epoch, peer, step, tokens), held.epoch)
+
     def _pass_on(self, peer: PeerId, held: Held, output: Message) -> None:
-        if held.next is None:
+        assert output.step is not None
+        if held.next is None or output.step.until == "ABC".index(peer[0]) + 1:
             self._reply(
                 peer, Message("result", output.session, output.epoch, peer, output.step, digests=output.digests)
             )
@@ -845,7 +903,9 @@ class World:
         core = owner.core
         match message.kind:
             case "opened":
-                self._perform(owner, core.opened(peer, epoch, message.held))
+                self._perform(owner, core.opened(peer, epoch, message.held, message.journal))
+            case "evicted":
+                self._perform(owner, core.journal_lost(peer, epoch, FORGOT))
             case "forgot":
                 self._perform(owner, core.forgotten(epoch, FORGOT))
             case "gap":
@@ -868,7 +928,8 @@ class World:
         done = [action for action in actions if isinstance(action, StepDone)]
         self._perform(owner, done)
         for action in done:
-            assert message.digests == (owner.expected.pop(action.step.step),) * 3, "every hop held the right positions"
+            digests = (owner.expected.pop(action.step.step),) * (3 - action.step.hop)
+            assert message.digests == digests, "every hop held the right positions"
             del owner.rows[action.step.step]
             owner.routes_without_answer, owner.waited_s = 0, 0.0
         self._perform(owner, [action for action in actions if not isinstance(action, StepDone)])
@@ -917,7 +978,9 @@ def act(rng: random.Random, world: World, live: list[Owner]) -> None:
 def fault(rng: random.Random, world: World) -> None:
     peer = rng.choice(PEERS)
     keys = list(world.channels)
-    match rng.choice(["die", "revive", "forget", "busy", "busy", "preempt", "leave", "duplicate", "drop", "drop"]):
+    match rng.choice(
+        ["die", "die", "revive", "forget", "busy", "busy", "preempt", "leave", "evict", "duplicate", "drop", "drop"]
+    ):
         case "die" if len(world.dead) < 5:
             world.die(peer)
         case "revive":
@@ -926,6 +989,8 @@ def fault(rng: random.Random, world: World) -> None:
             world.forget(peer)
         case "busy":
             world.busy.add(peer)
+        case "evict":
+            world.evict(peer)
         case "preempt" if world.hops[peer]:
             world.preempt(peer, rng.choice(list(world.hops[peer])))
         case "leave" if len(world.leaving) < 2:
@@ -1006,7 +1071,7 @@ class SessionMachine(RuleBasedStateMachine):
             if self.world.num_events():
                 self.world.fire(0)
 
-    @rule(peer=peers, what=st.sampled_from(["die", "revive", "forget"]))
+    @rule(peer=peers, what=st.sampled_from(["die", "revive", "forget", "evict"]))
     def a_peer(self, peer: PeerId, what: str) -> None:
         getattr(self.world, what)(peer)
 
