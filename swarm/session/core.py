@@ -408,7 +408,7 @@ class SessionCore:
         return self._rebuild(error)
 
     def journal_lost(self, peer: PeerId, epoch: int, error: SwarmError) -> list[Action]:
-        """`peer` does not keep what it was to send again: it computes it once more, from what its own predecessor sends."""
+        """`peer` does not keep what it was to send again: it computes it once more, from what comes from before it."""
         if epoch != self.epoch or not self._on_route(peer):
             return []
         self._unjournalled.add(peer)
