@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from peers.serving.journal import Journal, JournalLimits
+from peers.serving.spill import Disk
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.ids import BlockSpan, PeerId
 from tests.peers.serving.hops import session_id
@@ -135,6 +137,20 @@ def test_what_leaves_memory_goes_to_disk_where_there_is_room() -> None:
     assert read(journal, 1, 0, 8) == rows(0, 8)
     append(journal, 1, 8, 8)
     assert (read(journal, 2, 0, 8), read(journal, 1, 0, 16)) == (None, rows(0, 16))
+
+
+def test_the_disk_holds_what_it_was_given_until_nobody_needs_it_and_a_full_one_says_no(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, max_bytes=100)
+    moved = disk([memoryview(b"a" * 60), memoryview(b"b" * 30)])
+    assert moved is not None
+    assert [bytes(view) for view in moved] == [b"a" * 60, b"b" * 30]
+    assert disk([memoryview(b"c" * 11)]) is None
+    del moved[0]
+    assert disk.used_bytes == 90, "one file"
+    del moved
+    assert disk.used_bytes == 0
+    assert list(tmp_path.iterdir()) == []
+    assert Disk(tmp_path / "gone", max_bytes=100)([memoryview(b"a")]) is None
 
 
 class JournalMachine(RuleBasedStateMachine):
