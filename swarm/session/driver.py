@@ -200,7 +200,6 @@ class SwarmRemote:
         hidden_TD = step.hidden_TD.detach().to("cpu")
         count, want_from = len(hidden_TD), step.want_from
         futures = []
-        idle = not session.core.outstanding
         chunk = self._config.chunk(count)
         for at in range(0, count, chunk):
             rows_TD = hidden_TD[at : at + chunk]
@@ -222,8 +221,6 @@ class SwarmRemote:
             session.futures[step_id] = future
             futures.append(future)
             self.perform(session, actions, defer_sending=True)
-        if idle:
-            session.renew_deadline()
         await self._pump(session)
         parts = [await future for future in futures]
         session.length = step.start + count
@@ -261,6 +258,9 @@ class SwarmRemote:
         """`rows`: the result that the actions follow from."""
         core = session.core
         assert core is not None
+        if core.outstanding and not session.waiting:
+            session.renew_deadline()
+        session.waiting = core.outstanding
         for action in actions:
             match action:
                 case SendStep():

@@ -80,6 +80,7 @@ class LiveSession(RemoteSession):
         "route",
         "rows",
         "silence_s",
+        "waiting",
     )
 
     def __init__(self, parent: tuple[LiveSession, int] | None) -> None:
@@ -101,6 +102,8 @@ class LiveSession(RemoteSession):
         """When somebody should have been heard: half of `silence_s` before it is given up."""
         self.silence_s = 0.0
         self.idle_looks = 0
+        self.waiting = False
+        """Somebody should be heard."""
 
     def begin(self, route: Route) -> None:
         """Another route: how fast it is, its answers will tell."""

@@ -1,7 +1,7 @@
 """The client's session: every row of its transition table, then a small world of unreliable hops around it.
 
 The world is driven twice: by a seeded simulation over thousands of seeds, and by Hypothesis, which shrinks what it
-finds. `SEED=… pytest tests/swarm/test_session_core.py -k seed` repeats one simulation.
+finds. `SEED=… pytest tests/swarm/test_session_core.py -k seed` repeats one simulation, `SEEDS=10000` runs so many.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from swarm.session.core import (
     StepDone,
     Wait,
 )
+from swarm.session.pace import Pace
 
 P, Q, R = (PeerId(name) for name in "PQR")
 SESSION, CHILD = SessionId(b"s" * 16), SessionId(b"c" * 16)
@@ -524,6 +525,11 @@ class Owner:
     routes_without_answer: int = 0
     waited_s: float = 0.0
     failure: SwarmError | None = None
+    pace: Pace = field(default_factory=Pace)
+    heard_at_s: float = 0.0
+    """The last sign of life."""
+    waiting: bool = False
+    """For another one."""
 
     @property
     def idle(self) -> bool:
@@ -534,8 +540,10 @@ class World:
     """One client, three spans with three peers each, and a channel per direction, session and epoch.
 
     A channel keeps its order, and channels overtake each other: so frames of different epochs are reordered. The caller
-    decides what happens next (`events`, `fire`) and which faults occur.
+    decides what happens next (`events`, `fire`) and which faults occur; each event takes a moment of a virtual clock.
     """
+
+    TICK_S = 0.05
 
     def __init__(self) -> None:
         self.hops: dict[PeerId, dict[SessionId, Held]] = {peer: {} for peer in PEERS}
@@ -544,7 +552,12 @@ class World:
         self.skipped = 0
         self.replayed = 0
         """Positions that came from a journal."""
+        self.now_s = 0.0
+        self.given_up = 0
+        """Sessions that lost a hop by its silence."""
         self.dead: set[PeerId] = set()
+        self.stopped: set[PeerId] = set()
+        """Neither work nor answer, and their connections stand."""
         self.leaving: set[PeerId] = set()
         self.busy: set[PeerId] = set()
         """Refuse the next step, or open, with "busy"."""
@@ -611,6 +624,7 @@ class World:
 
     def revive(self, peer: PeerId) -> None:
         self.dead.discard(peer)
+        self.stopped.discard(peer)
 
     def forget(self, peer: PeerId) -> None:
         for session in self.hops[peer]:
@@ -626,6 +640,9 @@ class World:
         held.preempted = True
         held.described = 0
         self._reply(peer, Message("preempted", session, held.epoch, peer))
+
+    def stop(self, peer: PeerId) -> None:
+        self.stopped.add(peer)
 
     def evict(self, peer: PeerId) -> None:
         """The peer has no room for its journals."""
@@ -646,19 +663,40 @@ class World:
     # What may happen next.
 
     def num_events(self) -> int:
-        return len(self.channels) + len(self.deferred)
+        return len(self._moving()) + len(self.deferred)
 
     def fire(self, number: int) -> None:
-        if number < len(self.channels):
-            self._deliver(next(itertools.islice(self.channels, number, None)))
+        moving = self._moving()
+        if number < len(moving):
+            self._deliver(moving[number])
         else:
-            self._defer(self.deferred.pop(number - len(self.channels)))
+            self._defer(self.deferred.pop(number - len(moving)))
+        self.wait(self.TICK_S)
+
+    def wait(self, seconds: float) -> None:
+        """Give up the hops that were silent for too long; those that only work for long answer pings."""
+        self.now_s += seconds
+        for owner in self.owners.values():
+            core, silent_s = owner.core, self.now_s - owner.heard_at_s
+            if core.outstanding and silent_s > owner.pace.silence_s(max((s.count for s in core.pending), default=1)):
+                assert core.route is not None
+                silent = [hop.peer_id for hop in core.route.hops if hop.peer_id in self.stopped]
+                owner.heard_at_s = self.now_s
+                if silent:
+                    assert silent_s <= max(2.0, 3 * owner.pace.usual_s(4)) + seconds
+                    self._disturb(owner)
+                    self.given_up += 1
+                    self._perform(owner, core.hop_lost(silent[0], LOST))
+
+    def _moving(self) -> list[Channel]:
+        return [key for key in self.channels if key[1] not in self.stopped and key[0] not in self.stopped]
 
     def settle(self, choose: Callable[[int], int]) -> None:
         """No more faults: everything that can happen happens, in an order of the caller's choice."""
         self.busy.clear()
         self.dead.clear()
         self.leaving.clear()
+        self.stopped.clear()
         for _ in range(20_000):
             if events := self.num_events():
                 self.fire(choose(events))
@@ -699,6 +737,9 @@ class World:
 
     def _perform(self, owner: Owner, actions: Sequence[Action]) -> None:
         core = owner.core
+        if core.outstanding and not owner.waiting:
+            owner.heard_at_s = self.now_s
+        owner.waiting = core.outstanding
         for action in actions:
             match action:
                 case NeedRoute(_, keep):
@@ -777,10 +818,11 @@ class World:
     def _plan(self, owner: Owner, keep: tuple[PeerId, ...]) -> list[Action]:
         hops = []
         for span in "ABC":
-            if kept := [peer for peer in keep if peer[0] == span and peer not in self.dead]:
+            if kept := [peer for peer in keep if peer[0] == span and peer not in self.dead | self.stopped]:
                 hops.append(kept[0])
                 continue
-            alive = [p for p in PEERS if p[0] == span and p not in self.dead and p not in owner.core._avoid]
+            gone = self.dead | owner.core._avoid | owner.core._lost
+            alive = [peer for peer in PEERS if peer[0] == span and peer not in gone]
             if not alive:
                 return owner.core.no_route(NoRoute(f"nobody serves {span}"))
             hops.append(alive[self._routes % len(alive)])
@@ -857,7 +899,7 @@ class World:
             assert not current or (message.session, message.epoch) in self.disturbed, "a gap without a reason"
             answer("gap")
         else:
-            if not owner.core.alive or message.epoch != owner.core.epoch:
+            if not (owner.core.uses(peer) and message.epoch == owner.core.epoch):
                 self.resurrected.add(message.session)
             sessions[message.session] = held
             del held.tokens[step.first :]
@@ -925,6 +967,9 @@ class World:
         actions = owner.core.result(step.step, message.epoch)
         if message.epoch == owner.core.epoch:
             owner.flying.discard(step.step)
+        if actions:
+            owner.pace.answered(step.count, self.now_s - owner.heard_at_s)
+            owner.heard_at_s = self.now_s
         done = [action for action in actions if isinstance(action, StepDone)]
         self._perform(owner, done)
         for action in done:
@@ -942,9 +987,12 @@ def simulate(seed: int) -> World:
     fault_rate = rng.choice([0.0, 0.05, 0.2, 0.4])
     for _ in range(rng.randrange(20, 90)):
         live = [owner for owner in world.owners.values() if owner.core.alive]
+        events = world.num_events()
         if rng.random() < fault_rate:
             fault(rng, world)
-        elif (rng.random() < 0.15 and live) or not (events := world.num_events()):
+        elif not events and world.stopped and rng.random() < 0.5:
+            world.wait(1.0)
+        elif (rng.random() < 0.15 and live) or not events:
             act(rng, world, live)
         else:
             world.fire(rng.randrange(events))
@@ -979,10 +1027,26 @@ def fault(rng: random.Random, world: World) -> None:
     peer = rng.choice(PEERS)
     keys = list(world.channels)
     match rng.choice(
-        ["die", "die", "revive", "forget", "busy", "busy", "preempt", "leave", "evict", "duplicate", "drop", "drop"]
+        [
+            "die",
+            "die",
+            "stop",
+            "revive",
+            "forget",
+            "busy",
+            "busy",
+            "preempt",
+            "leave",
+            "evict",
+            "duplicate",
+            "drop",
+            "drop",
+        ]
     ):
         case "die" if len(world.dead) < 5:
             world.die(peer)
+        case "stop" if len(world.stopped) < 2:
+            world.stop(peer)
         case "revive":
             world.revive(peer)
         case "forget":
@@ -1004,11 +1068,11 @@ def fault(rng: random.Random, world: World) -> None:
             pass
 
 
-SEEDS = [int(os.environ["SEED"])] if "SEED" in os.environ else range(1500)
+SEEDS = [int(os.environ["SEED"])] if "SEED" in os.environ else range(int(os.environ.get("SEEDS", "1500")))
 
 
 def test_every_seed_answers_every_step_once_and_leaves_nothing_open() -> None:
-    failed = answered = skipped = 0
+    failed = answered = skipped = replayed = given_up = 0
     for seed in SEEDS:
         try:
             world = simulate(seed)
@@ -1017,8 +1081,10 @@ def test_every_seed_answers_every_step_once_and_leaves_nothing_open() -> None:
         failed += sum(owner.failure is not None for owner in world.owners.values())
         answered += sum(owner.failure is None for owner in world.owners.values())
         skipped += world.skipped
+        replayed += world.replayed
+        given_up += world.given_up
     assert answered > failed, "the world is so bad that it proves nothing"
-    assert skipped or len(SEEDS) == 1
+    assert (skipped and replayed and given_up) or len(SEEDS) == 1
 
 
 def test_the_same_seed_tells_the_same_story() -> None:
@@ -1071,7 +1137,7 @@ class SessionMachine(RuleBasedStateMachine):
             if self.world.num_events():
                 self.world.fire(0)
 
-    @rule(peer=peers, what=st.sampled_from(["die", "revive", "forget", "evict"]))
+    @rule(peer=peers, what=st.sampled_from(["die", "stop", "revive", "forget", "evict"]))
     def a_peer(self, peer: PeerId, what: str) -> None:
         getattr(self.world, what)(peer)
 
