@@ -36,11 +36,13 @@ from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.announce import Announcer
 from peers.serving.comfort import Comfort, Reason, Schedule, clock_time
 from peers.serving.handler import Handler, Served
+from peers.serving.journal import Journal, JournalLimits
 from peers.serving.ledger import Ledger, LedgerLimits
 from peers.serving.owner import Owner, be_nice
 from peers.serving.owner import check as check_comfort
 from peers.serving.push import Delivery
 from peers.serving.reachability import RETRY_S, DialBackService, Verdict, watch_reachability
+from peers.serving.spill import Disk
 from peers.transport.base import Transport
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
@@ -128,6 +130,8 @@ class PeerConfig(NodeOptions):
     """Of all CPUs together: step back while other programs use so much."""
     max_bytes_per_s: int | None = None
     """Each way, for all that links carry."""
+    journal_disk_bytes: int = 0
+    """Of the cache folder's disk, for what sessions sent downstream and memory has no room for."""
     share_prefixes: Sharing = "owner"
     """Whose sessions may begin with what another one computed: see `EngineConfig`."""
     token: str | None = None
@@ -187,6 +191,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             network=config.network,
             name=config.name,
             max_bytes_per_s=config.max_bytes_per_s,
+            journal_disk_bytes=config.journal_disk_bytes,
             outage=lambda problem: emit(_outage(problem, node.clock_skew_s)),
         )
         stack.push_async_callback(peer.close)
@@ -276,6 +281,7 @@ class ServerPeer:
         name: str = "",
         lease_s: float = 60.0,
         max_bytes_per_s: int | None = None,
+        journal_disk_bytes: int = 0,
         outage: Callable[[Unavailable | None], None] | None = None,
     ) -> None:
         """`outage` hears when no other node takes this peer's record any more, and (None) when that is over."""
@@ -295,6 +301,7 @@ class ServerPeer:
         self._name = name
         self._lease_s = lease_s
         self._max_bytes_per_s = max_bytes_per_s
+        self._journal_disk_bytes = journal_disk_bytes
         self._describe_static: Announcement
         self._closers = AsyncExitStack()
         self._announcer = Announcer(
@@ -386,6 +393,7 @@ class ServerPeer:
             served=served,
             ledger=ledger,
             admission=Admission(AdmissionLimits()),
+            journal=self._journal(),
         )
         self._describe_static = Announcement(
             peer_id=self._transport.peer_id,
@@ -408,6 +416,13 @@ class ServerPeer:
             sequence=0,
             expires_at_s=0.0,
         )
+
+    def _journal(self) -> Journal:
+        if not self._journal_disk_bytes:
+            return Journal(JournalLimits())
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        return Journal(JournalLimits(), Disk(folder, self._journal_disk_bytes))
 
     async def serve(self) -> None:
         """Accept sessions and announce until cancelled; raises what no part expected."""

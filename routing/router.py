@@ -6,7 +6,7 @@ it announcements and measurements and asks it for plans. Not for several threads
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +15,7 @@ from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
 from routing.estimates import Estimates
 from routing.ids import BlockSpan, ModelId, PeerId
-from routing.path import Candidate, cheapest_path, gaps, path_cost_s
+from routing.path import Candidate, bridge, cheapest_path, gaps, path_cost_s
 from routing.precision import is_at_least, precision
 from routing.records import Announcement, PeerState
 from routing.reputation import Reputation
@@ -70,6 +70,9 @@ class RouteRequest:
     """Peers that compute less precisely than this, one of `routing.precision.PRECISIONS`, are not entered."""
     previous: Route | None = None
     """The route in use: kept unless another one is clearly better, and where it lost a hop, so are its other peers."""
+    keep: tuple[Hop, ...] = ()
+    """Hops that hold the session, in order: where peers that may be used can serve the blocks between them, these stay
+    as they are, and the answer is the cheapest bridge."""
 
 
 class Router:
@@ -120,8 +123,9 @@ class Router:
         """The cheapest route, or the previous one while it is usable and not clearly worse.
 
         A route enters as few peers as it can that are busy or have too little room for the session's cache, and none
-        that are avoided, paused, draining, joining, backed off, too imprecise or without an address. Good for this
-        moment only. Raises NoRoute, which names the missing blocks and says whether nobody holds them or who does.
+        that are avoided, paused, draining, joining, backed off, too imprecise or without an address. Hops to keep are
+        not weighed against others. Good for this moment only. Raises NoRoute, which names the missing blocks and says
+        whether nobody holds them or who does.
         """
         announcements = self._directory.snapshot(now_s).of_model(request.model)
         excluded = dict.fromkeys(request.avoid, "avoided") | self._reputation.backed_off(now_s)
@@ -162,6 +166,11 @@ class Router:
             costs[peer] = cost
 
         candidates = [Candidate(peer, span, costs[peer]) for peer, a in usable.items() for span in a.spans.parts]
+        keep = [
+            (h.peer_id, h.span) for h in request.keep if h.peer_id in usable and usable[h.peer_id].spans.covers(h.span)
+        ]
+        if keep and (bridged := bridge(keep, candidates, num_blocks)) is not None:
+            return self._route(bridged, usable, request, now_s)
         path = cheapest_path(candidates, num_blocks)
         if path is None:
             raise _no_route(request, announcements, excluded, imprecise)
@@ -170,6 +179,15 @@ class Router:
             staying_s = path_cost_s([(costs[peer], len(span)) for peer, span in previous])
             if path.cost_s > (1 - HYSTERESIS) * staying_s:
                 hops = previous
+        return self._route(hops, usable, request, now_s)
+
+    def _route(
+        self,
+        hops: Sequence[tuple[PeerId, BlockSpan]],
+        usable: Mapping[PeerId, Announcement],
+        request: RouteRequest,
+        now_s: float,
+    ) -> Route:
         return Route(
             hops=tuple(_hop(usable[peer], span) for peer, span in hops),
             cost_s=path_cost_s([(self._cost(usable[peer], request, now_s), len(span)) for peer, span in hops]),

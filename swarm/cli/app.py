@@ -265,6 +265,14 @@ def join(
             "--max-bandwidth", metavar="SIZE/s", help="Send no more than, e.g., 2MB/s, and receive no more than that."
         ),
     ] = None,
+    journal_disk: Annotated[
+        str | None,
+        typer.Option(
+            "--journal-disk",
+            metavar="SIZE",
+            help="Disk to remember by what sessions sent on, so that a lost neighbour can be rebuilt. Default: none.",
+        ),
+    ] = None,
     network: Network = None,
     token: Token = None,
     as_json: Json = False,
@@ -318,6 +326,7 @@ def join(
             schedule=hours,
             pause_on_load_percent=pause_on_load,
             max_bytes_per_s=bytes_per_s,
+            journal_disk_bytes=0 if journal_disk is None else _bytes(journal_disk),
             token=token,
         )
         node.join(config, as_json=as_json)

@@ -195,14 +195,15 @@ class MemorySwarm:
         async def forget() -> None:
             for peer in self.peers:
                 for session in peer.handler.ledger.expire(float("inf")):
-                    peer.engine.release(session)
+                    peer.handler.release(session)
 
         self.thread.call(forget())
 
     def settled(self) -> bool:
         """Every peer holds no session and all of its pages are free."""
         return all(
-            len(peer.handler.ledger) == 0 and peer.engine.stats().free_tokens == peer.engine.stats().total_tokens
+            len(peer.handler.ledger) == len(peer.handler.journal) == 0
+            and peer.engine.stats().free_tokens == peer.engine.stats().total_tokens
             for peer in self.peers
         )
 
