@@ -77,7 +77,7 @@ class Code:
     INTERNAL = "internal"  # the computation itself failed here
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t"):
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t"):
     """Base of all messages: immutable and compared by value."""
 
 

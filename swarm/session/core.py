@@ -282,6 +282,10 @@ class SessionCore:
         """The unanswered step that a result of this epoch would answer."""
         return self._sent.get(step) if epoch == self.epoch else None
 
+    def due(self, step: StepId, epoch: int) -> bool:
+        """Whether a step that was to be sent still is."""
+        return self.state is State.READY and self.sent(step, epoch) is not None
+
     # --- events from the owner ---
 
     def fork(self, child: SessionId, cuts: Callable[[int], Sequence[int]] = lambda end: ()) -> SessionCore:

@@ -398,7 +398,7 @@ class SwarmRemote:
     async def _send(self, session: LiveSession, action: SendStep) -> None:
         core, step = session.core, action.step
         assert core is not None
-        if core.sent(step.step, action.epoch) is None or core.route is None:
+        if core.route is None or not core.due(step.step, action.epoch):
             return
         if step.hop:
             await self._have_replayed(session, step, core.route, action.epoch)
@@ -412,7 +412,7 @@ class SwarmRemote:
             rows_TD, regime_length = known
             if len(rows_TD) > step.count:
                 rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
-        if core.sent(step.step, action.epoch) is None:
+        if not core.due(step.step, action.epoch):
             return
         dtype = tensors.NAMES[rows_TD.dtype]
         payload = tensors.pack(rows_TD, dtype)

@@ -137,7 +137,7 @@ class Inbox:
         self._sessions.traffic.relays += 1
         session.renew_deadline()
         step = replace_fields(message.step, epoch=session.core.epoch)
-        if step == message.step:
+        if step == message.step and session.core.uses(following.peer_id):
             await self._driver.send_to(session, following.peer_id, following.addresses, step, payload)
 
     def _link_lost(self, link: Link) -> None:

@@ -59,6 +59,8 @@ class Watch:
             for hop, pong in zip(route.hops, pongs, strict=True):
                 if isinstance(pong, PeerError):
                     self._driver.lose(session, hop.peer_id, pong)
+                    if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
+                        link.retire()  # who waits to send over it must not wait on
                     return
                 if isinstance(pong, Unavailable):
                     self._driver.perform(session, core.give_up(pong))
