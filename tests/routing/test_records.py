@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from routing.coordinates import Coordinate
 from routing.errors import CallerError, InvalidRecord
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, ModelId
@@ -63,7 +64,7 @@ def body_of(value: bytes) -> list[object]:
 FIELD = {name: index for index, name in enumerate([
     "sequence", "expires_at_s", "model", "model_name", "num_blocks", "start", "end", "state", "dtype", "quantization",
     "version", "protocol", "name", "addresses", "decode_s_per_block", "prefill_s_per_token_block", "cache_tokens",
-    "free_tokens", "max_bytes_per_s",
+    "free_tokens", "max_bytes_per_s", "queue_s", "place", "max_blocks", "intent",
 ])}  # fmt: skip
 
 
@@ -100,6 +101,8 @@ ANNOUNCEMENTS = st.builds(
     decode_s_per_block=st.floats(0, 3600),
     prefill_s_per_token_block=st.floats(0, 3600),
     max_bytes_per_s=st.integers(0, MAX_BYTES_PER_S),
+    queue_s=st.floats(0, 3600),
+    place=st.none() | st.builds(Coordinate, *[st.floats(-9, 9)] * 2, st.floats(0, 9), st.floats(0, 1)),
     sequence=st.integers(0, 2**63 - 1),
     expires_at_s=st.floats(NOW_S - CLOCK_SLACK_S, NOW_S + MAX_EXPIRY_AHEAD_S),
 )
@@ -313,6 +316,16 @@ def test_texts_are_bounded_and_printable(name: str, text: str) -> None:
         ("free_tokens", 1.5),
         ("max_bytes_per_s", -1),
         ("max_bytes_per_s", MAX_BYTES_PER_S + 1),
+        ("queue_s", -1.0),
+        ("place", [0.0, 0.0, 0.0]),
+        ("place", [float("nan"), 0.0, 0.0, 1.0]),
+        ("place", [0.0, float("nan"), 0.0, 1.0]),
+        ("place", [0.0, 0.0, -0.1, 1.0]),
+        ("place", [0.0, 0.0, 0.0, 1.1]),
+        ("place", [11.0, 0.0, 0.0, 1.0]),
+        ("max_blocks", 31),
+        ("intent", [20, 31]),
+        ("intent", [5, 5]),
     ],
 )
 def test_a_field_out_of_bounds_is_refused_even_when_its_owner_signed_it(name: str, content: object) -> None:
@@ -364,7 +377,8 @@ def test_every_field_of_an_announcement_travels() -> None:
         RECORD, model=OTHER_MODEL, model_name="other", num_blocks=31, span=BlockSpan(3, 4), state=PeerState.DRAINING,
         dtype="int8", quantization="nf4", version="9", protocol=7, name="other", addresses=(),
         decode_s_per_block=0.5, prefill_s_per_token_block=0.25, cache_tokens=6, free_tokens=5, max_bytes_per_s=8,
-        sequence=4, expires_at_s=NOW_S + 3,
+        queue_s=0.5, place=Coordinate(0.1, -0.2, 0.001, 0.25), max_blocks=7, intent=BlockSpan(5, 9), sequence=4,
+        expires_at_s=NOW_S + 3,
     )  # fmt: skip
     for field in fields(Announcement):
         if field.name != "peer_id":
