@@ -44,10 +44,10 @@ def capacity_of(announcement: Announcement) -> float:
 
 def by_span(servers: Iterable[tuple[BlockSpan, float]]) -> dict[BlockSpan, float]:
     """The summed capacities of each span: peers with one span are one to a flow."""
-    sums: defaultdict[BlockSpan, float] = defaultdict(float)
+    sums: defaultdict[tuple[int, int], float] = defaultdict(float)
     for span, amount in servers:
-        sums[span] += amount
-    return dict(sums)
+        sums[span.start, span.end] += amount  # a tuple: thousands are hashed
+    return {BlockSpan(*ends): amount for ends, amount in sums.items()}
 
 
 def max_flow(capacities: Mapping[BlockSpan, float], num_blocks: int) -> float:

@@ -267,8 +267,9 @@ class Router:
 
     def _over_links(self, view: _View, candidates: dict[PeerId, Candidate], hops: Hops) -> Hops:
         """The cheapest hops when every trip between two peers has its own price, where any is known."""
-        if len({cell_of(a.place) for a in view.usable.values()}) < 2:
-            return hops
+        cells = (cell_of(a.place) for a in view.usable.values())
+        if all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
+            return hops  # all at one place, or at none that is known
         keep = [peer for peer, _ in (*hops, *view.previous)]
         few = shortlist(candidates.values(), lambda peer: cell_of(view.usable[peer].place), keep)
         chain = cheapest_chain(few, view.request.num_blocks, view.compared_entry_s)
