@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from pathlib import Path
 
 import psutil
@@ -25,7 +24,7 @@ from peers.runtime.engine import EngineConfig
 from peers.runtime.sizing import Request, Share, Sizes, divide
 from peers.wire.tensors import DTYPES, NAMES
 from routing.errors import CallerError, InvalidSpan
-from routing.ids import BlockSpan
+from routing.ids import BlockSpan, BlockSpans
 
 PROCESS_BYTES = 700_000_000
 """What a peer's process needs besides weights and KV pool, a forward of FORWARD_BYTES included."""
@@ -50,6 +49,8 @@ class Plan:
     request: Request
     share: Share
     """What came of it."""
+    forwards: int = 1
+    """That may run on one device at the same time: every span has an engine of its own."""
 
     @property
     def max_blocks(self) -> int:
@@ -68,19 +69,26 @@ class Plan:
     def device_names(self) -> str:
         return ",".join(map(str, self.devices))
 
-    def parts(self, span: BlockSpan) -> list[tuple[torch.device, BlockSpan]]:
-        """Which blocks of `span`, which has `max_blocks`, each device takes."""
-        edges = pairwise(accumulate(self.share.blocks, initial=span.start))
-        return [
-            (device, BlockSpan(*edge)) for device, edge in zip(self.devices, edges, strict=True) if edge[0] < edge[1]
-        ]
+    def parts(self, spans: BlockSpans) -> list[tuple[torch.device, BlockSpan]]:
+        """Which blocks of `spans`, `max_blocks` together, each device takes; of several spans the later ones go to the
+        later devices, and a device may take parts of several."""
+        parts, left = [], list(spans)
+        for device, blocks in zip(self.devices, self.share.blocks, strict=True):
+            while blocks:
+                span = left.pop(0)
+                end = min(span.end, span.start + blocks)
+                parts.append((device, BlockSpan(span.start, end)))
+                blocks -= end - span.start
+                if end < span.end:
+                    left.insert(0, BlockSpan(end, span.end))
+        return parts
 
     def beside(self, forward_bytes: int, *, blocks: int | None = None) -> Plan:
         """What remains beside a forward that was found to take so much; `blocks`: as many are settled by now.
 
         Raises PeerTooSmall.
         """
-        sizes = replace(self.request.sizes, forward_bytes=max(FORWARD_BYTES, forward_bytes))
+        sizes = replace(self.request.sizes, forward_bytes=self.forwards * max(FORWARD_BYTES, forward_bytes))
         request = replace(self.request, sizes=sizes, blocks=blocks or self.request.blocks)
         return replace(self, request=request, share=_share(request))
 
@@ -105,7 +113,7 @@ def plan_capacity(
     device: str = "auto",
     max_memory_bytes: int | None = None,
     cache_tokens: int | None = None,
-    blocks: BlockSpan | None = None,
+    blocks: BlockSpans | None = None,
     num_blocks: int | None = None,
     quantization: str = NONE,
 ) -> Plan:
@@ -129,6 +137,7 @@ def plan_capacity(
         )
         * scale
     )
+    forwards = 1 if blocks is None else len(blocks.parts)
     request = Request(
         limits_bytes=tuple(_limit_bytes(one, devices, max_memory_bytes) for one in devices),
         sizes=Sizes(
@@ -136,11 +145,11 @@ def plan_capacity(
             token_bytes=max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize,
             # with quantization, each block stands here whole for a moment
             process_bytes=PROCESS_BYTES - FORWARD_BYTES + (whole_block_bytes if quantization != NONE else 0),
-            forward_bytes=FORWARD_BYTES,
+            forward_bytes=forwards * FORWARD_BYTES,
         ),
         num_blocks=total_blocks,
         max_positions=max_positions(config),
-        blocks=num_blocks if blocks is None else len(blocks),
+        blocks=num_blocks if blocks is None else blocks.num_blocks,
         cache_tokens=cache_tokens,
     )
     return Plan(
@@ -150,6 +159,7 @@ def plan_capacity(
         quantization=quantization,
         request=request,
         share=_share(request),
+        forwards=forwards,
     )
 
 

@@ -47,7 +47,7 @@ from peers.transport.tasks import Tasks
 from peers.wire.messages import PROTOCOL_VERSION
 from routing.errors import Unavailable
 from routing.identity import SigningKey
-from routing.ids import BlockSpan
+from routing.ids import BlockSpans
 from routing.placement import choose_span
 from routing.records import (
     CLOCK_SLACK_S,
@@ -108,7 +108,7 @@ class PeerConfig(NodeOptions):
     """A server peer. Raises CallerError also on a name that no record can carry."""
 
     model: str
-    blocks: BlockSpan | None = None
+    blocks: BlockSpans | None = None
     num_blocks: int | None = None
     """With neither `blocks` nor `num_blocks`, as many as memory holds, where they are missing most."""
     dtype: str = "auto"
@@ -211,12 +211,12 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             plan = plan.beside(probe.forward_bytes)
             file = _probe_file(checkpoint, plan, threads)
             probe = recall(file, time.time())  # of fewer blocks, where it is about those that fit beside such a forward
-        span = config.blocks or await peer.choose_span(checkpoint, plan)
+        spans = config.blocks or await peer.choose_span(checkpoint, plan)
         format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
-        emit(Event("loading", {"model": checkpoint.name, "span": [span.start, span.end], **format_}))
+        emit(Event("loading", {"model": checkpoint.name, **spans.as_fields(), **format_}))
         await peer.load(
             checkpoint,
-            span,
+            spans,
             plan,
             threads=threads,
             share_prefixes=config.share_prefixes,
@@ -239,7 +239,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
                     "addresses": list(node.transport.addresses),
                     "model": checkpoint.name,
                     "model_id": checkpoint.model_id.hex,
-                    "span": [span.start, span.end],
+                    **spans.as_fields(),
                     **format_,
                     "device": plan.device_names,
                     "cache_tokens": peer.cache_tokens,
@@ -302,7 +302,7 @@ class ServerPeer:
         )
         DialBackService(self.links)
 
-    async def choose_span(self, checkpoint: Checkpoint, plan: Plan) -> BlockSpan:
+    async def choose_span(self, checkpoint: Checkpoint, plan: Plan) -> BlockSpans:
         """The least-covered span that fits. Looks around for a moment first."""
         self.discovery.watch(checkpoint.model_id)
         deadline_s = time.monotonic() + LOOK_AROUND_S
@@ -310,13 +310,13 @@ class ServerPeer:
             await self.discovery.refresh()
             others = self.router.snapshot(self.discovery.now_s()).of_model(checkpoint.model_id)
             if others or time.monotonic() >= deadline_s:
-                return choose_span(others, plan.num_blocks, plan.max_blocks, self.discovery.now_s())
+                return BlockSpans.of(choose_span(others, plan.num_blocks, plan.max_blocks, self.discovery.now_s()))
             await asyncio.sleep(0.5)
 
     async def load(
         self,
         checkpoint: Checkpoint,
-        span: BlockSpan,
+        spans: BlockSpans,
         plan: Plan,
         *,
         threads: int,
@@ -336,7 +336,7 @@ class ServerPeer:
                 quantization=plan.quantization,
                 progress=progress,
             )
-            for device, part in plan.parts(span)
+            for device, part in plan.parts(spans)
         ]
         engine_config = EngineConfig(
             cache_tokens=plan.cache_tokens,
@@ -351,7 +351,7 @@ class ServerPeer:
             trial.push_async_callback(self.engine.stop)
             await self.engine.start()
             self.probe = probe or await measure(self.engine)
-            final = plan.beside(self.probe.forward_bytes, blocks=len(span))
+            final = plan.beside(self.probe.forward_bytes, blocks=spans.num_blocks)
             fits = plan.cache_tokens <= final.cache_tokens
             if fits:
                 self._closers.push_async_exit(trial.pop_all())
@@ -360,7 +360,7 @@ class ServerPeer:
             del models, engines, self.engine
             await self.load(
                 checkpoint,
-                span,
+                spans,
                 final,
                 threads=threads,
                 progress=progress,
@@ -375,7 +375,7 @@ class ServerPeer:
         ledger: Ledger[Delivery, Link] = Ledger(
             LedgerLimits(max_positions=max_positions, pool_positions=self.cache_tokens, lease_s=self._lease_s)
         )
-        served = Served(model=checkpoint.model_id, span=span, hidden_size=model.hidden_size)
+        served = Served(model=checkpoint.model_id, spans=spans, hidden_size=model.hidden_size)
         self.handler = Handler(
             links=self.links,
             engine=self.engine,
@@ -388,7 +388,7 @@ class ServerPeer:
             model=checkpoint.model_id,
             model_name=checkpoint.name[-MAX_MODEL_NAME_CHARS:],
             num_blocks=plan.num_blocks,
-            span=span,
+            spans=spans,
             state=self.state,
             dtype=plan.dtype_name,
             quantization=plan.quantization,

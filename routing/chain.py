@@ -48,8 +48,7 @@ def shortlist(
 def cheapest_chain(candidates: Sequence[Candidate], num_blocks: int, link_s: Callable[[PeerId, PeerId], float]) -> Hops:
     """The hops that cover every block once at the least seconds; empty when the candidates leave a gap.
 
-    `link_s(a, b)` replaces the entry of b where it follows a. Dynamic programming over (boundary, peer); where the best
-    way to a boundary went through a peer already, that peer takes over from the best way that did not.
+    `link_s(a, b)` replaces the entry of b where it follows a. Dynamic programming over (boundary, candidate).
     """
     links = [[link_s(a.peer_id, b.peer_id) for a in candidates] for b in candidates]
     arrived = [_Way(0.0, -1, ())]
@@ -66,7 +65,7 @@ def cheapest_chain(candidates: Sequence[Candidate], num_blocks: int, link_s: Cal
                 if way.cost_s >= entry_s:
                     break
                 taken_s = way.cost_s + (row[way.last] if way.last >= 0 else cost.enter_s)
-                if taken_s < entry_s and all(peer_id != hop.peer_id for hop in way.hops):
+                if taken_s < entry_s and way.last != index:
                     entry_s, best = taken_s, way
             if best is not None:
                 way = _Way(entry_s + cost.per_block_s, index, (*best.hops, _Taken(peer_id, block)))

@@ -38,8 +38,13 @@ def capacity(decode_s_per_block: float, prefill_s_per_token_block: float) -> flo
     return BATCH / max(decode_s_per_block + (BATCH - 1) * prefill_s_per_token_block, 1e-9)
 
 
-def capacity_of(announcement: Announcement) -> float:
-    return capacity(announcement.decode_s_per_block, announcement.prefill_s_per_token_block)
+def capacities_of(announcement: Announcement) -> list[tuple[BlockSpan, float]]:
+    """Each of a peer's spans with a part of its capacity, by blocks."""
+    whole = capacity(announcement.decode_s_per_block, announcement.prefill_s_per_token_block)
+    parts = announcement.spans.parts
+    if len(parts) == 1:
+        return [(parts[0], whole)]
+    return [(span, whole * len(span) / announcement.spans.num_blocks) for span in parts]
 
 
 def by_span(servers: Iterable[tuple[BlockSpan, float]]) -> dict[BlockSpan, float]:

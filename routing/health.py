@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 from routing.directory import Snapshot
@@ -27,7 +28,7 @@ class ModelHealth:
     """As most peers call it; names are claims."""
     num_blocks: int
     peers: tuple[Announcement, ...]
-    """Every live peer of the model, by span and peer id, whatever its state."""
+    """Every live peer of the model, by spans and peer id, whatever its state."""
     holders: tuple[tuple[PeerId, ...], ...]
     """Per block, the ONLINE peers that serve it."""
     gaps: tuple[BlockSpan, ...]
@@ -51,13 +52,13 @@ def coverage(snapshot: Snapshot, model: ModelId, *, num_blocks: int | None = Non
     announcements = snapshot.of_model(model)
     if num_blocks is None and announcements:
         num_blocks = _most_common(a.num_blocks for a in announcements)
-    peers = sorted((a for a in announcements if a.num_blocks == num_blocks), key=lambda a: (a.span, a.peer_id))
+    peers = sorted((a for a in announcements if a.num_blocks == num_blocks), key=lambda a: (a.spans, a.peer_id))
     if num_blocks is None or not peers:
         return None
     holders: list[list[PeerId]] = [[] for _ in range(num_blocks)]
     online = [a for a in peers if a.state is PeerState.ONLINE]
     for announcement in online:
-        for block in announcement.span:
+        for block in chain.from_iterable(announcement.spans):
             holders[block].append(announcement.peer_id)
     return ModelHealth(
         model=model,
@@ -65,7 +66,7 @@ def coverage(snapshot: Snapshot, model: ModelId, *, num_blocks: int | None = Non
         num_blocks=num_blocks,
         peers=tuple(peers),
         holders=tuple(map(tuple, holders)),
-        gaps=gaps([a.span for a in online], num_blocks),
+        gaps=gaps(chain.from_iterable(a.spans for a in online), num_blocks),
     )
 
 

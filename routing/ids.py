@@ -1,13 +1,14 @@
 """Identifiers shared by every package: what they are made of and how they are written.
 
-Owns the syntax of model ids, block spans, peer ids, session ids and step ids. Knows no network and no key material
-(see `routing.identity` for the key inside a peer id).
+Owns the syntax of model ids, block spans, peer ids, session ids, places and step ids. Knows no network and no key
+material (see `routing.identity` for the key inside a peer id).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NewType
 
 from routing.errors import CallerError, InvalidSpan
@@ -20,6 +21,8 @@ StepId = NewType("StepId", int)
 
 SESSION_ID_BYTES = 16
 MODEL_ID_BYTES = 32
+MAX_SPANS = 8
+"""Of one peer."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -34,6 +37,17 @@ class SessionId:
 
     def __str__(self) -> str:
         return self.raw.hex()[:12]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """A session at one hop, which begins with `block`: a route may pass one peer several times, at several blocks."""
+
+    session: SessionId
+    block: int
+
+    def __str__(self) -> str:
+        return f"{self.session}@{self.block}"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -92,3 +106,63 @@ class BlockSpan:
 
     def covers(self, other: BlockSpan) -> bool:
         return self.start <= other.start and other.end <= self.end
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BlockSpans:
+    """What one peer serves: 1 to MAX_SPANS spans in order, with blocks of others between them.
+
+    Raises InvalidSpan.
+    """
+
+    parts: tuple[BlockSpan, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.parts) <= MAX_SPANS:
+            raise InvalidSpan(f"{len(self.parts)} spans, a peer serves 1 to {MAX_SPANS}")
+        if any(before.end >= after.start for before, after in pairwise(self.parts)):
+            raise InvalidSpan(f"spans {self} are not in order with blocks of others between them")
+
+    @classmethod
+    def of(cls, *spans: BlockSpan) -> BlockSpans:
+        """In any order; those that follow each other without a gap become one. Raises InvalidSpan."""
+        joined: list[BlockSpan] = []
+        for span in sorted(spans):
+            if joined and span.start < joined[-1].end:
+                raise InvalidSpan(f"spans {joined[-1]} and {span} overlap", hint="name each block once")
+            if joined and span.start == joined[-1].end:
+                joined[-1] = BlockSpan(joined[-1].start, span.end)
+            else:
+                joined.append(span)
+        return cls(tuple(joined))
+
+    @classmethod
+    def parse(cls, text: str) -> BlockSpans:
+        """Read `"A:B"` or `"A:B,C:D"`. Raises InvalidSpan."""
+        return cls.of(*map(BlockSpan.parse, text.split(",")))
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def end(self) -> int:
+        return self.parts[-1].end
+
+    def __iter__(self) -> Iterator[BlockSpan]:
+        return iter(self.parts)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.parts))
+
+    def as_fields(self) -> dict[str, object]:
+        """For JSON: `spans`, and beside it `span` where there is one only."""
+        pairs = [[span.start, span.end] for span in self.parts]
+        return {"spans": pairs} if len(pairs) > 1 else {"span": pairs[0], "spans": pairs}
+
+    def covers(self, span: BlockSpan) -> bool:
+        """Whether one of the parts does."""
+        return any(part.covers(span) for part in self.parts)
+
+    def overlap(self, span: BlockSpan) -> bool:
+        return any(part.start < span.end and span.start < part.end for part in self.parts)

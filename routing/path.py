@@ -1,4 +1,4 @@
-"""The cheapest chain of peers over block boundaries; a hop may use any part of a peer's span.
+"""The cheapest chain of peers over block boundaries; a hop may use any part of a span.
 
 Owns the search. Knows blocks and costs, not why a peer costs what it does or may not be used. Deterministic: the
 result depends on the set of candidates, not on their order.
@@ -23,7 +23,7 @@ from routing.ids import BlockSpan, PeerId
 
 
 class Candidate(NamedTuple):
-    """A peer that may be used for any part of its span at this cost. A tuple, because plans make thousands."""
+    """A peer that may be used for any part of this span at this cost. A tuple, because plans make thousands."""
 
     peer_id: PeerId
     span: BlockSpan
@@ -63,8 +63,7 @@ def path_cost_s(hops: Sequence[tuple[HopCost, int]]) -> float:
 def cheapest_path(candidates: Collection[Candidate], num_blocks: int) -> Path | None:
     """The cheapest path over blocks `[0, num_blocks)`, or None when `gaps` of the candidates' spans is not empty.
 
-    No peer serves two hops, because a session has one place at each peer. Where the cheapest walk would return to a
-    peer, the answer is the cheapest way that the search meets without the return: valid, but not always the best.
+    A peer may serve several hops, with other peers' between them: a session has a place at it for each.
 
     Every hop pays its entry. So a path through the peers with the cheapest entries alone, where there is one, bounds
     the entries that can be part of a better path, and most of a large swarm is never searched.
@@ -96,7 +95,7 @@ def _search(candidates: Iterable[Candidate], num_blocks: int) -> Path | None:
             starting[candidate.span.start].append(_Running(candidate))
 
     running: list[_Running] = []
-    reached = [_Reached(cost_s=0.0, hops=(), peers=frozenset())]
+    reached = [_Reached(cost_s=0.0, hops=())]
     relaxed = 0
     for block in range(num_blocks):
         running = [run for run in running if run.end > block]
@@ -107,7 +106,7 @@ def _search(candidates: Iterable[Candidate], num_blocks: int) -> Path | None:
         before = reached[block]
         for run in running:
             taken_over_s = before.cost_s + run.enter_s
-            if taken_over_s < run.cost_s and run.peer_id not in before.peers:
+            if taken_over_s < run.cost_s:
                 run.cost_s, run.began = taken_over_s, block
             run.cost_s += run.per_block_s
         if block == num_blocks - 1:
@@ -115,13 +114,7 @@ def _search(candidates: Iterable[Candidate], num_blocks: int) -> Path | None:
                 run.cost_s += run.leave_s
         best = min(running, key=_cost_s)
         way = reached[best.began]
-        reached.append(
-            _Reached(
-                cost_s=best.cost_s,
-                hops=(*way.hops, (best.peer_id, BlockSpan(best.began, block + 1))),
-                peers=way.peers | {best.peer_id},
-            )
-        )
+        reached.append(_Reached(cost_s=best.cost_s, hops=(*way.hops, (best.peer_id, BlockSpan(best.began, block + 1)))))
     return Path(hops=reached[-1].hops, cost_s=reached[-1].cost_s, relaxed=relaxed)
 
 
@@ -131,7 +124,6 @@ class _Reached:
 
     cost_s: float
     hops: tuple[tuple[PeerId, BlockSpan], ...]
-    peers: frozenset[PeerId]
 
 
 class _Running:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from itertools import chain
 from typing import Final
 
 from routing.errors import CallerError
@@ -31,7 +32,7 @@ def choose_span(announcements: Iterable[Announcement], num_blocks: int, max_bloc
     for announcement in announcements:
         live = now_s < announcement.expires_at_s + CLOCK_SLACK_S
         if live and announcement.state in _COUNTED and announcement.num_blocks == num_blocks:
-            for block in announcement.span:
+            for block in chain.from_iterable(announcement.spans):
                 replication[block] += 1
 
     window = sorted(replication[:length])

@@ -30,7 +30,7 @@ from routing.addresses import peer_id_in, validate_multiaddr
 from routing.coordinates import Coordinate, check_coordinate
 from routing.errors import CallerError, InvalidRecord
 from routing.identity import SIGNATURE_BYTES, SigningKey, public_key_of, verify
-from routing.ids import BlockSpan, ModelId, PeerId
+from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
 
 RECORD_LIFETIME_S: Final = 20.0
 RECORD_RENEW_S: Final = 6.0
@@ -81,7 +81,7 @@ class Announcement:
     """For people; what decides is `model`."""
     num_blocks: int
     """Blocks of the whole model."""
-    span: BlockSpan
+    spans: BlockSpans
     state: PeerState
     dtype: str
     quantization: str = "none"
@@ -122,7 +122,7 @@ class Announcement:
         _check_text("version", self.version, max_chars=32, min_chars=1)
         check_peer_name(self.name)
         _check_number("number of blocks", self.num_blocks, 1, MAX_BLOCKS)
-        _check_number("end of the span", self.span.end, 1, self.num_blocks)
+        _check_number("end of the spans", self.spans.end, 1, self.num_blocks)
         _check_number("protocol", self.protocol, 0, 2**16 - 1)
         _check_number("seconds per block", self.decode_s_per_block, 0, MAX_SECONDS_PER_BLOCK)
         _check_number("seconds per token and block", self.prefill_s_per_token_block, 0, MAX_SECONDS_PER_BLOCK)
@@ -165,6 +165,8 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     cache_tokens: int
     free_tokens: int
     max_bytes_per_s: int = 0
+    more_spans: tuple[tuple[int, int], ...] = ()
+    """What the peer serves beyond `[start, end)`."""
     queue_s: float = 0.0
     place: tuple[float, float, float, float] | None = None
     max_blocks: int = 0
@@ -258,14 +260,15 @@ def verify_record(value: bytes, *, key: str, subkey: str, stored_expiry_s: float
 
 def _encode(announcement: Announcement) -> bytes:
     suffix = f"/p2p/{announcement.peer_id}"
+    first, *more = announcement.spans
     body = _Body(
         sequence=announcement.sequence,
         expires_at_s=float(announcement.expires_at_s),
         model=announcement.model.digest,
         model_name=announcement.model_name,
         num_blocks=announcement.num_blocks,
-        start=announcement.span.start,
-        end=announcement.span.end,
+        start=first.start,
+        end=first.end,
         state=announcement.state,
         dtype=announcement.dtype,
         quantization=announcement.quantization,
@@ -278,6 +281,7 @@ def _encode(announcement: Announcement) -> bytes:
         cache_tokens=announcement.cache_tokens,
         free_tokens=announcement.free_tokens,
         max_bytes_per_s=announcement.max_bytes_per_s,
+        more_spans=tuple((span.start, span.end) for span in more),
         queue_s=announcement.queue_s,
         place=announcement.place,
         max_blocks=announcement.max_blocks,
@@ -308,7 +312,7 @@ def _decode(peer_id: PeerId, body: bytes) -> Announcement:
         model=ModelId(fields.model),
         model_name=fields.model_name,
         num_blocks=fields.num_blocks,
-        span=BlockSpan(fields.start, fields.end),
+        spans=BlockSpans(tuple(BlockSpan(*ends) for ends in ((fields.start, fields.end), *fields.more_spans))),
         state=fields.state,
         dtype=fields.dtype,
         quantization=fields.quantization,

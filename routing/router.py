@@ -17,8 +17,8 @@ from routing.cost import HopCost, block_s, hop_cost
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
 from routing.estimates import Estimates, PeerEstimate
-from routing.flow import Shares, by_span, capacity_of, pick, shares
-from routing.ids import BlockSpan, ModelId, PeerId
+from routing.flow import Shares, by_span, capacities_of, pick, shares
+from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
 from routing.path import Candidate, cheapest_path, gaps
 from routing.precision import is_at_least, precision
 from routing.records import Announcement, PeerState
@@ -52,7 +52,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """Hops that cover every block once and in order, each at another peer."""
+    """Hops that cover every block once and in order; a peer may serve several of them."""
 
     hops: tuple[Hop, ...]
     cost_s: float
@@ -90,7 +90,7 @@ class Option:
 
     peer_id: PeerId
     name: str
-    span: BlockSpan
+    spans: BlockSpans
     """Everything that it serves."""
     route_s: float
     trip_s: float
@@ -111,8 +111,8 @@ class Explanation:
     route: Route
     options: tuple[tuple[Option, ...], ...]
     """For each hop, the peers that hold all of its blocks, the best first."""
-    left_out: tuple[tuple[str, BlockSpan, str], ...]
-    """Peers that cannot be used now: name or id, span, reason."""
+    left_out: tuple[tuple[str, BlockSpans, str], ...]
+    """Peers that cannot be used now: name or id, spans, reason."""
 
 
 class Router:
@@ -174,8 +174,10 @@ class Router:
         """
         view = self._view(request, now_s)
         usable, previous = view.usable, view.previous
-        candidates = {peer: Candidate(peer, a.span, view.compared(peer)) for peer, a in usable.items()}
-        path = cheapest_path(candidates.values(), request.num_blocks)
+        candidates = [
+            Candidate(peer, span, view.compared(peer)) for peer, a in usable.items() for span in a.spans.parts
+        ]
+        path = cheapest_path(candidates, request.num_blocks)
         if path is None:
             raise _no_route(request, view.announcements, view.excluded, view.imprecise)
         hops = self._over_links(view, candidates, path.hops)
@@ -192,16 +194,16 @@ class Router:
         view = self._view(request, now_s)
         hops: Hops = tuple((hop.peer_id, hop.span) for hop in route.hops)
         options = []
-        for at, (_, span) in enumerate(hops):
-            others = {peer for peer, _ in hops[:at] + hops[at + 1 :]}
-            able = [a for a in view.allowed if a.span.covers(span) and a.peer_id not in others]
+        for at, (chosen, span) in enumerate(hops):
+            others = {peer for peer, _ in hops if peer != chosen}
+            able = [a for a in view.allowed if a.spans.covers(span) and a.peer_id not in others]
             options.append(tuple(sorted((self._option(view, hops, at, a) for a in able), key=_best_first)))
         reasons = view.imprecise | view.excluded
         left_out = [(a, _why_not(a, reasons)) for a in view.announcements if a.num_blocks == request.num_blocks]
         return Explanation(
             route=route,
             options=tuple(options),
-            left_out=tuple((a.name or a.peer_id, a.span, reason) for a, reason in left_out if reason),
+            left_out=tuple((a.name or a.peer_id, a.spans, reason) for a, reason in left_out if reason),
         )
 
     def _option(self, view: _View, hops: Hops, at: int, announcement: Announcement) -> Option:
@@ -212,7 +214,7 @@ class Router:
         return Option(
             peer_id=peer,
             name=announcement.name,
-            span=announcement.span,
+            spans=announcement.spans,
             route_s=view.route_s(alternative),
             trip_s=trip_s + (cost.leave_s if at == len(hops) - 1 else 0.0),
             queue_s=estimate.queue_s,
@@ -262,16 +264,16 @@ class Router:
             settled=settled,
             usable=usable,
             previous=previous,
-            whole=bool(previous) and all(peer in usable and usable[peer].span.covers(span) for peer, span in previous),
+            whole=bool(previous) and all(peer in usable and usable[peer].spans.covers(span) for peer, span in previous),
         )
 
-    def _over_links(self, view: _View, candidates: dict[PeerId, Candidate], hops: Hops) -> Hops:
+    def _over_links(self, view: _View, candidates: Sequence[Candidate], hops: Hops) -> Hops:
         """The cheapest hops when every trip between two peers has its own price, where any is known."""
         cells = (cell_of(a.place) for a in view.usable.values())
         if all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
             return hops  # all at one place, or at none that is known
         keep = [peer for peer, _ in (*hops, *view.previous)]
-        few = shortlist(candidates.values(), lambda peer: cell_of(view.usable[peer].place), keep)
+        few = shortlist(candidates, lambda peer: cell_of(view.usable[peer].place), keep)
         chain = cheapest_chain(few, view.request.num_blocks, view.compared_entry_s)
         return min((other for other in (chain, hops) if other), key=view.compared_route_s)
 
@@ -290,12 +292,12 @@ class Router:
                 a = allowed[number]
                 if looked >= MAX_ALTERNATIVES:
                     break
-                if not a.span.covers(span) or (a.peer_id in used and a.peer_id != peer):
+                if not a.spans.covers(span) or (a.peer_id in used and a.peer_id != peer):
                     continue
                 looked += 1
                 if view.compared_route_s((*hops[:index], (a.peer_id, span), *hops[index + 1 :])) <= within_s:
-                    weights[a.peer_id] = flow.of(a.span, capacity_of(a), span)
-            weights.setdefault(peer, flow.of(view.by_peer[peer].span, capacity_of(view.by_peer[peer]), span))
+                    weights[a.peer_id] = _share(flow, a, span)
+            weights.setdefault(peer, _share(flow, view.by_peer[peer], span))
             chosen = pick(weights, turn)
             hops = (*hops[:index], (chosen, span), *hops[index + 1 :])
         return hops
@@ -304,9 +306,10 @@ class Router:
         snapshot, known = self._directory.snapshot(now_s), self._shares
         if known is None or known[:3] != (snapshot, request.model, request.num_blocks):
             online = (
-                (a.span, capacity_of(a))
+                part
                 for a in snapshot.of_model(request.model)
                 if a.state is PeerState.ONLINE and a.num_blocks == request.num_blocks
+                for part in capacities_of(a)
             )
             flow = shares(by_span(online), request.num_blocks)
             known = self._shares = (snapshot, request.model, request.num_blocks, flow)
@@ -421,25 +424,30 @@ class _View:
 def _without_slow_strangers(
     announcements: Iterable[Announcement], request: RouteRequest, *, known: Set[PeerId]
 ) -> dict[PeerId, Announcement]:
-    """By peer, all `announcements` but those of strangers that one with the same span, cap and place claims to beat.
+    """By peer, all `announcements` but those of strangers that one with the same spans, cap and place claims to beat.
 
     Everything else that is assumed of peers of which nothing is known is the same for all of them. In a large swarm
     most are strangers, and what is dropped here need not be priced.
     """
     kept: dict[PeerId, Announcement] = {}
-    fastest: dict[tuple[int, int, int, bool, Cell], tuple[float, Announcement]] = {}
+    fastest: dict[tuple[tuple[object, ...], int, bool, Cell], tuple[float, Announcement]] = {}
     for a in announcements:
         if a.peer_id in known:
             kept[a.peer_id] = a
             continue
-        span = a.span
+        parts = a.spans.parts
         takes_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, request.tokens)
-        takes_s = a.queue_s + (span.end - span.start) * takes_s
-        key = (span.start, span.end, a.max_bytes_per_s, a.free_tokens < request.cache_tokens, cell_of(a.place))
+        takes_s = a.queue_s + (parts[0].end - parts[0].start) * takes_s
+        ends = (parts[0].start, parts[0].end) if len(parts) == 1 else parts  # thousands are hashed
+        key = (ends, a.max_bytes_per_s, a.free_tokens < request.cache_tokens, cell_of(a.place))
         best = fastest.get(key)
         if best is None or takes_s < best[0] or (takes_s == best[0] and a.peer_id < best[1].peer_id):
             fastest[key] = (takes_s, a)
     return kept | {a.peer_id: a for _, a in fastest.values()}
+
+
+def _share(flow: Shares, announcement: Announcement, hop: BlockSpan) -> float:
+    return next(flow.of(span, amount, hop) for span, amount in capacities_of(announcement) if span.covers(hop))
 
 
 def _best_first(option: Option) -> tuple[bool, float, PeerId]:
@@ -476,10 +484,12 @@ def _no_route(
     held = [a for a in announcements if a.num_blocks == request.num_blocks]
     excluded = {a.peer_id: reason for a in held if (reason := _why_not(a, excluded))}
     serving = [a for a in held if a.peer_id not in excluded]
-    precise = [a.span for a in serving if a.peer_id not in imprecise]
+    precise = [span for a in serving if a.peer_id not in imprecise for span in a.spans]
     missing, excluded = gaps(precise, request.num_blocks), imprecise | excluded
-    by_imprecise = gaps((*precise, *gaps((a.span for a in serving), request.num_blocks)), request.num_blocks)
-    unheld = gaps((a.span for a in held), request.num_blocks)
+    by_imprecise = gaps(
+        (*precise, *gaps((span for a in serving for span in a.spans), request.num_blocks)), request.num_blocks
+    )
+    unheld = gaps((span for a in held for span in a.spans), request.num_blocks)
     if not held:
         everything = _listed([BlockSpan(0, request.num_blocks)])
         return NoRoute(
@@ -493,9 +503,9 @@ def _no_route(
         served = f"block {by_imprecise[0].start} is" if one else f"blocks {_listed(by_imprecise)} are"
         message += f"; {served} served only below the demanded precision, {request.min_precision}"
     reasons = [
-        f"{a.name or a.peer_id} ({a.span}, {excluded[a.peer_id]})"
-        for a in sorted(held, key=lambda a: (a.span, a.peer_id))
-        if a.peer_id in excluded and any(a.span.start < gap.end and gap.start < a.span.end for gap in missing)
+        f"{a.name or a.peer_id} ({a.spans}, {excluded[a.peer_id]})"
+        for a in sorted(held, key=lambda a: (a.spans, a.peer_id))
+        if a.peer_id in excluded and any(map(a.spans.overlap, missing))
     ]
     if reasons:
         named = ", ".join(reasons[:_NAMED_MAX]) + (", …" if len(reasons) > _NAMED_MAX else "")

@@ -20,14 +20,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar, cast
 
 import psutil
 
 from peers.model.catalog import BUILT_IN, built_in_folder
 from peers.model.progress import Progress
 from routing.errors import Unavailable
-from routing.ids import BlockSpan
+from routing.ids import BlockSpan, BlockSpans
 
 START_TIMEOUT_S = 300.0
 """Seconds on an idle machine; test machines are not."""
@@ -37,6 +37,8 @@ TAIL_LINES = 15
 LISTEN = "/ip4/127.0.0.1/tcp/0"
 
 N = TypeVar("N", bound="LocalNode")
+Blocks: TypeAlias = tuple[int, int] | Sequence[tuple[int, int]]
+"""What one peer is to serve: a span, or several."""
 
 
 class NodeFailed(Unavailable):
@@ -198,12 +200,18 @@ class LocalPeer(LocalNode):
     """A peer that serves blocks."""
 
     @property
+    def spans(self) -> BlockSpans:
+        return BlockSpans.of(*(BlockSpan(*ends) for ends in self._ready["spans"]))
+
+    @property
     def span(self) -> BlockSpan:
-        return BlockSpan(*self._ready["span"])
+        """Of a peer that has one only."""
+        (span,) = self.spans
+        return span
 
 
 class LocalSwarm:
-    """A bootstrap node and one peer per span, on 127.0.0.1, ready to use when constructed.
+    """A bootstrap node and one peer per span or list of spans, on 127.0.0.1, ready to use when constructed.
 
         with LocalSwarm("smollm2-135m-instruct", spans=[(0, 10), (10, 20), (20, 30)]) as swarm:
             model = SwarmModelForCausalLM.from_pretrained(…, initial_peers=swarm.initial_peers)
@@ -217,7 +225,7 @@ class LocalSwarm:
     def __init__(
         self,
         model: str | Path,
-        spans: Sequence[tuple[int, int]] = (),
+        spans: Sequence[Blocks] = (),
         *,
         dtype: str = "float32",
         quantize: str = "none",
@@ -261,7 +269,7 @@ class LocalSwarm:
         return self.bootstrap.invite
 
     def add_peer(
-        self, span: tuple[int, int] | None, *arguments: str, model: str | Path | None = None, wait: bool = True
+        self, span: Blocks | None, *arguments: str, model: str | Path | None = None, wait: bool = True
     ) -> LocalPeer:
         """One more peer; `span` None lets it choose. `arguments` are added to `swarm join`. Raises NodeFailed."""
         peer = self._spawn(span, *arguments, model=model)
@@ -291,8 +299,8 @@ class LocalSwarm:
     ) -> None:
         self.close()
 
-    def _spawn(self, span: tuple[int, int] | None, *arguments: str, model: str | Path | None = None) -> LocalPeer:
-        blocks = [] if span is None else ["--blocks", str(BlockSpan(*span))]
+    def _spawn(self, span: Blocks | None, *arguments: str, model: str | Path | None = None) -> LocalPeer:
+        blocks = [] if span is None else ["--blocks", _text(span)]
         entry = [part for address in self.initial_peers for part in ("--initial-peers", address)]
         command = ["join", str(model or self.model), *entry, *blocks, *self._options, *arguments]
         peer = self._node(LocalPeer, f"peer-{self._started}", command)
@@ -304,3 +312,8 @@ class LocalSwarm:
         node = kind(label, command, folder=self._folder, environment=self._environment)
         self._nodes.append(node)
         return node
+
+
+def _text(blocks: Blocks) -> str:
+    spans = [blocks] if isinstance(blocks[0], int) else blocks
+    return ",".join(f"{start}:{end}" for start, end in cast(Sequence[tuple[int, int]], spans))

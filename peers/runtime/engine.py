@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,12 +34,14 @@ from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Scheduler, Tem
 from peers.wire.messages import Urgency
 from peers.wire.tensors import finite
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
-from routing.ids import BlockSpan, PeerId, SessionId
+from routing.ids import BlockSpan, PeerId, Place, SessionId
 
 logger = logging.getLogger(__name__)
 
 DECODING_S = 1.0
 """A step so long ago says that others will follow."""
+SessionKey: TypeAlias = SessionId | Place
+"""What names a session here; it is only compared."""
 Sharing = Literal["owner", "network"]
 RETRY_AFTER_S_MIN = 0.05
 RETRY_AFTER_S_MAX = 5.0
@@ -100,7 +102,7 @@ class EngineConfig:
 class Work:
     """Run `hidden` (positions `start`, `start + 1`, …) of one session through `span`."""
 
-    session: SessionId
+    session: SessionKey
     owner: PeerId
     start: int
     hidden: Tensor
@@ -109,7 +111,7 @@ class Work:
     """Blocks to run; within the span of the model."""
     regime_length: int = 0
     """Total length of the user's forward that this work is a part of; 0 when it is the whole."""
-    parent: tuple[SessionId, int] | None = None
+    parent: tuple[SessionKey, int] | None = None
     """Begin the (new) session with that many positions of another one, as it is when this work is submitted."""
     urgency: Urgency = Urgency.INTERACTIVE
 
@@ -188,7 +190,7 @@ class Engine:
         self._pages = PagePool(config.cache_tokens // config.page_size, config.page_size)
         self._prefixes = PrefixIndex(self._pages)
         self._scheduler = Scheduler(config.token_budget)
-        self._sessions: dict[SessionId, _Session] = {}
+        self._sessions: dict[SessionKey, _Session] = {}
         self._by_number: dict[int, _Session] = {}
         self._tickets: dict[int, _Ticket] = {}
         self._running: set[int] = set()
@@ -246,7 +248,7 @@ class Engine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, deadline_s)
 
-    def open(self, session: SessionId, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
+    def open(self, session: SessionKey, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
         """Begin a new session with what is kept of the prefix that `keys` name; returns how many positions it holds.
 
         Key i stands for everything that decides positions `[0, (i + 1) · PREFIX_POSITIONS)` of the session here. What
@@ -262,7 +264,7 @@ class Engine:
             state.held = self._prefixes.open(state.number, scope, keys)
             return state.held
 
-    def admit(self, session: SessionId, owner: PeerId, parent: tuple[SessionId, int] | None = None) -> None:
+    def admit(self, session: SessionKey, owner: PeerId, parent: tuple[SessionKey, int] | None = None) -> None:
         """Know the session from now on, with `parent` as a fork (see `Work.parent`). Who is known first is older.
 
         Raises PositionGap, Preempted, CallerError.
@@ -297,6 +299,10 @@ class Engine:
             raise
 
     @property
+    def num_blocks(self) -> int:
+        return len(self.model.span)
+
+    @property
     def packs_sessions(self) -> bool:
         """Whether one forward may hold several sessions."""
         return self._cache.packs_sessions
@@ -307,7 +313,7 @@ class Engine:
         with self._wake:
             yield
 
-    def release(self, session: SessionId) -> None:
+    def release(self, session: SessionKey) -> None:
         """Forget a session and its age, fail its works, free its pages (after the running forward, if it is in it)."""
         with self._wake:
             state = self._sessions.pop(session, None)
@@ -316,7 +322,7 @@ class Engine:
                 self._fail_all(state, SessionReleased(f"session {session} was released"))
                 self._reap(state)
 
-    def held(self, session: SessionId) -> int:
+    def held(self, session: SessionKey) -> int:
         """Positions that this session holds here; 0 for an unknown one."""
         with self._wake:
             state = self._sessions.get(session)
@@ -378,12 +384,12 @@ class Engine:
         self._scheduler.submit(item)
         return ticket
 
-    def _admit(self, session: SessionId, owner: PeerId) -> _Session:
+    def _admit(self, session: SessionKey, owner: PeerId) -> _Session:
         state = self._sessions[session] = _Session(number=self._next(), owner=owner)
         self._by_number[state.number] = state
         return state
 
-    def _check_fork(self, child: _Session | None, parent_id: SessionId, position: int) -> None:
+    def _check_fork(self, child: _Session | None, parent_id: SessionKey, position: int) -> None:
         if child is not None and (child.held or self._scheduler.works_of(child.number)):
             raise CallerError("only a new session can begin as a fork of another")
         parent = self._sessions.get(parent_id)

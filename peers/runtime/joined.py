@@ -1,8 +1,11 @@
-"""The engines of one machine's devices, chained: to others they are one engine that runs their spans one after another.
+"""The engines of one peer, chained: to others they are one engine that runs their spans one after another.
+
+There is one for each device that shares in a span, and one for each of the spans that a peer serves, with blocks of
+other peers between them.
 
 Owns which part of a work runs where, and that all of them know the same sessions in the same order: who is older is
-older everywhere, so that the session that nobody may preempt is the same one on each device. Hidden states travel
-between devices through this machine's memory. A session holds what every device holds of it.
+older everywhere, so that the session that nobody may preempt is the same one in each engine. Hidden states travel
+between devices through this machine's memory. A session holds what every engine in its span holds of it.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ from itertools import pairwise
 
 import torch
 
-from peers.runtime.engine import Done, Engine, EngineConfig, EngineStats, SessionReleased, Work
+from peers.runtime.engine import Done, Engine, EngineConfig, EngineStats, SessionKey, SessionReleased, Work
 from routing.errors import CallerError, SwarmError
-from routing.ids import BlockSpan, PeerId, SessionId
+from routing.ids import BlockSpan, PeerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,7 @@ class JoinedModel:
     """What others ask of an engine's model."""
 
     span: BlockSpan
+    """From the first block to the last."""
     hidden_size: int
     max_positions: int
     device: torch.device
@@ -32,11 +36,14 @@ class JoinedModel:
 
 
 class JoinedEngine:
-    """What `Engine` is, over engines whose spans follow each other."""
+    """What `Engine` is, over engines in the order of their spans.
+
+    A work over a hole between two spans passes it by: good for measuring all engines at once, and for nothing else.
+    """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         first, last = engines[0].model, engines[-1].model
-        assert all(a.model.span.end == b.model.span.start for a, b in pairwise(engines))
+        assert all(a.model.span.end <= b.model.span.start for a, b in pairwise(engines))
         self.model = JoinedModel(
             span=BlockSpan(first.span.start, last.span.end),
             hidden_size=first.hidden_size,
@@ -44,12 +51,16 @@ class JoinedEngine:
             device=first.device,
         )
         self._engines = tuple(engines)
-        self._lives: dict[SessionId, object] = {}
+        self._lives: dict[SessionKey, object] = {}
         """A token for each session; another one when it begins again after a release."""
 
     @property
     def config(self) -> EngineConfig:
         return self._engines[0].config
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(engine.num_blocks for engine in self._engines)
 
     @property
     def packs_sessions(self) -> bool:
@@ -75,7 +86,7 @@ class JoinedEngine:
         with self._engines[0].gathering():
             yield
 
-    def open(self, session: SessionId, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
+    def open(self, session: SessionKey, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
         assert session not in self._lives
         held = min(engine.open(session, owner, part, keys) for engine, part in self._parts(span))
         self._admit(session, owner)
@@ -88,7 +99,9 @@ class JoinedEngine:
         life = self._admit(work.session, work.owner)
         try:
             if work.parent is not None:
-                for engine in self._engines:  # at once: what becomes of the parent meanwhile is its own affair
+                for engine, _ in self._parts(
+                    work.span
+                ):  # at once: what becomes of the parent meanwhile is its own affair
                     engine.admit(work.session, work.owner, work.parent)
             done = Done(hidden=work.hidden, queue_s=0.0, compute_s=0.0)
             for engine, part in self._parts(work.span):
@@ -103,13 +116,13 @@ class JoinedEngine:
             raise
         return done
 
-    def release(self, session: SessionId) -> None:
+    def release(self, session: SessionKey) -> None:
         self._lives.pop(session, None)
         for engine in self._engines:
             engine.release(session)
 
     def stats(self) -> EngineStats:
-        """Of whichever device has least left; each session has its part on all of them."""
+        """Of whichever engine has least left: a session may have a part in any of them."""
         all_stats = [engine.stats() for engine in self._engines]
         return replace(
             all_stats[0],
@@ -119,8 +132,8 @@ class JoinedEngine:
             queued_tokens=sum(stats.queued_tokens for stats in all_stats),
         )
 
-    def _admit(self, session: SessionId, owner: PeerId) -> object:
-        """Known to every device, in the order in which it came here."""
+    def _admit(self, session: SessionKey, owner: PeerId) -> object:
+        """Known to every engine, in the order in which it came here."""
         if session not in self._lives:
             self._lives[session] = object()
             for engine in self._engines:

@@ -74,7 +74,7 @@ class _Bench:
         self._samples: list[Sample] = []
 
     async def run(self) -> Probe:
-        blocks = len(self._engine.model.span)
+        blocks = self._engine.num_blocks
         first = self._session()
         await self._forward([first], 0, 1)  # allocates and warms caches
         decode_s = await self._fastest(DECODE_STEPS, [first], 0, 1)

@@ -28,7 +28,7 @@ from peers.wire import tensors
 from peers.wire.codec import OVERHEAD_BYTES
 from peers.wire.messages import MAX_HOPS, MAX_POSITIONS, Close, Code, Failed, Open, Opened, Pong, Result, Step
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
-from routing.ids import BlockSpan, ModelId, SessionId
+from routing.ids import BlockSpan, BlockSpans, ModelId, Place, SessionId
 from routing.records import RECORD_RENEW_S
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Served:
     """What this peer serves, as far as a handler has to check requests against it."""
 
     model: ModelId
-    span: BlockSpan
+    spans: BlockSpans
     hidden_size: int
 
 
@@ -111,14 +111,16 @@ class Handler:
             self._check_comfort(self._links.upload, self._links.download)
             entry = self.ledger.open(link.remote, link, message, self._clock())
         except (Busy, Refused) as error:
-            await link.send(self._failure(error, message.session, message.epoch))
+            await link.send(self._failure(error, message.session, message.start, message.epoch))
             return
-        self._engine.release(entry.session)  # a new route starts from nothing but a prefix that is kept here
-        entry.positions = self._engine.open(entry.session, entry.owner, entry.span, message.prefix)
+        self._engine.release(entry.place)  # a new route starts from nothing but a prefix that is kept here
+        entry.positions = self._engine.open(entry.place, entry.owner, entry.span, message.prefix)
         if entry.next is not None:
-            self._tasks.spawn(self.pusher.warm(entry), name=f"warm {entry.session}")
+            self._tasks.spawn(self.pusher.warm(entry), name=f"warm {entry.place}")
         lease_s, held = self.ledger.limits.lease_s, entry.positions
-        await link.send(Opened(session=message.session, epoch=message.epoch, lease_s=lease_s, held=held))
+        await link.send(
+            Opened(session=message.session, start=message.start, epoch=message.epoch, lease_s=lease_s, held=held)
+        )
 
     async def _step(self, link: Link, message: Step, payload: memoryview) -> None:
         payload_bytes = len(payload)
@@ -138,21 +140,21 @@ class Handler:
         except (ProtocolError, Busy, Refused) as error:
             logger.info("step %s of %s from %s: %s", message.step, message.session.hex()[:12], link.remote, error)
             # to whoever sent it: the client itself, or the predecessor, which tells its client
-            await link.send(self._failure(error, message.session, message.epoch, message.step))
+            await link.send(self._failure(error, message.session, message.block, message.epoch, message.step))
             return
         if isinstance(verdict, Run):
             work = Work(
-                session=entry.session,
+                session=entry.place,
                 owner=entry.owner,
                 start=message.first,
                 hidden=rows,
                 span=entry.span,
                 regime_length=message.regime_length,
-                parent=(SessionId(message.parent), message.first) if verdict.forks and message.parent else None,
+                parent=_parent(message) if verdict.forks else None,
                 urgency=message.urgency,
             )
             work_on = self._compute(link, entry, message, verdict, work, payload_bytes)
-            self._steps.spawn(work_on, name=f"step {entry.session}")
+            self._steps.spawn(work_on, name=f"step {entry.place}")
             return
         self.admission.finish(link.remote, payload_bytes)
         if isinstance(verdict, Repeat):
@@ -162,43 +164,44 @@ class Handler:
         self, link: Link, entry: Entry[Delivery, Link], step: Step, run: Run, work: Work, payload_bytes: int
     ) -> None:
         try:
-            if self.ledger.get(entry.session) is not entry:
+            if self.ledger.get(entry.place) is not entry:
                 return  # closed or on another route before it began: the engine must not hear of it again
             done = await self._engine.run(work)
         except (CallerError, PeerError, Unavailable) as error:
-            logger.info("step %s of %s: %s", step.step, entry.session, error)
+            logger.info("step %s of %s: %s", step.step, entry.place, error)
             if self.ledger.failed(entry, run):
-                await _tell(entry.owner_link, self._failure(error, step.session, step.epoch, step.step))
+                await _tell(entry.owner_link, self._failure(error, step.session, step.block, step.epoch, step.step))
             return
         finally:
             self.admission.finish(link.remote, payload_bytes)
-            if self.ledger.get(entry.session) is None:
-                self._engine.release(entry.session)
+            if self.ledger.get(entry.place) is None:
+                self._engine.release(entry.place)
         self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
         delivery = _delivery(entry, step, done)
         if self.ledger.completed(entry, run, delivery, len(delivery.payload), self._clock()):
             await self.pusher.deliver(entry, delivery)
 
     async def _close(self, link: Link, message: Close, _: memoryview) -> None:
-        for session in self.ledger.close(link.remote, map(SessionId, message.sessions)):
-            self._engine.release(session)
+        for place in self.ledger.close(link.remote, map(SessionId, message.sessions)):
+            self._engine.release(place)
 
     async def _forward_failure(self, link: Link, message: Failed, _: memoryview) -> None:
-        entry = self.ledger.get(SessionId(message.session))
+        entry = self.ledger.before(Place(SessionId(message.session), message.block))
         if entry is not None and entry.next == link.remote == message.peer and entry.epoch == message.epoch:
             await _tell(entry.owner_link, message)
 
     def _link_lost(self, link: Link) -> None:
-        for session in self.ledger.link_lost(link):
-            logger.info("session %s: its client went away", session)
-            self._engine.release(session)
+        for place in self.ledger.link_lost(link):
+            logger.info("session %s: its client went away", place)
+            self._engine.release(place)
 
     # --- the rest ---
 
-    def _failure(self, error: SwarmError, session: bytes, epoch: int, step: int | None = None) -> Failed:
+    def _failure(self, error: SwarmError, session: bytes, block: int, epoch: int, step: int | None = None) -> Failed:
         return Failed(
             peer=self._peer,
             session=session,
+            block=block,
             epoch=epoch,
             step=step,
             code=_code(error),
@@ -220,17 +223,17 @@ class Handler:
             raise Refused(
                 f"this peer serves model {self.served.model}, not {ModelId(message.model)}", code=Code.WRONG_MODEL
             )
-        if not (message.start < message.end and self.served.span.covers(BlockSpan(message.start, message.end))):
+        if not (message.start < message.end and self.served.spans.covers(BlockSpan(message.start, message.end))):
             raise Refused(
-                f"this peer serves blocks {self.served.span}, not {message.start}:{message.end}", code=Code.WRONG_MODEL
+                f"this peer serves blocks {self.served.spans}, not {message.start}:{message.end}", code=Code.WRONG_MODEL
             )
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            for session in self.ledger.expire(self._clock()):
-                logger.info("session %s: lease expired", session)
-                self._engine.release(session)
+            for place in self.ledger.expire(self._clock()):
+                logger.info("session %s: lease expired", place)
+                self._engine.release(place)
 
     def _pong(self, nonce: int) -> Pong:
         stats = self._engine.stats()
@@ -242,10 +245,16 @@ class Handler:
         )
 
 
+def _parent(step: Step) -> tuple[Place, int] | None:
+    return None if step.parent is None else (Place(SessionId(step.parent), step.block), step.first)
+
+
 def _delivery(entry: Entry[Delivery, Link], step: Step, done: Done) -> Delivery:
     hops = (*step.hops, (done.queue_s, done.compute_s))
     if entry.next is not None:
-        return Delivery(replace(step, hops=hops), tensors.pack(done.hidden, step.dtype), step.bulk)
+        return Delivery(
+            replace(step, block=entry.span.end, hops=hops), tensors.pack(done.hidden, step.dtype), step.bulk
+        )
     rows = done.hidden[step.want_from :].clone()  # the answer is kept; the rows that nobody wants are not
     result = Result(
         session=step.session,

@@ -1,5 +1,7 @@
 """The session table of one peer: who may do what to which session, and what was answered already.
 
+A session has a place of its own for each hop that this peer is to it; below, "session" means one such place.
+
 Sans-IO: messages and the time go in, verdicts come out. Knows sessions, epochs, positions and step ids; knows no
 tensors (an answer is an opaque object with a size), no pages (the engine's), no network.
 
@@ -25,7 +27,7 @@ from typing import Generic, TypeVar
 
 from peers.errors import Busy, Refused
 from peers.wire.messages import Code, Open, Step
-from routing.ids import BlockSpan, PeerId, SessionId, StepId
+from routing.ids import BlockSpan, PeerId, Place, SessionId, StepId
 
 Answer = TypeVar("Answer")
 OwnerLink = TypeVar("OwnerLink")
@@ -81,7 +83,7 @@ class Kept(Generic[Answer]):
 class Entry(Generic[Answer, OwnerLink]):
     """One installed session as this hop sees it."""
 
-    session: SessionId
+    place: Place
     owner: PeerId
     owner_link: OwnerLink
     epoch: int
@@ -118,15 +120,20 @@ class Ledger(Generic[Answer, OwnerLink]):
 
     def __init__(self, limits: LedgerLimits) -> None:
         self.limits = limits
-        self._entries: dict[SessionId, Entry[Answer, OwnerLink]] = {}
-        self._sessions_of: dict[PeerId, set[SessionId]] = {}
+        self._entries: dict[Place, Entry[Answer, OwnerLink]] = {}
+        self._places_of: dict[PeerId, set[Place]] = {}
         self._answers_bytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, session: SessionId) -> Entry[Answer, OwnerLink] | None:
-        return self._entries.get(session)
+    def get(self, place: Place) -> Entry[Answer, OwnerLink] | None:
+        return self._entries.get(place)
+
+    def before(self, place: Place) -> Entry[Answer, OwnerLink] | None:
+        """The entry whose outputs go to `place` at another peer."""
+        same = (entry for entry in self._entries.values() if entry.place.session == place.session)
+        return next((entry for entry in same if entry.span.end == place.block), None)
 
     def owner_links(self) -> set[OwnerLink]:
         """The links whose end would end a session."""
@@ -138,8 +145,8 @@ class Ledger(Generic[Answer, OwnerLink]):
 
         Raises Busy when the table or the owner's share is full, Refused (stale_epoch, forbidden) otherwise.
         """
-        session = SessionId(message.session)
-        known = self._entries.get(session)
+        place = Place(SessionId(message.session), message.start)
+        known = self._entries.get(place)
         if known is not None:
             if known.owner != owner:
                 raise Refused("this session belongs to another client", code=Code.FORBIDDEN)
@@ -149,7 +156,7 @@ class Ledger(Generic[Answer, OwnerLink]):
             self._room_for(owner)
             self._share_for(owner)
         entry = Entry[Answer, OwnerLink](
-            session=session,
+            place=place,
             owner=owner,
             owner_link=link,
             epoch=message.epoch,
@@ -167,14 +174,14 @@ class Ledger(Generic[Answer, OwnerLink]):
 
         Raises Refused with the code that the table above names, or Busy (fork into a full table).
         """
-        session = SessionId(step.session)
+        place = Place(SessionId(step.session), step.block)
         step_id = StepId(step.step)
-        entry = self._entries.get(session)
+        entry = self._entries.get(place)
         forked = entry is None and step.parent is not None
         if entry is None:
-            entry = self._fork(SessionId(step.parent), step) if step.parent is not None else None
+            entry = None if step.parent is None else self._fork(Place(SessionId(step.parent), step.block), place)
         if entry is None:
-            raise Refused(f"session {session} is not installed here", code=Code.UNKNOWN_SESSION)
+            raise Refused(f"session {place} is not installed here", code=Code.UNKNOWN_SESSION)
         if sender not in (entry.owner, entry.previous):
             raise Refused(f"{sender} is not the predecessor named for this route", code=Code.FORBIDDEN)
         if step.epoch != entry.epoch:
@@ -210,7 +217,7 @@ class Ledger(Generic[Answer, OwnerLink]):
         False when the session has ended or moved on, so that nobody wants the answer.
         """
         wanted = self._ended(entry, run)
-        if self._entries.get(entry.session) is not entry:
+        if self._entries.get(entry.place) is not entry:
             return False
         entry.born = True
         entry.lease_expires_at_s = now_s + self.limits.lease_s
@@ -227,37 +234,37 @@ class Ledger(Generic[Answer, OwnerLink]):
         """A step did not run, so the session ends before it; False when nobody wants to know any more."""
         if self._ended(entry, run):
             entry.positions = min(entry.positions, run.first)
-        if self._entries.get(entry.session) is not entry or run.step in entry.running:
+        if self._entries.get(entry.place) is not entry or run.step in entry.running:
             return False  # moved on, or the same step is running again
-        return entry.born or self._remove(entry.session)
+        return entry.born or self._remove(entry.place)
 
-    def close(self, owner: PeerId, sessions: Iterable[SessionId]) -> list[SessionId]:
-        """Forget those of `sessions` that belong to `owner`; returns them."""
-        return [session for session in sessions if self._owned(owner, session) and self._remove(session)]
+    def close(self, owner: PeerId, sessions: Iterable[SessionId]) -> list[Place]:
+        """Forget those of `sessions` that belong to `owner`, at all their places; returns these."""
+        closed = set(sessions)
+        gone = [place for place in self._places_of.get(owner, ()) if place.session in closed]
+        return [place for place in gone if self._remove(place)]
 
-    def link_lost(self, link: OwnerLink) -> list[SessionId]:
+    def link_lost(self, link: OwnerLink) -> list[Place]:
         """Forget every session opened over `link`; returns them."""
-        gone = [session for session, entry in self._entries.items() if entry.owner_link is link]
-        return [session for session in gone if self._remove(session)]
+        gone = [place for place, entry in self._entries.items() if entry.owner_link is link]
+        return [place for place in gone if self._remove(place)]
 
-    def expire(self, now_s: float) -> list[SessionId]:
+    def expire(self, now_s: float) -> list[Place]:
         """Forget sessions whose lease is over and that have no step running; returns them."""
         gone = [
-            session
-            for session, entry in self._entries.items()
-            if entry.lease_expires_at_s <= now_s and not entry.running
+            place for place, entry in self._entries.items() if entry.lease_expires_at_s <= now_s and not entry.running
         ]
-        return [session for session in gone if self._remove(session)]
+        return [place for place in gone if self._remove(place)]
 
     # --- bookkeeping ---
 
-    def _fork(self, parent: SessionId, step: Step) -> Entry[Answer, OwnerLink] | None:
+    def _fork(self, parent: Place, child: Place) -> Entry[Answer, OwnerLink] | None:
         """What the child of an installed parent would be; installed only once its first step has been accepted."""
         known = self._entries.get(parent)
         if known is None:
             return None
         return Entry[Answer, OwnerLink](
-            session=SessionId(step.session),
+            place=child,
             owner=known.owner,
             owner_link=known.owner_link,
             epoch=known.epoch,
@@ -272,23 +279,20 @@ class Ledger(Generic[Answer, OwnerLink]):
         )
 
     def _room_for(self, owner: PeerId) -> None:
-        mine = len(self._sessions_of.get(owner, ()))
+        mine = len(self._places_of.get(owner, ()))
         if len(self._entries) >= self.limits.max_sessions or mine >= self.limits.max_sessions_per_owner:
             raise Busy(f"{len(self._entries)} sessions here, {mine} of them yours", retry_after_s=1.0)
 
     def _share_for(self, owner: PeerId) -> None:
         """Raises Busy when `owner` holds its share already and is not alone here."""
-        mine = self._sessions_of.get(owner, set())
+        mine = self._places_of.get(owner, set())
         if self.limits.pool_positions is None or len(mine) in (0, len(self._entries)):
             return
-        held = sum(self._entries[session].positions for session in mine)
+        held = sum(self._entries[place].positions for place in mine)
         if held >= self.limits.owner_share * self.limits.pool_positions:
             raise Busy(
                 f"your sessions hold {held} of this peer's {self.limits.pool_positions} positions", retry_after_s=1.0
             )
-
-    def _owned(self, owner: PeerId, session: SessionId) -> bool:
-        return session in self._sessions_of.get(owner, ())
 
     def _undo(self, entry: Entry[Answer, OwnerLink], *, beyond: int) -> None:
         """Forget the steps that reached further than `beyond`."""
@@ -307,18 +311,18 @@ class Ledger(Generic[Answer, OwnerLink]):
         self._answers_bytes -= entry.answers.pop(step).answer_bytes
 
     def _install(self, entry: Entry[Answer, OwnerLink]) -> None:
-        if (replaced := self._entries.get(entry.session)) is not None:
+        if (replaced := self._entries.get(entry.place)) is not None:
             self._undo(replaced, beyond=0)
-        self._entries[entry.session] = entry
-        self._sessions_of.setdefault(entry.owner, set()).add(entry.session)
+        self._entries[entry.place] = entry
+        self._places_of.setdefault(entry.owner, set()).add(entry.place)
 
-    def _remove(self, session: SessionId) -> bool:
-        entry = self._entries.pop(session)
+    def _remove(self, place: Place) -> bool:
+        entry = self._entries.pop(place)
         self._undo(entry, beyond=0)
-        owned = self._sessions_of[entry.owner]
-        owned.discard(session)
+        owned = self._places_of[entry.owner]
+        owned.discard(place)
         if not owned:
-            del self._sessions_of[entry.owner]
+            del self._places_of[entry.owner]
         return True
 
 

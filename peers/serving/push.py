@@ -63,7 +63,7 @@ class Pusher:
         try:
             await self._successor(entry)
         except Busy as error:
-            logger.debug("session %s: %s", entry.session, error)  # the first push dials too
+            logger.debug("session %s: %s", entry.place, error)  # the first push dials too
         except (PeerError, Unavailable) as error:
             self._relay_for_now(entry, error)
 
@@ -80,7 +80,7 @@ class Pusher:
                 link = await self._successor(entry)
                 await link.send(message, delivery.payload, bulk=delivery.bulk)
             except Busy as error:
-                logger.info("session %s: relaying one step: %s", entry.session, error)
+                logger.info("session %s: relaying one step: %s", entry.place, error)
             except (PeerError, Unavailable) as error:  # Unavailable: out of descriptors, for example
                 self._relay_for_now(entry, error)
             else:
@@ -114,12 +114,12 @@ class Pusher:
 
     def _relay_for_now(self, entry: Entry[Delivery, Link], error: SwarmError) -> None:
         entry.relay_until_s = self._clock() + RETRY_PUSH_S
-        logger.warning("session %s: relaying through the client, %s: %s", entry.session, entry.next, error)
+        logger.warning("session %s: relaying through the client, %s: %s", entry.place, entry.next, error)
 
     async def _to_client(self, entry: Entry[Delivery, Link], message: Result | Relay, delivery: Delivery) -> bool:
         try:
             await entry.owner_link.send(message, delivery.payload, bulk=delivery.bulk)
         except (PeerError, Unavailable) as error:  # Unavailable: a client that we dialled, and no lane can be opened
-            logger.debug("session %s: the client is not reached: %s", entry.session, error)
+            logger.debug("session %s: the client is not reached: %s", entry.place, error)
             return False
         return True

@@ -1,4 +1,4 @@
-"""The messages of protocol version 1: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
+"""The messages of protocol version 2: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
 
 A frame carries one message and, for `Step`, `Relay` and `Result`, the raw rows of one tensor (`peers.wire.codec`).
 
@@ -22,7 +22,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_POSITIONS = 1 << 24
 MAX_HOPS = 64
 MAX_CLOSED_SESSIONS = 512
@@ -86,6 +86,8 @@ class Hello(Message, tag="hello", frozen=True, kw_only=True):
 class Open(Message, tag="open", frozen=True, kw_only=True):
     """Install one hop of a route. A higher epoch replaces the older route and keeps nothing of it.
 
+    A route may pass a peer several times; the hops of a session are told apart by the block with which they begin.
+
     Key i of `prefix` names everything that decides the session's positions `[0, (i + 1) · PREFIX_POSITIONS)` at this
     hop, and nothing else; who sends it has made it so that nobody else can. The steps that follow send those positions.
     """
@@ -107,6 +109,7 @@ class Opened(Message, tag="opened", frozen=True, kw_only=True):
     """The hop is installed; it is released `lease_s` after the last step, or when the client's link closes."""
 
     session: Bytes16
+    start: Block
     epoch: Epoch
     lease_s: Seconds
     held: Count = 0
@@ -130,6 +133,8 @@ class Step(Message, tag="step", frozen=True, kw_only=True):
     """
 
     session: Bytes16
+    block: Block
+    """The one that the rows enter next: names the hop that this is for."""
     epoch: Epoch
     step: Counter
     first: Count
@@ -172,6 +177,8 @@ class Failed(Message, tag="failed", frozen=True, kw_only=True):
     peer: PeerText
     """The hop that declined; differs from the sender when a predecessor passes the message on."""
     session: Bytes16
+    block: Block
+    """With which that hop begins."""
     epoch: Epoch
     step: Counter | None = None
     code: ShortText
@@ -180,7 +187,7 @@ class Failed(Message, tag="failed", frozen=True, kw_only=True):
 
 
 class Close(Message, tag="close", frozen=True, kw_only=True):
-    """Free these sessions of the sender. Needs no answer."""
+    """Free these sessions of the sender, at every hop that this peer is to them. Needs no answer."""
 
     sessions: Annotated[tuple[Bytes16, ...], Meta(max_length=MAX_CLOSED_SESSIONS)]
 

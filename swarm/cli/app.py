@@ -14,7 +14,7 @@ import typer
 
 from routing.addresses import validate_multiaddr
 from routing.errors import CallerError, InvalidAddress
-from routing.ids import BlockSpan
+from routing.ids import BlockSpans
 from routing.precision import Precision
 from routing.records import check_network
 from swarm.cli import signals
@@ -187,7 +187,11 @@ def join(
     new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Be the first node of a network.")] = False,
     blocks: Annotated[
         str | None,
-        typer.Option("--blocks", metavar="A:B", help="Serve blocks A to B−1. Default: the least covered that fit."),
+        typer.Option(
+            "--blocks",
+            metavar="A:B[,C:D…]",
+            help="Serve blocks A to B−1; several spans work too. Default: the least covered that fit.",
+        ),
     ] = None,
     num_blocks: Annotated[
         int | None, typer.Option("--num-blocks", min=1, metavar="N", help="Serve N blocks, where they are needed most.")
@@ -277,7 +281,7 @@ def join(
             hint = "give --invite swarm://… or --initial-peers MULTIADDR…, or begin a network with --new-swarm"
             raise InvalidAddress("no way into a network was given", hint=hint)
         entrance = None if new_swarm else _entrance(initial_peers, invite, network)
-        span = None if blocks is None else BlockSpan.parse(blocks)
+        spans = None if blocks is None else BlockSpans.parse(blocks)
         memory = None if max_memory is None else _bytes(max_memory)
         bytes_per_s = None if max_bandwidth is None else _bytes(max_bandwidth.strip().removesuffix("/s"))
         from peers.serving.comfort import Schedule
@@ -290,7 +294,7 @@ def join(
         config = PeerConfig(
             **options,
             model=model,
-            blocks=span,
+            blocks=spans,
             num_blocks=num_blocks,
             dtype=dtype,
             quantization=quantize,

@@ -116,14 +116,12 @@ def describe(event: Event) -> str:
         case "connected":
             return f"connected as {fields['peer_id']}"
         case "loading":
-            start, end = cast(list[int], fields["span"])
             weights = "" if fields["quantization"] == "none" else f", weights in {fields['quantization']}"
-            return f"loading blocks {start}:{end} of {fields['model']} in {fields['dtype']}{weights}"
-        case "ready" if "span" in fields:
-            start, end = cast(list[int], fields["span"])
+            return f"loading blocks {_blocks(fields)} of {fields['model']} in {fields['dtype']}{weights}"
+        case "ready" if "spans" in fields:
             disturbed = ", beside busy programs" if fields["probe_disturbed"] else ""
             return (
-                f"serving blocks {start}:{end} of {fields['model']} on {fields['device']}; "
+                f"serving blocks {_blocks(fields)} of {fields['model']} on {fields['device']}; "
                 f"cache for {fields['cache_tokens']:,} tokens; per block and token {fields['decode_ms_per_block']} ms, "
                 f"{fields['prefill_ms_per_block']} ms in a prompt; up to {fields['token_budget']} tokens a forward, "
                 f"{fields['forward_mib']} MiB (measured {fields['probed']}{disturbed})\n"
@@ -160,6 +158,10 @@ def _why_paused(fields: dict[str, object]) -> str:
         f"other programs use {fields['load_percent']} % of the CPUs, the limit is {fields['limit_percent']:g} %; "
         f"back once that has been below {fields['resume_percent']:g} % for a while"
     )
+
+
+def _blocks(fields: dict[str, object]) -> str:
+    return ",".join(f"{start}:{end}" for start, end in cast(list[list[int]], fields["spans"]))
 
 
 def _entry(fields: dict[str, object]) -> str:

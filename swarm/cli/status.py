@@ -132,7 +132,7 @@ def _plain_peer(peer: Announcement, rtt_s: float | None) -> dict[str, Any]:
     return {
         "peer_id": peer.peer_id,
         "name": peer.name,
-        "span": [peer.span.start, peer.span.end],
+        **peer.spans.as_fields(),
         "state": peer.state.value,
         "dtype": peer.dtype,
         "quantization": peer.quantization,
@@ -195,7 +195,7 @@ def _peers_table(peers: Iterable[Announcement], rtt_s: Mapping[PeerId, float]) -
         latency_s = rtt_s.get(peer.peer_id)
         table.add_row(
             Text(_name(peer)),
-            str(peer.span),
+            str(peer.spans),
             peer.dtype if peer.quantization == "none" else f"{peer.dtype}, {peer.quantization}",
             peer.state.value,
             Text(f"{peer.version} (protocol {peer.protocol})"),

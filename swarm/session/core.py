@@ -187,7 +187,8 @@ class SessionCore:
         self._pending: deque[PendingStep] = deque()
         self._sent: dict[StepId, PendingStep] = {}
         self._unsent: deque[PendingStep] = deque()
-        self._missing: set[PeerId] = set()
+        self._missing: set[tuple[PeerId, int]] = set()
+        """Hops that are not open yet, each by its peer and first block."""
         self._held = 0
         """Positions that every hop of the route held when it was opened."""
         self._offers = True
@@ -276,18 +277,18 @@ class SessionCore:
         self.epoch += 1
         self.route = route
         self.state = State.OPENING
-        self._missing = {hop.peer_id for hop in route.hops}
+        self._missing = {(hop.peer_id, hop.span.start) for hop in route.hops}
         self._held = offer = self._settled_until() if self._offers else 0
         return [OpenHops(route, self.epoch, offer)]
 
     def no_route(self, error: SwarmError) -> list[Action]:
         return self._fail(error) if self.state is State.ROUTING else []
 
-    def opened(self, peer: PeerId, epoch: int, held: int = 0) -> list[Action]:
-        """`peer` holds the first `held` positions of what it was offered."""
+    def opened(self, peer: PeerId, start: int, epoch: int, held: int = 0) -> list[Action]:
+        """The hop at `peer` that begins with block `start` holds the first `held` positions of what it was offered."""
         if self.state is not State.OPENING or epoch != self.epoch:
             return []
-        self._missing.discard(peer)
+        self._missing.discard((peer, start))
         self._held = min(self._held, held)
         if self._missing:
             return []

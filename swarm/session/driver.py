@@ -360,8 +360,8 @@ class SwarmRemote:
             self.perform(session, core.give_up(error))
 
     def _close_hops(self, route: Route, session: SessionId) -> None:
-        for hop in route.hops:
-            self._goodbyes.spawn(self._close_hop(hop.peer_id, session), name=f"close {session}")
+        for peer in {hop.peer_id for hop in route.hops}:
+            self._goodbyes.spawn(self._close_hop(peer, session), name=f"close {session}")
 
     async def _close_hop(self, peer: PeerId, session: SessionId) -> None:
         link = self._client.links.known(peer)
@@ -407,6 +407,7 @@ class SwarmRemote:
         hop = core.route.hops[0]
         message = Step(
             session=core.session.raw,
+            block=hop.span.start,
             epoch=action.epoch,
             step=step.step,
             first=step.first,

@@ -52,7 +52,7 @@ class Inbox:
             error = ProtocolError(f"{link.remote} holds {message.held} positions, more than it was asked for")
             self._driver.lose(session, link.remote, error)
             return
-        self._driver.perform(session, session.core.opened(link.remote, message.epoch, message.held))
+        self._driver.perform(session, session.core.opened(link.remote, message.start, message.epoch, message.held))
 
     async def _result(self, link: Link, message: Result, payload: memoryview) -> None:
         session = self._session_of(link, message.session)
@@ -85,7 +85,8 @@ class Inbox:
         if session is None or session.core is None or session.core.route is None:
             return
         core, route, peer, epoch = session.core, session.core.route, PeerId(message.peer), message.epoch
-        if epoch != core.epoch:
+        at = _hop_at(route, peer, message.block)
+        if epoch != core.epoch or at is None:
             return  # of a route that was replaced
         logger.info("session %s: %s answers %s: %s", core.session, peer, message.code, message.message)
         text = f"{peer}: {message.message}"
@@ -105,12 +106,10 @@ class Inbox:
                 gap_at = None if message.step is None else StepId(message.step)
                 actions = core.forgotten(epoch, Refused(text, code=message.code), gap_at=gap_at)
             case Code.MALFORMED:
-                hops = [hop.peer_id for hop in route.hops]
-                at = hops.index(peer)
                 if at == 0:
                     actions = core.give_up(ProtocolError(text, hint="the values given to the model are not usable"))
                 else:  # what the hop before it sent is not usable
-                    self._driver.lose(session, hops[at - 1], ProtocolError(text))
+                    self._driver.lose(session, route.hops[at - 1].peer_id, ProtocolError(text))
                     return
             case Code.INTERNAL:
                 self._driver.lose(session, peer, Refused(text, code=message.code))
@@ -124,7 +123,10 @@ class Inbox:
         if session is None or session.core is None or session.core.route is None:
             return
         route = session.core.route
-        following = next(hop for hop in route.hops if hop.peer_id == message.next)
+        at = _hop_at(route, PeerId(message.next), message.step.block)
+        if at is None:
+            return
+        following = route.hops[at]
         self._sessions.traffic.relays += 1
         session.renew_deadline()
         step = replace_fields(message.step, epoch=session.core.epoch)
@@ -164,3 +166,8 @@ class Inbox:
             self._sessions.client.router.on_step(hop.peer_id, len(hop.span), tokens, compute_s, queue_s, now_s)
             self._sessions.client.router.on_success(hop.peer_id, now_s)
         self._sessions.last_hops = tuple(timings)
+
+
+def _hop_at(route: Route, peer: PeerId, block: int) -> int | None:
+    """Which hop of the route `peer` is from `block` on; None when it is none."""
+    return next((at for at, hop in enumerate(route.hops) if (hop.peer_id, hop.span.start) == (peer, block)), None)

@@ -23,7 +23,7 @@ from peers.runtime.probe import Probe
 from peers.transport.memory import MemoryNetwork, MemoryTransport
 from peers.wire.messages import Urgency
 from routing.identity import SigningKey
-from routing.ids import BlockSpan, PeerId
+from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.store import RecordStore
 from swarm.models.loading import load_model
 from swarm.network import ClientNode, NetworkThread
@@ -69,12 +69,12 @@ class Guest(NetworkThread):
 
 
 class MemorySwarm:
-    """`spans` as (start, end) pairs; every peer on one thread, all of one checkpoint folder."""
+    """`spans` as (start, end) pairs, or as of `--blocks`; every peer on one thread, all of one checkpoint folder."""
 
     def __init__(
         self,
         folder: Path,
-        spans: Sequence[tuple[int, int]],
+        spans: Sequence[tuple[int, int] | str],
         *,
         cache_tokens: int = 1024,
         page_size: int = 4,
@@ -105,14 +105,14 @@ class MemorySwarm:
 
     async def _make(self) -> ClientNode:
         self.network = MemoryNetwork(latency_s=self._latency_s)
-        for start, end in self._spans:
-            await self._add(BlockSpan(start, end))
+        for span in self._spans:
+            await self._add(BlockSpans.parse(span if isinstance(span, str) else "{}:{}".format(*span)))
         return await self._client()
 
     async def _client(self) -> ClientNode:
         return ClientNode(MemoryNode(self.network, new_key(), client_mode=True), network="test")
 
-    async def _add(self, span: BlockSpan, quantization: str = "none") -> ServerPeer:
+    async def _add(self, spans: BlockSpans, quantization: str = "none") -> ServerPeer:
         key = new_key()
         node = MemoryNode(self.network, key)
         peer = ServerPeer(node.transport, node.store, key=key, network="test", lease_s=self._lease_s)
@@ -122,12 +122,12 @@ class MemorySwarm:
             device=self._device,
             max_memory_bytes=8 << 30,
             cache_tokens=self._cache_tokens,
-            blocks=span,
+            blocks=spans,
             quantization=quantization,
         )
         await peer.load(
             self.checkpoint,
-            span,
+            spans,
             plan,
             threads=1,
             page_size=self._page_size,
@@ -140,7 +140,7 @@ class MemorySwarm:
         return peer
 
     def add_peer(self, start: int, end: int, quantization: str = "none") -> ServerPeer:
-        return self.thread.call(self._add(BlockSpan(start, end), quantization))
+        return self.thread.call(self._add(BlockSpans.of(BlockSpan(start, end)), quantization))
 
     def model(
         self,

@@ -63,7 +63,7 @@ def local(folder: Path) -> Any:
 def make_swarm(folder: Path, local: Any, tmp_path: Path) -> Iterator[Callable[..., MemorySwarm]]:
     swarms: list[MemorySwarm] = []
 
-    def make(spans: list[tuple[int, int]], **options: Any) -> MemorySwarm:
+    def make(spans: list[tuple[int, int] | str], **options: Any) -> MemorySwarm:
         swarms.append(MemorySwarm(folder, spans, cache=tmp_path, **options))
         return swarms[-1]
 
@@ -208,6 +208,31 @@ def test_a_route_uses_part_of_a_span(make_swarm: Callable[..., MemorySwarm], loc
     spans = [str(hop.span) for hop in model._remote_layers.remote.route.hops]
     assert len(spans) == 2
     assert spans != ["0:3", f"1:{NUM_BLOCKS}"]
+
+
+@pytest.mark.parametrize("options", [{}, {"device": "cpu,cpu"}], ids=["one-device", "two-devices"])
+def test_a_route_returns_to_a_peer_of_two_spans_and_both_of_its_hops_are_replaced(
+    make_swarm: Callable[..., MemorySwarm], local: Any, options: dict[str, str]
+) -> None:
+    swarm = make_swarm([f"0:1,3:{NUM_BLOCKS}", (1, 3)], **options)
+    model = swarm.model()
+    assert torch.equal(generate(model, prompt()), generate(local, prompt()))
+    two, middle = (peer._key.peer_id for peer in swarm.peers)
+    remote = model._remote_layers.remote
+    assert [hop.peer_id for hop in remote.route.hops] == [two, middle, two]
+    assert remote.traffic.relays == 0
+    forked = prompt(2, seed=3)
+    assert torch.equal(generate(model, forked, num_beams=2), generate(local, forked, num_beams=2))
+    assert swarm.eventually_settled()
+
+    def replace() -> None:
+        assert [hop.peer_id for hop in remote.route.hops] == [two, middle, two]
+        swarm.add_peer(0, NUM_BLOCKS)
+        swarm.kill_peer(two)
+
+    ids = generate(model, prompt(), stopping_criteria=[AtToken(6, replace)])
+    assert torch.equal(ids, generate(local, prompt()))
+    assert two not in [hop.peer_id for hop in remote.route.hops]
 
 
 def test_a_pool_too_small_for_all_sessions_at_once_finishes_every_one(

@@ -13,7 +13,7 @@ from peers.errors import PeerTooSmall
 from peers.model.support import examine
 from peers.runtime.sizing import SESSIONS_MAX, TOKENS_MIN
 from routing.errors import CallerError, InvalidSpan
-from routing.ids import BlockSpan
+from routing.ids import BlockSpan, BlockSpans
 from tests.helpers.families import FAMILIES, NUM_BLOCKS
 
 CONFIG = FAMILIES["llama"].config()
@@ -72,14 +72,14 @@ def test_a_large_forward_leaves_less_room_and_a_small_one_no_more_than_was_plann
 
 
 def test_several_devices_share_the_blocks_and_the_memory() -> None:
-    plan = plan_capacity(CONFIG, device="cpu,cpu", max_memory_bytes=4 << 30, blocks=BlockSpan(1, 4))
-    assert [span for _, span in plan.parts(BlockSpan(1, 4))] in (
+    plan = plan_capacity(CONFIG, device="cpu,cpu", max_memory_bytes=4 << 30, blocks=BlockSpans.parse("1:4"))
+    assert [span for _, span in plan.parts(BlockSpans.parse("1:4"))] in (
         [BlockSpan(1, 2), BlockSpan(2, 4)],
         [BlockSpan(1, 3), BlockSpan(3, 4)],
     )
     assert plan.request.limits_bytes == (2 << 30, 2 << 30)
     one = plan_capacity(CONFIG, device="cpu,cpu", max_memory_bytes=4 << 30, num_blocks=1)
-    assert len(one.parts(BlockSpan(3, 4))) == 1
+    assert len(one.parts(BlockSpans.parse("3:4"))) == 1
 
 
 def test_a_cache_too_small_to_be_useful_is_refused_unless_it_was_asked_for() -> None:
@@ -100,11 +100,17 @@ def test_a_peer_too_small_for_one_block_is_told_the_sizes() -> None:
 def test_asked_blocks_that_do_not_fit_are_refused() -> None:
     with pytest.raises(PeerTooSmall, match="3 block"):
         plan_capacity(
-            CONFIG, device="cpu", max_memory_bytes=PROCESS_BYTES + 100_000, cache_tokens=256, blocks=BlockSpan(0, 3)
+            CONFIG,
+            device="cpu",
+            max_memory_bytes=PROCESS_BYTES + 100_000,
+            cache_tokens=256,
+            blocks=BlockSpans.parse("0:3"),
         )
 
 
-@pytest.mark.parametrize("wrong", [{"blocks": BlockSpan(2, NUM_BLOCKS + 1)}, {"num_blocks": 99}, {"num_blocks": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"blocks": BlockSpans.of(BlockSpan(2, NUM_BLOCKS + 1))}, {"num_blocks": 99}, {"num_blocks": 0}]
+)
 def test_blocks_that_the_model_does_not_have_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidSpan, match=str(NUM_BLOCKS)):
         plan_capacity(CONFIG, device="cpu", max_memory_bytes=4 << 30, **wrong)  # type: ignore[arg-type]

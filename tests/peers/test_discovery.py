@@ -15,7 +15,7 @@ from peers.discovery import Discovery
 from peers.transport.links import Links
 from peers.transport.memory import MemoryNetwork, MemoryStore
 from routing.errors import NoRoute, Unavailable
-from routing.ids import BlockSpan
+from routing.ids import BlockSpan, BlockSpans
 from routing.records import index_key, model_key, sign_record
 from routing.router import Router, RouteRequest
 from routing.store import StoredRecord
@@ -55,7 +55,7 @@ class Reader:
         await Links(transport, network="test", software="test").serve()
         mine = replace(
             announcement(key, expires_at_s=round(time.time() + 20, 3)),
-            span=BlockSpan(start, end),
+            spans=BlockSpans.of(BlockSpan(start, end)),
             addresses=transport.addresses,
         )
         for name in (model_key("test", MODEL, key.peer_id), index_key("test", key.peer_id)):

@@ -23,7 +23,7 @@ from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.links import Links
 from routing.errors import CallerError, SwarmError, Unavailable
 from routing.identity import SigningKey
-from routing.ids import BlockSpan
+from routing.ids import BlockSpan, BlockSpans
 from routing.records import MAX_MODEL_NAME_CHARS
 from tests.helpers.families import FAMILIES, save_checkpoint
 from tests.helpers.hours import hours_without_now
@@ -190,7 +190,7 @@ def test_a_comfort_that_makes_no_sense_is_refused_at_once(wish: dict[str, Any], 
 async def test_a_peer_measures_itself_at_its_first_start_and_remembers_it(tmp_path: Path, tiny: Path) -> None:
     found = []
     for _ in range(2):
-        async with Life(peer(tmp_path, model=str(tiny), blocks=BlockSpan(0, 2), threads=1)) as life:
+        async with Life(peer(tmp_path, model=str(tiny), blocks=BlockSpans.parse("0:2"), threads=1)) as life:
             found.append((await life.wait_for("ready")).fields)
     first, second = found
     assert (first.pop("probed"), second.pop("probed")) == ("now", "before")
@@ -210,7 +210,7 @@ async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_fr
 
     monkeypatch.setattr(host, "measure", measured)
     options = {
-        "blocks": BlockSpan(0, plan.max_blocks),
+        "blocks": BlockSpans.of(BlockSpan(0, plan.max_blocks)),
         "max_memory_bytes": plan.share.num_bytes(plan.request.sizes, plan.max_blocks),
     }
     for _ in range(2):
@@ -252,7 +252,7 @@ def test_a_wrong_clock_is_named_as_the_reason() -> None:
 
 
 async def test_a_peer_of_two_devices_is_one_peer(tmp_path: Path, tiny: Path) -> None:
-    config = peer(tmp_path, model=str(tiny), device="cpu,cpu", blocks=BlockSpan(0, 3), threads=1)
+    config = peer(tmp_path, model=str(tiny), device="cpu,cpu", blocks=BlockSpans.parse("0:3"), threads=1)
     async with Life(config) as life:
         ready = (await life.wait_for("ready")).fields
     assert (ready["device"], ready["span"]) == ("cpu,cpu", [0, 3])

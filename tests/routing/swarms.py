@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from routing.identity import SigningKey, peer_id_of
-from routing.ids import BlockSpan, ModelId, PeerId
+from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
 from routing.records import Announcement, PeerState
 
 MODEL = ModelId(b"\x11" * 32)
@@ -31,7 +31,7 @@ def announcement(peer_id: PeerId, start: int = 0, end: int = 10, **changes: Any)
         "model": MODEL,
         "model_name": "smollm2-135m-instruct",
         "num_blocks": 30,
-        "span": BlockSpan(start, end),
+        "spans": BlockSpans.of(BlockSpan(start, end)),
         "state": PeerState.ONLINE,
         "dtype": "float32",
         "version": "0.1.0",

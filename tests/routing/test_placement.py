@@ -23,7 +23,7 @@ def test_three_peers_of_ten_blocks_fill_an_empty_swarm() -> None:
     for number in range(3):
         span = choose_span(peers, 30, 10, NOW_S)
         peers.append(announcement(peer(number), span.start, span.end, state=PeerState.JOINING))
-    assert [str(a.span) for a in peers] == ["0:10", "10:20", "20:30"]
+    assert [str(a.spans) for a in peers] == ["0:10", "10:20", "20:30"]
 
 
 def test_a_gap_is_filled_before_anything_is_doubled() -> None:
@@ -68,7 +68,7 @@ def test_no_other_span_holds_rarer_blocks_and_the_order_of_peers_does_not_matter
     length = min(max_blocks, 12)
 
     def rarity(span: BlockSpan) -> list[int]:
-        return sorted(sum(block in a.span for a in peers) for block in span)
+        return sorted(sum(block in span for a in peers for span in a.spans) for block in span)
 
     windows = [BlockSpan(start, start + length) for start in range(12 - length + 1)]
     assert chosen == min(windows, key=lambda span: (rarity(span), span.start))
@@ -83,7 +83,7 @@ def test_peers_that_join_one_by_one_cover_the_model_as_soon_as_their_sizes_add_u
     for number, size in enumerate(sizes):
         span = choose_span(peers, num_blocks, size, NOW_S)
         peers.append(announcement(peer(number), span.start, span.end, num_blocks=num_blocks))
-        if sum(len(a.span) for a in peers) >= 2 * num_blocks:
+        if sum(a.spans.num_blocks for a in peers) >= 2 * num_blocks:
             break
-    if sum(len(a.span) for a in peers) >= 2 * num_blocks:
-        assert gaps([a.span for a in peers], num_blocks) == ()
+    if sum(a.spans.num_blocks for a in peers) >= 2 * num_blocks:
+        assert gaps([span for a in peers for span in a.spans], num_blocks) == ()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import fields, replace
+from itertools import starmap
 
 import msgpack
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from routing.coordinates import Coordinate
 from routing.errors import CallerError, InvalidRecord
 from routing.identity import SigningKey
-from routing.ids import BlockSpan, ModelId
+from routing.ids import MAX_SPANS, BlockSpan, BlockSpans, ModelId
 from routing.records import (
     CLOCK_SLACK_S,
     KEYS_PER_MODEL,
@@ -64,7 +65,7 @@ def body_of(value: bytes) -> list[object]:
 FIELD = {name: index for index, name in enumerate([
     "sequence", "expires_at_s", "model", "model_name", "num_blocks", "start", "end", "state", "dtype", "quantization",
     "version", "protocol", "name", "addresses", "decode_s_per_block", "prefill_s_per_token_block", "cache_tokens",
-    "free_tokens", "max_bytes_per_s", "queue_s", "place", "max_blocks", "intent",
+    "free_tokens", "max_bytes_per_s", "more_spans", "queue_s", "place", "max_blocks", "intent",
 ])}  # fmt: skip
 
 
@@ -74,20 +75,27 @@ def with_field(name: str, content: object) -> bytes:
     return signed_body(body)
 
 
+def spans_within(blocks: int, edges: list[int]) -> BlockSpans:
+    """Between every second pair of neighbouring `edges`, or everything."""
+    inside = sorted({edge % (blocks + 1) for edge in edges})
+    return BlockSpans(
+        tuple(starmap(BlockSpan, zip(inside[::2], inside[1::2], strict=False))) or (BlockSpan(0, blocks),)
+    )
+
+
 TEXTS = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=16)
 ANNOUNCEMENTS = st.builds(
-    lambda number, blocks, first, length, cache, used, **rest: announcement(
+    lambda number, blocks, edges, cache, used, **rest: announcement(
         key(number).peer_id,
         num_blocks=blocks,
-        span=BlockSpan(first % blocks, min(first % blocks + length, blocks)),
+        spans=spans_within(blocks, edges),
         cache_tokens=cache,
         free_tokens=max(0, cache - used),
         **rest,
     ),
     number=st.integers(1, 5),
     blocks=st.integers(1, MAX_BLOCKS),
-    first=st.integers(0, MAX_BLOCKS),
-    length=st.integers(1, MAX_BLOCKS),
+    edges=st.lists(st.integers(0, MAX_BLOCKS), min_size=2, max_size=2 * MAX_SPANS),
     cache=st.integers(0, 10**9),
     used=st.integers(0, 10**9),
     model=st.binary(min_size=32, max_size=32).map(ModelId),
@@ -326,6 +334,14 @@ def test_texts_are_bounded_and_printable(name: str, text: str) -> None:
         ("max_blocks", 31),
         ("intent", [20, 31]),
         ("intent", [5, 5]),
+        ("more_spans", [[9, 12]]),
+        ("more_spans", [[10, 12]]),
+        ("more_spans", [[12, 12]]),
+        ("more_spans", [[12, 31]]),
+        ("more_spans", [[20, 22], [12, 14]]),
+        ("more_spans", [[12 + 2 * n, 13 + 2 * n] for n in range(MAX_SPANS)]),
+        ("more_spans", [[12]]),
+        ("more_spans", [12, 13]),
     ],
 )
 def test_a_field_out_of_bounds_is_refused_even_when_its_owner_signed_it(name: str, content: object) -> None:
@@ -374,8 +390,8 @@ def test_five_thousand_strangers_leave_room_under_every_key_and_no_answer_passes
 
 def test_every_field_of_an_announcement_travels() -> None:
     changed = replace(
-        RECORD, model=OTHER_MODEL, model_name="other", num_blocks=31, span=BlockSpan(3, 4), state=PeerState.DRAINING,
-        dtype="int8", quantization="nf4", version="9", protocol=7, name="other", addresses=(),
+        RECORD, model=OTHER_MODEL, model_name="other", num_blocks=31, spans=BlockSpans.parse("3:4,6:9"),
+        state=PeerState.DRAINING, dtype="int8", quantization="nf4", version="9", protocol=7, name="other", addresses=(),
         decode_s_per_block=0.5, prefill_s_per_token_block=0.25, cache_tokens=6, free_tokens=5, max_bytes_per_s=8,
         queue_s=0.5, place=Coordinate(0.1, -0.2, 0.001, 0.25), max_blocks=7, intent=BlockSpan(5, 9), sequence=4,
         expires_at_s=NOW_S + 3,

@@ -13,8 +13,10 @@ from routing.coordinates import Coordinate
 from routing.cost import hop_cost
 from routing.errors import NoRoute
 from routing.estimates import Estimates
-from routing.ids import BlockSpan
+from routing.health import coverage
+from routing.ids import BlockSpan, BlockSpans
 from routing.path import Candidate, cheapest_path
+from routing.placement import choose_span
 from routing.records import Announcement, PeerState
 from routing.router import HYSTERESIS, Hop, Route, Router, RouteRequest
 from tests.routing.swarms import MODEL, NOW_S, OTHER_MODEL, announcement, peer
@@ -36,7 +38,7 @@ def peers_of(route: Route) -> list[str]:
 def test_three_peers_of_ten_blocks_make_a_route_with_their_addresses() -> None:
     route = router_with(*THREE).plan(REQUEST, NOW_S)
     assert route.hops == tuple(
-        Hop(peer_id=a.peer_id, span=a.span, addresses=a.addresses, dtype=a.dtype, quantization=a.quantization)
+        Hop(peer_id=a.peer_id, span=a.spans.parts[0], addresses=a.addresses, dtype=a.dtype, quantization=a.quantization)
         for a in THREE
     )
     assert route.cost_s > 0
@@ -204,7 +206,8 @@ def test_a_session_does_not_leave_a_peer_because_its_own_cache_filled_it() -> No
     )
     request = replace(REQUEST, cache_tokens=100)
     previous = Route(
-        hops=tuple(Hop(peer_id=peer(n), span=THREE[n].span, addresses=THREE[n].addresses) for n in range(3)), cost_s=1.0
+        hops=tuple(Hop(peer_id=peer(n), span=THREE[n].spans.parts[0], addresses=THREE[n].addresses) for n in range(3)),
+        cost_s=1.0,
     )
     assert peers_of(router.plan(request, NOW_S))[1] == peer(3)
     assert peers_of(router.plan(replace(request, previous=previous), NOW_S))[1] == peer(1)
@@ -340,12 +343,11 @@ def test_whatever_happens_a_plan_covers_each_block_once_with_usable_peers_or_nam
         missing = {block for start, end in raised.value.missing for block in range(start, end)}
         assert missing
         online = [a for a in live.values() if a.state is PeerState.ONLINE]
-        assert missing >= {block for block in range(10) if not any(block in a.span for a in online)}
+        assert missing >= {block for block in range(10) if not any(block in span for a in online for span in a.spans)}
         return
     assert [block for hop in route.hops for block in hop.span] == list(range(10))
-    assert len(set(peers_of(route))) == len(route.hops)
     for hop in route.hops:
-        assert live[hop.peer_id].span.covers(hop.span)
+        assert live[hop.peer_id].spans.covers(hop.span)
         assert live[hop.peer_id].state is PeerState.ONLINE
         assert hop.peer_id not in request.avoid | paused
     # The same events in another order of announcements give the same route, and the route survives its own hysteresis.
@@ -379,8 +381,9 @@ def test_strangers_that_are_not_priced_would_not_have_made_a_route_cheaper(
     ]  # fmt: skip
     nobody_measured = Estimates()
     priced = [
-        Candidate(a.peer_id, a.span, hop_cost(nobody_measured.of(a, NOW_S), tokens=tokens, bytes_per_token=1000))
+        Candidate(a.peer_id, span, hop_cost(nobody_measured.of(a, NOW_S), tokens=tokens, bytes_per_token=1000))
         for a in said
+        for span in a.spans
     ]
     cheapest = cheapest_path(priced, 10)
     request = replace(REQUEST, num_blocks=10, tokens=tokens, bytes_per_token=1000)
@@ -471,6 +474,28 @@ def test_an_explanation_prices_the_route_with_each_peer_and_says_why_others_are_
     assert middle[0].route_s == pytest.approx(said.route.cost_s)
     assert middle[1].compute_s == pytest.approx(10 * 0.5)
     assert middle[2].note == "no room for the session"
-    assert said.left_out == (("gone", BlockSpan(10, 20), "draining"),)
+    assert said.left_out == (("gone", BlockSpans.of(BlockSpan(10, 20)), "draining"),)
     whole = sum(o.trip_s + o.queue_s + o.compute_s for hop in said.options for o in hop if o.chosen)
     assert whole == pytest.approx(said.route.cost_s)
+
+
+def test_a_peer_with_two_spans_is_passed_twice_and_counts_for_every_block_it_holds() -> None:
+    two = announcement(peer(1), num_blocks=12, spans=BlockSpans.parse("0:4,8:12"))
+    middle = announcement(peer(2), 4, 8, num_blocks=12)
+    request = replace(REQUEST, num_blocks=12)
+    route = router_with(two, middle).plan(request, NOW_S)
+    assert [(hop.peer_id, str(hop.span)) for hop in route.hops] == [
+        (peer(1), "0:4"),
+        (peer(2), "4:8"),
+        (peer(1), "8:12"),
+    ]
+    assert router_with(two, middle).plan(replace(request, previous=route), NOW_S).hops == route.hops
+    with pytest.raises(NoRoute, match="4:8 are missing; nobody holds 4:8"):
+        router_with(two).plan(request, NOW_S)
+    with pytest.raises(NoRoute, match=r"held only by peers that cannot be used now: .* \(0:4,8:12, avoided\)"):
+        router_with(two, middle).plan(replace(request, avoid=frozenset({peer(1)})), NOW_S)
+    health = coverage(router_with(two, middle).snapshot(NOW_S), MODEL)
+    assert health is not None
+    assert health.healthy
+    assert health.holders[0] == health.holders[11] == (peer(1),)
+    assert str(choose_span([two], 12, 4, NOW_S)) == "4:8"

@@ -22,7 +22,7 @@ from peers.model.progress import Progress
 from routing.errors import NoRoute
 from routing.health import models
 from routing.identity import SigningKey
-from routing.ids import BlockSpan, ModelId
+from routing.ids import BlockSpan, BlockSpans, ModelId
 from routing.invites import parse
 from routing.records import Announcement, PeerState
 from routing.router import Router
@@ -195,12 +195,12 @@ def test_every_event_of_a_node_has_words() -> None:
     kinds = set(re.findall(r'Event\(\s*"(\w+)"', inspect.getsource(peers.host)))
     examples = {
         "connected": {"peer_id": "12D3KooA"},
-        "loading": {"model": "m", "span": [0, 10], "dtype": "float32", "quantization": "none"},
+        "loading": {"model": "m", "spans": [[0, 10]], "dtype": "float32", "quantization": "none"},
         "ready": {
             "addresses": [ADDRESS],
             "invite": "swarm://x",
             "model": "m",
-            "span": [0, 10],
+            "spans": [[0, 4], [8, 12]],
             "device": "cpu",
             "cache_tokens": 4096,
             "decode_ms_per_block": 1.25,
@@ -222,7 +222,7 @@ def test_every_event_of_a_node_has_words() -> None:
     }
     assert kinds == set(examples)
     words = {kind: node.describe(Event(kind, dict(fields))) for kind, fields in examples.items()}
-    assert "blocks 0:10 of m" in words["ready"]
+    assert "blocks 0:4,8:12 of m" in words["ready"]
     assert "swarm://x" in words["ready"]
     assert "no answer" in words["unreachable"]
     assert "forward the port" in words["unreachable"]
@@ -409,7 +409,7 @@ def announcement(seed: int, span: BlockSpan, **changes: object) -> Announcement:
         "model": ModelId(bytes([7]) * 32),
         "model_name": "tiny",
         "num_blocks": 6,
-        "span": span,
+        "spans": BlockSpans.of(span),
         "state": PeerState.ONLINE,
         "dtype": "float32",
         "version": "0.1.0",

@@ -73,7 +73,9 @@ def ready(config: SessionConfig | None = None, *, positions: int = 0) -> Session
 def opened(core: SessionCore, *held: int) -> list[Action]:
     assert core.route is not None
     hops = itertools.zip_longest(core.route.hops, held, fillvalue=0)
-    return [action for hop, positions in hops for action in core.opened(hop.peer_id, core.epoch, positions)]
+    return [
+        action for hop, positions in hops for action in core.opened(hop.peer_id, hop.span.start, core.epoch, positions)
+    ]
 
 
 # --- the rows of the table ---
@@ -86,10 +88,10 @@ def test_the_first_step_asks_for_a_route_and_is_sent_once_every_hop_is_open() ->
     assert actions == [NeedRoute(frozenset())]
     assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 1, offer=3)]
     assert (core.state, core.outstanding) == (State.OPENING, True)
-    assert core.opened(Q, 1) == []
-    assert core.opened(Q, 1) == []
-    assert core.opened(P, 0) == [], "of an older epoch"
-    assert core.opened(P, 1) == [SendStep(PendingStep(step=step, first=0, count=3, want_from=2), 1)]
+    assert core.opened(Q, 1, 1) == []
+    assert core.opened(Q, 1, 1) == []
+    assert core.opened(P, 0, 0) == [], "of an older epoch"
+    assert core.opened(P, 0, 1) == [SendStep(PendingStep(step=step, first=0, count=3, want_from=2), 1)]
     assert (core.state, core.outstanding) == (State.READY, True)
     (done,) = core.result(step, 1)
     assert isinstance(done, StepDone)
@@ -192,7 +194,7 @@ def test_a_busy_hop_at_opening_is_released_and_asked_again_later() -> None:
     core.submit(0, 1, 0)
     core.route_ready(route(P, Q))
     assert core.busy(1, 0.5, FULL, preempted=False) == [Release(route(P, Q)), Wait(0.5)]
-    assert core.opened(Q, 1) == []
+    assert core.opened(Q, 1, 1) == []
     assert kinds(core.timer()) == [NeedRoute]
 
 
@@ -845,7 +847,7 @@ class World:
         core = owner.core
         match message.kind:
             case "opened":
-                self._perform(owner, core.opened(peer, epoch, message.held))
+                self._perform(owner, core.opened(peer, "ABC".index(peer[0]), epoch, message.held))
             case "forgot":
                 self._perform(owner, core.forgotten(epoch, FORGOT))
             case "gap":

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from peers.runtime.engine import Done, Engine, EngineStats, PositionGap, SessionReleased, Work
+from peers.runtime.engine import Done, Engine, EngineStats, PositionGap, SessionKey, SessionReleased, Work
 from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.handler import Handler, Served
 from peers.serving.ledger import Ledger, LedgerLimits
@@ -23,7 +23,7 @@ from peers.transport.memory import MemoryNetwork
 from peers.wire import tensors
 from peers.wire.messages import AnyMessage, Close, Failed, Message, Open, Opened, Relay, Result, Step
 from routing.identity import SigningKey
-from routing.ids import BlockSpan, ModelId, PeerId, SessionId
+from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId, SessionId
 
 HIDDEN = 4
 MODEL = ModelId(b"m" * 32)
@@ -53,18 +53,18 @@ class ToyEngine:
     """What the handler calls of the real one: works in order of submission, a moment of time for each."""
 
     def __init__(self) -> None:
-        self.sessions: dict[SessionId, Tensor] = {}
+        self.sessions: dict[SessionKey, Tensor] = {}
         self.ran: list[Work] = []
-        self.opened: list[tuple[SessionId, PeerId, BlockSpan, tuple[bytes, ...]]] = []
+        self.opened: list[tuple[SessionKey, PeerId, BlockSpan, tuple[bytes, ...]]] = []
         self.kept = 0
         """With how many positions the next sessions begin."""
         self.compute_s = 0.005
         self.errors: list[Exception] = []
         """Raised by the next works, one each."""
         self._turn = asyncio.Lock()
-        self._ended: dict[SessionId, asyncio.Event] = {}
+        self._ended: dict[SessionKey, asyncio.Event] = {}
 
-    def open(self, session: SessionId, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
+    def open(self, session: SessionKey, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
         if not keys:
             return 0
         self.opened.append((session, owner, span, tuple(keys)))
@@ -91,12 +91,12 @@ class ToyEngine:
             held = self.sessions[work.session] = torch.cat([held[: work.start], work.hidden.float()])
             return Done(hidden=through(work.span, held)[work.start :], queue_s=0.0, compute_s=self.compute_s)
 
-    def release(self, session: SessionId) -> None:
+    def release(self, session: SessionKey) -> None:
         self.sessions.pop(session, None)
         if (ended := self._ended.pop(session, None)) is not None:
             ended.set()
 
-    def held(self, session: SessionId) -> int:
+    def held(self, session: SessionKey) -> int:
         return len(self.sessions.get(session, ()))
 
     def stats(self) -> EngineStats:
@@ -119,7 +119,7 @@ class Hop:
         self.handler = Handler(
             links=self.links,
             engine=cast(Engine, self.engine),
-            served=Served(model=MODEL, span=self.span, hidden_size=HIDDEN),
+            served=Served(model=MODEL, spans=BlockSpans.of(self.span), hidden_size=HIDDEN),
             ledger=self.ledger,
             admission=self.admission,
             clock=lambda: asyncio.get_running_loop().time(),
@@ -201,7 +201,7 @@ class Client:
         return made
 
     async def step(self, hop: Hop, step: int, first: int, count: int = 1, **changes: Any) -> None:
-        message, payload = step_of(step, first, count, **changes)
+        message, payload = step_of(step, first, count, **{"block": hop.span.start} | changes)
         await self.send(hop, message, payload)
 
     async def result(self) -> Tensor:
@@ -226,6 +226,7 @@ def step_of(step: int, first: int, count: int = 1, session: int = 1, **changes: 
     hidden = rows(first, count) if hidden is None else hidden
     fields: dict[str, Any] = {
         "session": session_id(session).raw,
+        "block": 0,
         "epoch": 1,
         "step": step,
         "first": first,

@@ -17,6 +17,7 @@ from peers.transport.base import MAX_FRAME_BYTES
 from peers.wire import codec
 from peers.wire.messages import MAX_HOPS, Code, Failed, Opened
 from routing.errors import PeerError, Unavailable
+from routing.ids import Place
 from tests.peers.serving.hops import HIDDEN, Client, Hop, Route, expected, rows, session_id, step_of
 
 pytestmark = pytest.mark.looptime
@@ -134,7 +135,7 @@ async def test_a_wrong_open_is_refused_and_keeps_what_was_open(changes: dict[str
 async def test_a_part_of_the_span_can_be_opened() -> None:
     async with Alone() as route:
         await route.client.open(route.hops, start=1, end=3)
-        await route.client.step(route.hop, 1, 0)
+        await route.client.step(route.hop, 1, 0, block=1)
         await route.client.result()
         assert (route.hop.engine.ran[0].span.start, route.hop.engine.ran[0].span.end) == (1, 3)
 
@@ -186,7 +187,7 @@ async def test_a_stored_answer_keeps_no_more_memory_than_its_rows() -> None:
         await route.client.open(route.hops)
         await route.client.step(route.hop, 1, 0, 500, want_from=499)
         await route.client.result()
-        entry = route.hop.ledger.get(session_id(1))
+        entry = route.hop.ledger.get(Place(session_id(1), 0))
         assert entry is not None
         (kept,) = entry.answers.values()
         array: Any = kept.answer.payload.obj
@@ -269,7 +270,9 @@ async def test_a_failure_further_down_comes_back_through_the_predecessor_that_wa
         await client.step(first, 1, 0)
         failure, _ = await client.next(Failed)
         assert (failure.peer, failure.code) == (last.peer_id, Code.UNKNOWN_SESSION)
-        forged = Failed(peer=second.peer_id, session=session_id(1).raw, epoch=1, code=Code.INTERNAL, message="forged")
+        forged = Failed(
+            peer=second.peer_id, session=session_id(1).raw, block=4, epoch=1, code=Code.INTERNAL, message="forged"
+        )
         await route.another_client().send(first, forged)
         link = await last.links.to(first.peer_id, first.transport.addresses)
         await link.send(forged)
@@ -315,7 +318,7 @@ async def test_a_session_begins_with_what_is_kept_of_its_prefix() -> None:
         await client.send(hop, message)
         opened, _ = await client.next(Opened)
         assert opened.held == 5
-        assert hop.engine.opened == [(session_id(1), client.transport.peer_id, hop.span, keys)]
+        assert hop.engine.opened == [(Place(session_id(1), 0), client.transport.peer_id, hop.span, keys)]
         await client.step(hop, 1, 6)
         assert await client.refusal() == Code.GAP
         await runs(client, hop, 2, 5)
@@ -361,7 +364,7 @@ async def test_the_end_of_the_clients_link_releases_its_sessions_and_no_others()
         await runs(other, route.hop, 1, 0, 5, session=2)
         route.network.cut(route.client.transport.peer_id)
         await asyncio.sleep(0.1)
-        assert set(route.hop.engine.sessions) == {session_id(2)}
+        assert set(route.hop.engine.sessions) == {Place(session_id(2), 0)}
         assert len(route.hop.ledger) == 1
 
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from peers.errors import Busy, Refused
 from peers.serving.ledger import AlreadyRunning, Entry, Ledger, LedgerLimits, Repeat, Run
 from peers.wire.messages import Code, Open, Step
-from routing.ids import PeerId, SessionId, StepId
+from routing.ids import PeerId, Place, SessionId, StepId
 
 CLIENT, OTHER, BEFORE, AFTER = (PeerId(name) for name in ("client", "other", "before", "after"))
 A, B, C = (SessionId(bytes([number]) * 16) for number in range(3))
@@ -28,7 +28,13 @@ def open_message(session: SessionId = A, epoch: int = 1, **changes: Any) -> Open
 
 def step_message(step: int, first: int, count: int = 1, session: SessionId = A, epoch: int = 1, **changes: Any) -> Step:
     parent = changes.pop("parent", None)
-    fields: dict[str, Any] = {"want_from": 0, "dtype": "float32", "hidden": 4, "parent": parent and parent.raw}
+    fields: dict[str, Any] = {
+        "block": 0,
+        "want_from": 0,
+        "dtype": "float32",
+        "hidden": 4,
+        "parent": parent and parent.raw,
+    }
     return Step(session=session.raw, epoch=epoch, step=step, first=first, count=count, **fields | changes)
 
 
@@ -81,14 +87,14 @@ def test_a_higher_epoch_starts_at_position_0_without_answers() -> None:
 def test_an_equal_or_lower_epoch_is_stale(epoch: int) -> None:
     table = Table()
     assert refusal(lambda: table.open(CLIENT, table.link, open_message(epoch=epoch), 0.0)) == Code.STALE_EPOCH
-    assert table.get(A) is not None
+    assert table.get(Place(A, 0)) is not None
 
 
 def test_nobody_takes_over_a_session_of_another() -> None:
     table = Table()
     assert refusal(lambda: table.open(OTHER, object(), open_message(epoch=9), 0.0)) == Code.FORBIDDEN
     assert table.close(OTHER, [A]) == []
-    assert table.get(A) is not None
+    assert table.get(Place(A, 0)) is not None
 
 
 def test_only_the_client_and_the_named_predecessor_may_send_steps() -> None:
@@ -104,7 +110,7 @@ def test_only_the_client_and_the_named_predecessor_may_send_steps() -> None:
 def test_a_refused_step_changes_nothing() -> None:
     table = Table()
     table.do(1, 0, 5)
-    entry = table.get(A)
+    entry = table.get(Place(A, 0))
     assert entry is not None
     before = (entry.positions, entry.lease_expires_at_s, dict(entry.answers), dict(entry.running))
     for sender, step in [
@@ -216,17 +222,17 @@ def test_nobody_hears_of_steps_of_an_older_epoch_or_of_a_closed_session() -> Non
 def test_a_fork_inherits_the_route_and_the_positions_asked_for() -> None:
     table = Table()
     table.do(1, 0, 10)
-    known = table.get(A)
+    known = table.get(Place(A, 0))
     assert known is not None
     known.relay_until_s = 30.0
     child, run = table.run(1, 6, 2, session=B, parent=A)
     assert run.forks
-    assert (child.session, child.owner, child.owner_link, child.epoch) == (B, CLIENT, table.link, 1)
+    assert (child.place, child.owner, child.owner_link, child.epoch) == (Place(B, 0), CLIENT, table.link, 1)
     assert (child.previous, child.next, child.span) == (known.previous, known.next, known.span)
     assert child.relay_until_s == 30.0, "the successor is as unreachable for the child"
     assert (child.positions, known.positions) == (8, 10)
     assert not table.run(2, 8, session=B, parent=A)[1].forks, "it exists by now"
-    assert table.close(CLIENT, [A, B]) == [A, B]
+    assert set(table.close(CLIENT, [A, B])) == {Place(A, 0), Place(B, 0)}
 
 
 @pytest.mark.parametrize(
@@ -244,7 +250,7 @@ def test_a_refused_fork_leaves_no_child(sender: PeerId, changes: dict[str, Any],
     fields: dict[str, Any] = {"step": 1, "first": 10, "session": B, "parent": A}
     step = step_message(**fields | changes)
     assert refusal(lambda: table.step(sender, step, 0.0)) == code
-    assert table.get(B) is None
+    assert table.get(Place(B, 0)) is None
 
 
 def test_a_fork_whose_first_step_failed_forks_again_when_it_is_repeated() -> None:
@@ -252,7 +258,7 @@ def test_a_fork_whose_first_step_failed_forks_again_when_it_is_repeated() -> Non
     table.do(1, 0, 10)
     child, run = table.run(1, 10, session=B, parent=A)
     assert table.failed(child, run)
-    assert table.get(B) is None
+    assert table.get(Place(B, 0)) is None
     assert table.run(1, 10, session=B, parent=A)[1].forks
 
 
@@ -261,7 +267,7 @@ def test_a_fork_into_a_full_table_is_told_to_come_back() -> None:
     table.do(1, 0, 10)
     with pytest.raises(Busy):
         table.step(CLIENT, step_message(1, 10, session=B, parent=A), 0.0)
-    assert table.get(B) is None
+    assert table.get(Place(B, 0)) is None
 
 
 # --- shares, leases, links ---
@@ -300,7 +306,7 @@ def test_a_lease_runs_from_the_last_step_and_not_while_one_is_running() -> None:
     assert table.expire(559.0) == [], "a step of 441 s was no idle time"
     table.step(CLIENT, step_message(1, 0), 559.0)
     assert table.expire(618.0) == []
-    assert table.expire(619.0) == [A]
+    assert table.expire(619.0) == [Place(A, 0)]
     assert len(table) == 0
 
 
@@ -309,8 +315,8 @@ def test_the_end_of_a_link_ends_the_sessions_opened_over_it_and_no_others() -> N
     table.open(CLIENT, object(), open_message(B), 0.0)
     table.do(1, 0, 10)
     table.run(1, 10, session=C, parent=A)
-    assert set(table.link_lost(table.link)) == {A, C}
-    assert table.get(B) is not None
+    assert set(table.link_lost(table.link)) == {Place(A, 0), Place(C, 0)}
+    assert table.get(Place(B, 0)) is not None
 
 
 # --- random histories ---
@@ -345,14 +351,15 @@ class LedgerMachine(RuleBasedStateMachine):
         max_answer_bytes=10,
         max_answers_bytes=40,
     )
-    sessions = st.integers(0, 7).map(lambda number: SessionId(bytes([number]) * 16))
+    sessions = st.integers(0, 3).map(lambda number: SessionId(bytes([number]) * 16))
+    places = st.builds(Place, sessions, st.sampled_from([0, 8]))
     owners = st.sampled_from([CLIENT, OTHER])
     ids = st.integers(0, 9)
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger: Ledger[str, object] = Ledger(self.LIMITS)
-        self.model: dict[SessionId, Model] = {}
+        self.model: dict[Place, Model] = {}
         self.links = {(owner, number): (owner, number) for owner in (CLIENT, OTHER) for number in range(2)}
         self.now_s = 0.0
         self.orphans: list[tuple[Entry[str, object], Run]] = []
@@ -361,13 +368,13 @@ class LedgerMachine(RuleBasedStateMachine):
         mine = sum(model.owner == owner for model in self.model.values())
         return len(self.model) >= self.LIMITS.max_sessions or mine >= self.LIMITS.max_sessions_per_owner
 
-    def end(self, session: SessionId) -> None:
-        self.orphans += self.model.pop(session).running.values()
+    def end(self, place: Place) -> None:
+        self.orphans += self.model.pop(place).running.values()
 
-    @rule(owner=owners, number=st.integers(0, 1), session=sessions, epoch=st.integers(0, 5))
-    def opens(self, owner: PeerId, number: int, session: SessionId, epoch: int) -> None:
-        link, known = self.links[owner, number], self.model.get(session)
-        message = open_message(session, epoch)
+    @rule(owner=owners, number=st.integers(0, 1), place=places, epoch=st.integers(0, 5))
+    def opens(self, owner: PeerId, number: int, place: Place, epoch: int) -> None:
+        link, known = self.links[owner, number], self.model.get(place)
+        message = open_message(place.session, epoch, start=place.block, end=place.block + 4)
         if known is not None and known.owner != owner:
             assert refusal(lambda: self.ledger.open(owner, link, message, self.now_s)) == Code.FORBIDDEN
         elif known is not None and epoch <= known.epoch:
@@ -377,13 +384,13 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.ledger.open(owner, link, message, self.now_s)
         else:
             if known is not None:
-                self.end(session)
+                self.end(place)
             self.ledger.open(owner, link, message, self.now_s)
-            self.model[session] = Model(owner, link, epoch, self.now_s + 60.0)
+            self.model[place] = Model(owner, link, epoch, self.now_s + 60.0)
 
     @rule(
         sender=st.sampled_from([CLIENT, OTHER, BEFORE, AFTER]),
-        session=sessions,
+        place=places,
         parent=st.none() | sessions,
         step=ids,
         back=st.sampled_from([0, 0, 0, 0, 1, 5, -1]),
@@ -391,13 +398,13 @@ class LedgerMachine(RuleBasedStateMachine):
         stale=st.sampled_from([0, 0, 0, 1]),
     )
     def steps(
-        self, sender: PeerId, session: SessionId, parent: SessionId | None, step: int, back: int, count: int, stale: int
+        self, sender: PeerId, place: Place, parent: SessionId | None, step: int, back: int, count: int, stale: int
     ) -> None:
-        known = self.model.get(session)
-        source = known or (self.model.get(parent) if parent is not None else None)
+        known = self.model.get(place)
+        source = known or (self.model.get(Place(parent, place.block)) if parent is not None else None)
         first = max(0, (source.positions if source else 0) - back)
         epoch = max(0, (source.epoch if source else 1) - stale)
-        message = step_message(step, first, count, session, epoch, parent=parent)
+        message = step_message(step, first, count, place.session, epoch, parent=parent, block=place.block)
 
         def deliver() -> object:
             return self.ledger.step(sender, message, self.now_s)
@@ -423,20 +430,20 @@ class LedgerMachine(RuleBasedStateMachine):
             self.accepted(sender, message, known, source)
 
     def accepted(self, sender: PeerId, message: Step, known: Model | None, source: Model) -> None:
-        session, step = SessionId(message.session), message.step
-        entry = self.ledger.get(session)
+        place, step = Place(SessionId(message.session), message.block), message.step
+        entry = self.ledger.get(place)
         if entry is not None and StepId(step) not in entry.answers and message.first > entry.positions:
             # its answer was not kept, and it no longer fits
             assert refusal(lambda: self.ledger.step(sender, message, self.now_s)) == Code.GAP
             return
         entry, verdict = self.ledger.step(sender, message, self.now_s)
         if known is None:
-            known = self.model[session] = Model(
+            known = self.model[place] = Model(
                 source.owner, source.link, source.epoch, 0.0, positions=source.positions, born=False
             )
         known.lease_s = self.now_s + 60.0
         if isinstance(verdict, Repeat):
-            assert verdict.answer == f"{session} {step} {known.answered[step]}"
+            assert verdict.answer == f"{place} {step} {known.answered[step]}"
             return
         assert isinstance(verdict, Run), "at most once, unless it was rolled back or its answer not kept"
         assert verdict.forks is not (known.born or bool(known.running))
@@ -447,24 +454,24 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(model.running for model in self.model.values()))
     @rule(data=st.data(), size=st.sampled_from([5, 10, 11]))
     def completes(self, data: st.DataObject, size: int) -> None:
-        session = data.draw(st.sampled_from([s for s, model in self.model.items() if model.running]))
-        known = self.model[session]
+        place = data.draw(st.sampled_from([s for s, model in self.model.items() if model.running]))
+        known = self.model[place]
         step = data.draw(st.sampled_from(list(known.running)))
         entry, run = known.running.pop(step)
-        assert self.ledger.completed(entry, run, f"{session} {step} {run.end}", size, self.now_s)
+        assert self.ledger.completed(entry, run, f"{place} {step} {run.end}", size, self.now_s)
         known.answered[step], known.born, known.lease_s = run.end, True, self.now_s + 60.0
 
     @precondition(lambda self: any(model.running for model in self.model.values()))
     @rule(data=st.data())
     def fails(self, data: st.DataObject) -> None:
-        session = data.draw(st.sampled_from([s for s, model in self.model.items() if model.running]))
-        known = self.model[session]
+        place = data.draw(st.sampled_from([s for s, model in self.model.items() if model.running]))
+        known = self.model[place]
         step = data.draw(st.sampled_from(list(known.running)))
         entry, run = known.running.pop(step)
         assert self.ledger.failed(entry, run)
         known.positions = min(known.positions, run.first)
         if not known.born:
-            self.end(session)
+            self.end(place)
 
     @precondition(lambda self: self.orphans)
     @rule(good=st.booleans())
@@ -475,33 +482,33 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(owner=owners, some=st.lists(sessions, max_size=3))
     def closes(self, owner: PeerId, some: list[SessionId]) -> None:
-        mine = {session for session in some if session in self.model and self.model[session].owner == owner}
+        mine = {place for place, model in self.model.items() if place.session in some and model.owner == owner}
         closed = self.ledger.close(owner, some)
         assert (set(closed), len(closed)) == (mine, len(mine))
-        for session in mine:
-            self.end(session)
+        for place in mine:
+            self.end(place)
 
     @rule(owner=owners, number=st.integers(0, 1))
     def a_link_ends(self, owner: PeerId, number: int) -> None:
         link = self.links[owner, number]
-        mine = {session for session, model in self.model.items() if model.link is link}
+        mine = {place for place, model in self.model.items() if model.link is link}
         assert set(self.ledger.link_lost(link)) == mine
-        for session in mine:
-            self.end(session)
+        for place in mine:
+            self.end(place)
 
     @rule(after_s=st.sampled_from([1.0, 30.0, 61.0]))
     def time_passes(self, after_s: float) -> None:
         self.now_s += after_s
         over = {s for s, model in self.model.items() if model.lease_s <= self.now_s and not model.running}
         assert set(self.ledger.expire(self.now_s)) == over
-        for session in over:
-            self.end(session)
+        for place in over:
+            self.end(place)
 
     @invariant()
     def the_tables_agree(self) -> None:
         assert len(self.ledger) == len(self.model)
-        for session, model in self.model.items():
-            entry = self.ledger.get(session)
+        for place, model in self.model.items():
+            entry = self.ledger.get(place)
             assert entry is not None
             assert (entry.owner, entry.epoch, entry.positions) == (model.owner, model.epoch, model.positions)
             assert set(entry.running) == set(model.running)
@@ -513,12 +520,12 @@ class LedgerMachine(RuleBasedStateMachine):
         assert max(kept, default=0) <= self.LIMITS.max_answer_bytes
 
     def entries(self) -> Iterator[Entry[str, object]]:
-        yield from (entry for session in self.model if (entry := self.ledger.get(session)) is not None)
+        yield from (entry for place in self.model if (entry := self.ledger.get(place)) is not None)
 
     def teardown(self) -> None:
         """Everything opened is closable by its owner, and then nothing at all is left."""
         for owner in (CLIENT, OTHER):
-            self.ledger.close(owner, list(self.model))
+            self.ledger.close(owner, [place.session for place in self.model])
         assert len(self.ledger) == 0
         for name, value in vars(self.ledger).items():
             assert not value or name == "limits", name

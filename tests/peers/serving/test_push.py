@@ -287,7 +287,7 @@ async def test_sessions_that_share_a_successor_share_its_dial() -> None:
             await route.client.next(Opened)
         await asyncio.sleep(0.5)
         for session in range(1, 20):
-            (entry,) = [e for e in route.hops[0].ledger._entries.values() if e.session == session_id(session)]
+            (entry,) = [e for e in route.hops[0].ledger._entries.values() if e.place.session == session_id(session)]
             assert entry.relay_until_s == 0.0
         assert len(route.hops[1].links._inbound) == 1
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from peers.transport.base import Stream, Transport
 from routing import records
 from routing.identity import SigningKey
-from routing.ids import BlockSpan, ModelId, PeerId
+from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
 from routing.records import Announcement, PeerState, model_key, sign_record
 from routing.store import RecordStore, StoredRecord
 
@@ -54,7 +54,7 @@ def announcement(
         model=MODEL,
         model_name="test-model",
         num_blocks=30,
-        span=BlockSpan(0, 10),
+        spans=BlockSpans.of(BlockSpan(0, 10)),
         state=PeerState.ONLINE,
         dtype="float32",
         version="0.1.0",

@@ -112,7 +112,7 @@ def a_hello(**changes: Any) -> Hello:
 
 def step(number: int, size: int = 0) -> tuple[Step, bytes]:
     fields = {"first": 0, "count": 1, "want_from": 0, "dtype": "float32", "hidden": 1}
-    return Step(session=SESSION, epoch=1, step=number, **fields), bytes(size)  # type: ignore[arg-type]
+    return Step(session=SESSION, block=0, epoch=1, step=number, **fields), bytes(size)  # type: ignore[arg-type]
 
 
 async def ended(stream: Stream) -> bool:
@@ -512,7 +512,7 @@ async def test_a_dead_remote_ends_its_link_once(world: World) -> None:
         b"\xff" * 40,
         codec.encode(Ping(nonce=1))[:-1],
         codec.encode(Ping(nonce=1)) + b"payload",
-        codec.encode(Failed(peer="p", session=SESSION, epoch=1, code="busy", message="nothing expects me")),
+        codec.encode(Failed(peer="p", session=SESSION, block=0, epoch=1, code="busy", message="nothing expects me")),
     ],
     ids=["empty", "noise", "short", "payload", "unexpected"],
 )

@@ -34,7 +34,16 @@ from peers.wire.messages import (
 
 SESSION = bytes(range(16))
 STEP = Step(
-    session=SESSION, epoch=3, step=7, first=10, count=2, want_from=1, dtype="float32", hidden=4, hops=((0.5, 0.25),)
+    session=SESSION,
+    block=3,
+    epoch=3,
+    step=7,
+    first=10,
+    count=2,
+    want_from=1,
+    dtype="float32",
+    hidden=4,
+    hops=((0.5, 0.25),),
 )
 MESSAGES: list[AnyMessage] = [
     Hello(version=1, network="n", software="x", lane="small", instance=SESSION, time_s=1.5),
@@ -46,11 +55,11 @@ MESSAGES: list[AnyMessage] = [
         session=SESSION, epoch=1 << 32, model=bytes(32), start=65_536, end=65_536, previous="p" * 128, next="p" * 128,
         next_addresses=("a" * 512,) * 8, prefix=(SESSION,) * MAX_PREFIX_KEYS,
     ),
-    Opened(session=SESSION, epoch=1, lease_s=30.0, held=128),
+    Opened(session=SESSION, start=3, epoch=1, lease_s=30.0, held=128),
     STEP,
     Relay(next="p", reason="no way", step=msgspec.structs.replace(STEP, urgency=Urgency.BACKGROUND)),
     Result(session=SESSION, epoch=1, step=7, count=1, dtype="bfloat16", hidden=4),
-    Failed(peer="p", session=SESSION, epoch=1, step=None, code="busy", message="later", retry_after_s=0.5),
+    Failed(peer="p", session=SESSION, block=3, epoch=1, step=None, code="busy", message="later", retry_after_s=0.5),
     Close(sessions=(SESSION,)),
     Ping(nonce=1),
     Pong(nonce=1, free_tokens=5),
