@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from peers.wire import tensors
 from peers.wire.codec import OVERHEAD_BYTES
 from peers.wire.messages import MAX_HOPS, MAX_POSITIONS, Close, Code, Failed, Open, Opened, Pong, Result, Step
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
+from routing.estimates import QUEUE_HALF_LIFE_S, Smoothed
 from routing.ids import BlockSpan, BlockSpans, ModelId, Place, SessionId
 from routing.records import RECORD_RENEW_S
 
@@ -79,12 +81,13 @@ class Handler:
         self._steps = Tasks()
         self._tasks = Tasks()
         self._draining = False
+        self._queue = Smoothed(half_life_s=QUEUE_HALF_LIFE_S)
         links.handle(Open, self._open)
         links.handle(Step, self._step)
         links.handle(Close, self._close)
         links.handle(Failed, self._forward_failure)
         links.on_lost(self._link_lost)
-        links.keep(ledger.owner_links)
+        links.keep(lambda: self.ledger.owner_links())
         links.pong = self._pong
 
     async def run(self) -> None:
@@ -102,6 +105,21 @@ class Handler:
         """Take no new session, let running steps finish, at most `timeout_s`."""
         self._draining = True
         await self._steps.settled(timeout_s=timeout_s)
+
+    def vacate(self) -> None:
+        """After `drain`, before other blocks are served: no session is known any more, and clients go elsewhere."""
+        for place in self.ledger.expire(math.inf):
+            self._engine.release(place)
+
+    def settle(self, *, engine: AnyEngine, served: Served, ledger: Ledger[Delivery, Link]) -> None:
+        """Serve other blocks from now on."""
+        self._engine, self.served, self.ledger = engine, served, ledger
+        self._draining = False
+
+    @property
+    def queue_s(self) -> float:
+        """What steps waited before they were computed, lately."""
+        return self._queue.value(0.0, self._clock())
 
     # --- messages ---
 
@@ -176,6 +194,7 @@ class Handler:
             self.admission.finish(link.remote, payload_bytes)
             if self.ledger.get(entry.place) is None:
                 self._engine.release(entry.place)
+        self._queue.add(done.queue_s, self._clock())
         self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
         delivery = _delivery(entry, step, done)
         if self.ledger.completed(entry, run, delivery, len(delivery.payload), self._clock()):

@@ -196,6 +196,13 @@ def join(
     num_blocks: Annotated[
         int | None, typer.Option("--num-blocks", min=1, metavar="N", help="Serve N blocks, where they are needed most.")
     ] = None,
+    stay: Annotated[
+        bool,
+        typer.Option(
+            "--stay",
+            help="Serve the same blocks to the end. Default: go where blocks are missing, unless --blocks names yours.",
+        ),
+    ] = False,
     dtype: Dtype = "auto",
     quantize: Annotated[
         str,
@@ -267,6 +274,9 @@ def join(
     Only the weights of those blocks are downloaded. When others can dial this machine it prints "reachable", otherwise
     what to do about it. It finds its way back by itself after sleep, a network change or a restart of the entry nodes.
 
+    When blocks of the model are missing elsewhere, or carry much less than others, it goes there by itself, never from
+    blocks that nobody else holds; what was downloaded stays on disk. With --blocks or --stay it never moves.
+
     You come first: outside --schedule, and while other programs are above --pause-on-load, it takes no work, tells the
     swarm so, and returns by itself.
     """
@@ -308,6 +318,7 @@ def join(
             pause_on_load_percent=pause_on_load,
             max_bytes_per_s=bytes_per_s,
             token=token,
+            stay=stay,
         )
         node.join(config, as_json=as_json)
 
