@@ -554,6 +554,7 @@ class ServerPeer:
             addresses=self._transport.addresses[:4],
             free_tokens=min(self.engine.stats().free_tokens, self._describe_static.cache_tokens),
             queue_s=self.handler.queue_s,
+            sessions=len(self.handler.ledger),
             place=self.router.here,
             intent=self._intent,
             sequence=sequence,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from routing.coordinates import Coordinate, distance_s, moved
+from routing.flow import capacity
 from routing.ids import PeerId
 from routing.records import Announcement
 
@@ -23,6 +24,8 @@ SMOOTHING: Final = 1 / 8
 HALF_LIFE_S: Final = 300.0
 QUEUE_HALF_LIFE_S: Final = 10.0
 """A queue empties in seconds; last minute's says nothing."""
+CYCLE_S: Final = 0.5
+"""From one step of a session to its next, when nobody waits."""
 MAX_PEERS: Final = 20_000
 
 
@@ -82,6 +85,8 @@ class Estimates:
     def __init__(self, max_peers: int = MAX_PEERS) -> None:
         self._max_peers = max_peers
         self._measured: dict[PeerId, _Measured] = {}
+        self._planned: dict[PeerId, tuple[int, int]] = {}
+        """Sessions that this node sent to a peer since the record with this sequence, which does not count them."""
         self.here = Coordinate()
         """Of this node; what it announces."""
 
@@ -111,6 +116,28 @@ class Estimates:
         measured = self._measured.get(peer)
         return measured.rtt_s.value(DEFAULT_RTT_S, now_s) if measured is not None and measured.rtt_s.known else None
 
+    def on_planned(self, announcement: Announcement) -> None:
+        """This node sends one more session to the peer."""
+        sequence, count = self._planned.pop(announcement.peer_id, (0, 0))
+        if len(self._planned) >= self._max_peers:
+            del self._planned[next(iter(self._planned))]
+        count = count + 1 if sequence == announcement.sequence else 1
+        self._planned[announcement.peer_id] = (announcement.sequence, count)
+
+    def expected_queue_s(self, announcement: Announcement) -> float:
+        """What a step waits as the peer says, or will wait behind the sessions that are there, before a queue shows it.
+
+        In a closed queue n sessions that each need it for S of a cycle of T wait for about n·S − T once that is
+        positive, and for little before (Lazowska et al., "Quantitative System Performance", 1984, chapter 5).
+        """
+        sequence, count = self._planned.get(announcement.peer_id, (0, 0))
+        sessions = announcement.sessions + (count if sequence == announcement.sequence else 0)
+        if not sessions:
+            return announcement.queue_s
+        speed = capacity(announcement.decode_s_per_block, announcement.prefill_s_per_token_block)
+        asked_s = sessions * announcement.spans.num_blocks / speed
+        return max(announcement.queue_s, asked_s * asked_s / (asked_s + CYCLE_S))
+
     def predicted_rtt_s(self, announcement: Announcement) -> float:
         """What the places of both ends say, where both know theirs well enough."""
         place = announcement.place
@@ -128,7 +155,7 @@ class Estimates:
         measured = self._measured.get(announcement.peer_id, _NOTHING)
         return PeerEstimate(
             measured.rtt_s.value(self.predicted_rtt_s(announcement), now_s),
-            measured.queue_s.value(announcement.queue_s, now_s),
+            measured.queue_s.value(self.expected_queue_s(announcement), now_s),
             measured.decode_s_per_block.value(announcement.decode_s_per_block, now_s),
             measured.prefill_s_per_token_block.value(announcement.prefill_s_per_token_block, now_s),
             announcement.max_bytes_per_s,

@@ -50,6 +50,7 @@ MAX_CACHE_TOKENS: Final = 2**40
 MAX_SECONDS_PER_BLOCK: Final = 3600.0
 MAX_BYTES_PER_S: Final = 2**50
 MAX_QUEUE_S: Final = 3600.0
+MAX_SESSIONS: Final = 2**20
 
 _FORMAT: Final = 1
 _DOMAIN: Final = b"hive/record/1"
@@ -103,6 +104,8 @@ class Announcement:
     """Which this peer's owner allows it each way; 0: no bound is set."""
     queue_s: float = 0.0
     """What a step waits here before it is computed, lately."""
+    sessions: int = 0
+    """Held here now."""
     place: Coordinate | None = None
     """Where it is among others, by the round trips that it measured; None where it does not say."""
     max_blocks: int = 0
@@ -129,6 +132,7 @@ class Announcement:
         _check_number("cache size", self.cache_tokens, 0, MAX_CACHE_TOKENS)
         _check_number("free cache", self.free_tokens, 0, self.cache_tokens)
         _check_number("bytes per second", self.max_bytes_per_s, 0, MAX_BYTES_PER_S)
+        _check_number("sessions", self.sessions, 0, MAX_SESSIONS)
         _check_number("queue", self.queue_s, 0, MAX_QUEUE_S)
         _check_number("blocks that fit", self.max_blocks, 0, self.num_blocks)
         if self.place is not None:
@@ -168,6 +172,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     more_spans: tuple[tuple[int, int], ...] = ()
     """What the peer serves beyond `[start, end)`."""
     queue_s: float = 0.0
+    sessions: int = 0
     place: tuple[float, float, float, float] | None = None
     max_blocks: int = 0
     intent: tuple[int, int] | None = None
@@ -283,6 +288,7 @@ def _encode(announcement: Announcement) -> bytes:
         max_bytes_per_s=announcement.max_bytes_per_s,
         more_spans=tuple((span.start, span.end) for span in more),
         queue_s=announcement.queue_s,
+        sessions=announcement.sessions,
         place=announcement.place,
         max_blocks=announcement.max_blocks,
         intent=None if announcement.intent is None else (announcement.intent.start, announcement.intent.end),
@@ -326,6 +332,7 @@ def _decode(peer_id: PeerId, body: bytes) -> Announcement:
         free_tokens=fields.free_tokens,
         max_bytes_per_s=fields.max_bytes_per_s,
         queue_s=fields.queue_s,
+        sessions=fields.sessions,
         place=None if fields.place is None else Coordinate(*fields.place),
         max_blocks=fields.max_blocks,
         intent=None if fields.intent is None else BlockSpan(*fields.intent),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from routing.chain import Cell, Hops, cell_of, cheapest_chain, shortlist
@@ -81,7 +81,8 @@ class RouteRequest:
     """The route in use: kept unless another one is clearly better, and where it lost a hop, so are its other peers."""
     spread: float | None = None
     """A number in [0, 1), another one for each session (see `flow.GOLDEN`): of peers that are about as good, it decides
-    which, so that they are used in proportion to what the swarm's maximum flow gives them. None: always the best."""
+    which, so that they are used in proportion to what the swarm's maximum flow gives them. The route is counted as
+    taken. None: always the best."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,11 +187,14 @@ class Router:
                 hops = previous
         elif request.spread is not None and not previous:
             hops = self._spread(view, hops, request.spread, now_s)
+        if request.spread is not None and hops != previous:
+            for peer in {peer for peer, _ in hops}:
+                self._estimates.on_planned(view.by_peer[peer])
         return self._route(view, hops)
 
     def explain(self, request: RouteRequest, now_s: float) -> Explanation:
         """The route of `plan`, and what every other peer would have made of it. Raises NoRoute."""
-        route = self.plan(request, now_s)
+        route = self.plan(replace(request, spread=None), now_s)
         view = self._view(request, now_s)
         hops: Hops = tuple((hop.peer_id, hop.span) for hop in route.hops)
         options = []
@@ -251,7 +255,8 @@ class Router:
             and a.peer_id not in excluded
             and a.peer_id not in imprecise
         ]
-        usable = _without_slow_strangers(allowed, request, known=self._estimates.measured | busy | settled)
+        known = self._estimates.measured | busy | settled
+        usable = _without_slow_strangers(allowed, request, self._estimates, known=known)
         return _View(
             request=request,
             estimates=self._estimates,
@@ -422,7 +427,11 @@ class _View:
 
 
 def _without_slow_strangers(
-    announcements: Iterable[Announcement], request: RouteRequest, *, known: Set[PeerId]
+    announcements: Iterable[Announcement],
+    request: RouteRequest,
+    estimates: Estimates,
+    *,
+    known: Set[PeerId],
 ) -> dict[PeerId, Announcement]:
     """By peer, all `announcements` but those of strangers that one with the same spans, cap and place claims to beat.
 
@@ -437,7 +446,7 @@ def _without_slow_strangers(
             continue
         parts = a.spans.parts
         takes_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, request.tokens)
-        takes_s = a.queue_s + (parts[0].end - parts[0].start) * takes_s
+        takes_s = estimates.expected_queue_s(a) + (parts[0].end - parts[0].start) * takes_s
         ends = (parts[0].start, parts[0].end) if len(parts) == 1 else parts  # thousands are hashed
         key = (ends, a.max_bytes_per_s, a.free_tokens < request.cache_tokens, cell_of(a.place))
         best = fastest.get(key)

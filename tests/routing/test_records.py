@@ -65,7 +65,7 @@ def body_of(value: bytes) -> list[object]:
 FIELD = {name: index for index, name in enumerate([
     "sequence", "expires_at_s", "model", "model_name", "num_blocks", "start", "end", "state", "dtype", "quantization",
     "version", "protocol", "name", "addresses", "decode_s_per_block", "prefill_s_per_token_block", "cache_tokens",
-    "free_tokens", "max_bytes_per_s", "more_spans", "queue_s", "place", "max_blocks", "intent",
+    "free_tokens", "max_bytes_per_s", "more_spans", "queue_s", "sessions", "place", "max_blocks", "intent",
 ])}  # fmt: skip
 
 
@@ -325,6 +325,7 @@ def test_texts_are_bounded_and_printable(name: str, text: str) -> None:
         ("max_bytes_per_s", -1),
         ("max_bytes_per_s", MAX_BYTES_PER_S + 1),
         ("queue_s", -1.0),
+        ("sessions", -1),
         ("place", [0.0, 0.0, 0.0]),
         ("place", [float("nan"), 0.0, 0.0, 1.0]),
         ("place", [0.0, float("nan"), 0.0, 1.0]),
@@ -393,8 +394,8 @@ def test_every_field_of_an_announcement_travels() -> None:
         RECORD, model=OTHER_MODEL, model_name="other", num_blocks=31, spans=BlockSpans.parse("3:4,6:9"),
         state=PeerState.DRAINING, dtype="int8", quantization="nf4", version="9", protocol=7, name="other", addresses=(),
         decode_s_per_block=0.5, prefill_s_per_token_block=0.25, cache_tokens=6, free_tokens=5, max_bytes_per_s=8,
-        queue_s=0.5, place=Coordinate(0.1, -0.2, 0.001, 0.25), max_blocks=7, intent=BlockSpan(5, 9), sequence=4,
-        expires_at_s=NOW_S + 3,
+        queue_s=0.5, sessions=3, place=Coordinate(0.1, -0.2, 0.001, 0.25), max_blocks=7, intent=BlockSpan(5, 9),
+        sequence=4, expires_at_s=NOW_S + 3,
     )  # fmt: skip
     for field in fields(Announcement):
         if field.name != "peer_id":
