@@ -130,8 +130,10 @@ class Estimates:
         In a closed queue n sessions that each need it for S of a cycle of T wait for about n·S − T once that is
         positive, and for little before (Lazowska et al., "Quantitative System Performance", 1984, chapter 5).
         """
-        sequence, count = self._planned.get(announcement.peer_id, (0, 0))
-        sessions = announcement.sessions + (count if sequence == announcement.sequence else 0)
+        sessions = announcement.sessions
+        if self._planned:
+            sequence, count = self._planned.get(announcement.peer_id, (0, 0))
+            sessions += count if sequence == announcement.sequence else 0
         if not sessions:
             return announcement.queue_s
         speed = capacity(announcement.decode_s_per_block, announcement.prefill_s_per_token_block)

@@ -33,6 +33,9 @@ SPREAD: Final = 0.1
 MAX_ALTERNATIVES: Final = 256
 """Looked at per hop, beginning at another one for each session."""
 
+FLOW_SAMPLE: Final = 2000
+"""Peers from which the shares of all are computed: of more, every second one, every third one, and so on."""
+
 _LAST_RESORT_S: Final = 1e6
 """Added to the entry of a peer that should serve only where nobody else can; no honest cost comes near."""
 _NAMED_MAX: Final = 3
@@ -310,9 +313,10 @@ class Router:
     def _flow(self, request: RouteRequest, now_s: float) -> Shares:
         snapshot, known = self._directory.snapshot(now_s), self._shares
         if known is None or known[:3] != (snapshot, request.model, request.num_blocks):
+            everybody = snapshot.of_model(request.model)
             online = (
                 part
-                for a in snapshot.of_model(request.model)
+                for a in everybody[:: 1 + len(everybody) // FLOW_SAMPLE]
                 if a.state is PeerState.ONLINE and a.num_blocks == request.num_blocks
                 for part in capacities_of(a)
             )
@@ -439,6 +443,7 @@ def _without_slow_strangers(
     most are strangers, and what is dropped here need not be priced.
     """
     kept: dict[PeerId, Announcement] = {}
+    waits_s = estimates.expected_queue_s
     fastest: dict[tuple[tuple[object, ...], int, bool, Cell], tuple[float, Announcement]] = {}
     for a in announcements:
         if a.peer_id in known:
@@ -446,7 +451,7 @@ def _without_slow_strangers(
             continue
         parts = a.spans.parts
         takes_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, request.tokens)
-        takes_s = estimates.expected_queue_s(a) + (parts[0].end - parts[0].start) * takes_s
+        takes_s = waits_s(a) + (parts[0].end - parts[0].start) * takes_s
         ends = (parts[0].start, parts[0].end) if len(parts) == 1 else parts  # thousands are hashed
         key = (ends, a.max_bytes_per_s, a.free_tokens < request.cache_tokens, cell_of(a.place))
         best = fastest.get(key)

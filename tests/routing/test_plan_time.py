@@ -1,8 +1,9 @@
 """A plan is cheap enough to make one for every session, also in a large swarm.
 
 From signed records, each verified once when it arrives (a fifth of a millisecond, in a thread of its own), as
-`peers.discovery` does; what is timed is everything behind that. CPU time, the best of several runs: what else the
-machine does only adds.
+`peers.discovery` does; what is timed is everything behind that, with places, measurements and spreading. CPU time,
+the best of several runs: what else the machine does only adds, up to twice as much (ten thousand peers take 30 to 50
+ms).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def swarm_of(count: int) -> list[Announcement]:
     return peers
 
 
-@pytest.mark.parametrize(("count", "limit_s"), [(50, 0.005), (10_000, 0.05)])
+@pytest.mark.parametrize(("count", "limit_s"), [(50, 0.005), (10_000, 0.1)])
 def test_the_records_of_a_swarm_become_a_route_in_time(count: int, limit_s: float) -> None:
     announcements = swarm_of(count)
     rng, best_s = random.Random(1), float("inf")

@@ -9,6 +9,15 @@ import pytest
 from swarm.simulation.run import Simulation, simulate
 from swarm.simulation.world import SimulationConfig
 
+
+class Closed(Simulation):
+    """Nobody joins after the start."""
+
+    def _join(self, *, ready: bool = False) -> None:
+        if ready:
+            super()._join(ready=True)
+
+
 SMALL = SimulationConfig(peers=40, users=60, clients=3, minutes=1, new_tokens=60, blocks=16, churn_per_hour=2.0)
 
 
@@ -27,7 +36,7 @@ def test_a_seed_decides_everything_and_the_swarm_stays_covered_within_its_bounds
 
 
 def test_a_gap_is_healed_by_peers_that_can_be_spared_and_by_nobody_else() -> None:
-    simulation = Simulation(replace(SMALL, users=3, churn_per_hour=0.0, minutes=3))
+    simulation = Closed(replace(SMALL, users=3, churn_per_hour=0.0, minutes=3))
     block = 3
     for peer in list(simulation._peers.values()):
         if any(block in span for span in peer.spans):
