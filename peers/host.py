@@ -7,6 +7,7 @@ is told to people (`Event`); every decision is made elsewhere.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import socket
@@ -221,7 +222,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         spans = config.blocks or await peer.choose_span(
             checkpoint, plan, None if probe is None or config.num_blocks else probe.decode_s_per_block
         )
-        if spans.num_blocks < plan.max_blocks:
+        max_blocks = plan.max_blocks
+        if spans.num_blocks < max_blocks:
             plan = plan.beside(FORWARD_BYTES if probe is None else probe.forward_bytes, blocks=spans.num_blocks)
         format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
         emit(Event("loading", {"model": checkpoint.name, **spans.as_fields(), **format_}))
@@ -234,6 +236,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             progress=progress,
             probe=probe,
             movable=config.blocks is None and not config.stay,
+            max_blocks=max_blocks,
         )
         owner = Owner(Comfort(config.schedule, config.pause_on_load_percent), peer.pause)
         await owner.look()
@@ -505,23 +508,30 @@ class ServerPeer:
     async def move(self, spans: BlockSpans) -> None:
         """Serve other blocks instead, under the same identity, addresses and links; sessions here go elsewhere.
 
-        Raises SwarmError when they cannot be loaded; then it serves what it served before.
+        Raises SwarmError when they cannot be loaded; then it serves what it served before, and where it cannot do that
+        either, `serve` ends.
         """
         before = self._present().spans
         await self.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)
         self.handler.vacate()
         if self._watching is not None:
             self._watching.cancel()
+            self._watching = None
         await self._engine_closer.aclose()
+        await self.handler.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)  # what the engine failed as it stopped
+        self.handler.leave_engine()
+        del self.engine
+        gc.collect()  # the weights of before must be gone before others are loaded, and models hold themselves
         try:
             await self._settle(spans)
         except SwarmError:
-            await self._settle(before)
+            self._watching = self.tasks.spawn(self._settle(before), name="serve what was served before")
+            await asyncio.wait([self._watching])
             raise
 
     async def _settle(self, spans: BlockSpans) -> None:
-        self._describe_static = replace(self._present(), spans=spans)
         self.state, self._intent = PeerState.JOINING, None
+        self._describe_static = replace(self._present(), spans=spans)
         self._announcer.soon()
         await self._reload(spans)
         self._watching = self.tasks.spawn(self.engine.broken(), name="engine")
@@ -552,7 +562,7 @@ class ServerPeer:
             self._describe_static,
             state=self.state,
             addresses=self._transport.addresses[:4],
-            free_tokens=min(self.engine.stats().free_tokens, self._describe_static.cache_tokens),
+            free_tokens=0 if self.state is PeerState.JOINING else self.engine.stats().free_tokens,
             queue_s=self.handler.queue_s,
             sessions=len(self.handler.ledger),
             place=self.router.here,

@@ -81,6 +81,7 @@ class Handler:
         self._steps = Tasks()
         self._tasks = Tasks()
         self._draining = False
+        self._vacant = False
         self._queue = Smoothed(half_life_s=QUEUE_HALF_LIFE_S)
         links.handle(Open, self._open)
         links.handle(Step, self._step)
@@ -111,10 +112,15 @@ class Handler:
         for place in self.ledger.expire(math.inf):
             self._engine.release(place)
 
+    def leave_engine(self) -> None:
+        """After `vacate` and the end of every step: let go of what it holds; until `settle`, everything is refused."""
+        self._vacant = True
+        del self._engine
+
     def settle(self, *, engine: AnyEngine, served: Served, ledger: Ledger[Delivery, Link]) -> None:
         """Serve other blocks from now on."""
         self._engine, self.served, self.ledger = engine, served, ledger
-        self._draining = False
+        self._draining = self._vacant = False
 
     @property
     def queue_s(self) -> float:
@@ -255,6 +261,8 @@ class Handler:
                 self._engine.release(place)
 
     def _pong(self, nonce: int) -> Pong:
+        if self._vacant:
+            return Pong(nonce=nonce)
         stats = self._engine.stats()
         return Pong(
             nonce=nonce,

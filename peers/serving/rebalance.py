@@ -108,4 +108,6 @@ class Rebalance:
         # who gives way to this peer does not go there, and whose turn it is was decided when the intent was announced
         rest = [replace(a, intent=None) if a.peer_id > mine.peer_id else a for a in others]
         again = choose_move([replace(mine, intent=None), *rest], mine.peer_id, self._discovery.now_s(), open_for_s=1e9)
-        return again is not None and again.spans == move.spans if move.heals else mine.state is PeerState.ONLINE
+        if not move.heals:
+            return mine.state is PeerState.ONLINE
+        return again is not None and again.spans == move.spans

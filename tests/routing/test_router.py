@@ -438,15 +438,26 @@ def test_a_claimed_place_cannot_undo_what_round_trips_rule_out() -> None:
 
 
 def test_sessions_of_many_clients_spread_over_equal_strangers_in_proportion_to_what_they_carry() -> None:
-    twice = {"decode_s_per_block": 0.001, "prefill_s_per_token_block": 0.001}
-    once = {"decode_s_per_block": 0.002, "prefill_s_per_token_block": 0.002}
-    router = router_with(*(announcement(peer(n), 0, 30, **(twice if n < 5 else once)) for n in range(10)))
-    uses = Counter(router.plan(replace(REQUEST, spread=n / 300), NOW_S).hops[0].peer_id for n in range(300))
-    assert len(uses) == 5, "a peer that makes the route slower by half is left to others"
-    assert max(uses.values()) - min(uses.values()) <= 2
-    router = router_with(*(announcement(peer(n), 0, 30, prefill_s_per_token_block=0.001 * n) for n in (1, 3)))
-    uses = Counter(router.plan(replace(REQUEST, spread=n / 300), NOW_S).hops[0].peer_id for n in range(300))
-    assert uses[peer(1)] == pytest.approx(300 * 22 / 30, abs=2)
+    peers = [announcement(peer(n), 0, 30, prefill_s_per_token_block=0.001 * (1 if n < 5 else 3)) for n in range(10)]
+    strangers = [router_with(*peers) for _ in range(200)]
+    uses = Counter(
+        router.plan(replace(REQUEST, spread=n / 200), NOW_S).hops[0].peer_id for n, router in enumerate(strangers)
+    )
+    fast, slow = ([uses[peer(n)] for n in span] for span in (range(5), range(5, 10)))
+    assert max(fast) - min(fast) <= 2
+    assert max(slow) - min(slow) <= 2
+    assert sum(fast) == pytest.approx(200 * 22 / 30, abs=2)
+
+
+def test_a_client_counts_its_own_sessions_before_any_record_does() -> None:
+    quick = announcement(peer(1), 0, 30)
+    slower = announcement(peer(2), 0, 30, decode_s_per_block=0.003)
+    router = router_with(quick, slower)
+    used = [router.plan(replace(REQUEST, spread=n / 30), NOW_S).hops[0].peer_id for n in range(60)]
+    assert used[0] == peer(1)
+    assert peer(2) in used, "the queue at the quick one outweighs its speed"
+    router.on_announcements([replace(quick, sequence=2)], NOW_S)
+    assert router.plan(REQUEST, NOW_S).hops[0].peer_id == peer(1), "a newer record has counted them"
 
 
 def test_spreading_neither_leaves_the_previous_route_nor_enters_a_full_peer() -> None:
