@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ from peers.wire.messages import (
     Step,
 )
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
+from routing.estimates import QUEUE_HALF_LIFE_S, Smoothed
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId, Place, SessionId
 from routing.records import RECORD_RENEW_S
 
@@ -100,13 +102,15 @@ class Handler:
         self._replays: WeakValueDictionary[Place, asyncio.Lock] = WeakValueDictionary()
         """Replays of one session leave in the order in which they were asked for."""
         self._draining = False
+        self._vacant = False
+        self._queue = Smoothed(half_life_s=QUEUE_HALF_LIFE_S)
         links.handle(Open, self._open)
         links.handle(Step, self._step)
         links.handle(Replay, self._replay)
         links.handle(Close, self._close)
         links.handle(Failed, self._forward_failure)
         links.on_lost(self._link_lost)
-        links.keep(ledger.owner_links)
+        links.keep(lambda: self.ledger.owner_links())
         links.pong = self._pong
 
     async def run(self) -> None:
@@ -124,6 +128,26 @@ class Handler:
         """Take no new session, let running steps finish, at most `timeout_s`."""
         self._draining = True
         await self._steps.settled(timeout_s=timeout_s)
+
+    def vacate(self) -> None:
+        """After `drain`, before other blocks are served: no session is known any more, and clients go elsewhere."""
+        for place in self.ledger.expire(math.inf):
+            self.release(place)
+
+    def leave_engine(self) -> None:
+        """After `vacate` and the end of every step: let go of what it holds; until `settle`, everything is refused."""
+        self._vacant = True
+        del self._engine
+
+    def settle(self, *, engine: AnyEngine, served: Served, ledger: Ledger[Delivery, Link]) -> None:
+        """Serve other blocks from now on."""
+        self._engine, self.served, self.ledger = engine, served, ledger
+        self._draining = self._vacant = False
+
+    @property
+    def queue_s(self) -> float:
+        """What steps waited before they were computed, lately."""
+        return self._queue.value(0.0, self._clock())
 
     # --- messages ---
 
@@ -224,6 +248,7 @@ class Handler:
             self.admission.finish(link.remote, payload_bytes)
             if self.ledger.get(entry.place) is None:
                 self.release(entry.place)
+        self._queue.add(done.queue_s, self._clock())
         self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
         output = None if entry.next is None else tensors.pack(done.hidden, step.dtype)
         delivery = _delivery(entry, step, done, output)
@@ -331,6 +356,8 @@ class Handler:
                 self.release(place)
 
     def _pong(self, nonce: int) -> Pong:
+        if self._vacant:
+            return Pong(nonce=nonce)
         stats = self._engine.stats()
         return Pong(
             nonce=nonce,

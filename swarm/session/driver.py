@@ -19,6 +19,7 @@ from peers.transport.tasks import Tasks
 from peers.wire import tensors
 from peers.wire.messages import PREFIX_POSITIONS, PROTOCOL_VERSION, Close, Open, Replay, Step, Urgency
 from routing.errors import PeerError, SwarmError, Unavailable
+from routing.flow import GOLDEN
 from routing.ids import PeerId, SessionId
 from routing.router import Hop, Route, RouteRequest
 from swarm.errors import SessionClosed
@@ -76,6 +77,7 @@ class SwarmRemote:
         self._owns_network = owns_network
         self._rng = rng or random.Random()
         self._urgency = urgency
+        self._turn = self._rng.random()
         self._prefix_secret = prefix_secret or secrets.token_bytes(32)
         self._tasks = Tasks()
         self._goodbyes = Tasks()
@@ -322,6 +324,7 @@ class SwarmRemote:
         previous = session.route
         if previous is None and length >= PREFIX_POSITIONS:  # where the last session was, its prompt may be known
             previous = self._sessions.last_route
+        self._turn = (self._turn + GOLDEN) % 1.0
         request = RouteRequest(
             model=self.model.model,
             num_blocks=self.model.num_blocks,
@@ -333,6 +336,7 @@ class SwarmRemote:
             min_precision=self.model.min_precision,
             previous=previous,
             keep=need.keep,
+            spread=self._turn,
         )
         try:
             route = await self._client.discovery.route(request)

@@ -85,6 +85,7 @@ class MemorySwarm:
         session_config: SessionConfig | None = None,
         cache: Path | None = None,
         share_prefixes: Sharing = "owner",
+        movable: bool = False,
     ) -> None:
         self.checkpoint: Checkpoint = resolve(str(folder), cache=cache)
         self.network: MemoryNetwork
@@ -98,6 +99,7 @@ class MemorySwarm:
         self._latency_s = latency_s
         self._session_config = session_config
         self._share_prefixes: Sharing = share_prefixes
+        self._movable = movable
         self._guests: list[Guest] = []
         self._spans = spans
         self._models: list[Any] = []
@@ -133,6 +135,7 @@ class MemorySwarm:
             page_size=self._page_size,
             share_prefixes=self._share_prefixes,
             probe=PROBE,
+            movable=self._movable,
         )
         self._serving.append(asyncio.create_task(peer.serve()))
         await peer.announced()
