@@ -40,6 +40,7 @@ KNOWN_TENSORS = ("input_ids", "attention_mask", "position_ids", "cache_position"
 _asked: ContextVar[Mapping[str, Any] | None] = ContextVar("asked", default=None)
 _current: ContextVar[_Forward | None] = ContextVar("current", default=None)
 _embedding: ContextVar[bool] = ContextVar("embedding", default=False)
+_behind: ContextVar[Tensor | None] = ContextVar("behind", default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,21 +98,35 @@ class RemoteLayers:
 
     def embed(self, token_ids_T: Tensor, first_position: int) -> Tensor:
         """What enters block 0, `[T, D]`, for tokens at position ids `first_position, first_position + 1, …`."""
-        token_ids_1T = token_ids_T[None].to(self._decoder.device)
-        positions_1T = torch.arange(first_position, first_position + len(token_ids_T), device=token_ids_1T.device)[None]
+        return self.embed_at(token_ids_T, torch.arange(first_position, first_position + len(token_ids_T)))
+
+    def embed_at(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        """What enters block 0, `[T, D]`, for tokens at any position ids; they may be of different sequences."""
+        device = self._decoder.device
         token = _embedding.set(True)
         try:
             with torch.no_grad():
-                return embed_only(self._decoder, token_ids_1T, positions_1T)[0]
+                return embed_only(self._decoder, token_ids_T[None].to(device), positions_T[None].to(device))[0]
         finally:
             _embedding.reset(token)
+
+    def logits(self, model: Any, hidden_MD: Tensor) -> Tensor:
+        """What `model`, to which these layers belong, makes of `[M, D]` behind its last block: `[M, V]`, a row each."""
+        token = _behind.set(hidden_MD[:, None])
+        try:
+            with torch.no_grad():
+                ids_M1 = torch.zeros(len(hidden_MD), 1, dtype=torch.long, device=hidden_MD.device)
+                logits_MV: Tensor = model(input_ids=ids_M1, use_cache=False).logits[:, -1]
+                return logits_MV
+        finally:
+            _behind.reset(token)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the decoder's forward."""
         kwargs.update(zip(self._parameters, args, strict=False))
         token_ids_BT, embeds_BTD = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         shaped = embeds_BTD if token_ids_BT is None else token_ids_BT
-        if shaped is None or _embedding.get():
+        if shaped is None or _embedding.get() or _behind.get() is not None:
             return self._own_forward(**kwargs)  # without any input it raises as the architecture does
         for name in INSIDE_THE_LAYERS:
             if self._argument(kwargs, name):
@@ -164,6 +179,8 @@ class RemoteLayers:
 
     def _route(self, hidden_BTD: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """Stands in for all layers."""
+        if (hidden_M1D := _behind.get()) is not None:
+            return hidden_M1D
         forward = _current.get()
         assert forward is not None, "the layers run only inside the decoder's own forward"
         if hidden_BTD.requires_grad and torch.is_grad_enabled():

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -82,6 +82,8 @@ class SwarmRemote:
         self._tasks = Tasks()
         self._goodbyes = Tasks()
         self._guard = Tasks()
+        self._starting: set[RemoteSession] = set()
+        """Sessions of steps that `start` was asked for and whose tasks have not begun."""
         self._failure: SwarmError | None = None
         """Why nothing can be run any more, should this client's own node have ended."""
         self._closed = False
@@ -89,9 +91,12 @@ class SwarmRemote:
 
     # --- the Remote protocol: any thread ---
 
-    def open(self, parent: RemoteSession | None = None, position: int = 0) -> RemoteSession:
+    def open(
+        self, parent: RemoteSession | None = None, position: int = 0, *, prefix_secret: bytes | None = None
+    ) -> RemoteSession:
+        """`prefix_secret`: 16 to 64 bytes in place of this remote's own, for one of several users behind it."""
         assert parent is None or isinstance(parent, LiveSession)
-        return LiveSession(None if parent is None else (parent, position))
+        return LiveSession(None if parent is None else (parent, position), prefix_secret or self._prefix_secret)
 
     def run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._closed:
@@ -101,6 +106,12 @@ class SwarmRemote:
             result.to(device=step.hidden_TD.device, dtype=step.hidden_TD.dtype)
             for step, result in zip(steps, results, strict=True)
         ]
+
+    def start(self, steps: Sequence[RowStep], done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
+        """Run each step by itself, without waiting; `done` is told each result, or why there is none, in the network's
+        loop. Releasing a session ends its step with SessionClosed. After `close` nothing is told. From any thread."""
+        if not self._closed:
+            self._network.post(self._start_each, tuple(steps), done)
 
     def release(self, sessions: Sequence[RemoteSession]) -> None:
         if not self._closed:
@@ -113,6 +124,11 @@ class SwarmRemote:
                 self._network.call(self._stop())
             if self._owns_network:
                 self._network.close()
+
+    @property
+    def failure(self) -> SwarmError | None:
+        """Why nothing can be run any more, should this client's own node have ended."""
+        return self._failure
 
     @property
     def traffic(self) -> Traffic:
@@ -161,6 +177,22 @@ class SwarmRemote:
         for session in tuple(self._sessions.by_id.values()):
             if session.core is not None:
                 self.perform(session, session.core.give_up(error))
+
+    def _start_each(self, steps: Sequence[RowStep], done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
+        for step in steps:
+            self._starting.add(step.session)
+            self._tasks.spawn(self._tell(step, done), name="a step")
+
+    async def _tell(self, step: RowStep, done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
+        try:
+            if step.session not in self._starting:
+                raise SessionClosed("the session was released")
+            self._starting.remove(step.session)
+            (result,) = await self._run((step,))
+        except SwarmError as error:
+            done(step, error)
+        else:
+            done(step, result)
 
     async def _run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._failure is not None:
@@ -235,6 +267,7 @@ class SwarmRemote:
     def _release(self, sessions: Sequence[RemoteSession]) -> None:
         for session in sessions:
             assert isinstance(session, LiveSession)
+            self._starting.discard(session)
             session.parent = None
             if session.core is not None:
                 self.perform(session, session.core.close())
@@ -304,7 +337,7 @@ class SwarmRemote:
         hops, (rows_TD, _) = action.route.hops, session.rows[session.core.pending[0].step]
         blocks = describe_blocks(session.history.between(0, action.offer), self.model.regime_key)
         session.offered = max(len(blocks) * PREFIX_POSITIONS, *action.keep)
-        start = (self._prefix_secret, self.model.model, tensors.NAMES[rows_TD.dtype])
+        start = (session.prefix_secret, self.model.model, tensors.NAMES[rows_TD.dtype])
         return [
             prefix_keys(*start, hops[:index], blocks) if action.forgot or not keep else ()
             for index, keep in enumerate(action.keep)

@@ -78,6 +78,7 @@ class LiveSession(RemoteSession):
         "outbox",
         "pace",
         "parent",
+        "prefix_secret",
         "pumping",
         "route",
         "rows",
@@ -85,9 +86,11 @@ class LiveSession(RemoteSession):
         "waiting",
     )
 
-    def __init__(self, parent: tuple[LiveSession, int] | None) -> None:
+    def __init__(self, parent: tuple[LiveSession, int] | None, prefix_secret: bytes) -> None:
         super().__init__(0 if parent is None else parent[1])
         self.parent = parent
+        self.prefix_secret = prefix_secret
+        """Only sessions with the same one begin with what peers hold of each other's prompts."""
         self.core: SessionCore | None = None
         self.history = History()
         self.futures: dict[StepId, asyncio.Future[torch.Tensor]] = {}

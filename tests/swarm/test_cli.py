@@ -31,7 +31,7 @@ from swarm.cli import status as status_view
 from swarm.cli.app import _bytes, app, spread
 
 ADDRESS = "/ip4/127.0.0.1/tcp/4001/p2p/" + SigningKey.from_seed(bytes(32)).peer_id
-COMMANDS = ("bootstrap", "join", "generate", "chat", "status", "demo")
+COMMANDS = ("bootstrap", "join", "generate", "chat", "gateway", "status", "demo")
 
 
 def swarm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -75,6 +75,8 @@ def test_help_and_argument_errors_come_without_loading_torch() -> None:
         ("join", "m", "--new-swarm", "--nice", "20"),
         ("join", "m", "--new-swarm", "--initial-peers", ADDRESS),
         ("generate", "m", "--top-p", "2"),
+        ("gateway",),
+        ("gateway", "m", "--port", "70000"),
     ],
 )
 def test_a_mistyped_command_is_a_usage_error(arguments: tuple[str, ...], run: Callable[..., Result]) -> None:

@@ -1,0 +1,394 @@
+"""The gateway's HTTP face: routes, keys, limits, streams.
+
+Owns what a request meets in order: its body's bound, its key, its budget, its schema, a place among the answers. Knows
+engines, and no network.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, cast
+
+from fastapi import Depends, FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST
+from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from routing.errors import SwarmError
+from routing.version import VERSION
+from swarm.gateway.answers import ChatFormat, Format, TextFormat, event
+from swarm.gateway.engine import Ask, Feed
+from swarm.gateway.errors import ApiError, from_swarm, from_validation
+from swarm.gateway.keys import Account, Keys
+from swarm.gateway.metrics import Counted, Metrics
+from swarm.gateway.schemas import (
+    AnyJson,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    ErrorAnswer,
+    Health,
+    JsonAsDescribed,
+    ModelCard,
+    ModelList,
+    NamedTool,
+)
+from swarm.gateway.schemas import Request as AnyRequest
+from swarm.gateway.served import Served
+from swarm.gateway.tools import call_schema
+from swarm.web.bodies import BoundedBodies
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 8 << 20
+PING_S = 15
+"""A stream that has nothing to say sends a comment so often, so that nobody between takes it for dead."""
+SEND_TIMEOUT_S = 60.0
+"""A reader that takes nothing for so long has gone."""
+CLOSED_REQUEST = 499
+"""What nginx calls a reader that left; nobody sees it but the metrics."""
+
+T = TypeVar("T")
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": description}
+    for status, description in (
+        (400, "The request is wrong"),
+        (401, "No API key, or one that is not known"),
+        (404, "No such model"),
+        (408, "The body came too slowly"),
+        (413, "The body is too long"),
+        (429, "All places are taken, or this key's budget is; see Retry-After"),
+        (503, "Nobody can answer now"),
+    )
+}
+
+
+@dataclass(slots=True)
+class Gateway:
+    """What the routes share."""
+
+    served: Mapping[str, Served]
+    keys: Keys
+    metrics: Metrics
+    stopping: bool = False
+    """No new answers are begun."""
+
+    @property
+    def active(self) -> int:
+        return sum(served.engine.counts().active for served in self.served.values())
+
+    def model(self, name: str) -> Served:
+        if name not in self.served:
+            known = ", ".join(self.served)
+            raise ApiError(404, f"no model {name!r}; there is {known}", param="model", code="model_not_found")
+        return self.served[name]
+
+    def account(self, request: Request) -> Account:
+        account = self.keys.find(request.headers.get("authorization"))
+        if account is None:
+            raise ApiError(401, "this gateway needs an API key that it knows", code="invalid_api_key")
+        return account
+
+    def paying(self, request: Request) -> Account:
+        """The account, if it may ask now."""
+        account = self.account(request)
+        if self.stopping:
+            raise ApiError(503, "the gateway is about to end", code="unavailable", retry_after_s=30)
+        wait_s = account.wait_s(time.monotonic())
+        if wait_s:
+            raise ApiError(429, "too many requests with this key", code="rate_limit_exceeded", retry_after_s=wait_s)
+        return account
+
+
+def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[str, ...] = ()) -> FastAPI:
+    """The application; `app.state.gateway` is its Gateway. `served`: by the names that clients use."""
+    gateway = Gateway(served, keys, Metrics(served))
+    app = FastAPIOffline(  # the page at /docs with what it needs: nothing is fetched from elsewhere
+        redoc_url=None,
+        title="hiveswarm gateway",
+        version=VERSION,
+        description="Large language models run by a swarm of peers, through the API that OpenAI's clients speak. "
+        "Peers can read what you send.",
+        exception_handlers=_handlers(),
+    )
+    app.state.gateway = gateway
+    bearer = Security(HTTPBearer(auto_error=False, description="An API key, where the gateway needs one"))
+
+    async def known(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, bearer]) -> Account:
+        return gateway.account(request)
+
+    async def paying(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, bearer]) -> Account:
+        return gateway.paying(request)
+
+    @app.get("/v1/models", responses={401: ERRORS[401]}, dependencies=[Depends(known)])
+    async def models() -> ModelList:
+        """The models that are served."""
+        return ModelList(object="list", data=[_card(each) for each in served.values()])
+
+    @app.get("/v1/models/{model:path}", responses={401: ERRORS[401], 404: ERRORS[404]}, dependencies=[Depends(known)])
+    async def model(model: str) -> ModelCard:
+        """One model."""
+        return _card(gateway.model(model))
+
+    @app.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatCompletion}, **ERRORS})
+    async def chat(body: ChatRequest, request: Request, account: Annotated[Account, Depends(paying)]) -> Response:
+        """The next turn of a conversation; with `stream`, server-sent events of `chat.completion.chunk`."""
+        return await _answer(gateway, request, body, await asyncio.to_thread(_prepare_chat, gateway, body, account))
+
+    @app.post("/v1/completions", response_model=None, responses={200: {"model": Completion}, **ERRORS})
+    async def complete(
+        body: CompletionRequest, request: Request, account: Annotated[Account, Depends(paying)]
+    ) -> Response:
+        """How a text goes on; with `stream`, server-sent events of `text_completion`."""
+        return await _answer(gateway, request, body, await asyncio.to_thread(_prepare_text, gateway, body, account))
+
+    @app.get("/health", responses={503: {"model": Health}})
+    async def health() -> Response:
+        """Whether the gateway works, without a key."""
+        failed = {name: str(error) for name, each in served.items() if (error := each.engine.failure) is not None}
+        status = "stopping" if gateway.stopping else "failed" if failed else "ok"
+        models = {
+            name: {"active": each.engine.counts().active, "error": failed.get(name)} for name, each in served.items()
+        }
+        return JSONResponse({"status": status, "models": models}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics", response_model=None, responses={401: ERRORS[401]}, dependencies=[Depends(known)])
+    async def metrics() -> Response:
+        """Counters for Prometheus. Where there are API keys, it needs one."""
+        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    app.add_middleware(
+        BoundedBodies,
+        max_bytes=MAX_BODY_BYTES,
+        refuse=lambda status, text: ApiError(status, text).response(),
+    )
+    app.add_middleware(Counted, requests=gateway.metrics.requests)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    return app
+
+
+# --- from a request to what is asked of an engine ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    served: Served
+    asks: list[Ask]
+    format: Format
+
+
+def _prepare_chat(gateway: Gateway, body: ChatRequest, account: Account) -> _Prepared:
+    served = gateway.model(body.model)
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or () if body.tool_choice != "none"]
+    forced = tools if body.tool_choice == "required" else []
+    named = isinstance(body.tool_choice, NamedTool)
+    if isinstance(body.tool_choice, NamedTool):
+        forced = [tool for tool in tools if tool["function"]["name"] == body.tool_choice.function.name]
+    grammar = None
+    if forced:
+        grammar = served.grammars.json(call_schema(forced))
+    elif isinstance(body.response_format, AnyJson):
+        grammar = served.grammars.json({"type": "object"})
+    elif isinstance(body.response_format, JsonAsDescribed):
+        schema = body.response_format.json_schema.schema_
+        grammar = served.grammars.json({"type": "object"} if schema is None else schema)
+    prompt = served.encode_chat(body.messages, tools)
+    choices = body.n or 1
+    ask = Ask(
+        prompt=prompt,
+        max_tokens=served.room(prompt, body.max_completion_tokens or body.max_tokens),
+        sampling=served.sampling(body),
+        owner=account.name,
+        n=choices,
+        stops=body.stops,
+        ignore_eos=body.ignore_eos,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=grammar,
+    )
+    form = ChatFormat(
+        served,
+        prompt_tokens=len(prompt),
+        include_usage=body.wants_usage,
+        choices=choices,
+        logprobs=bool(body.logprobs),
+        tools=[tool["function"]["name"] for tool in forced or tools] if tools else None,
+        forced=bool(forced),
+        named=named,
+    )
+    gateway.metrics.prompt_tokens.labels(served.name).inc(len(prompt))
+    return _Prepared(served=served, asks=[ask], format=form)
+
+
+def _prepare_text(gateway: Gateway, body: CompletionRequest, account: Account) -> _Prepared:
+    served = gateway.model(body.model)
+    one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+    given = cast("list[str | list[int]]", [body.prompt] if one else body.prompt)
+    choices = body.n or 1
+    prompts = [served.encode_text(prompt) if isinstance(prompt, str) else prompt for prompt in given]
+    echoes = [prompt if isinstance(prompt, str) else served.decode(prompt) for prompt in given]
+    sampling = served.sampling(body)
+    asks = [
+        Ask(
+            prompt=prompt,
+            max_tokens=served.room(prompt, body.max_tokens or 16),
+            sampling=sampling,
+            owner=account.name,
+            n=choices,
+            first_choice=at * choices,
+            stops=body.stops,
+            ignore_eos=body.ignore_eos,
+            logprobs=body.logprobs,
+        )
+        for at, prompt in enumerate(prompts)
+    ]
+    count = sum(map(len, prompts))
+    form = TextFormat(
+        served,
+        prompt_tokens=count,
+        include_usage=body.wants_usage,
+        echoes=[echo if body.echo else "" for echo in echoes for _ in range(choices)],
+        logprobs=body.logprobs is not None,
+    )
+    gateway.metrics.prompt_tokens.labels(served.name).inc(count)
+    return _Prepared(served=served, asks=asks, format=form)
+
+
+# --- answers ---
+
+
+async def _answer(gateway: Gateway, request: Request, body: AnyRequest, prepared: _Prepared) -> Response:
+    engine = prepared.served.engine
+    feed = engine.submit(prepared.asks)
+    pieces = _watched(gateway, prepared.served, feed)
+    if body.stream:
+        return _Stream(_events(pieces, prepared.format), lambda: engine.cancel(feed))
+
+    async def collect() -> dict[str, Any]:
+        async for piece in pieces:
+            prepared.format.add(piece)
+        return prepared.format.whole()
+
+    try:
+        answer = await _while_connected(request, collect)
+    finally:
+        engine.cancel(feed)
+    return Response(status_code=CLOSED_REQUEST) if answer is None else JSONResponse(answer)
+
+
+class _Stream(EventSourceResponse):
+    """Calls `left` however it ends, also before its first event."""
+
+    def __init__(self, events: AsyncIterator[bytes], left: Callable[[], None]) -> None:
+        super().__init__(events, ping=PING_S, sep="\n", send_timeout=SEND_TIMEOUT_S)
+        self._left = left
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            logger.info("a reader took nothing for %.0f s and was left", SEND_TIMEOUT_S)
+        finally:
+            self._left()
+
+
+async def _events(pieces: AsyncIterator[Any], form: Format) -> AsyncIterator[bytes]:
+    try:
+        async for piece in pieces:
+            for chunk in form.take(piece):
+                yield chunk
+        for chunk in form.last():
+            yield chunk
+    except SwarmError as error:  # the headers are out: it can only be said in the stream
+        yield event(from_swarm(error).body)
+    finally:
+        await pieces.aclose()  # type: ignore[attr-defined]  # a reader that has gone frees its pages now
+
+
+async def _watched(gateway: Gateway, served: Served, feed: Feed) -> AsyncIterator[Any]:
+    """The pieces, measured; however this ends, nothing of the answers is left at peers."""
+    started_s, first, whole = time.monotonic(), True, False
+    try:
+        async for piece in feed:
+            if first:
+                gateway.metrics.first_token_s.labels(served.name).observe(time.monotonic() - started_s)
+                first = False
+            yield piece
+        whole = True
+        gateway.metrics.answer_s.labels(served.name).observe(time.monotonic() - started_s)
+    except SwarmError:
+        whole = True
+        raise
+    finally:
+        served.engine.cancel(feed)
+        if not whole:
+            gateway.metrics.disconnects.inc()
+
+
+async def _while_connected(request: Request, work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+    """What `work` returns, or None when the reader left before, which cancels it."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work()), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _card(served: Served) -> ModelCard:
+    return ModelCard(
+        id=served.name, object="model", created=served.created, owned_by="hiveswarm", max_model_len=served.context
+    )
+
+
+# --- errors ---
+
+
+def _handlers() -> dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]]:
+    async def api(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    async def swarm(_: Request, error: SwarmError) -> Response:
+        return from_swarm(error).response()
+
+    async def validation(_: Request, error: RequestValidationError) -> Response:
+        return from_validation(error).response()
+
+    async def http(request: Request, error: HTTPException) -> Response:
+        text = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for this path"}
+        response = ApiError(error.status_code, text.get(error.status_code, str(error.detail))).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    async def defect(_: Request, error: Exception) -> Response:
+        return ApiError(500, "the gateway failed, see its log").response()
+
+    return {
+        ApiError: api,
+        SwarmError: swarm,
+        RequestValidationError: validation,
+        HTTPException: http,
+        Exception: defect,
+    }

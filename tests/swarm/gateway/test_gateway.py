@@ -1,0 +1,432 @@
+"""The gateway as its clients meet it: the `openai` package over a real socket, a swarm of real peers in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import jsonschema_rs
+import openai
+import pytest
+import torch
+
+from swarm.gateway.engine import Ask
+from swarm.gateway.kept import KeptLimits
+from swarm.gateway.keys import Account, hash_key
+from swarm.gateway.sampling import Sampling
+from tests.helpers.gateway import GatewayWorld, serving
+
+KEYS = ["a-key-that-belongs-to-alice", "a-key-that-belongs-to-bobby"]
+PROMPT = "Once upon a time there was a hive"
+MODEL = "talker"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayWorld]:
+    world = GatewayWorld(tmp_path_factory.mktemp("gateway"), max_answers=24, kept=KeptLimits(strands=6))
+    yield world
+    world.served.close()
+    assert eventually(lambda: world.held == 0)  # also what was kept between turns
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def url(world: GatewayWorld) -> Iterator[str]:
+    accounts = [Account(name=f"user-{at}", digest=hash_key(key)) for at, key in enumerate(KEYS)]
+    with serving(world.served, accounts=accounts) as gateway:
+        yield gateway.url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEYS[0], max_retries=0) as client:
+        yield client
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
+        threading.Event().wait(0.01)
+    return condition()
+
+
+def complete(client: openai.OpenAI, prompt: Any = PROMPT, **options: Any) -> Any:
+    return client.completions.create(model=MODEL, prompt=prompt, **{"max_tokens": 12, "temperature": 0, **options})
+
+
+def chat(client: openai.OpenAI, *turns: str, **options: Any) -> Any:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[at % 2], "content": turn} for at, turn in enumerate(turns)]
+    return client.chat.completions.create(
+        model=MODEL, messages=messages, **{"max_tokens": 12, "temperature": 0, **options}
+    )
+
+
+# --- what is said ---
+
+
+def test_greedy_text_is_that_of_local_transformers(world: GatewayWorld, client: openai.OpenAI) -> None:
+    whole = complete(client, max_tokens=40)
+    assert whole.choices[0].text == world.text(PROMPT, 40)
+    assert whole.choices[0].finish_reason == "length"
+    ids = world.tokenizer(PROMPT).input_ids
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), 40)
+    streamed = list(complete(client, max_tokens=40, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in streamed[:-1]) == whole.choices[0].text
+    assert streamed[-2].choices[0].finish_reason == "length"
+    assert (streamed[-1].choices, streamed[-1].usage.completion_tokens) == ([], 40)
+    assert complete(client, ids, max_tokens=40).choices[0].text == whole.choices[0].text
+
+
+def test_a_chat_goes_through_the_checkpoints_template(world: GatewayWorld, client: openai.OpenAI) -> None:
+    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    expected = world.text(text, 12)
+    answer = chat(client, "Hello")
+    assert (answer.choices[0].message.role, answer.choices[0].message.content) == ("assistant", expected)
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": parts}], max_tokens=12, temperature=0, stream=True
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+
+
+def test_probabilities_are_those_of_local_transformers(world: GatewayWorld, client: openai.OpenAI) -> None:
+    ids = world.tokenizer("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n").input_ids
+    expected_TV = world.local(torch.tensor([ids + world.greedy(ids, 12)])).logits[0].log_softmax(-1)[len(ids) - 1 : -1]
+    entries = chat(client, "Hello", logprobs=True, top_logprobs=5).choices[0].logprobs.content
+    assert len(entries) == 12
+    for entry, expected_V in zip(entries, expected_TV, strict=True):
+        best = expected_V.topk(5)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-3)
+        assert entry.logprob == entry.top_logprobs[0].logprob
+        assert bytes(entry.bytes).decode() == entry.token
+    assert [entry.top_logprobs for entry in chat(client, "Hello", logprobs=True).choices[0].logprobs.content] == [
+        []
+    ] * 12
+    plain = complete(client, logprobs=3).choices[0].logprobs
+    assert (len(plain.tokens), [len(top) for top in plain.top_logprobs]) == (12, [3] * 12)
+
+
+def test_a_stop_sequence_is_found_across_tokens_and_never_shown(world: GatewayWorld, client: openai.OpenAI) -> None:
+    text = world.text(PROMPT, 40)
+    stop = text[20:24]
+    expected = text[: text.index(stop)]
+    whole = complete(client, max_tokens=40, stop=["never so", stop])
+    assert (whole.choices[0].text, whole.choices[0].finish_reason) == (expected, "stop")
+    streamed = list(complete(client, max_tokens=40, stop=stop, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in streamed) == expected
+
+
+def test_choices_and_prompts_are_answered_each(world: GatewayWorld, client: openai.OpenAI) -> None:
+    answer = complete(client, ["The first", PROMPT], n=2, echo=True)
+    texts = [f"{prompt}{world.text(prompt, 12)}" for prompt in ("The first", PROMPT)]
+    assert [choice.text for choice in answer.choices] == [texts[0], texts[0], texts[1], texts[1]]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage.completion_tokens == 48
+
+
+def test_a_seed_makes_chances_repeatable_and_choices_differ(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"seed": 5, "n": 3, "temperature": 1.5, "max_tokens": 20, "top_p": 0.95}
+    first, again = complete(client, **options), complete(client, **options)
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices]
+    assert len({*texts}) == 3
+    assert texts != [choice.text for choice in complete(client, **{**options, "seed": 6}).choices]
+
+
+def test_bias_decides(client: openai.OpenAI, world: GatewayWorld) -> None:
+    (token,) = world.tokenizer("Q").input_ids
+    assert complete(client, logit_bias={str(token): 100}, max_tokens=3).choices[0].text == "QQQ"
+    eos = world.tokenizer.eos_token_id
+    ended = complete(client, logit_bias={str(eos): 100})
+    assert (ended.choices[0].text, ended.choices[0].finish_reason, ended.usage.completion_tokens) == ("", "stop", 1)
+    going_on = complete(client, logit_bias={str(eos): 100}, extra_body={"ignore_eos": True})
+    assert going_on.usage.completion_tokens == 12
+
+
+# --- JSON and tools ---
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "remember", "description": "a note", "parameters": SCHEMA}}
+
+
+def test_an_answer_by_schema_is_valid_or_says_that_it_was_cut(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    for seed in range(4):
+        answer = chat(client, "Who?", response_format=form, temperature=1, seed=seed, max_tokens=200).choices[0]
+        assert answer.finish_reason == "stop"
+        assert jsonschema_rs.is_valid(SCHEMA, json.loads(answer.message.content))
+    assert chat(client, "Who?", response_format=form, max_tokens=3).choices[0].finish_reason == "length"
+
+
+def test_a_schema_that_cannot_be_used_is_the_callers_error(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
+    with pytest.raises(openai.BadRequestError, match="schema"):
+        chat(client, "Who?", response_format=form)
+
+
+def test_a_forced_tool_is_called_with_arguments_of_its_schema(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"tools": [TOOL], "max_tokens": 200, "temperature": 1, "seed": 1}
+    answer = chat(client, "Who?", tool_choice="required", **options).choices[0]
+    (call,) = answer.message.tool_calls
+    assert (answer.finish_reason, call.function.name, answer.message.content) == ("tool_calls", "remember", None)
+    assert jsonschema_rs.is_valid(SCHEMA, json.loads(call.function.arguments))
+    named = {"type": "function", "function": {"name": "remember"}}
+    chunks = list(chat(client, "Who?", tool_choice=named, stream=True, **options))
+    (delta,) = [chunk.choices[0].delta for chunk in chunks if chunk.choices[0].delta.tool_calls]
+    assert delta.tool_calls[0].function.arguments == call.function.arguments
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_template_without_tools_gets_the_default_system_text(world: GatewayWorld, client: openai.OpenAI) -> None:
+    plain, told = chat(client, "Who?"), chat(client, "Who?", tools=[TOOL])
+    assert told.usage.prompt_tokens - plain.usage.prompt_tokens > len(json.dumps(SCHEMA))
+    assert chat(client, "Who?", tools=[TOOL], tool_choice="none").usage.prompt_tokens == plain.usage.prompt_tokens
+
+
+# --- conversations ---
+
+
+def test_the_next_turn_computes_only_what_is_new_and_only_for_the_same_key(url: str, client: openai.OpenAI) -> None:
+    first = chat(client, "How many bees live in a hive?", max_tokens=20)
+    turns = ("How many bees live in a hive?", first.choices[0].message.content, "And queens?")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEYS[1], max_retries=0) as stranger:
+        assert chat(stranger, *turns).usage.prompt_tokens_details.cached_tokens == 0
+    second = chat(client, *turns)
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
+    retried = chat(client, *turns[:2], "And kings, if there are any?")
+    assert retried.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
+    assert chat(client, *turns).choices[0].message.content == second.choices[0].message.content
+
+
+def test_what_peers_hold_of_a_prompt_serves_only_the_key_that_sent_it(world: GatewayWorld) -> None:
+    engine, prompt = world.served.engine, world.tokenizer("abcdefgh" * 40).input_ids
+
+    async def ask(owner: str) -> int:
+        """Positions that the peers held already."""
+        before = engine.traffic.prefix_positions
+        feed = engine.submit([Ask(prompt=prompt, max_tokens=1, sampling=Sampling(), owner=owner, keep=False)])
+        assert [piece async for piece in feed]
+        return engine.traffic.prefix_positions - before
+
+    assert asyncio.run(ask("alice")) == 0
+    assert asyncio.run(ask("alice")) > 0
+    assert asyncio.run(ask("bobby")) == 0
+
+
+# --- many, slow and absent readers ---
+
+
+def test_many_streams_at_once_share_the_head_and_each_is_right(world: GatewayWorld, client: openai.OpenAI) -> None:
+    prompts = [f"{PROMPT}, number {at}" for at in range(16)]
+    before = world.served.engine.counts()
+    with ThreadPoolExecutor(16) as pool:
+        streams = pool.map(lambda prompt: list(complete(client, prompt, stream=True)), prompts)
+        texts = ["".join(chunk.choices[0].text for chunk in stream) for stream in streams]
+    assert texts == [world.text(prompt, 12) for prompt in prompts]
+    after = world.served.engine.counts()
+    assert after.products - before.products < after.generated_tokens - before.generated_tokens
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reader_that_leaves_frees_its_places_and_pages(world: GatewayWorld, url: str, stream: bool) -> None:
+    kept = world.served.engine.counts().kept_sessions
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1900, "n": 3, "stream": stream, "ignore_eos": True}
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    with httpx2.Client(timeout=60) as http:
+        if stream:
+            with http.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as response:
+                next(response.iter_lines())
+                assert world.served.engine.counts().active == 3
+        else:
+            with pytest.raises(httpx2.ReadTimeout):
+                http.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.5)
+    assert eventually(lambda: world.served.engine.counts().active == 0)
+    assert eventually(lambda: world.held == kept)
+
+
+def test_readers_that_leave_at_any_moment_leave_nothing_behind(world: GatewayWorld) -> None:
+    """Also while the first steps of forks are under way, and before a step's task has begun."""
+    engine, kept = world.served.engine, world.served.engine.counts().kept_sessions
+    prompt = world.tokenizer(PROMPT).input_ids
+
+    async def leave_after(pieces: int) -> None:
+        ask = Ask(prompt=prompt, max_tokens=50, sampling=Sampling(), owner="x", n=5, ignore_eos=True)
+        feed = engine.submit([ask])
+        reading = aiter(feed)
+        for _ in range(pieces):
+            await anext(reading)
+        engine.cancel(feed)
+
+    async def all_of_them() -> None:
+        for pieces in (0, 1, 2, 3, 5, 8, 13):
+            await asyncio.gather(*(leave_after(pieces) for _ in range(3)))
+            assert await asyncio.to_thread(eventually, lambda: engine.counts().active == 0)
+
+    asyncio.run(all_of_them())
+    assert eventually(lambda: world.held == kept)
+    assert engine.failure is None
+
+
+def test_a_reader_that_does_not_read_makes_its_answer_wait(world: GatewayWorld) -> None:
+    engine, tokens = world.served.engine, 300
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": tokens, "stream": True, "logprobs": 20, "temperature": 0}
+    small = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)]
+    with serving(world.served) as gateway:
+        gateway.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with (
+            httpx2.Client(timeout=60, transport=httpx2.HTTPTransport(socket_options=small)) as http,
+            http.stream("POST", f"{gateway.url}/v1/completions", json=body) as response,
+        ):
+            assert eventually(lambda: engine.counts().waiting == 1)
+            lines = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    assert "".join(line["choices"][0]["text"] for line in lines) == world.text(PROMPT, tokens)
+
+
+def test_overload_is_answered_with_a_time_to_try_again(world: GatewayWorld, url: str, client: openai.OpenAI) -> None:
+    with complete(client, n=16, max_tokens=1000, stream=True, extra_body={"ignore_eos": True}) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as caught:
+            complete(client, n=16)
+        assert int(caught.value.response.headers["retry-after"]) > 0
+        assert caught.value.code == "overloaded"
+    assert eventually(lambda: world.served.engine.counts().active == 0)
+    with pytest.raises(openai.BadRequestError, match="at once"):
+        complete(client, ["a", "b"], n=16)
+
+
+def test_the_death_of_a_peer_is_not_seen_in_the_stream(world: GatewayWorld, client: openai.OpenAI) -> None:
+    world.swarm.add_peer(2, 4)
+    with complete(client, n=2, max_tokens=60, stream=True) as stream:
+        chunks = [next(stream) for _ in range(8)]
+        world.swarm.kill_peer(world.served.model.route.hops[-1].peer_id)
+        chunks += stream
+    for choice in range(2):
+        texts = [chunk.choices[0].text for chunk in chunks if chunk.choices[0].index == choice]
+        assert "".join(texts) == world.text(PROMPT, 60)
+
+
+# --- keys, errors, pages ---
+
+
+def test_no_key_no_answer_and_a_budget_is_a_budget(world: GatewayWorld, url: str) -> None:
+    for path in ("/v1/models", "/metrics"):
+        assert httpx2.get(f"{url}{path}").status_code == 401
+    assert httpx2.get(f"{url}/health").json()["status"] == "ok"
+    accounts = [Account(name="c", digest=hash_key(KEYS[0]), requests_per_minute=1)]
+    with (
+        serving(world.served, accounts=accounts) as gateway,
+        openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=KEYS[0], max_retries=0) as client,
+    ):
+        complete(client, max_tokens=1)
+        with pytest.raises(openai.RateLimitError) as caught:
+            complete(client, max_tokens=1)
+        assert 0 < int(caught.value.response.headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("chat/completions", {"model": MODEL}, 400, "messages"),
+        ("chat/completions", {"model": "nope", "messages": [{"role": "user", "content": "x"}]}, 404, "model"),
+        ("chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "topp": 1}, 400, "topp"),
+        ("completions", {"model": MODEL, "prompt": "x", "temperature": 9}, 400, "temperature"),
+        ("completions", {"model": MODEL, "prompt": "x", "n": 0}, 400, "n"),
+        ("completions", {"model": MODEL, "prompt": ""}, 400, None),
+        ("completions", {"model": MODEL, "prompt": [999]}, 400, None),
+        ("completions", {"model": MODEL, "prompt": "x" * 3000}, 400, None),
+        ("completions", "[" * 100_000, 400, None),
+        ("completions", f'{{"model": "{MODEL}", "prompt": "\\ud800"}}', 400, "prompt"),
+        (
+            "chat/completions",
+            {
+                "model": MODEL,
+                "messages": [{"role": "user", "content": "x"}],
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": "\ud800"}}}],
+            },
+            400,
+            None,
+        ),
+        ("completions", "x" * (9 << 20), 413, None),
+        ("nothing", {}, 404, None),
+    ],
+)
+def test_errors_have_openais_shape(url: str, path: str, body: Any, status: int, param: str | None) -> None:
+    content = body if isinstance(body, str) else json.dumps(body)
+    headers = {"authorization": f"Bearer {KEYS[0]}", "content-type": "application/json"}
+    response = httpx2.post(f"{url}/v1/{path}", content=content, headers=headers)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert param is None or error["param"] == param
+
+
+def test_other_pages_may_not_ask_unless_they_were_named(world: GatewayWorld, url: str) -> None:
+    asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    assert "access-control-allow-origin" not in httpx2.options(f"{url}/v1/completions", headers=asked).headers
+    with serving(world.served, cors_origins=("https://a.example",)) as gateway:
+        answer = httpx2.options(f"{gateway.url}/v1/completions", headers=asked)
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+def test_the_page_that_describes_the_api_fetches_nothing_from_elsewhere(url: str) -> None:
+    page = httpx2.get(f"{url}/docs").text
+    assert "swagger-ui" in page
+    assert not [link for link in re.findall(r'(?:src|href)="([^"]*)"', page) if not link.startswith("/")]
+
+
+def test_metrics_follow_prometheus_conventions(url: str, client: openai.OpenAI) -> None:
+    complete(client)
+    text = httpx2.get(f"{url}/metrics", headers={"authorization": f"Bearer {KEYS[0]}"}).text
+    for line in (
+        'swarm_gateway_generated_tokens_total{model="talker"}',
+        'swarm_gateway_time_to_first_token_seconds_count{model="talker"}',
+        'swarm_gateway_requests_total{path="/v1/completions",status="200"}',
+        'swarm_session_steps_total{model="talker"}',
+    ):
+        assert line in text
+
+
+# --- the end ---
+
+
+def test_a_gateway_that_ends_lets_answers_finish_or_says_so(world: GatewayWorld) -> None:
+    def read(url: str, tokens: int, begun: threading.Event) -> str:
+        text = ""
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            for chunk in complete(client, max_tokens=tokens, stream=True):
+                begun.set()
+                text += chunk.choices[0].text
+        return text
+
+    with ThreadPoolExecutor() as pool:
+        begun = threading.Event()
+        with serving(world.served, drain_s=20.0) as gateway:
+            answer = pool.submit(read, gateway.url, 60, begun)
+            assert begun.wait(20)
+        assert answer.result(20) == world.text(PROMPT, 60)
+        begun = threading.Event()
+        with serving(world.served, drain_s=0.1) as gateway:
+            answer = pool.submit(read, gateway.url, 1900, begun)
+            assert begun.wait(20)
+        with pytest.raises(openai.APIError, match="has ended"):
+            answer.result(20)
+    assert eventually(lambda: world.served.engine.counts().active == 0)
+    assert world.served.engine.failure is None
