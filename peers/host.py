@@ -7,7 +7,9 @@ is told to people (`Event`); every decision is made elsewhere.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import random
 import socket
 import time
 from collections.abc import Callable, Coroutine
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peers.capacity import Plan, check_options, plan_capacity
+from peers.capacity import FORWARD_BYTES, Plan, check_options, plan_capacity
 from peers.discovery import Discovery
 from peers.errors import AddressInUse
 from peers.identity import load_identity
@@ -36,19 +38,22 @@ from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.announce import Announcer
 from peers.serving.comfort import Comfort, Reason, Schedule, clock_time
 from peers.serving.handler import Handler, Served
+from peers.serving.journal import Journal, JournalLimits
 from peers.serving.ledger import Ledger, LedgerLimits
 from peers.serving.owner import Owner, be_nice
 from peers.serving.owner import check as check_comfort
 from peers.serving.push import Delivery
 from peers.serving.reachability import RETRY_S, DialBackService, Verdict, watch_reachability
+from peers.serving.rebalance import Rebalance
+from peers.serving.spill import Disk
 from peers.transport.base import Transport
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
 from peers.wire.messages import PROTOCOL_VERSION
-from routing.errors import Unavailable
+from routing.errors import SwarmError, Unavailable
 from routing.identity import SigningKey
-from routing.ids import BlockSpans
-from routing.placement import choose_span
+from routing.ids import BlockSpan, BlockSpans
+from routing.placement import Move, choose_span
 from routing.records import (
     CLOCK_SLACK_S,
     MAX_MODEL_NAME_CHARS,
@@ -67,6 +72,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 20.0
+MOVE_DRAIN_TIMEOUT_S = 5.0
+"""A step that takes longer is repeated elsewhere: somebody waits for the blocks to which this peer goes."""
 LOOK_AROUND_S = 3.0
 """How long a joining peer without `--blocks` looks for others before it chooses."""
 
@@ -128,10 +135,14 @@ class PeerConfig(NodeOptions):
     """Of all CPUs together: step back while other programs use so much."""
     max_bytes_per_s: int | None = None
     """Each way, for all that links carry."""
+    journal_disk_bytes: int = 0
+    """Of the cache folder's disk, for what sessions sent downstream and memory has no room for."""
     share_prefixes: Sharing = "owner"
     """Whose sessions may begin with what another one computed: see `EngineConfig`."""
     token: str | None = None
     """Access token of the model hub."""
+    stay: bool = False
+    """Serve what was chosen at the start, also when other blocks need this peer more; with `blocks` it always does."""
 
     def __post_init__(self) -> None:
         NodeOptions.__post_init__(self)
@@ -187,6 +198,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             network=config.network,
             name=config.name,
             max_bytes_per_s=config.max_bytes_per_s,
+            journal_disk_bytes=config.journal_disk_bytes,
             outage=lambda problem: emit(_outage(problem, node.clock_skew_s)),
         )
         stack.push_async_callback(peer.close)
@@ -211,7 +223,13 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             plan = plan.beside(probe.forward_bytes)
             file = _probe_file(checkpoint, plan, threads)
             probe = recall(file, time.time())  # of fewer blocks, where it is about those that fit beside such a forward
-        spans = config.blocks or await peer.choose_span(checkpoint, plan)
+        peer.discovery.watch(checkpoint.model_id)
+        spans = config.blocks or await peer.choose_span(
+            checkpoint, plan, None if probe is None or config.num_blocks else probe.decode_s_per_block
+        )
+        max_blocks = plan.max_blocks
+        if spans.num_blocks < max_blocks:
+            plan = plan.beside(FORWARD_BYTES if probe is None else probe.forward_bytes, blocks=spans.num_blocks)
         format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
         emit(Event("loading", {"model": checkpoint.name, **spans.as_fields(), **format_}))
         await peer.load(
@@ -222,6 +240,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             share_prefixes=config.share_prefixes,
             progress=progress,
             probe=probe,
+            movable=config.blocks is None and not config.stay,
+            max_blocks=max_blocks,
         )
         owner = Owner(Comfort(config.schedule, config.pause_on_load_percent), peer.pause)
         await owner.look()
@@ -257,7 +277,10 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         )
         peer.tasks.spawn(reachability, name="reachability")
         peer.tasks.spawn(owner.watch(lambda: emit(_comfort(owner))), name="owner")
+        peer.tasks.spawn(peer.discovery.run(), name="discovery")
+        moving = peer.tasks.spawn(peer.rebalance(emit), name="rebalance")
         await _unless_ended(serving, stop.wait())
+        moving.cancel()
         emit(Event("draining"))
         await peer.drain(timeout_s=DRAIN_TIMEOUT_S)
     emit(Event("stopped"))
@@ -276,6 +299,7 @@ class ServerPeer:
         name: str = "",
         lease_s: float = 60.0,
         max_bytes_per_s: int | None = None,
+        journal_disk_bytes: int = 0,
         outage: Callable[[Unavailable | None], None] | None = None,
     ) -> None:
         """`outage` hears when no other node takes this peer's record any more, and (None) when that is over."""
@@ -295,22 +319,29 @@ class ServerPeer:
         self._name = name
         self._lease_s = lease_s
         self._max_bytes_per_s = max_bytes_per_s
-        self._describe_static: Announcement
-        self._closers = AsyncExitStack()
+        self._journal_disk_bytes = journal_disk_bytes
+        self._describe_static: Announcement | None = None
+        self._intent: BlockSpan | None = None
+        self._engine_closer = AsyncExitStack()
+        self._watching: asyncio.Task[None] | None = None
+        self._reload: Callable[[BlockSpans], Coroutine[Any, Any, None]]
         self._announcer = Announcer(
             store, key, network=network, describe=self._describe, outage=outage or self._log_outage
         )
         DialBackService(self.links)
 
-    async def choose_span(self, checkpoint: Checkpoint, plan: Plan) -> BlockSpans:
-        """The least-covered span that fits. Looks around for a moment first."""
+    async def choose_span(self, checkpoint: Checkpoint, plan: Plan, decode_s_per_block: float | None) -> BlockSpans:
+        """The least-covered span that fits and that is fair at this speed. Looks around for a moment first."""
         self.discovery.watch(checkpoint.model_id)
         deadline_s = time.monotonic() + LOOK_AROUND_S
         while True:
             await self.discovery.refresh()
             others = self.router.snapshot(self.discovery.now_s()).of_model(checkpoint.model_id)
             if others or time.monotonic() >= deadline_s:
-                return BlockSpans.of(choose_span(others, plan.num_blocks, plan.max_blocks, self.discovery.now_s()))
+                now_s = self.discovery.now_s()
+                return BlockSpans.of(
+                    choose_span(others, plan.num_blocks, plan.max_blocks, now_s, decode_s_per_block=decode_s_per_block)
+                )
             await asyncio.sleep(0.5)
 
     async def load(
@@ -324,8 +355,14 @@ class ServerPeer:
         page_size: int | None = None,
         share_prefixes: Sharing = "owner",
         probe: Probe | None = None,
+        movable: bool = False,
+        max_blocks: int | None = None,
     ) -> None:
-        """Load the weights, start the engine, measure it unless that is known. Raises SwarmError."""
+        """Load the weights, start the engine, measure it unless that is known. Raises SwarmError.
+
+        `movable`: `rebalance` may load other blocks later, up to `max_blocks`; as many as `plan` allows by default.
+        """
+        most = max_blocks or plan.max_blocks
         models = [
             await asyncio.to_thread(
                 load_span,
@@ -354,7 +391,7 @@ class ServerPeer:
             final = plan.beside(self.probe.forward_bytes, blocks=spans.num_blocks)
             fits = plan.cache_tokens <= final.cache_tokens
             if fits:
-                self._closers.push_async_exit(trial.pop_all())
+                self._engine_closer = trial.pop_all()
         if not fits:
             logger.warning("a forward takes %d MiB: starting again with less cache", self.probe.forward_bytes >> 20)
             del models, engines, self.engine
@@ -367,6 +404,8 @@ class ServerPeer:
                 page_size=page_size,
                 share_prefixes=share_prefixes,
                 probe=self.probe,
+                movable=movable,
+                max_blocks=most,
             )
             return
         model, stats = self.engine.model, self.engine.stats()
@@ -380,13 +419,33 @@ class ServerPeer:
             )
         )
         served = Served(model=checkpoint.model_id, spans=spans, hidden_size=model.hidden_size)
-        self.handler = Handler(
-            links=self.links,
-            engine=self.engine,
-            served=served,
-            ledger=ledger,
-            admission=Admission(AdmissionLimits()),
-        )
+        if self._describe_static is None:
+            self.handler = Handler(
+                links=self.links,
+                engine=self.engine,
+                served=served,
+                ledger=ledger,
+                admission=Admission(AdmissionLimits()),
+                journal=self._journal(),
+            )
+        else:
+            self.handler.settle(engine=self.engine, served=served, ledger=ledger)
+
+        async def reload(spans: BlockSpans) -> None:
+            fitting = replace(plan, forwards=len(spans.parts))
+            await self.load(
+                checkpoint,
+                spans,
+                fitting.beside(self.probe.forward_bytes, blocks=spans.num_blocks),
+                threads=threads,
+                page_size=page_size,
+                share_prefixes=share_prefixes,
+                probe=self.probe,
+                movable=movable,
+                max_blocks=most,
+            )
+
+        self._reload = reload
         self._describe_static = Announcement(
             peer_id=self._transport.peer_id,
             model=checkpoint.model_id,
@@ -405,18 +464,26 @@ class ServerPeer:
             cache_tokens=self.cache_tokens,
             free_tokens=self.cache_tokens,
             max_bytes_per_s=self._max_bytes_per_s or 0,
+            max_blocks=most if movable else 0,
             sequence=0,
             expires_at_s=0.0,
         )
+
+    def _journal(self) -> Journal:
+        if not self._journal_disk_bytes:
+            return Journal(JournalLimits())
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        return Journal(JournalLimits(), Disk(folder, self._journal_disk_bytes))
 
     async def serve(self) -> None:
         """Accept sessions and announce until cancelled; raises what no part expected."""
         await self.links.serve()
         self.state = PeerState.PAUSED if self.handler.paused else PeerState.ONLINE
+        self._watching = self.tasks.spawn(self.engine.broken(), name="engine")
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.handler.run(), name="handler")
-                group.create_task(self.engine.broken(), name="engine")
                 group.create_task(self._announcer.run(), name="announce")
                 group.create_task(self.tasks.failed(), name="background")
         finally:
@@ -442,18 +509,83 @@ class ServerPeer:
             logger.info("nobody could be told that this peer leaves: %s", error)
         await self.handler.drain(timeout_s=timeout_s)
 
+    async def rebalance(self, emit: Emit) -> None:
+        """Serve other blocks whenever the swarm needs that more, until cancelled; where it may not, return."""
+        assert self._describe_static is not None
+        if not self._describe_static.max_blocks:
+            return
+
+        async def move(move: Move) -> None:
+            emit(Event("moving", {**move.spans.as_fields(), "heals": move.heals}))
+            try:
+                await self.move(move.spans)
+            finally:
+                emit(Event("moved", self._present().spans.as_fields()))
+
+        await Rebalance(self.discovery, self._present, self._intend, move, rng=random.Random()).run()
+
+    async def move(self, spans: BlockSpans) -> None:
+        """Serve other blocks instead, under the same identity, addresses and links; sessions here go elsewhere.
+
+        Raises SwarmError when they cannot be loaded; then it serves what it served before, and where it cannot do that
+        either, `serve` ends.
+        """
+        before = self._present().spans
+        await self.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)
+        self.handler.vacate()
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+        await self._engine_closer.aclose()
+        await self.handler.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)  # what the engine failed as it stopped
+        self.handler.leave_engine()
+        del self.engine
+        gc.collect()  # the weights of before must be gone before others are loaded, and models hold themselves
+        try:
+            await self._settle(spans)
+        except SwarmError:
+            self._watching = self.tasks.spawn(self._settle(before), name="serve what was served before")
+            await asyncio.wait([self._watching])
+            raise
+
+    async def _settle(self, spans: BlockSpans) -> None:
+        self.state, self._intent = PeerState.JOINING, None
+        self._describe_static = replace(self._present(), spans=spans)
+        self._announcer.soon()
+        await self._reload(spans)
+        self._watching = self.tasks.spawn(self.engine.broken(), name="engine")
+        self.state = PeerState.PAUSED if self.handler.paused else PeerState.ONLINE
+        self._announcer.soon()
+
+    async def _intend(self, intent: BlockSpan | None) -> None:
+        self._intent = intent
+        try:
+            await self._announcer.announce()
+        except Unavailable as error:
+            logger.info("nobody could be told what this peer intends: %s", error)
+
     async def close(self) -> None:
         """End links and engine. The transport belongs to the caller."""
         await self.tasks.close()
         await self.links.close()
-        await self._closers.aclose()
+        await self._engine_closer.aclose()
+
+    def _present(self) -> Announcement:
+        """What this peer would announce now."""
+        assert self._describe_static is not None
+        return self._describe(self._describe_static.sequence, self._describe_static.expires_at_s)
 
     def _describe(self, sequence: int, expires_at_s: float) -> Announcement:
+        assert self._describe_static is not None
         return replace(
             self._describe_static,
             state=self.state,
             addresses=self._transport.addresses[:4],
-            free_tokens=self.engine.stats().room_tokens,
+            free_tokens=0 if self.state is PeerState.JOINING else self.engine.stats().room_tokens,
+            queue_s=self.handler.queue_s,
+            sessions=len(self.handler.ledger),
+            place=self.router.here,
+            intent=self._intent,
             sequence=sequence,
             expires_at_s=expires_at_s,
         )

@@ -4,8 +4,8 @@ The bandwidth is assumed, and the same for every peer whose owner did not cap it
 it honestly: a send is over when the buffers on the way have taken it, no hop says when a frame was whole, and between a
 step and its answer lie the links of all hops. So bytes speak for fewer hops, and for no peer but against capped ones.
 
-Owns the formula. Round trips are known only between this node and each peer, so a trip between two peers is taken as
-the way over this node would be: half of each one's round trip. That makes every term belong to one peer.
+Owns the formula of a hop that is entered from this node; what a trip from another peer takes instead is the router's to
+say, who knows the places of both.
 """
 
 from __future__ import annotations

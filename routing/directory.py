@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
+from routing.coordinates import Coordinate
 from routing.ids import ModelId, PeerId
 from routing.records import CLOCK_SLACK_S, Announcement, PeerState
 
@@ -72,6 +73,11 @@ class Directory:
         if known is not None:
             self._entries[peer] = (replace(known[0], state=PeerState.PAUSED), known[1])
             self._snapshot = None
+
+    def place_of(self, peer: PeerId) -> Coordinate | None:
+        """Where the peer said last that it is."""
+        known = self._entries.get(peer)
+        return None if known is None else known[0].place
 
     def snapshot(self, now_s: float) -> Snapshot:
         """The peers that are live now. The same object as before while nothing changed."""

@@ -1,7 +1,7 @@
-"""What this node measured about its peers, smoothed and aged: round trip, step time, queue.
+"""What this node measured about its peers, smoothed and aged: round trip, step time, queue; and where it is itself.
 
-Owns the smoothing. Measurements outrank what a peer announces, and fade back to it when they grow old. Knows neither
-routes nor costs.
+Owns the smoothing. Measurements outrank what a peer announces, and fade back to it when they grow old. The round trip
+to a peer that was never measured is what network coordinates predict. Knows neither routes nor costs.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from routing.coordinates import Coordinate, distance_s, moved
+from routing.flow import capacity
 from routing.ids import PeerId
 from routing.records import Announcement
 
 DEFAULT_RTT_S: Final = 0.1
-"""For a peer never measured: neither attractive nor out of the question."""
+"""For a peer of which neither a measurement nor a place is known: neither attractive nor out of the question."""
 
 SMOOTHING: Final = 1 / 8
 """RFC 6298 section 2.3, alpha."""
 HALF_LIFE_S: Final = 300.0
 QUEUE_HALF_LIFE_S: Final = 10.0
 """A queue empties in seconds; last minute's says nothing."""
+CYCLE_S: Final = 0.5
+"""From one step of a session to its next, when nobody waits."""
 MAX_PEERS: Final = 20_000
 
 
@@ -81,10 +85,19 @@ class Estimates:
     def __init__(self, max_peers: int = MAX_PEERS) -> None:
         self._max_peers = max_peers
         self._measured: dict[PeerId, _Measured] = {}
+        self._planned: dict[PeerId, tuple[int, int]] = {}
+        """Sessions that this node sent to a peer since the record with this sequence, which does not count them."""
+        self.here = Coordinate()
+        """Of this node; what it announces."""
 
-    def on_rtt(self, peer: PeerId, rtt_s: float, now_s: float) -> None:
-        """A round trip of a small message."""
+    def on_rtt(self, peer: PeerId, rtt_s: float, now_s: float, place: Coordinate | None = None) -> None:
+        """A round trip of a small message, to a peer that says it is at `place`.
+
+        This node's own point moves by it.
+        """
         self._touch(peer).rtt_s.add(rtt_s, now_s)
+        if place is not None:
+            self.here = moved(self.here, place, rtt_s, salt=peer)
 
     def on_step(self, peer: PeerId, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
         """A peer ran `tokens` positions through `blocks` blocks in `compute_s`, after waiting `queue_s`."""
@@ -103,6 +116,37 @@ class Estimates:
         measured = self._measured.get(peer)
         return measured.rtt_s.value(DEFAULT_RTT_S, now_s) if measured is not None and measured.rtt_s.known else None
 
+    def on_planned(self, announcement: Announcement) -> None:
+        """This node sends one more session to the peer."""
+        sequence, count = self._planned.pop(announcement.peer_id, (0, 0))
+        if len(self._planned) >= self._max_peers:
+            del self._planned[next(iter(self._planned))]
+        count = count + 1 if sequence == announcement.sequence else 1
+        self._planned[announcement.peer_id] = (announcement.sequence, count)
+
+    def expected_queue_s(self, announcement: Announcement) -> float:
+        """What a step waits as the peer says, or will wait behind the sessions that are there, before a queue shows it.
+
+        In a closed queue n sessions that each need it for S of a cycle of T wait for about n·S − T once that is
+        positive, and for little before (Lazowska et al., "Quantitative System Performance", 1984, chapter 5).
+        """
+        sessions = announcement.sessions
+        if self._planned:
+            sequence, count = self._planned.get(announcement.peer_id, (0, 0))
+            sessions += count if sequence == announcement.sequence else 0
+        if not sessions:
+            return announcement.queue_s
+        speed = capacity(announcement.decode_s_per_block, announcement.prefill_s_per_token_block)
+        asked_s = sessions * announcement.spans.num_blocks / speed
+        return max(announcement.queue_s, asked_s * asked_s / (asked_s + CYCLE_S))
+
+    def predicted_rtt_s(self, announcement: Announcement) -> float:
+        """What the places of both ends say, where both know theirs well enough."""
+        place = announcement.place
+        if place is None or not (place.usable and self.here.usable):
+            return DEFAULT_RTT_S
+        return distance_s(self.here, place)
+
     @property
     def measured(self) -> Set[PeerId]:
         """Peers of which anything was ever measured; a live view."""
@@ -112,8 +156,8 @@ class Estimates:
         """Measured where measured, announced or assumed where not."""
         measured = self._measured.get(announcement.peer_id, _NOTHING)
         return PeerEstimate(
-            measured.rtt_s.value(DEFAULT_RTT_S, now_s),
-            measured.queue_s.value(0.0, now_s),
+            measured.rtt_s.value(self.predicted_rtt_s(announcement), now_s),
+            measured.queue_s.value(self.expected_queue_s(announcement), now_s),
             measured.decode_s_per_block.value(announcement.decode_s_per_block, now_s),
             measured.prefill_s_per_token_block.value(announcement.prefill_s_per_token_block, now_s),
             announcement.max_bytes_per_s,

@@ -83,6 +83,26 @@ def cheapest_path(candidates: Collection[Candidate], num_blocks: int) -> Path | 
     return replace(min(second, first, key=_cost_s), relaxed=first.relaxed + second.relaxed)
 
 
+def bridge(
+    keep: Sequence[tuple[PeerId, BlockSpan]], candidates: Collection[Candidate], num_blocks: int
+) -> tuple[tuple[PeerId, BlockSpan], ...] | None:
+    """The hops to `keep`, in order, and between them the cheapest ones of other peers; None where there are none."""
+    taken = {peer for peer, _ in keep}
+    hops = list(keep)
+    for gap in gaps((span for _, span in keep), num_blocks):
+        within = [
+            Candidate(c.peer_id, BlockSpan(max(c.span.start, gap.start) - gap.start, c.span.end - gap.start), c.cost)
+            for c in candidates
+            if c.peer_id not in taken and c.span.start < gap.end and gap.start < c.span.end
+        ]
+        path = cheapest_path(within, len(gap))
+        if path is None:
+            return None
+        taken |= {peer for peer, _ in path.hops}
+        hops += [(peer, BlockSpan(span.start + gap.start, span.end + gap.start)) for peer, span in path.hops]
+    return tuple(sorted(hops, key=operator.itemgetter(1)))
+
+
 def _search(candidates: Iterable[Candidate], num_blocks: int) -> Path | None:
     """Dynamic programming over boundaries (Bellman 1957) with one running cost per peer.
 

@@ -27,6 +27,7 @@ import msgpack
 import msgspec
 
 from routing.addresses import peer_id_in, validate_multiaddr
+from routing.coordinates import Coordinate, check_coordinate
 from routing.errors import CallerError, InvalidRecord
 from routing.identity import SIGNATURE_BYTES, SigningKey, public_key_of, verify
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
@@ -48,6 +49,8 @@ MAX_MODEL_NAME_CHARS: Final = 96
 MAX_CACHE_TOKENS: Final = 2**40
 MAX_SECONDS_PER_BLOCK: Final = 3600.0
 MAX_BYTES_PER_S: Final = 2**50
+MAX_QUEUE_S: Final = 3600.0
+MAX_SESSIONS: Final = 2**20
 
 _FORMAT: Final = 1
 _DOMAIN: Final = b"hive/record/1"
@@ -99,6 +102,16 @@ class Announcement:
     free_tokens: int
     max_bytes_per_s: int = 0
     """Which this peer's owner allows it each way; 0: no bound is set."""
+    queue_s: float = 0.0
+    """What a step waits here before it is computed, lately."""
+    sessions: int = 0
+    """Held here now."""
+    place: Coordinate | None = None
+    """Where it is among others, by the round trips that it measured; None where it does not say."""
+    max_blocks: int = 0
+    """So many blocks fit here, and it may be asked to serve others than now; 0: what it serves was chosen for it."""
+    intent: BlockSpan | None = None
+    """It is about to serve these blocks instead, unless a peer with a smaller id intends the same."""
     sequence: int
     """Grows with every record of this peer; the highest wins."""
     expires_at_s: float
@@ -119,6 +132,13 @@ class Announcement:
         _check_number("cache size", self.cache_tokens, 0, MAX_CACHE_TOKENS)
         _check_number("free cache", self.free_tokens, 0, self.cache_tokens)
         _check_number("bytes per second", self.max_bytes_per_s, 0, MAX_BYTES_PER_S)
+        _check_number("sessions", self.sessions, 0, MAX_SESSIONS)
+        _check_number("queue", self.queue_s, 0, MAX_QUEUE_S)
+        _check_number("blocks that fit", self.max_blocks, 0, self.num_blocks)
+        if self.place is not None:
+            check_coordinate(self.place)
+        if self.intent is not None:
+            _check_number("end of the intended span", self.intent.end, 1, self.num_blocks)
         _check_number("sequence", self.sequence, 0, 2**63 - 1)
         _check_number("expiry", self.expires_at_s, 0, 2**53)
         _check_number("number of addresses", len(self.addresses), 0, MAX_ADDRESSES)
@@ -151,6 +171,11 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     max_bytes_per_s: int = 0
     more_spans: tuple[tuple[int, int], ...] = ()
     """What the peer serves beyond `[start, end)`."""
+    queue_s: float = 0.0
+    sessions: int = 0
+    place: tuple[float, float, float, float] | None = None
+    max_blocks: int = 0
+    intent: tuple[int, int] | None = None
 
 
 def check_network(network: str) -> str:
@@ -262,6 +287,11 @@ def _encode(announcement: Announcement) -> bytes:
         free_tokens=announcement.free_tokens,
         max_bytes_per_s=announcement.max_bytes_per_s,
         more_spans=tuple((span.start, span.end) for span in more),
+        queue_s=announcement.queue_s,
+        sessions=announcement.sessions,
+        place=announcement.place,
+        max_blocks=announcement.max_blocks,
+        intent=None if announcement.intent is None else (announcement.intent.start, announcement.intent.end),
     )
     packed: bytes = msgpack.packb(msgspec.to_builtins(body, builtin_types=(bytes,)))
     return packed
@@ -301,6 +331,11 @@ def _decode(peer_id: PeerId, body: bytes) -> Announcement:
         cache_tokens=fields.cache_tokens,
         free_tokens=fields.free_tokens,
         max_bytes_per_s=fields.max_bytes_per_s,
+        queue_s=fields.queue_s,
+        sessions=fields.sessions,
+        place=None if fields.place is None else Coordinate(*fields.place),
+        max_blocks=fields.max_blocks,
+        intent=None if fields.intent is None else BlockSpan(*fields.intent),
         sequence=fields.sequence,
         expires_at_s=fields.expires_at_s,
     )

@@ -1,21 +1,25 @@
 """Events in, routes out: what a node knows of its peers, and the way it would go now.
 
-Owns the combination of directory, estimates, reputation, cost and path. Does no I/O and keeps no clock: a driver feeds
-it announcements and measurements and asks it for plans. Not for several threads at once.
+Owns the combination of directory, estimates, reputation, cost, path, chain and flow. Does no I/O and keeps no clock: a
+driver feeds it announcements and measurements and asks it for plans. Not for several threads at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
-from dataclasses import dataclass
-from typing import Final
+import itertools
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Final, NamedTuple
 
+from routing.chain import Cell, Hops, cell_of, cheapest_chain, shortlist
+from routing.coordinates import Coordinate, distance_s
 from routing.cost import HopCost, block_s, hop_cost
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
-from routing.estimates import Estimates
-from routing.ids import BlockSpan, ModelId, PeerId
-from routing.path import Candidate, cheapest_path, gaps, path_cost_s
+from routing.estimates import Estimates, PeerEstimate
+from routing.flow import Shares, by_span, capacities_of, pick, shares
+from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
+from routing.path import Candidate, bridge, cheapest_path, gaps
 from routing.precision import is_at_least, precision
 from routing.records import Announcement, PeerState
 from routing.reputation import Reputation
@@ -23,6 +27,14 @@ from routing.reputation import Reputation
 HYSTERESIS: Final = 0.2
 """A new route must save this share of the previous one's cost, or the previous one stays; and where one of its hops is
 lost, whoever takes the place of another must save it of that one's."""
+
+SPREAD: Final = 0.1
+"""A peer may serve a hop in place of the best one where that costs no more than this share of the whole route."""
+MAX_ALTERNATIVES: Final = 256
+"""Looked at per hop, beginning at another one for each session."""
+
+FLOW_SAMPLE: Final = 2000
+"""Peers from which the shares of all are computed: of more, every second one, every third one, and so on."""
 
 _LAST_RESORT_S: Final = 1e6
 """Added to the entry of a peer that should serve only where nobody else can; no honest cost comes near."""
@@ -70,6 +82,44 @@ class RouteRequest:
     """Peers that compute less precisely than this, one of `routing.precision.PRECISIONS`, are not entered."""
     previous: Route | None = None
     """The route in use: kept unless another one is clearly better, and where it lost a hop, so are its other peers."""
+    keep: tuple[Hop, ...] = ()
+    """Hops that hold the session, in order: where peers that may be used can serve the blocks between them, these stay
+    as they are, and the answer is the cheapest bridge."""
+    spread: float | None = None
+    """A number in [0, 1), another one for each session (see `flow.GOLDEN`): of peers that are about as good, it decides
+    which, so that they are used in proportion to what the swarm's maximum flow gives them. The route is counted as
+    taken. None: always the best."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What a route would take if this peer served a hop of it, and how much of that is the peer's."""
+
+    peer_id: PeerId
+    name: str
+    spans: BlockSpans
+    """Everything that it serves."""
+    route_s: float
+    trip_s: float
+    """Into the peer from where the step comes from, and back to this node from the last hop; bytes included."""
+    queue_s: float
+    compute_s: float
+    chosen: bool
+    measured: bool
+    """Else all of this is what the peer says, and what places predict."""
+    note: str = ""
+    """Why it is entered only where nobody else can be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Why a route is what it is."""
+
+    route: Route
+    options: tuple[tuple[Option, ...], ...]
+    """For each hop, the peers that hold all of its blocks, the best first."""
+    left_out: tuple[tuple[str, BlockSpans, str], ...]
+    """Peers that cannot be used now: name or id, spans, reason."""
 
 
 class Router:
@@ -79,6 +129,12 @@ class Router:
         self._directory = Directory()
         self._estimates = Estimates()
         self._reputation = Reputation()
+        self._shares: tuple[Snapshot, ModelId, int, Shares] | None = None
+
+    @property
+    def here(self) -> Coordinate:
+        """Where this node is among others, by the round trips that it measured."""
+        return self._estimates.here
 
     def on_announcements(self, announcements: Iterable[Announcement], now_s: float) -> None:
         """Verified announcements arrived, in any order, repeated or not."""
@@ -86,7 +142,7 @@ class Router:
 
     def on_rtt(self, peer: PeerId, rtt_s: float, now_s: float) -> None:
         """A small message went to the peer and back."""
-        self._estimates.on_rtt(peer, rtt_s, now_s)
+        self._estimates.on_rtt(peer, rtt_s, now_s, self._directory.place_of(peer))
 
     def on_step(self, peer: PeerId, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
         """The peer ran a step of `tokens` positions through `blocks` blocks."""
@@ -123,6 +179,67 @@ class Router:
         that are avoided, paused, draining, joining, backed off, too imprecise or without an address. Good for this
         moment only. Raises NoRoute, which names the missing blocks and says whether nobody holds them or who does.
         """
+        view = self._view(request, now_s)
+        usable, previous = view.usable, view.previous
+        candidates = [
+            Candidate(peer, span, view.compared(peer)) for peer, a in usable.items() for span in a.spans.parts
+        ]
+        kept = [
+            (h.peer_id, h.span) for h in request.keep if h.peer_id in usable and usable[h.peer_id].spans.covers(h.span)
+        ]
+        if kept and (bridged := bridge(kept, candidates, request.num_blocks)) is not None:
+            return self._route(view, bridged)
+        path = cheapest_path(candidates, request.num_blocks)
+        if path is None:
+            raise _no_route(request, view.announcements, view.excluded, view.imprecise)
+        hops = self._over_links(view, candidates, path.hops)
+        if view.whole:
+            if view.route_s(hops) > (1 - HYSTERESIS) * view.route_s(previous):
+                hops = previous
+        elif request.spread is not None and not previous:
+            hops = self._spread(view, hops, request.spread, now_s)
+        if request.spread is not None and hops != previous:
+            for peer in {peer for peer, _ in hops}:
+                self._estimates.on_planned(view.by_peer[peer])
+        return self._route(view, hops)
+
+    def explain(self, request: RouteRequest, now_s: float) -> Explanation:
+        """The route of `plan`, and what every other peer would have made of it. Raises NoRoute."""
+        route = self.plan(replace(request, spread=None), now_s)
+        view = self._view(request, now_s)
+        hops: Hops = tuple((hop.peer_id, hop.span) for hop in route.hops)
+        options = []
+        for at, (chosen, span) in enumerate(hops):
+            others = {peer for peer, _ in hops if peer != chosen}
+            able = [a for a in view.allowed if a.spans.covers(span) and a.peer_id not in others]
+            options.append(tuple(sorted((self._option(view, hops, at, a) for a in able), key=_best_first)))
+        reasons = view.imprecise | view.excluded
+        left_out = [(a, _why_not(a, reasons)) for a in view.announcements if a.num_blocks == request.num_blocks]
+        return Explanation(
+            route=route,
+            options=tuple(options),
+            left_out=tuple((a.name or a.peer_id, a.spans, reason) for a, reason in left_out if reason),
+        )
+
+    def _option(self, view: _View, hops: Hops, at: int, announcement: Announcement) -> Option:
+        peer, (chosen, span) = announcement.peer_id, hops[at]
+        cost, estimate = view.cost(peer), view.estimate(peer)
+        trip_s = (view.entry_s(hops[at - 1][0], peer) if at else cost.enter_s) - estimate.queue_s
+        alternative = (*hops[:at], (peer, span), *hops[at + 1 :])
+        return Option(
+            peer_id=peer,
+            name=announcement.name,
+            spans=announcement.spans,
+            route_s=view.route_s(alternative),
+            trip_s=trip_s + (cost.leave_s if at == len(hops) - 1 else 0.0),
+            queue_s=estimate.queue_s,
+            compute_s=len(span) * cost.per_block_s,
+            chosen=peer == chosen,
+            measured=peer in self._estimates.measured,
+            note=view.last_resort(announcement),
+        )
+
+    def _view(self, request: RouteRequest, now_s: float) -> _View:
         announcements = self._directory.snapshot(now_s).of_model(request.model)
         excluded = dict.fromkeys(request.avoid, "avoided") | self._reputation.backed_off(now_s)
         if request.protocol is not None:
@@ -139,9 +256,8 @@ class Router:
         busy, previous = self._reputation.busy(now_s), _hops_of(request.previous)
         # These hold the session's cache already: how much more they have room for does not matter.
         settled = {peer for peer, _ in previous}
-
         online, num_blocks = PeerState.ONLINE, request.num_blocks
-        allowed = (
+        allowed = [
             a
             for a in announcements
             if a.num_blocks == num_blocks
@@ -149,58 +265,222 @@ class Router:
             and a.addresses
             and a.peer_id not in excluded
             and a.peer_id not in imprecise
+        ]
+        known = self._estimates.measured | busy | settled
+        usable = _without_slow_strangers(allowed, request, self._estimates, known=known)
+        return _View(
+            request=request,
+            estimates=self._estimates,
+            now_s=now_s,
+            announcements=announcements,
+            allowed=allowed,
+            excluded=excluded,
+            imprecise=imprecise,
+            busy=busy,
+            settled=settled,
+            usable=usable,
+            previous=previous,
+            whole=bool(previous) and all(peer in usable and usable[peer].spans.covers(span) for peer, span in previous),
         )
-        usable = _without_slow_strangers(allowed, request, known=self._estimates.measured | busy | settled)
-        whole = bool(previous) and all(peer in usable and usable[peer].spans.covers(span) for peer, span in previous)
-        costs: dict[PeerId, HopCost] = {}
-        for peer, announcement in usable.items():
-            cost = self._cost(announcement, request, now_s)
-            if peer in settled and not whole:
-                cost = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
-            if peer in busy or (announcement.free_tokens < request.cache_tokens and peer not in settled):
-                cost = cost._replace(enter_s=cost.enter_s + _LAST_RESORT_S)
-            costs[peer] = cost
 
-        candidates = [Candidate(peer, span, costs[peer]) for peer, a in usable.items() for span in a.spans.parts]
-        path = cheapest_path(candidates, num_blocks)
-        if path is None:
-            raise _no_route(request, announcements, excluded, imprecise)
-        hops = path.hops
-        if whole:
-            staying_s = path_cost_s([(costs[peer], len(span)) for peer, span in previous])
-            if path.cost_s > (1 - HYSTERESIS) * staying_s:
-                hops = previous
+    def _over_links(self, view: _View, candidates: Sequence[Candidate], hops: Hops) -> Hops:
+        """The cheapest hops when every trip between two peers has its own price, where any is known."""
+        cells = (cell_of(a.place) for a in view.usable.values())
+        if all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
+            return hops  # all at one place, or at none that is known
+        keep = [peer for peer, _ in (*hops, *view.previous)]
+        few = shortlist(candidates, lambda peer: cell_of(view.usable[peer].place), keep)
+        chain = cheapest_chain(few, view.request.num_blocks, view.compared_entry_s)
+        return min((other for other in (chain, hops) if other), key=view.compared_route_s)
+
+    def _spread(self, view: _View, hops: Hops, at: float, now_s: float) -> Hops:
+        """One hop after the other, whoever of about equals the session's number falls to."""
+        flow, allowed = self._flow(view.request, now_s), view.allowed
+        first, turn = 0, at
+        if len(allowed) > MAX_ALTERNATIVES:
+            first, turn = int(at * len(allowed)), at * len(allowed) % 1
+        within_s = view.compared_route_s(hops) + SPREAD * view.route_s(hops)
+        for index, (peer, span) in enumerate(hops):
+            used = {other for other, _ in hops}
+            weights: dict[PeerId, float] = {}
+            looked = 0
+            for number in range(first - len(allowed), first):
+                a = allowed[number]
+                if looked >= MAX_ALTERNATIVES:
+                    break
+                if not a.spans.covers(span) or (a.peer_id in used and a.peer_id != peer):
+                    continue
+                looked += 1
+                if view.compared_route_s((*hops[:index], (a.peer_id, span), *hops[index + 1 :])) <= within_s:
+                    weights[a.peer_id] = _share(flow, a, span)
+            weights.setdefault(peer, _share(flow, view.by_peer[peer], span))
+            chosen = pick(weights, turn)
+            hops = (*hops[:index], (chosen, span), *hops[index + 1 :])
+        return hops
+
+    def _flow(self, request: RouteRequest, now_s: float) -> Shares:
+        snapshot, known = self._directory.snapshot(now_s), self._shares
+        if known is None or known[:3] != (snapshot, request.model, request.num_blocks):
+            everybody = snapshot.of_model(request.model)
+            online = (
+                part
+                for a in everybody[:: 1 + len(everybody) // FLOW_SAMPLE]
+                if a.state is PeerState.ONLINE and a.num_blocks == request.num_blocks
+                for part in capacities_of(a)
+            )
+            flow = shares(by_span(online), request.num_blocks)
+            known = self._shares = (snapshot, request.model, request.num_blocks, flow)
+        return known[3]
+
+    @staticmethod
+    def _route(view: _View, hops: Hops) -> Route:
         return Route(
-            hops=tuple(_hop(usable[peer], span) for peer, span in hops),
-            cost_s=path_cost_s([(self._cost(usable[peer], request, now_s), len(span)) for peer, span in hops]),
+            hops=tuple(_hop(view.by_peer[peer], span) for peer, span in hops),
+            cost_s=view.route_s(hops),
         )
 
-    def _cost(self, announcement: Announcement, request: RouteRequest, now_s: float) -> HopCost:
-        estimate = self._estimates.of(announcement, now_s)
-        return hop_cost(estimate, tokens=request.tokens, bytes_per_token=request.bytes_per_token)
+
+class _Known(NamedTuple):
+    """What one plan found out about a peer."""
+
+    estimate: PeerEstimate
+    cost: HopCost
+    compared: HopCost
+    """What it is compared by: dearer for last resorts, cheaper for peers of the route that was."""
+    trip_s: float
+    """The part of `compared.enter_s` that goes from this node to the peer."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _View:
+    """What one plan sees, and what it costs. Prices are made when they are asked for, once."""
+
+    request: RouteRequest
+    estimates: Estimates
+    now_s: float
+    announcements: Sequence[Announcement]
+    allowed: Sequence[Announcement]
+    excluded: dict[PeerId, str]
+    imprecise: dict[PeerId, str]
+    busy: Set[PeerId]
+    settled: Set[PeerId]
+    usable: dict[PeerId, Announcement]
+    previous: Hops
+    whole: bool
+    by_peer: dict[PeerId, Announcement] = field(init=False)
+    _known: dict[PeerId, _Known] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.by_peer = {a.peer_id: a for a in self.allowed}
+
+    def cost(self, peer: PeerId) -> HopCost:
+        return self._of(peer).cost
+
+    def compared(self, peer: PeerId) -> HopCost:
+        return self._of(peer).compared
+
+    def estimate(self, peer: PeerId) -> PeerEstimate:
+        return self._of(peer).estimate
+
+    def entry_s(self, before: PeerId, peer: PeerId) -> float:
+        """What `peer` costs to enter from `before` instead of from this node."""
+        known = self._of(peer)
+        return known.cost.enter_s - known.estimate.rtt_s / 2 + self._trip_s(before, peer)
+
+    def compared_entry_s(self, before: PeerId, peer: PeerId) -> float:
+        known = self._of(peer)
+        scale = known.trip_s / (known.estimate.rtt_s / 2) if known.estimate.rtt_s else 1.0
+        return known.compared.enter_s - known.trip_s + scale * self._trip_s(before, peer)
+
+    def route_s(self, hops: Hops) -> float:
+        """What one step takes from the first frame out to the last answer back."""
+        total_s = self.cost(hops[0][0]).enter_s + self.cost(hops[-1][0]).leave_s
+        total_s += sum(len(span) * self.cost(peer).per_block_s for peer, span in hops)
+        return total_s + sum(self.entry_s(a, b) for (a, _), (b, _) in itertools.pairwise(hops))
+
+    def compared_route_s(self, hops: Hops) -> float:
+        total_s = self.compared(hops[0][0]).enter_s + self.compared(hops[-1][0]).leave_s
+        total_s += sum(len(span) * self.compared(peer).per_block_s for peer, span in hops)
+        return total_s + sum(self.compared_entry_s(a, b) for (a, _), (b, _) in itertools.pairwise(hops))
+
+    def last_resort(self, announcement: Announcement) -> str:
+        """Why a peer is entered only where nobody else can be; empty for the others."""
+        if announcement.peer_id in self.busy:
+            return "busy"
+        if announcement.free_tokens < self.request.cache_tokens and announcement.peer_id not in self.settled:
+            return "no room for the session"
+        return ""
+
+    def _of(self, peer: PeerId) -> _Known:
+        known = self._known.get(peer)
+        if known is None:
+            announcement, request = self.by_peer[peer], self.request
+            estimate = self.estimates.of(announcement, self.now_s)
+            cost = compared = hop_cost(estimate, tokens=request.tokens, bytes_per_token=request.bytes_per_token)
+            trip_s = estimate.rtt_s / 2
+            if peer in self.settled and not self.whole:
+                compared = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
+                trip_s *= 1 - HYSTERESIS
+            if self.last_resort(announcement):
+                compared = compared._replace(enter_s=compared.enter_s + _LAST_RESORT_S)
+            known = self._known[peer] = _Known(estimate, cost, compared, trip_s)
+        return known
+
+    def _trip_s(self, a: PeerId, b: PeerId) -> float:
+        """One way between two peers: by their places, within what this node's own round trips to both allow.
+
+        Where a place is not known, as far as from this node to the second one.
+        """
+        from_s, to_s = self._of(a).estimate.rtt_s, self._of(b).estimate.rtt_s
+        here, there = self.by_peer[a].place, self.by_peer[b].place
+        if here is None or there is None or not (here.usable and there.usable):
+            return to_s / 2
+        return min(max(distance_s(here, there), abs(from_s - to_s)), from_s + to_s) / 2
 
 
 def _without_slow_strangers(
-    announcements: Iterable[Announcement], request: RouteRequest, *, known: Set[PeerId]
+    announcements: Iterable[Announcement],
+    request: RouteRequest,
+    estimates: Estimates,
+    *,
+    known: Set[PeerId],
 ) -> dict[PeerId, Announcement]:
-    """By peer, all `announcements` but those of strangers that a stranger with the same spans and cap claims to beat.
+    """By peer, all `announcements` but those of strangers that one with the same spans, cap and place claims to beat.
 
-    Everything that is assumed of peers of which nothing is known is the same for all of them. In a large swarm most are
-    strangers, and what is dropped here need not be priced.
+    Everything else that is assumed of peers of which nothing is known is the same for all of them. In a large swarm
+    most are strangers, and what is dropped here need not be priced.
     """
     kept: dict[PeerId, Announcement] = {}
-    fastest: dict[tuple[int, int, tuple[BlockSpan, ...], int, bool], tuple[float, Announcement]] = {}
+    waits_s = estimates.expected_queue_s
+    fastest: dict[tuple[tuple[object, ...], int, bool, Cell], tuple[float, Announcement]] = {}
     for a in announcements:
         if a.peer_id in known:
             kept[a.peer_id] = a
             continue
-        takes_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, request.tokens)
         parts = a.spans.parts
-        key = (parts[0].start, parts[0].end, parts[1:], a.max_bytes_per_s, a.free_tokens < request.cache_tokens)
+        takes_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, request.tokens)
+        takes_s = waits_s(a) + (parts[0].end - parts[0].start) * takes_s
+        ends = (parts[0].start, parts[0].end) if len(parts) == 1 else parts  # thousands are hashed
+        key = (ends, a.max_bytes_per_s, a.free_tokens < request.cache_tokens, cell_of(a.place))
         best = fastest.get(key)
         if best is None or takes_s < best[0] or (takes_s == best[0] and a.peer_id < best[1].peer_id):
             fastest[key] = (takes_s, a)
     return kept | {a.peer_id: a for _, a in fastest.values()}
+
+
+def _share(flow: Shares, announcement: Announcement, hop: BlockSpan) -> float:
+    return next(flow.of(span, amount, hop) for span, amount in capacities_of(announcement) if span.covers(hop))
+
+
+def _best_first(option: Option) -> tuple[bool, float, PeerId]:
+    return bool(option.note), option.route_s, option.peer_id
+
+
+def _why_not(announcement: Announcement, reasons: dict[PeerId, str]) -> str:
+    """Why a peer cannot be used now, or "" if it can."""
+    if announcement.state is not PeerState.ONLINE:
+        return announcement.state.value
+    return "without an address" if not announcement.addresses else reasons.get(announcement.peer_id, "")
 
 
 def _hop(announcement: Announcement, span: BlockSpan) -> Hop:
@@ -224,8 +504,7 @@ def _no_route(
     imprecise: dict[PeerId, str],
 ) -> NoRoute:
     held = [a for a in announcements if a.num_blocks == request.num_blocks]
-    excluded = excluded | {a.peer_id: "without an address" for a in held if not a.addresses}
-    excluded |= {a.peer_id: a.state.value for a in held if a.state is not PeerState.ONLINE}
+    excluded = {a.peer_id: reason for a in held if (reason := _why_not(a, excluded))}
     serving = [a for a in held if a.peer_id not in excluded]
     precise = [span for a in serving if a.peer_id not in imprecise for span in a.spans]
     missing, excluded = gaps(precise, request.num_blocks), imprecise | excluded

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
@@ -18,6 +22,7 @@ from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
 from peers.runtime.engine import BehindWindow, CacheTooSmall, Done, PositionGap, SessionReleased, Work
 from peers.runtime.joined import AnyEngine
 from peers.serving.admission import Admission
+from peers.serving.journal import Journal, JournalLimits
 from peers.serving.ledger import Entry, Ledger, Repeat, Run
 from peers.serving.push import Delivery, Pusher
 from peers.transport.base import MAX_FRAME_BYTES
@@ -26,9 +31,22 @@ from peers.transport.pacer import Pacer
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
 from peers.wire.codec import OVERHEAD_BYTES
-from peers.wire.messages import MAX_HOPS, MAX_POSITIONS, Close, Code, Failed, Open, Opened, Pong, Result, Step
+from peers.wire.messages import (
+    MAX_HOPS,
+    MAX_POSITIONS,
+    Close,
+    Code,
+    Failed,
+    Open,
+    Opened,
+    Pong,
+    Replay,
+    Result,
+    Step,
+)
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
-from routing.ids import BlockSpan, BlockSpans, ModelId, Place, SessionId
+from routing.estimates import QUEUE_HALF_LIFE_S, Smoothed
+from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId, Place, SessionId
 from routing.records import RECORD_RENEW_S
 
 logger = logging.getLogger(__name__)
@@ -54,7 +72,7 @@ class Served:
 
 
 class Handler:
-    """Serves `Open`, `Step`, `Close` and forwards a successor's `Failed` to the client."""
+    """Serves `Open`, `Step`, `Replay`, `Close` and forwards a successor's `Failed` to the client."""
 
     def __init__(
         self,
@@ -64,11 +82,13 @@ class Handler:
         served: Served,
         ledger: Ledger[Delivery, Link],
         admission: Admission,
+        journal: Journal | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.served = served
         self.ledger = ledger
         self.admission = admission
+        self.journal = journal or Journal(JournalLimits())
         self.pusher = Pusher(links, clock)
         self.paused = False
         """While set, running steps finish and no other is taken. Sessions stay until their clients go elsewhere."""
@@ -78,13 +98,19 @@ class Handler:
         self._clock = clock
         self._steps = Tasks()
         self._tasks = Tasks()
+        self._works = Works()
+        self._replays: WeakValueDictionary[Place, asyncio.Lock] = WeakValueDictionary()
+        """Replays of one session leave in the order in which they were asked for."""
         self._draining = False
+        self._vacant = False
+        self._queue = Smoothed(half_life_s=QUEUE_HALF_LIFE_S)
         links.handle(Open, self._open)
         links.handle(Step, self._step)
+        links.handle(Replay, self._replay)
         links.handle(Close, self._close)
         links.handle(Failed, self._forward_failure)
         links.on_lost(self._link_lost)
-        links.keep(ledger.owner_links)
+        links.keep(lambda: self.ledger.owner_links())
         links.pong = self._pong
 
     async def run(self) -> None:
@@ -103,24 +129,67 @@ class Handler:
         self._draining = True
         await self._steps.settled(timeout_s=timeout_s)
 
+    def vacate(self) -> None:
+        """After `drain`, before other blocks are served: no session is known any more, and clients go elsewhere."""
+        for place in self.ledger.expire(math.inf):
+            self.release(place)
+
+    def leave_engine(self) -> None:
+        """After `vacate` and the end of every step: let go of what it holds; until `settle`, everything is refused."""
+        self._vacant = True
+        del self._engine
+
+    def settle(self, *, engine: AnyEngine, served: Served, ledger: Ledger[Delivery, Link]) -> None:
+        """Serve other blocks from now on."""
+        self._engine, self.served, self.ledger = engine, served, ledger
+        self._draining = self._vacant = False
+
+    @property
+    def queue_s(self) -> float:
+        """What steps waited before they were computed, lately."""
+        return self._queue.value(0.0, self._clock())
+
     # --- messages ---
 
     async def _open(self, link: Link, message: Open, _: memoryview) -> None:
         try:
             self._check_open(message)
             self._check_comfort(self._links.upload, self._links.download)
+            entry = self.ledger.resume(link.remote, link, message, self._clock())
+            if entry is not None:
+                self._tasks.spawn(self._resume(link, entry), name=f"resume {entry.place}")
+                return
             entry = self.ledger.open(link.remote, link, message, self._clock())
         except (Busy, Refused) as error:
             await link.send(self._failure(error, message.session, message.start, message.epoch))
             return
-        self._engine.release(entry.place)  # a new route starts from nothing but a prefix that is kept here
+        self.release(entry.place)  # a new route starts from nothing but a prefix that is kept here
         entry.positions = self._engine.open(entry.place, entry.owner, entry.span, message.prefix)
         if entry.next is not None:
+            self.journal.open(entry.place, entry.owner, entry.span, message.prefix, entry.positions)
+        await self._opened(link, entry)
+
+    async def _resume(self, link: Link, entry: Entry[Delivery, Link]) -> None:
+        """Say what the session goes on with, once what runs for its older route has ended: that counts too."""
+        epoch = entry.epoch
+        await self._works.ended(entry.place, timeout_s=self.ledger.limits.lease_s)
+        if self.ledger.get(entry.place) is entry and entry.epoch == epoch:
+            with suppress(PeerError):  # its sessions go with the link
+                await self._opened(link, entry)
+
+    async def _opened(self, link: Link, entry: Entry[Delivery, Link]) -> None:
+        if entry.next is not None:
             self._tasks.spawn(self.pusher.warm(entry), name=f"warm {entry.place}")
-        lease_s, held = self.ledger.limits.lease_s, entry.positions
-        await link.send(
-            Opened(session=message.session, start=message.start, epoch=message.epoch, lease_s=lease_s, held=held)
+        held = entry.positions
+        opened = Opened(
+            session=entry.place.session.raw,
+            start=entry.place.block,
+            epoch=entry.epoch,
+            lease_s=self.ledger.limits.lease_s,
+            held=held,
+            journal=self.journal.start(entry.place, held),
         )
+        await link.send(opened)
 
     async def _step(self, link: Link, message: Step, payload: memoryview) -> None:
         payload_bytes = len(payload)
@@ -143,6 +212,8 @@ class Handler:
             await link.send(self._failure(error, message.session, message.block, message.epoch, message.step))
             return
         if isinstance(verdict, Run):
+            if verdict.forks and message.parent:
+                self.journal.fork(Place(SessionId(message.parent), message.block), entry.place, message.first)
             work = Work(
                 session=entry.place,
                 owner=entry.owner,
@@ -166,7 +237,8 @@ class Handler:
         try:
             if self.ledger.get(entry.place) is not entry:
                 return  # closed or on another route before it began: the engine must not hear of it again
-            done = await self._engine.run(work)
+            with self._works.one(entry.place):
+                done = await self._engine.run(work)
         except (CallerError, PeerError, Unavailable) as error:
             logger.info("step %s of %s: %s", step.step, entry.place, error)
             if self.ledger.failed(entry, run):
@@ -175,15 +247,58 @@ class Handler:
         finally:
             self.admission.finish(link.remote, payload_bytes)
             if self.ledger.get(entry.place) is None:
-                self._engine.release(entry.place)
+                self.release(entry.place)
+        self._queue.add(done.queue_s, self._clock())
         self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
-        delivery = _delivery(entry, step, done)
+        output = None if entry.next is None else tensors.pack(done.hidden, step.dtype)
+        delivery = _delivery(entry, step, done, output)
         if self.ledger.completed(entry, run, delivery, len(delivery.payload), self._clock()):
-            await self.pusher.deliver(entry, delivery)
+            if output is not None:
+                self.journal.append(entry.place, step.first, step.count, step.dtype, output)
+            if step.epoch == entry.epoch:  # else it is on another route by now, which asks for the output itself
+                await self.pusher.deliver(entry, delivery)
+
+    async def _replay(self, link: Link, message: Replay, _: memoryview) -> None:
+        try:
+            self._check_comfort(self._links.upload)
+            entry = self.ledger.replay(link.remote, message, self._clock())
+            kept = self.journal.read(entry.place, message.first, message.first + message.count)
+            if kept is None or len(kept[1]) > MAX_PAYLOAD_BYTES:
+                raise Refused(f"positions from {message.first} on are not kept here", code=Code.NOT_JOURNALLED)
+            self.admission.admit(link.remote, len(kept[1]))
+        except (Busy, Refused) as error:
+            logger.info("replay %s of %s: %s", message.step, message.session.hex()[:12], error)
+            await link.send(self._failure(error, message.session, message.block, message.epoch, message.step))
+            return
+        step = Step(
+            session=message.session,
+            block=entry.span.end,
+            epoch=message.epoch,
+            step=message.step,
+            first=message.first,
+            count=message.count,
+            want_from=message.want_from,
+            regime_length=message.regime_length,
+            dtype=kept[0],
+            hidden=self.served.hidden_size,
+            bulk=message.bulk,
+            urgency=message.urgency,
+            stop=message.stop,
+        )
+        work = self._send_again(link.remote, entry, Delivery(step, kept[1], step.bulk))
+        self._tasks.spawn(work, name=f"replay {entry.place}")
+
+    async def _send_again(self, owner: PeerId, entry: Entry[Delivery, Link], delivery: Delivery) -> None:
+        try:
+            async with self._replays.setdefault(entry.place, asyncio.Lock()):
+                if self.ledger.get(entry.place) is entry and entry.epoch == delivery.message.epoch:
+                    await self.pusher.deliver(entry, delivery)
+        finally:
+            self.admission.finish(owner, len(delivery.payload))
 
     async def _close(self, link: Link, message: Close, _: memoryview) -> None:
         for place in self.ledger.close(link.remote, map(SessionId, message.sessions)):
-            self._engine.release(place)
+            self.release(place)
 
     async def _forward_failure(self, link: Link, message: Failed, _: memoryview) -> None:
         entry = self.ledger.before(Place(SessionId(message.session), message.block))
@@ -193,9 +308,14 @@ class Handler:
     def _link_lost(self, link: Link) -> None:
         for place in self.ledger.link_lost(link):
             logger.info("session %s: its client went away", place)
-            self._engine.release(place)
+            self.release(place)
 
     # --- the rest ---
+
+    def release(self, place: Place) -> None:
+        """Forget what the ledger does not know any more: the session's positions, and what was sent for them."""
+        self._engine.release(place)
+        self.journal.release(place)
 
     def _failure(self, error: SwarmError, session: bytes, block: int, epoch: int, step: int | None = None) -> Failed:
         return Failed(
@@ -233,9 +353,11 @@ class Handler:
             await asyncio.sleep(SWEEP_S)
             for place in self.ledger.expire(self._clock()):
                 logger.info("session %s: lease expired", place)
-                self._engine.release(place)
+                self.release(place)
 
     def _pong(self, nonce: int) -> Pong:
+        if self._vacant:
+            return Pong(nonce=nonce)
         stats = self._engine.stats()
         return Pong(
             nonce=nonce,
@@ -249,12 +371,38 @@ def _parent(step: Step) -> tuple[Place, int] | None:
     return None if step.parent is None else (Place(SessionId(step.parent), step.block), step.first)
 
 
-def _delivery(entry: Entry[Delivery, Link], step: Step, done: Done) -> Delivery:
+class Works:
+    """How many works of each session are in the engine, and a way to wait until they have ended."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Place] = Counter()
+        self._last: dict[Place, asyncio.Event] = {}
+
+    @contextmanager
+    def one(self, place: Place) -> Iterator[None]:
+        self._counts[place] += 1
+        self._last.setdefault(place, asyncio.Event())
+        try:
+            yield
+        finally:
+            self._counts[place] -= 1
+            if not self._counts[place]:
+                del self._counts[place]
+                self._last.pop(place).set()
+
+    async def ended(self, place: Place, *, timeout_s: float) -> None:
+        if (last := self._last.get(place)) is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await last.wait()
+            # whoever awaited the last work goes on in its own turn: it is before ours
+
+
+def _delivery(entry: Entry[Delivery, Link], step: Step, done: Done, output: memoryview | None) -> Delivery:
+    """`output`: what a successor gets, where there is one."""
     hops = (*step.hops, (done.queue_s, done.compute_s))
-    if entry.next is not None:
-        return Delivery(
-            replace(step, block=entry.span.end, hops=hops), tensors.pack(done.hidden, step.dtype), step.bulk
-        )
+    if output is not None and not 0 < step.stop <= entry.span.end:
+        return Delivery(replace(step, block=entry.span.end, hops=hops), output, step.bulk)
     rows = done.hidden
     if step.want_from:
         rows = rows[step.want_from :].clone()  # the answer is kept; the rows that nobody wants are not

@@ -11,6 +11,8 @@ A session passes through these states; every other event in a state is refused w
     (none)    Open                                       installed unknown_session
     (none)    Step with a parent that is installed       installed unknown_session
     installed Open, higher epoch, same owner             installed stale_epoch / forbidden
+    installed the same with `keep`, for the same blocks  installed, and goes on with the positions that it keeps
+    installed Replay by its owner, this epoch            installed stale_epoch / forbidden
     installed Step, this epoch, allowed sender, no gap   installed stale_epoch / forbidden / gap
     installed its first step fails, where it was a fork  (none): the repeated step forks again
     installed Close by its owner, lease expiry, owner's link lost → (none)
@@ -26,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from peers.errors import Busy, Refused
-from peers.wire.messages import Code, Open, Step
+from peers.wire.messages import Code, Open, Replay, Step
 from routing.ids import BlockSpan, PeerId, Place, SessionId, StepId
 
 Answer = TypeVar("Answer")
@@ -66,6 +68,7 @@ class Run:
     """Compute this step, over positions `[first, end)`, and say by `completed` or `failed` how it went."""
 
     step: StepId
+    epoch: int
     first: int
     end: int
     forks: bool
@@ -171,6 +174,46 @@ class Ledger(Generic[Answer, OwnerLink]):
         self._install(entry)
         return entry
 
+    def resume(self, owner: PeerId, link: OwnerLink, message: Open, now_s: float) -> Entry[Answer, OwnerLink] | None:
+        """Give a session a new route on which it goes on with at most `message.keep` positions.
+
+        None where there is nothing to go on with: then `open` is to be asked. Answers of the older route are forgotten,
+        as their epoch is over; what runs goes on.
+        """
+        entry = self._entries.get(Place(SessionId(message.session), message.start))
+        span = BlockSpan(message.start, message.end)
+        if entry is None or entry.owner != owner or message.epoch <= entry.epoch or not message.keep:
+            return None
+        if entry.span != span or not entry.born:
+            return None
+        self._undo(entry, beyond=message.keep)
+        for step in list(entry.answers):
+            self._discard(entry, step)
+        entry.positions = min(entry.positions, message.keep)
+        entry.epoch, entry.owner_link = message.epoch, link
+        entry.previous = None if message.previous is None else PeerId(message.previous)
+        entry.next = None if message.next is None else PeerId(message.next)
+        entry.next_addresses = message.next_addresses
+        entry.relay_until_s = 0.0
+        entry.lease_expires_at_s = now_s + self.limits.lease_s
+        return entry
+
+    def replay(self, sender: PeerId, message: Replay, now_s: float) -> Entry[Answer, OwnerLink]:
+        """Judge a request to send positions downstream again, and renew the lease. Raises Refused."""
+        place = Place(SessionId(message.session), message.block)
+        entry = self._entries.get(place)
+        if entry is None:
+            raise Refused(f"session {place} is not installed here", code=Code.UNKNOWN_SESSION)
+        if sender != entry.owner:
+            raise Refused("only a session's client asks for a replay", code=Code.FORBIDDEN)
+        if message.epoch != entry.epoch:
+            raise Refused(f"epoch {message.epoch}, this route is epoch {entry.epoch}", code=Code.STALE_EPOCH)
+        end = message.first + message.count
+        if entry.next is None or not message.count or message.want_from > message.count or end > entry.positions:
+            raise Refused(f"positions {message.first} to {end} were not sent from here", code=Code.NOT_JOURNALLED)
+        entry.lease_expires_at_s = now_s + self.limits.lease_s
+        return entry
+
     def step(self, sender: PeerId, step: Step, now_s: float) -> tuple[Entry[Answer, OwnerLink], Verdict[Answer]]:
         """Judge a step and, if it is to run, count its positions. Renews the lease.
 
@@ -208,7 +251,8 @@ class Ledger(Generic[Answer, OwnerLink]):
         self._undo(entry, beyond=step.first)
         entry.lease_expires_at_s = now_s + self.limits.lease_s
         entry.positions = step.first + step.count
-        run = entry.running[step_id] = Run(step=step_id, first=step.first, end=entry.positions, forks=forked)
+        run = Run(step=step_id, epoch=entry.epoch, first=step.first, end=entry.positions, forks=forked)
+        entry.running[step_id] = run
         return entry, run
 
     def completed(
@@ -223,7 +267,7 @@ class Ledger(Generic[Answer, OwnerLink]):
             return False
         entry.born = True
         entry.lease_expires_at_s = now_s + self.limits.lease_s
-        if wanted and answer_bytes <= self.limits.max_answer_bytes:
+        if wanted and run.epoch == entry.epoch and answer_bytes <= self.limits.max_answer_bytes:
             entry.answers[run.step] = Kept(answer, answer_bytes, run.end)
             self._answers_bytes += answer_bytes
             while len(entry.answers) > self.limits.answers_per_session:

@@ -11,6 +11,16 @@ A frame carries one message and, for `Step`, `Relay` and `Result`, the raw rows 
       │ ◄── Failed ────────────┴────────────────┴────────────────┤      any hop, straight to the client
       │ Close ────────────────►│ … every hop
 
+When a hop dies, the others are opened again under the next epoch and keep what they hold; the one before the gap sends
+its journal to the replacement, and the client sends no positions at all:
+
+    client                    hop 0            new hop 1        hop 2
+      │ Open (keep) ──────────►│ Open ─────────►│ Open (keep) ──►│
+      │ Replay ───────────────►│ Step (stop) ──►│                │      positions that hop 2 holds already
+      │ ◄──────────────────────────────── Result┤                │
+      │ Replay ───────────────►│ Step ─────────►│ Step ─────────►│      the step that was under way
+      │ ◄──────────────────────────────────────────────── Result │
+
 Field bounds are part of the type: a message outside them cannot be decoded, and so never reaches a session.
 """
 
@@ -59,6 +69,7 @@ class Code:
     STALE_EPOCH = "stale_epoch"  # this route was replaced
     GAP = "gap"  # the step starts behind the positions held: replay
     REPLAY = "replay"  # it goes back to where layers with a window hold too little: open again, send from position 0
+    NOT_JOURNALLED = "not_journalled"  # what was sent for these positions is not kept any more: replay one hop up
     FORBIDDEN = "forbidden"  # the sender is not the predecessor that the client named
     WRONG_MODEL = "wrong_model"  # this peer serves other weights or other blocks
     TOO_LONG = "too_long"  # more positions than the model or the whole pool has
@@ -66,7 +77,7 @@ class Code:
     INTERNAL = "internal"  # the computation itself failed here
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t"):
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t"):
     """Base of all messages: immutable and compared by value."""
 
 
@@ -85,7 +96,8 @@ class Hello(Message, tag="hello", frozen=True, kw_only=True):
 
 
 class Open(Message, tag="open", frozen=True, kw_only=True):
-    """Install one hop of a route. A higher epoch replaces the older route and keeps nothing of it.
+    """Install one hop of a route. A higher epoch replaces the older route; of that one the hop keeps at most the first
+    `keep` positions, with what it sent its successor for them, where it served the same blocks.
 
     A route may pass a peer several times; the hops of a session are told apart by the block with which they begin.
 
@@ -104,6 +116,7 @@ class Open(Message, tag="open", frozen=True, kw_only=True):
     """Where outputs go; None: back to the client, on its own stream."""
     next_addresses: Addresses = ()
     prefix: PrefixKeys = ()
+    keep: Count = 0
 
 
 class Opened(Message, tag="opened", frozen=True, kw_only=True):
@@ -114,7 +127,9 @@ class Opened(Message, tag="opened", frozen=True, kw_only=True):
     epoch: Epoch
     lease_s: Seconds
     held: Count = 0
-    """The hop holds so many positions of the offered prefix: the first step may start there, or below."""
+    """The hop holds so many positions, of the offered prefix or of the older route: steps may start there, or below."""
+    journal: Count = 0
+    """What the hop sent its successor for positions from here up to `held` it can send again (`Replay`)."""
 
 
 class Urgency(enum.IntEnum):
@@ -129,9 +144,9 @@ class Urgency(enum.IntEnum):
 class Step(Message, tag="step", frozen=True, kw_only=True):
     """One forward of a session over `count` positions from the absolute position `first`; carries [count, hidden].
 
-    A hop that holds more than `first` positions truncates, or answers `replay` where it cannot. A repeated `step` id
-    returns the stored answer. With a `parent`, `session` is new and forks from the parent's first `first` positions in
-    this same step.
+    A hop that holds more than `first` positions truncates, or answers `replay` where layers with a window do not hold
+    what is needed so far back. A repeated `step` id returns the stored answer. With a `parent`, `session` is new and
+    forks from the parent's first `first` positions in this same step.
     """
 
     session: Bytes16
@@ -151,6 +166,28 @@ class Step(Message, tag="step", frozen=True, kw_only=True):
     bulk: bool = False
     urgency: Urgency = Urgency.INTERACTIVE
     hops: Timings = ()
+    stop: Block = 0
+    """The hop whose blocks end here answers the client; the hops behind it hold these positions. 0: the last hop."""
+
+
+class Replay(Message, tag="replay", frozen=True, kw_only=True):
+    """From the client: send your successor again what you sent for `count` positions from `first` on, as this step.
+
+    Fields as in `Step`. The answer is the step's, or `Failed` with `NOT_JOURNALLED`.
+    """
+
+    session: Bytes16
+    block: Block
+    """The one with which the hop begins that is asked."""
+    epoch: Epoch
+    step: Counter
+    first: Count
+    count: Count
+    want_from: Count
+    regime_length: Count = 0
+    bulk: bool = False
+    urgency: Urgency = Urgency.INTERACTIVE
+    stop: Block = 0
 
 
 class Relay(Message, tag="relay", frozen=True, kw_only=True):
@@ -162,7 +199,7 @@ class Relay(Message, tag="relay", frozen=True, kw_only=True):
 
 
 class Result(Message, tag="result", frozen=True, kw_only=True):
-    """The last hop's answer: [count, hidden], the rows that the step wanted."""
+    """The answer of the last hop that ran the step: [count, hidden], the rows that the step wanted."""
 
     session: Bytes16
     epoch: Epoch
@@ -224,5 +261,5 @@ class DialBackReply(Message, tag="dial_back_reply", frozen=True, kw_only=True):
 
 
 AnyMessage: TypeAlias = (
-    Hello | Open | Opened | Step | Relay | Result | Failed | Close | Ping | Pong | DialBack | DialBackReply
+    Hello | Open | Opened | Step | Replay | Relay | Result | Failed | Close | Ping | Pong | DialBack | DialBackReply
 )

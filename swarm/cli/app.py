@@ -196,6 +196,13 @@ def join(
     num_blocks: Annotated[
         int | None, typer.Option("--num-blocks", min=1, metavar="N", help="Serve N blocks, where they are needed most.")
     ] = None,
+    stay: Annotated[
+        bool,
+        typer.Option(
+            "--stay",
+            help="Serve the same blocks to the end. Default: go where blocks are missing, unless --blocks names yours.",
+        ),
+    ] = False,
     dtype: Dtype = "auto",
     quantize: Annotated[
         str,
@@ -265,6 +272,14 @@ def join(
             "--max-bandwidth", metavar="SIZE/s", help="Send no more than, e.g., 2MB/s, and receive no more than that."
         ),
     ] = None,
+    journal_disk: Annotated[
+        str | None,
+        typer.Option(
+            "--journal-disk",
+            metavar="SIZE",
+            help="Disk to remember by what sessions sent on, so that a lost neighbour can be rebuilt. Default: none.",
+        ),
+    ] = None,
     network: Network = None,
     token: Token = None,
     as_json: Json = False,
@@ -276,6 +291,9 @@ def join(
 
     Only the weights of those blocks are downloaded. When others can dial this machine it prints "reachable", otherwise
     what to do about it. It finds its way back by itself after sleep, a network change or a restart of the entry nodes.
+
+    When blocks of the model are missing elsewhere, or carry much less than others, it goes there by itself, never from
+    blocks that nobody else holds; what was downloaded stays on disk. With --blocks or --stay it never moves.
 
     You come first: outside --schedule, and while other programs are above --pause-on-load, it takes no work, tells the
     swarm so, and returns by itself.
@@ -318,7 +336,9 @@ def join(
             schedule=hours,
             pause_on_load_percent=pause_on_load,
             max_bytes_per_s=bytes_per_s,
+            journal_disk_bytes=0 if journal_disk is None else _bytes(journal_disk),
             token=token,
+            stay=stay,
         )
         node.join(config, as_json=as_json)
 
@@ -575,6 +595,71 @@ def status(
         from swarm.cli import status as view
 
         view.status(entrance, model=model, as_json=as_json)
+
+
+@app.command(epilog=_example("swarm route smollm2-135m-instruct --explain --invite swarm://…"))
+def route(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Its announced name, or how its id begins.")],
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show every candidate for each hop, its price, and why one won.")
+    ] = False,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, max=65_536, help="Of one step: 1 to write, many to read a prompt.")
+    ] = 1,
+    initial_peers: InitialPeers = None,
+    invite: InviteLink = None,
+    network: Network = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Show the way that your tokens would go now, and why.
+
+    Peers are measured from here once; a client that runs longer knows their queues and true speeds as well.
+    """
+    with command(verbose=verbose, debug=debug):
+        entrance = _entrance(initial_peers, invite, network)
+        from swarm.cli import route as view
+
+        view.route(entrance, model=model, tokens=tokens, explain=explain, as_json=as_json)
+
+
+@app.command(epilog=_example("swarm simulate --peers 1000 --minutes 10 --plot swarm.html"))
+def simulate(
+    peers: Annotated[int, typer.Option("--peers", min=1, max=20_000, help="So many peers.")] = 1000,
+    users: Annotated[int | None, typer.Option("--users", min=1, help="Default: six for each peer.")] = None,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Nodes through which the users come.")] = 10,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="Of virtual time, after two of warm-up.")] = 10.0,
+    churn: Annotated[float, typer.Option("--churn", min=0.0, help="The share of peers that leaves per hour.")] = 0.2,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Write curves into an HTML page.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Run a swarm of thousands on a virtual clock: real routing and placement, simulated peers, links and users.
+
+    Nothing goes over the network. A model of 32 blocks; speeds, distances and memory are drawn from what volunteers
+    have. Shows tokens per second against the most that these peers could carry, coverage, moves and fairness.
+    """
+    with command(verbose=verbose, debug=debug), signals.interruptible():
+        from swarm.cli import simulate as view
+        from swarm.simulation.world import SimulationConfig
+
+        try:
+            config = SimulationConfig(
+                peers=peers,
+                users=users or max(clients, 6 * peers),
+                clients=clients,
+                minutes=minutes,
+                churn_per_hour=churn,
+                seed=seed,
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        view.simulate(config, plot=plot, as_json=as_json)
 
 
 @app.command(epilog=_example('swarm demo "What is a beehive?"'))

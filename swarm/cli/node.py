@@ -141,6 +141,11 @@ def describe(event: Event) -> str:
             return f"NOT announced, so nobody finds this node: {fields['reason']}\nwhat to do: {fields['hint']}"
         case "announced":
             return "announced again: others find this node"
+        case "moving":
+            why = "blocks are missing" if fields["heals"] else "they carry the least"
+            return f"moving to blocks {_blocks(fields)}, where {why}"
+        case "moved":
+            return f"serving blocks {_blocks(fields)}"
         case "paused":
             return f"paused: {_why_paused(fields)}"
         case "resumed":

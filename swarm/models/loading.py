@@ -69,7 +69,10 @@ class SwarmModelForCausalLM(SwarmModel):
         if min_precision is not None:
             check_precision(min_precision)
         if prefix_secret is not None and not 16 <= len(prefix_secret) <= 64:
-            raise CallerError(f"a prefix secret has 16 to 64 bytes, not {len(prefix_secret)}")
+            raise CallerError(
+                f"a prefix secret has 16 to 64 bytes, not {len(prefix_secret)}",
+                hint="make one with secrets.token_bytes(32), and give it only to those who may share prompts",
+            )
         connect: Callable[[RemoteModel, Embed], Remote]
         if remote is None:
             require_platform()

@@ -5,11 +5,13 @@ stalls or forgets. The driver performs the actions and reports what happened.
 
     state     event                              next      actions
     idle      submit                             routing   NeedRoute
-    routing   route_ready                        opening   OpenHops (next epoch)
-    routing   no_route                           failed    Fail
+    routing   route_ready                        opening   Release of what is left out; OpenHops (next epoch)
+    routing   route_ready, nothing pending       idle
+    routing   no_route                           failed    Release, Fail
+    routing   result of the route before         routing   StepDone
     opening   opened by the last missing hop     ready     Skip what every hop holds already; SendStep: replay of what
-                                                           is older than the pending steps, then the pending steps
-                                                           under their own ids
+                                                           some hop lacks before the pending steps, then these under
+                                                           their own ids, each from where it is known furthest down
     ready     submit                             ready     SendStep
     ready     result                             ready     StepDone, SendStep (window moves)
     ready     busy                               pausing   Wait; what is not answered is sent again afterwards
@@ -22,12 +24,22 @@ stalls or forgets. The driver performs the actions and reports what happened.
     pausing   timer                              ready     SendStep
     waiting   timer                              routing   NeedRoute
     ready     behind window                      opening   OpenHops (next epoch) of the same route
-    any live  hop lost, refused, forgot, stalled routing   Release, NeedRoute; idle when nothing is pending
+    on route  hop lost, refused                  routing   Release of that hop, NeedRoute; idle when nothing is pending
+    on route  hop forgot, journal lost, stalled  routing   NeedRoute; idle when nothing is pending
     any live  too many attempts without progress failed    Release, Fail
     any       close                              closed    Release
 
-Every step is answered once: results of an older epoch or of an unknown step are ignored. Attempts and waiting are
-counted between two results that the caller asked for, so a session ends within its budget or makes progress.
+On route are opening, ready and pausing. Every step is answered once: results of an older epoch or of an unknown step
+are ignored. Attempts and waiting are counted between two results that the caller asked for, so a session ends within
+its budget or makes progress.
+
+*Repair.* A hop that fails is let go of, and only its blocks are planned anew. The others are opened again under the
+next epoch and keep what they hold, as far as no pending step undoes it (`_sure_until`). Each says what it holds and how
+far back its journal reaches; `repair` makes of this what must be sent again, and from where: a healthy hop hears
+nothing twice, and the client sends positions only where the first hop lacks them. Once a hop was found to hold less
+than it said, and for the second half of the attempts, nobody keeps anything and everything is sent again.
+
+Steps of different entries may be under way together where no hop runs both, as only one sender keeps an order.
 
 A pause keeps the session's pages, and nobody waits for them. "busy" to a step never means that pages are missing, that
 is "preempted": it means a full queue of works, too many bytes in flight, or for a fork a full table of sessions. The
@@ -46,7 +58,8 @@ from itertools import pairwise
 
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
-from routing.router import Route
+from routing.router import Hop, Route
+from swarm.session import repair
 
 
 class State(enum.Enum):
@@ -100,6 +113,15 @@ class PendingStep:
     """Nothing else of the session may be under way with it. So is the first step of a fork, and one that rolls back: if
     a hop missed it, the next step would seem to fit on what it should have removed."""
     parent: SessionId | None = None
+    hop: int = 0
+    """The first hop that runs it: the client sends it to hop 0; for any other, the hop before it has its journal."""
+    until: int | None = None
+    """No hop from this one on runs it, and the one before it answers; None: the last one."""
+
+    def clashes(self, other: PendingStep) -> bool:
+        """Some hop would run both, and they do not come to it by one way."""
+        ends = [step.until for step in (self, other) if step.until is not None]
+        return self.hop != other.hop and max(self.hop, other.hop) < min(ends, default=self.hop + other.hop + 1)
 
 
 # --- actions ---
@@ -107,9 +129,13 @@ class PendingStep:
 
 @dataclass(frozen=True, slots=True)
 class NeedRoute:
-    """Plan a route without `avoid` and answer with `route_ready` or `no_route`."""
+    """Plan a route without `avoid` and answer with `route_ready` or `no_route`.
+
+    `keep`: hops that hold the session. If others can serve what lies between them, these stay as they are.
+    """
 
     avoid: frozenset[PeerId]
+    keep: tuple[Hop, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +143,14 @@ class OpenHops:
     """Install `route` under `epoch`; answer each hop with `opened`, `refused` or `hop_lost`.
 
     A hop may be asked what it holds of the first `offer` positions: they will be sent as they now stand in the history.
+    One of an older route goes on with at most its number in `keep`, and need not be asked unless `forgot`.
     """
 
     route: Route
     epoch: int
     offer: int
+    keep: tuple[int, ...]
+    forgot: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +163,7 @@ class Skip:
 
 @dataclass(frozen=True, slots=True)
 class SendStep:
-    """Send to the first hop."""
+    """Send to the first hop; where `step.hop` is another one, have the hop before that send it from its journal."""
 
     step: PendingStep
     epoch: int
@@ -151,7 +180,7 @@ class StepDone:
 class Release:
     """Tell these hops to forget the session."""
 
-    route: Route
+    hops: tuple[Hop, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,15 +213,32 @@ class SessionCore:
         self.state = State.IDLE
         self.epoch = 0
         self.route: Route | None = None
+        """The one that was installed last, also while another one is looked for."""
         self.attempts = 0
         self._pending: deque[PendingStep] = deque()
         self._sent: dict[StepId, PendingStep] = {}
         self._unsent: deque[PendingStep] = deque()
+        self._installed: tuple[Hop, ...] = ()
+        """Hops that were opened and not released."""
+        self._lost: set[PeerId] = set()
+        """Peers that failed since the last route was ready."""
+        self._unjournalled: set[PeerId] = set()
+        """Peers whose journal had less than they said."""
         self._missing: set[tuple[PeerId, int]] = set()
         """Hops that are not open yet, each by its peer and first block."""
+        self._holds: list[int] = []
+        """Positions that each hop of the route held when it was opened."""
+        self._journals: list[int] = []
+        """The lowest position from which each hop could then send again what it sent."""
+        self._offer = 0
+        self._keep: tuple[int, ...] = ()
+        """What the hops of the route were asked for and told to keep when it was opened."""
         self._held = 0
         """Positions that every hop of the route held when it was opened."""
         self._offers = True
+        self._trusts = True
+        """Whether hops may go on with what they hold."""
+        self._forgot = False
         self._avoid: set[PeerId] = set()
         self._next_step = 0
         self._end = 0
@@ -224,6 +270,10 @@ class SessionCore:
         """True for a fork whose first step is not answered: its parent must not be released yet."""
         return self._parent is not None
 
+    def uses(self, peer: PeerId) -> bool:
+        """Whether `peer` was opened for this session and not released."""
+        return any(hop.peer_id == peer for hop in self._installed)
+
     @property
     def pending(self) -> tuple[PendingStep, ...]:
         return tuple(self._pending)
@@ -231,6 +281,10 @@ class SessionCore:
     def sent(self, step: StepId, epoch: int) -> PendingStep | None:
         """The unanswered step that a result of this epoch would answer."""
         return self._sent.get(step) if epoch == self.epoch else None
+
+    def due(self, step: StepId, epoch: int) -> bool:
+        """Whether a step that was to be sent still is."""
+        return self.state is State.READY and self.sent(step, epoch) is not None
 
     # --- events from the owner ---
 
@@ -243,6 +297,7 @@ class SessionCore:
         core._avoid = set(self._avoid)
         if self.state is State.READY and not self._sent and not self.unborn:
             core.state, core.route, core.epoch = State.READY, self.route, self.epoch
+            core._installed = self._installed
             core._parent = self.session
         return core
 
@@ -275,25 +330,41 @@ class SessionCore:
     def route_ready(self, route: Route) -> list[Action]:
         if self.state is not State.ROUTING:
             return []
+        if not self._pending:
+            return self._idle()
         self.epoch += 1
         self.route = route
         self.state = State.OPENING
+        self._sent.clear()
+        peers = {hop.peer_id for hop in route.hops}
+        known = {(hop.peer_id, hop.span) for hop in self._installed}
+        actions = self._let_go(hop for hop in self._installed if hop.peer_id not in peers)
+        self._installed = route.hops
         self._missing = {(hop.peer_id, hop.span.start) for hop in route.hops}
-        self._held = offer = self._settled_until() if self._offers else 0
-        return [OpenHops(route, self.epoch, offer)]
+        self._offer, sure = self._settled_until() if self._offers else 0, self._sure_until()
+        self._keep = tuple(sure if (hop.peer_id, hop.span) in known else 0 for hop in route.hops)
+        self._holds, self._journals = [0] * len(route.hops), [0] * len(route.hops)
+        return [*actions, OpenHops(route, self.epoch, self._offer, self._keep, self._forgot)]
 
     def no_route(self, error: SwarmError) -> list[Action]:
         return self._fail(error) if self.state is State.ROUTING else []
 
-    def opened(self, peer: PeerId, start: int, epoch: int, held: int = 0) -> list[Action]:
-        """The hop at `peer` that begins with block `start` holds the first `held` positions of what it was offered."""
-        if self.state is not State.OPENING or epoch != self.epoch:
+    def opened(self, peer: PeerId, start: int, epoch: int, held: int = 0, journal: int = 0) -> list[Action]:
+        """The hop at `peer` that begins with block `start` holds the first `held` positions of what it was offered or
+        told to keep, and can send again what it sent from `journal` on."""
+        if self.state is not State.OPENING or epoch != self.epoch or (peer, start) not in self._missing:
             return []
+        assert self.route is not None
         self._missing.discard((peer, start))
-        self._held = min(self._held, held)
+        index = next(i for i, hop in enumerate(self.route.hops) if (hop.peer_id, hop.span.start) == (peer, start))
+        self._holds[index] = min(held, max(self._offer, self._keep[index]))
+        self._journals[index] = self._holds[index] if peer in self._unjournalled else journal
         if self._missing:
             return []
         self.state = State.READY
+        self._lost.clear()
+        self._forgot = False
+        self._held = min(self._holds)
         actions = self._skip()
         self._unsent = deque(self._steps_beyond_held())
         return actions + self._send()
@@ -301,7 +372,7 @@ class SessionCore:
     def result(self, step: StepId, epoch: int) -> list[Action]:
         """The last hop answered `step`."""
         answered = self._sent.pop(step, None) if epoch == self.epoch else None
-        if answered is None or self.state not in (State.READY, State.PAUSING):
+        if answered is None or self.state not in (State.READY, State.PAUSING, State.ROUTING):
             return []
         self._busy_repeats = 0
         self._behind_busy.discard(step)
@@ -309,6 +380,7 @@ class SessionCore:
         actions: list[Action] = []
         if not answered.replay:
             self.attempts = 0
+            self._trusts = True
             self._waited_s = 0.0
             self._pending.remove(next(p for p in self._pending if p.step == step))
             actions.append(StepDone(answered))
@@ -316,18 +388,36 @@ class SessionCore:
 
     def hop_lost(self, peer: PeerId, error: SwarmError) -> list[Action]:
         """The connection to `peer` ended, could not be made, or the peer is silent."""
+        if self.uses(peer):
+            self._lost.add(peer)
         return self._rebuild(error) if self._on_route(peer) else []
 
+    def hop_leaves(self, peer: PeerId, epoch: int, error: SwarmError) -> list[Action]:
+        """A healthy hop gives the session up, for its owner or because it drains: others take its blocks."""
+        if epoch != self.epoch or not self._on_route(peer):
+            return []
+        self._lost.add(peer)
+        return self._rebuild(error)
+
     def forgotten(self, epoch: int, error: SwarmError, *, gap_at: StepId | None = None) -> list[Action]:
-        """A healthy hop does not hold what the session thinks (lease over, restart), or found a gap before a step, or
-        steps back for its owner."""
+        """A healthy hop does not hold what the session thinks (lease over, restart), or found a gap before a step."""
         if epoch != self.epoch or not self._on_route(None):
             return []
         if gap_at in self._behind_busy:
             self._behind_busy.discard(gap_at)
             return []
-        if gap_at is not None and self._held:
-            self._offers = False  # some hop does not hold what it said it holds: believe nobody any more
+        if gap_at is None:
+            self._forgot = True
+        elif any(self._holds):  # some hop does not hold what it said it holds: everything is sent again,
+            self._trusts = False
+            self._offers = self._offers and any(self._keep)  # and if that was a prefix, none is believed any more
+        return self._rebuild(error)
+
+    def journal_lost(self, peer: PeerId, epoch: int, error: SwarmError) -> list[Action]:
+        """`peer` does not keep what it was to send again: it computes it once more, from what comes from before it."""
+        if epoch != self.epoch or not self._on_route(peer):
+            return []
+        self._unjournalled.add(peer)
         return self._rebuild(error)
 
     def behind_window(self, epoch: int, error: SwarmError) -> list[Action]:
@@ -403,6 +493,13 @@ class SessionCore:
             end = step.first + step.count
         return end
 
+    def _sure_until(self) -> int:
+        """Up to here whatever a hop holds of the session is what the history says: what a pending step undoes, some hop
+        may not have undone."""
+        if not self._trusts or self.attempts > self.config.max_attempts // 2:
+            return 0
+        return min([self._settled_until(), *(step.first for step in self._pending if step.alone)])
+
     def _skip(self) -> list[Action]:
         """Take off the pending steps what every hop holds and nobody wants to hear."""
         wanted = (step.first + step.want_from for step in self._pending if step.want_from < step.count)
@@ -414,22 +511,32 @@ class SessionCore:
         return [Skip(self._held, steps)]
 
     def _steps_beyond_held(self) -> Iterable[PendingStep]:
-        """The pending steps, and before each of them a replay of what hops must hold by then beyond what they do."""
+        """The pending steps, and before each of them a replay of what some hop lacks by then."""
+        steps = [_beyond(step, self._held) for step in self._pending]
+        begin = repair.begin_at(self._holds, self._journals, [(step.first, step.first + step.count) for step in steps])
         held = self._held
-        for step in self._pending:
+        for step in steps:
             # a later step may have been answered before an earlier one: there the pending steps leave a hole
             bounds = [held, *(cut for cut in self._cuts(step.first) if cut > held), step.first]
             for start, end in pairwise(bounds):
-                yield from self._replay_chunks(start, end)
+                for leg in repair.legs(begin, start, end):
+                    yield from self._replay_chunks(leg)
             alone = self._held <= step.first < held
-            yield replace(_beyond(step, self._held), alone=alone)
+            for leg in repair.legs(begin, step.first, step.first + step.count):
+                if leg.until == len(begin):
+                    yield replace(step, alone=alone, hop=leg.hop)
+                else:
+                    yield from self._replay_chunks(leg)
             held = step.first + step.count
 
-    def _replay_chunks(self, start: int, end: int) -> Iterable[PendingStep]:
-        chunk = self.config.chunk(end - start)
-        for first in range(start, end, chunk):
-            count = min(chunk, end - first)
-            yield PendingStep(step=self._new_id(), first=first, count=count, want_from=count, replay=True)
+    def _replay_chunks(self, leg: repair.Leg) -> Iterable[PendingStep]:
+        chunk = self.config.chunk(leg.end - leg.first)
+        until = None if leg.until == len(self._holds) else leg.until
+        for first in range(leg.first, leg.end, chunk):
+            count = min(chunk, leg.end - first)
+            yield PendingStep(
+                step=self._new_id(), first=first, count=count, want_from=count, replay=True, hop=leg.hop, until=until
+            )
 
     def _send(self) -> list[Action]:
         actions: list[Action] = []
@@ -437,7 +544,7 @@ class SessionCore:
             step = self._unsent[0]
             if self._parent is not None:
                 step = replace(step, parent=self._parent, alone=True)
-            if self._sent and (step.alone or any(other.alone for other in self._sent.values())):
+            if any(step.alone or other.alone or step.clashes(other) for other in self._sent.values()):
                 break
             self._unsent.popleft()
             self._sent[step.step] = step
@@ -445,13 +552,23 @@ class SessionCore:
         return actions
 
     def _release(self) -> list[Action]:
-        route, self.route = self.route, None
+        """Let go of everything."""
+        self.route = None
+        self._end_route()
         self._sent.clear()
+        return self._let_go(self._installed)
+
+    def _let_go(self, hops: Iterable[Hop]) -> list[Action]:
+        gone = tuple(hops)
+        self._installed = tuple(hop for hop in self._installed if hop not in gone)
+        return [Release(gone)] if gone else []
+
+    def _end_route(self) -> None:
+        """Nothing more is sent over it. Its last answers may still come."""
         self._unsent.clear()
         self._behind_busy.clear()
         self._missing.clear()
         self._parent = None
-        return [] if route is None else [Release(route)]
 
     def _idle(self) -> list[Action]:
         self.state = State.IDLE
@@ -459,17 +576,25 @@ class SessionCore:
 
     def _need_route(self) -> list[Action]:
         self.state = State.ROUTING
-        return [NeedRoute(frozenset(self._avoid))]
+        gone = self._lost | self._avoid
+        return [NeedRoute(frozenset(self._avoid), tuple(hop for hop in self._installed if hop.peer_id not in gone))]
 
     def _rebuild(self, error: SwarmError, route: Route | None = None) -> list[Action]:
         """With `route`, over the same hops, which forget the session when it is opened there again."""
         self.attempts += 1
         if self.attempts > self.config.max_attempts:
             return self._fail(error)
-        actions = self._release()
         if route is not None and self._pending:
+            self._end_route()
+            self._installed = ()  # so that nothing is kept
             self.state = State.ROUTING
             return self.route_ready(route)
+        if self._pending and not self._sure_until():
+            actions = self._release()
+        else:
+            self._end_route()
+            gone = self._lost | self._avoid
+            actions = self._let_go(hop for hop in self._installed if hop.peer_id in gone)
         return actions + (self._need_route() if self._pending else self._idle())
 
     def _fail(self, error: SwarmError) -> list[Action]:

@@ -17,10 +17,11 @@ import torch
 from peers.transport.links import BULK_BYTES
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
-from peers.wire.messages import PREFIX_POSITIONS, PROTOCOL_VERSION, Close, Open, Step, Urgency
+from peers.wire.messages import PREFIX_POSITIONS, PROTOCOL_VERSION, Close, Open, Replay, Step, Urgency
 from routing.errors import PeerError, SwarmError, Unavailable
+from routing.flow import GOLDEN
 from routing.ids import PeerId, SessionId
-from routing.router import Route, RouteRequest
+from routing.router import Hop, Route, RouteRequest
 from swarm.errors import SessionClosed
 from swarm.network import ClientNode, Entrance, NetworkThread, enter
 from swarm.session.core import (
@@ -76,6 +77,7 @@ class SwarmRemote:
         self._owns_network = owns_network
         self._rng = rng or random.Random()
         self._urgency = urgency
+        self._turn = self._rng.random()
         self._prefix_secret = prefix_secret or secrets.token_bytes(32)
         self._tasks = Tasks()
         self._goodbyes = Tasks()
@@ -235,8 +237,6 @@ class SwarmRemote:
         token_ids_T = None if step.token_ids_T is None else step.token_ids_T.to("cpu")
         count, want_from = len(hidden_TD), step.want_from
         futures = []
-        if not session.core.outstanding:
-            session.renew_deadline()
         chunk = self._config.chunk(count)
         for at in range(0, count, chunk):
             rows_TD, ids_T = hidden_TD, token_ids_T
@@ -297,6 +297,9 @@ class SwarmRemote:
         """`rows`: the result that the actions follow from."""
         core = session.core
         assert core is not None
+        if core.outstanding and not session.waiting:
+            session.renew_deadline()
+        session.waiting = core.outstanding
         for action in actions:
             match action:
                 case SendStep():
@@ -305,21 +308,21 @@ class SwarmRemote:
                     assert rows is not None
                     self._done(session, action.step, rows)
                 case NeedRoute():
-                    self._tasks.spawn(self._plan(session, action.avoid), name=f"plan {core.session}")
+                    session.outbox.clear()
+                    self._tasks.spawn(self._plan(session, action), name=f"plan {core.session}")
                 case OpenHops():
                     self.traffic.rebuilds += action.epoch > 1 and action.route is not session.route
-                    self._sessions.last_route = session.route = action.route
-                    session.renew_deadline()
+                    self._sessions.last_route = action.route
+                    session.begin(action.route)
                     for index, prefix in enumerate(self._offer(session, action)):
-                        work = self._open_hop(session, action.route, index, action.epoch, prefix)
+                        work = self._open_hop(session, action, index, prefix)
                         self._tasks.spawn(work, name=f"open {core.session}")
                 case Skip():
                     self.traffic.prefix_positions += action.positions
                     for step in action.steps:
                         self._done(session, step, session.rows[step.step][0][:0])
                 case Release():
-                    session.outbox.clear()
-                    self._close_hops(action.route, core.session)
+                    self._close_hops(action.hops, core.session)
                 case Wait():
                     delay_s = action.delay_s * self._rng.uniform(1.0, 1.5)
                     self._tasks.spawn(self._wait(session, delay_s), name=f"wait {core.session}")
@@ -333,9 +336,12 @@ class SwarmRemote:
         assert session.core is not None
         hops, (rows_TD, _) = action.route.hops, session.rows[session.core.pending[0].step]
         blocks = describe_blocks(session.history.between(0, action.offer), self.model.regime_key)
-        session.offered = len(blocks) * PREFIX_POSITIONS
+        session.offered = max(len(blocks) * PREFIX_POSITIONS, *action.keep)
         start = (session.prefix_secret, self.model.model, tensors.NAMES[rows_TD.dtype])
-        return [prefix_keys(*start, hops[:index], blocks) for index in range(len(hops))]
+        return [
+            prefix_keys(*start, hops[:index], blocks) if action.forgot or not keep else ()
+            for index, keep in enumerate(action.keep)
+        ]
 
     def _done(self, session: LiveSession, step: PendingStep, rows: torch.Tensor) -> None:
         session.rows.pop(step.step, None)
@@ -343,7 +349,7 @@ class SwarmRemote:
         if future is not None and not future.done():
             future.set_result(rows)
 
-    async def _plan(self, session: LiveSession, avoid: frozenset[PeerId]) -> None:
+    async def _plan(self, session: LiveSession, need: NeedRoute) -> None:
         core = session.core
         assert core is not None
         pending = core.pending
@@ -351,16 +357,19 @@ class SwarmRemote:
         previous = session.route
         if previous is None and length >= PREFIX_POSITIONS:  # where the last session was, its prompt may be known
             previous = self._sessions.last_route
+        self._turn = (self._turn + GOLDEN) % 1.0
         request = RouteRequest(
             model=self.model.model,
             num_blocks=self.model.num_blocks,
-            avoid=avoid,
+            avoid=need.avoid,
             tokens=max((step.count for step in pending), default=1),
             bytes_per_token=self.model.hidden_size * 4,
             cache_tokens=length,
             protocol=PROTOCOL_VERSION,
             min_precision=self.model.min_precision,
             previous=previous,
+            keep=need.keep,
+            spread=self._turn,
         )
         try:
             route = await self._client.discovery.route(request)
@@ -369,10 +378,8 @@ class SwarmRemote:
         else:
             self.perform(session, core.route_ready(route))
 
-    async def _open_hop(
-        self, session: LiveSession, route: Route, index: int, epoch: int, prefix: tuple[bytes, ...]
-    ) -> None:
-        core = session.core
+    async def _open_hop(self, session: LiveSession, action: OpenHops, index: int, prefix: tuple[bytes, ...]) -> None:
+        core, route, epoch = session.core, action.route, action.epoch
         assert core is not None
         hop = route.hops[index]
         following = route.hops[index + 1] if index + 1 < len(route.hops) else None
@@ -386,6 +393,7 @@ class SwarmRemote:
             next=None if following is None else following.peer_id,
             next_addresses=() if following is None else following.addresses,
             prefix=prefix,
+            keep=action.keep[index],
         )
         try:
             link = await self._client.links.to(hop.peer_id, hop.addresses)
@@ -396,8 +404,8 @@ class SwarmRemote:
         except Unavailable as error:  # of this client's own node: no other route helps
             self.perform(session, core.give_up(error))
 
-    def _close_hops(self, route: Route, session: SessionId) -> None:
-        for peer in dict.fromkeys(hop.peer_id for hop in route.hops):
+    def _close_hops(self, hops: Sequence[Hop], session: SessionId) -> None:
+        for peer in dict.fromkeys(hop.peer_id for hop in hops):
             self._goodbyes.spawn(self._close_hop(peer, session), name=f"close {session}")
 
     async def _close_hop(self, peer: PeerId, session: SessionId) -> None:
@@ -427,7 +435,10 @@ class SwarmRemote:
     async def _send(self, session: LiveSession, action: SendStep) -> None:
         core, step = session.core, action.step
         assert core is not None
-        if core.route is None or core.epoch != action.epoch:
+        if core.route is None or not core.due(step.step, action.epoch):
+            return
+        if step.hop:
+            await self._have_replayed(session, step, core.route, action.epoch)
             return
         known = session.rows.get(step.step)
         if known is None:
@@ -438,11 +449,12 @@ class SwarmRemote:
             rows_TD, regime_length = known
             if len(rows_TD) > step.count:
                 rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
-        if core.route is None or core.epoch != action.epoch:
+        if not core.due(step.step, action.epoch):
             return
         dtype = tensors.NAMES[rows_TD.dtype]
         payload = tensors.pack(rows_TD, dtype)
-        hop = core.route.hops[0]
+        route = core.route
+        hop = route.hops[0]
         message = Step(
             session=core.session.raw,
             block=hop.span.start,
@@ -458,16 +470,39 @@ class SwarmRemote:
             # steps under way together share a lane, also a short one behind long ones: they must stay in order
             bulk=len(payload) >= BULK_BYTES or core.crowded,
             urgency=self._urgency,
+            stop=_stop(route, step),
         )
         await self.send_to(session, hop.peer_id, hop.addresses, message, payload)
 
+    async def _have_replayed(self, session: LiveSession, step: PendingStep, route: Route, epoch: int) -> None:
+        """The hop before the step's first one sends it, from its journal."""
+        core = session.core
+        assert core is not None
+        segments = session.history.between(step.first, step.first + step.count)
+        hop = route.hops[step.hop - 1]
+        message = Replay(
+            session=core.session.raw,
+            block=hop.span.start,
+            epoch=epoch,
+            step=step.step,
+            first=step.first,
+            count=step.count,
+            want_from=step.want_from,
+            regime_length=max(segment.regime_length for segment in segments),
+            bulk=core.crowded or step.count * self.model.hidden_size * 2 >= BULK_BYTES,
+            urgency=self._urgency,
+            stop=_stop(route, step),
+        )
+        self.traffic.replayed_positions += step.count
+        await self.send_to(session, hop.peer_id, hop.addresses, message, memoryview(b""))
+
     async def send_to(
-        self, session: LiveSession, peer: PeerId, addresses: Sequence[str], message: Step, payload: memoryview
+        self, session: LiveSession, peer: PeerId, addresses: Sequence[str], message: Step | Replay, payload: memoryview
     ) -> None:
         assert session.core is not None
         try:
             link = await self._client.links.to(peer, addresses)
-            await link.send(message, payload, bulk=message.bulk)
+            await link.send(message, payload, bulk=message.bulk and isinstance(message, Step))
         except PeerError as error:
             self.lose(session, peer, error)
         except Unavailable as error:
@@ -490,6 +525,10 @@ class SwarmRemote:
     def blame(self, peer: PeerId, reason: str) -> None:
         logger.warning("peer %s: %s", peer, reason)
         self._client.router.on_failure(peer, self._client.discovery.now_s(), reason)
+
+
+def _stop(route: Route, step: PendingStep) -> int:
+    return 0 if step.until is None else route.hops[step.until - 1].span.end
 
 
 def connect(

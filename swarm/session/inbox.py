@@ -7,7 +7,7 @@ route, changes nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from msgspec.structs import replace as replace_fields
 
@@ -16,7 +16,7 @@ from peers.transport.links import Link
 from peers.wire import tensors
 from peers.wire.messages import Code, Failed, Opened, Relay, Result
 from routing.ids import PeerId, SessionId, StepId
-from routing.router import Route
+from routing.router import Hop, Route
 from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
 
 logger = logging.getLogger(__name__)
@@ -52,22 +52,24 @@ class Inbox:
             error = ProtocolError(f"{link.remote} holds {message.held} positions, more than it was asked for")
             self._driver.lose(session, link.remote, error)
             return
-        self._driver.perform(session, session.core.opened(link.remote, message.start, message.epoch, message.held))
+        actions = session.core.opened(link.remote, message.start, message.epoch, message.held, message.journal)
+        self._driver.perform(session, actions)
 
     async def _result(self, link: Link, message: Result, payload: memoryview) -> None:
         session = self._session_of(link, message.session)
         if session is None or session.core is None or session.core.route is None:
             return
         core, route = session.core, session.core.route
-        if link.remote != route.hops[-1].peer_id or message.hidden != self._sessions.model.hidden_size:
+        step = core.sent(StepId(message.step), message.epoch)
+        if step is None:
+            return
+        hops = route.hops[step.hop : step.until]
+        if link.remote != hops[-1].peer_id or message.hidden != self._sessions.model.hidden_size:
             return
         try:
             rows = tensors.unpack(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
         except ProtocolError as error:
             self._driver.lose(session, link.remote, error)
-            return
-        step = core.sent(StepId(message.step), message.epoch)
-        if step is None:
             return
         if len(rows) != step.count - step.want_from:
             self._driver.lose(
@@ -76,8 +78,8 @@ class Inbox:
             return
         self._sessions.traffic.results += 1
         self._sessions.traffic.bytes_received += len(payload)
-        self._learn(route, message, step.count)
-        session.renew_deadline()
+        self._learn(hops, message, step.count)
+        session.answered(step.count)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
 
     async def _failed(self, link: Link, message: Failed, _: memoryview) -> None:
@@ -99,9 +101,11 @@ class Inbox:
                 actions = core.busy(epoch, message.retry_after_s, error, preempted=preempted)
             case Code.PAUSED:
                 self._sessions.client.router.on_paused(peer)
-                actions = core.forgotten(epoch, Paused(text, retry_after_s=message.retry_after_s))
+                actions = core.hop_leaves(peer, epoch, Paused(text, retry_after_s=message.retry_after_s))
             case Code.UNKNOWN_SESSION | Code.STALE_EPOCH:
                 actions = core.forgotten(epoch, Refused(text, code=message.code))
+            case Code.NOT_JOURNALLED:
+                actions = core.journal_lost(peer, epoch, Refused(text, code=message.code))
             case Code.GAP:
                 gap_at = None if message.step is None else StepId(message.step)
                 actions = core.forgotten(epoch, Refused(text, code=message.code), gap_at=gap_at)
@@ -133,7 +137,7 @@ class Inbox:
         self._sessions.traffic.relays += 1
         session.renew_deadline()
         step = replace_fields(message.step, epoch=session.core.epoch)
-        if step == message.step:
+        if step == message.step and session.core.uses(following.peer_id):
             await self._driver.send_to(session, following.peer_id, following.addresses, step, payload)
 
     def _link_lost(self, link: Link) -> None:
@@ -141,14 +145,14 @@ class Inbox:
         if not link.outbound:
             return
         affected = [
-            (session, actions)
+            (session, session.core)
             for session in self._sessions.by_id.values()
-            if session.core is not None and (actions := session.core.hop_lost(link.remote, error))
+            if session.core is not None and session.core.uses(link.remote)
         ]
         if affected:
             self._driver.blame(link.remote, str(error))
-        for session, actions in affected:
-            self._driver.perform(session, actions)
+        for session, core in affected:
+            self._driver.perform(session, core.hop_lost(link.remote, error))
 
     def _needed_links(self) -> Iterator[Link]:
         """Those to every hop of every session: a hop between two others hears nothing from us while it works."""
@@ -158,13 +162,13 @@ class Inbox:
                     if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
                         yield link
 
-    def _learn(self, route: Route, message: Result, tokens: int) -> None:
+    def _learn(self, hops: Sequence[Hop], message: Result, tokens: int) -> None:
         """Feed the router what the hops reported of their own time."""
-        if len(message.hops) != len(route.hops):
+        if len(message.hops) != len(hops):
             return  # a route with a relay in it may have lost count; nothing depends on it
         now_s = self._sessions.client.discovery.now_s()
         timings = []
-        for hop, (queue_s, compute_s) in zip(route.hops, message.hops, strict=True):
+        for hop, (queue_s, compute_s) in zip(hops, message.hops, strict=True):
             timings.append(HopTiming(peer=hop.peer_id, queue_s=queue_s, compute_s=compute_s))
             self._sessions.client.router.on_step(hop.peer_id, len(hop.span), tokens, compute_s, queue_s, now_s)
             self._sessions.client.router.on_success(hop.peer_id, now_s)

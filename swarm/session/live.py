@@ -13,17 +13,15 @@ from typing import Protocol
 
 import torch
 
-from peers.wire.messages import Step
+from peers.wire.messages import Replay, Step
 from routing.errors import SwarmError
 from routing.ids import ModelId, PeerId, SessionId, StepId
 from routing.router import Route
 from swarm.network import ClientNode
 from swarm.session.core import Action, SendStep, SessionCore
 from swarm.session.history import History
+from swarm.session.pace import Pace
 from swarm.session.remote import RemoteSession
-
-SILENCE_S = 3.0
-"""Nothing heard for this long: ask every hop whether it is alive. Doubles while all of them are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +45,8 @@ class Traffic:
     """Steps that went back further than layers with a window hold, and so were sent with all that came before."""
     prefix_positions: int = 0
     """Positions not sent, because every hop of a route held them already when it was opened."""
+    replayed_positions: int = 0
+    """Positions that a hop sent again from its journal, so that this client did not."""
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -71,16 +71,19 @@ class LiveSession(RemoteSession):
         "core",
         "deadline_s",
         "futures",
+        "heard_at_s",
         "history",
         "idle_looks",
         "offered",
         "outbox",
+        "pace",
         "parent",
         "prefix_secret",
         "pumping",
         "route",
         "rows",
         "silence_s",
+        "waiting",
     )
 
     def __init__(self, parent: tuple[LiveSession, int] | None, prefix_secret: bytes) -> None:
@@ -98,15 +101,32 @@ class LiveSession(RemoteSession):
         """The last one that was planned for this session."""
         self.offered = 0
         """Positions that the hops of the present route were asked for."""
+        self.pace = Pace()
+        self.heard_at_s = 0.0
         self.deadline_s = 0.0
-        self.silence_s = SILENCE_S
+        """When somebody should have been heard: half of `silence_s` before it is given up."""
+        self.silence_s = 0.0
         self.idle_looks = 0
+        self.waiting = False
+        """Somebody should be heard."""
+
+    def begin(self, route: Route) -> None:
+        """Another route: how fast it is, its answers will tell."""
+        self.route, self.pace = route, Pace()
+        self.renew_deadline()
+
+    def answered(self, positions: int) -> None:
+        """A step over so many positions was."""
+        self.pace.answered(positions, asyncio.get_running_loop().time() - self.heard_at_s)
+        self.renew_deadline()
 
     def renew_deadline(self) -> None:
-        """Something was heard of it."""
-        self.silence_s = SILENCE_S
+        """Something was heard of it, or is asked for from now on."""
+        assert self.core is not None
+        self.silence_s = self.pace.silence_s(max((step.count for step in self.core.pending), default=1))
         self.idle_looks = 0
-        self.deadline_s = asyncio.get_running_loop().time() + self.silence_s
+        self.heard_at_s = asyncio.get_running_loop().time()
+        self.deadline_s = self.heard_at_s + self.silence_s / 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,7 +159,7 @@ class Driver(Protocol):
         ...
 
     async def send_to(
-        self, session: LiveSession, peer: PeerId, addresses: Sequence[str], message: Step, payload: memoryview
+        self, session: LiveSession, peer: PeerId, addresses: Sequence[str], message: Step | Replay, payload: memoryview
     ) -> None:
         """Send a step to one hop of the session's route."""
         ...

@@ -10,10 +10,10 @@ from routing.errors import PeerError, Unavailable
 from routing.ids import SessionId
 from swarm.session.live import Driver, LiveSession, Sessions
 
-ALIVE_TIMEOUT_S = 2.0
 IDLE_LOOKS = 3
 """Looks at which every hop is alive and has nothing queued, after which the step is taken for lost."""
-WATCH_S = 0.25
+WATCH_S = 0.1
+SILENCE_S_MAX = 30.0
 
 
 class Watch:
@@ -36,7 +36,10 @@ class Watch:
                     self._tasks.spawn(self._investigate(session_id, session), name=f"investigate {session_id}")
 
     async def _investigate(self, session_id: SessionId, session: LiveSession) -> None:
-        """Ask every hop of an overdue session whether it lives; drop the silent, wait longer for the busy."""
+        """Ask every hop of an overdue session whether it lives; drop the silent, wait longer for the busy.
+
+        Half of the silence that is tolerated has passed; the other half is the time to answer.
+        """
         core = session.core
         assert core is not None
         try:
@@ -45,7 +48,7 @@ class Watch:
                 return
             pongs = await asyncio.gather(
                 *(
-                    self._sessions.client.links.ping(hop.peer_id, hop.addresses, timeout_s=ALIVE_TIMEOUT_S)
+                    self._sessions.client.links.ping(hop.peer_id, hop.addresses, timeout_s=session.silence_s / 2)
                     for hop in route.hops
                 ),
                 return_exceptions=True,
@@ -56,6 +59,8 @@ class Watch:
             for hop, pong in zip(route.hops, pongs, strict=True):
                 if isinstance(pong, PeerError):
                     self._driver.lose(session, hop.peer_id, pong)
+                    if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
+                        link.retire()  # who waits to send over it must not wait on
                     return
                 if isinstance(pong, Unavailable):
                     self._driver.perform(session, core.give_up(pong))
@@ -68,7 +73,7 @@ class Watch:
                 error = PeerUnreachable("a step was lost although every hop of its route is alive")
                 self._driver.perform(session, core.stalled(error))
                 return
-            session.silence_s = min(30.0, session.silence_s * 2)
+            session.silence_s = min(SILENCE_S_MAX, session.silence_s * 2)
             session.deadline_s = asyncio.get_running_loop().time() + session.silence_s
         finally:
             self._investigating.discard(session_id)

@@ -85,6 +85,7 @@ class MemorySwarm:
         session_config: SessionConfig | None = None,
         cache: Path | None = None,
         share_prefixes: Sharing = "owner",
+        movable: bool = False,
     ) -> None:
         self.checkpoint: Checkpoint = resolve(str(folder), cache=cache)
         self.network: MemoryNetwork
@@ -98,6 +99,7 @@ class MemorySwarm:
         self._latency_s = latency_s
         self._session_config = session_config
         self._share_prefixes: Sharing = share_prefixes
+        self._movable = movable
         self._guests: list[Guest] = []
         self._spans = spans
         self._models: list[Any] = []
@@ -133,6 +135,7 @@ class MemorySwarm:
             page_size=self._page_size,
             share_prefixes=self._share_prefixes,
             probe=PROBE,
+            movable=self._movable,
         )
         self._serving.append(asyncio.create_task(peer.serve()))
         await peer.announced()
@@ -195,14 +198,15 @@ class MemorySwarm:
         async def forget() -> None:
             for peer in self.peers:
                 for session in peer.handler.ledger.expire(float("inf")):
-                    peer.engine.release(session)
+                    peer.handler.release(session)
 
         self.thread.call(forget())
 
     def settled(self) -> bool:
         """Every peer holds no session and all of its pages are free."""
         return all(
-            len(peer.handler.ledger) == 0 and peer.engine.stats().free_tokens == peer.engine.stats().total_tokens
+            len(peer.handler.ledger) == len(peer.handler.journal) == 0
+            and peer.engine.stats().free_tokens == peer.engine.stats().total_tokens
             for peer in self.peers
         )
 

@@ -1,6 +1,6 @@
 """One swarm of real processes for all tests that kill nothing; a local model to compare with.
 
-These tests share processes, so under pytest-xdist they belong to one worker: run with `--dist loadgroup`.
+Tests that share processes belong to one worker of pytest-xdist: run with `--dist loadgroup`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ Greedy = Callable[..., list[int]]
 Swarm = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
+            shared = "swarm" in getattr(item, "fixturenames", ())
             item.add_marker(pytest.mark.integration)
-            item.add_marker(pytest.mark.xdist_group("integration"))
+            item.add_marker(pytest.mark.xdist_group("the shared swarm" if shared else item.path.stem))
             item.add_marker(pytest.mark.timeout(600))
 
 

@@ -101,3 +101,16 @@ def test_an_interrupted_generate_frees_its_pages_at_once(swarm: LocalSwarm, obse
     assert (process.returncode, errors) == (130, "")
     load = observer.load(peer)
     assert (load.sessions, load.free_tokens) == (0, peer.wait_for("ready")["cache_tokens"])
+
+
+def test_route_explains_why_the_only_three_peers_won(command: Swarm, swarm: LocalSwarm) -> None:
+    done = command("route", MODEL, "--explain", "--invite", swarm.invite, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [hop["span"] for hop in said["hops"]] == [list(span) for span in SPANS]
+    assert [[option["chosen"] for option in options] for options in said["candidates"]] == [[True]] * 3
+    assert all(option["measured"] for options in said["candidates"] for option in options)
+    assert said["left_out"] == []
+    text = command("route", MODEL, "--explain", "--invite", swarm.invite).stdout
+    assert "ms per step expected" in text
+    assert "blocks 10:20: 1 can serve them" in text

@@ -77,19 +77,23 @@ def middle(client: Any, swarm: LocalSwarm) -> LocalPeer:
     return serving(client, swarm, 1)
 
 
-@pytest.mark.parametrize("hop", [0, 1, 2], ids=["first", "middle", "last"])
-def test_a_killed_peer_is_replaced_without_changing_a_token(
-    client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy, hop: int
+@pytest.mark.parametrize("hops", [(0,), (1,), (1, 2)], ids=["first", "middle", "two at once"])
+def test_killed_peers_are_replaced_without_changing_a_token(
+    client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy, hops: tuple[int, ...]
 ) -> None:
     killed: list[LocalPeer] = []
+    traffic = driver(client).traffic
 
     def kill() -> None:
-        killed.append(serving(client, failing, hop))
-        killed[0].kill()
+        killed.extend(serving(client, failing, hop) for hop in hops)
+        for peer in killed:
+            peer.kill()
 
     assert generate(client, prompt, 48, streamer=At(20, kill)) == greedy(prompt, 48)
-    assert serving(client, failing, hop) is not killed[0]
-    assert driver(client).traffic.rebuilds >= 1
+    assert not {serving(client, failing, hop).peer_id for hop in range(3)} & {peer.peer_id for peer in killed}
+    assert traffic.rebuilds >= 1
+    if 0 not in hops:  # the hop before the gap sent what the client would have had to
+        assert traffic.replayed_positions >= len(prompt)
 
 
 def test_a_peer_killed_after_a_prefix_hit_is_replaced_without_changing_a_token(
@@ -130,7 +134,7 @@ def test_a_hung_peer_is_replaced_without_changing_a_token(
     finally:
         paused[0].resume()
     assert middle(client, failing) is not paused[0]
-    assert max(later - earlier for earlier, later in itertools.pairwise(reader.times_s)) < 15
+    assert max(later - earlier for earlier, later in itertools.pairwise(reader.times_s)) < 10
 
 
 def test_ctrl_c_at_a_serving_peer_drains_it_and_nobody_notices(

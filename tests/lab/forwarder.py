@@ -97,7 +97,7 @@ class Forwarder:
             except BlockingIOError:
                 self._dropped += 1
 
-    def _obey(self, order: dict[str, Any]) -> dict[str, object]:
+    def _obey(self, order: dict[str, Any]) -> dict[str, Any]:
         fabric = self._fabric
         match order.pop("do"):
             case "shape":

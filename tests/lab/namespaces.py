@@ -133,11 +133,12 @@ def _alive(name: str) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot: with its id it names a process for ever. None if gone."""
+    """When a process started, in clock ticks since boot: with its id it names a process for ever. None if it ended."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
         return None
+    return None if state in "ZX" else int(fields[18])  # a zombie has ended: only its parent has not looked yet
 
 
 def _set_namespace(descriptor: int) -> None:

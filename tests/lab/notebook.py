@@ -62,11 +62,15 @@ class Notebook:
     network: dict[str, Any] = field(default_factory=dict)
     started_s: float = field(default_factory=time.monotonic)
     rng: random.Random = field(init=False)
+    commit: str = field(init=False)
+    """The code that is measured; empty outside a git checkout."""
     _local: Any = None
     _local_rates: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.experiment} {self.seed}")
+        git = ("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+        self.commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
     def row(self, **values: Any) -> dict[str, Any]:
         """Write down one observation, and say it."""
@@ -102,13 +106,12 @@ class Notebook:
         self.network = network.counts()
 
     def to_json(self) -> str:
-        git = ("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
         about = {
             "experiment": self.experiment,
             "seed": self.seed,
             "runs": self.runs,
             "short": self.short,
-            "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+            "commit": self.commit,
             "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load": os.getloadavg()},
             "model": MODEL,
             # a yardstick: a machine that is busy with other things is slow at this, too

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def test_what_a_killed_lab_left_is_removed_by_the_next() -> None:
         "from tests.lab.network import Network as N; n = N(['a', 'b'], seed=1); print(n.folder, flush=True); input()"
     )
     root = Path(__file__).parents[2]
+    sockets = Path(tempfile.mkdtemp(prefix="hiveswarm-", dir="/tmp"))
     with subprocess.Popen(
         [sys.executable, "-c", script], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as lab:
@@ -64,12 +66,12 @@ def test_what_a_killed_lab_left_is_removed_by_the_next() -> None:
         folder = Path(lab.stdout.readline().strip())
         (namespace, *_) = [path.name for path in namespaces.FOLDER.glob(f"{namespaces.PREFIX}-{lab.pid}-*-a")]
         with namespaces.entered(namespace):
-            left = subprocess.Popen(["sleep", "600"])
+            left = subprocess.Popen(["sh", "-c", "sleep 600; :", f"/unix{sockets}/control"])
         namespaces.remove_leftovers()
         assert left.poll() is None  # its lab lives
         assert folder.exists()
         lab.kill()
-    assert namespace in namespaces.remove_leftovers()
+        os.waitid(os.P_PID, lab.pid, os.WEXITED | os.WNOWAIT)  # it ended, and nobody has taken notice
+        namespaces.remove_leftovers()
     left.wait(10)
-    assert not (namespaces.FOLDER / namespace).exists()
-    assert not folder.exists()
+    assert not [path for path in (namespaces.FOLDER / namespace, folder, sockets) if path.exists()]

@@ -79,12 +79,15 @@ def test_a_hop_that_dies_is_replaced_and_the_ids_stay_the_same(
 ) -> None:
     swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
     model = swarm.model()
-    generate(model, prompt(), max_new_tokens=1, min_new_tokens=1)  # the client knows these two and uses them
     swarm.add_peer(0, 2)
     swarm.add_peer(2, NUM_BLOCKS)
-    used = [hop.peer_id for hop in model._remote_layers.remote.route.hops]
-    ids = prompt(2)
-    kill = AtToken(5, lambda: swarm.kill_peer(used[dies]))
+    ids, used = prompt(2), []
+
+    def die() -> None:
+        used.extend(hop.peer_id for hop in model._remote_layers.remote.route.hops)
+        swarm.kill_peer(used[dies])
+
+    kill = AtToken(5, die)
     actual = generate(model, ids, num_beams=beams, stopping_criteria=[kill])
     assert torch.equal(actual, generate(local, ids, num_beams=beams))
     assert model._remote_layers.remote.traffic.rebuilds >= 1

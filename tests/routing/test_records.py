@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from routing.coordinates import Coordinate
 from routing.errors import CallerError, InvalidRecord
 from routing.identity import SigningKey
 from routing.ids import MAX_SPANS, BlockSpan, BlockSpans, ModelId
@@ -64,7 +65,7 @@ def body_of(value: bytes) -> list[object]:
 FIELD = {name: index for index, name in enumerate([
     "sequence", "expires_at_s", "model", "model_name", "num_blocks", "start", "end", "state", "dtype", "quantization",
     "version", "protocol", "name", "addresses", "decode_s_per_block", "prefill_s_per_token_block", "cache_tokens",
-    "free_tokens", "max_bytes_per_s", "more_spans",
+    "free_tokens", "max_bytes_per_s", "more_spans", "queue_s", "sessions", "place", "max_blocks", "intent",
 ])}  # fmt: skip
 
 
@@ -108,6 +109,8 @@ ANNOUNCEMENTS = st.builds(
     decode_s_per_block=st.floats(0, 3600),
     prefill_s_per_token_block=st.floats(0, 3600),
     max_bytes_per_s=st.integers(0, MAX_BYTES_PER_S),
+    queue_s=st.floats(0, 3600),
+    place=st.none() | st.builds(Coordinate, *[st.floats(-9, 9)] * 2, st.floats(0, 9), st.floats(0, 1)),
     sequence=st.integers(0, 2**63 - 1),
     expires_at_s=st.floats(NOW_S - CLOCK_SLACK_S, NOW_S + MAX_EXPIRY_AHEAD_S),
 )
@@ -321,6 +324,17 @@ def test_texts_are_bounded_and_printable(name: str, text: str) -> None:
         ("free_tokens", 1.5),
         ("max_bytes_per_s", -1),
         ("max_bytes_per_s", MAX_BYTES_PER_S + 1),
+        ("queue_s", -1.0),
+        ("sessions", -1),
+        ("place", [0.0, 0.0, 0.0]),
+        ("place", [float("nan"), 0.0, 0.0, 1.0]),
+        ("place", [0.0, float("nan"), 0.0, 1.0]),
+        ("place", [0.0, 0.0, -0.1, 1.0]),
+        ("place", [0.0, 0.0, 0.0, 1.1]),
+        ("place", [11.0, 0.0, 0.0, 1.0]),
+        ("max_blocks", 31),
+        ("intent", [20, 31]),
+        ("intent", [5, 5]),
         ("more_spans", [[9, 12]]),
         ("more_spans", [[10, 12]]),
         ("more_spans", [[12, 12]]),
@@ -380,6 +394,7 @@ def test_every_field_of_an_announcement_travels() -> None:
         RECORD, model=OTHER_MODEL, model_name="other", num_blocks=31, spans=BlockSpans.parse("3:4,6:9"),
         state=PeerState.DRAINING, dtype="int8", quantization="nf4", version="9", protocol=7, name="other", addresses=(),
         decode_s_per_block=0.5, prefill_s_per_token_block=0.25, cache_tokens=6, free_tokens=5, max_bytes_per_s=8,
+        queue_s=0.5, sessions=3, place=Coordinate(0.1, -0.2, 0.001, 0.25), max_blocks=7, intent=BlockSpan(5, 9),
         sequence=4, expires_at_s=NOW_S + 3,
     )  # fmt: skip
     for field in fields(Announcement):

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from routing.coordinates import Coordinate
 from routing.cost import hop_cost
 from routing.errors import NoRoute
 from routing.estimates import Estimates
 from routing.health import coverage
-from routing.ids import BlockSpans
+from routing.ids import BlockSpan, BlockSpans
 from routing.path import Candidate, cheapest_path
 from routing.placement import choose_span
 from routing.records import Announcement, PeerState
@@ -397,6 +400,94 @@ def test_the_snapshot_and_the_measured_round_trip_are_there_for_status() -> None
     assert len(router.snapshot(NOW_S).of_model(MODEL)) == 3
     assert router.rtt_s(peer(1), NOW_S) == pytest.approx(0.02)
     assert router.rtt_s(peer(2), NOW_S) is None
+
+
+def placed(number: int, start: int, end: int, x_s: float, **changes: Any) -> Announcement:
+    return announcement(peer(number), start, end, place=Coordinate(x_s, 0.0, 0.001, 0.1), **changes)
+
+
+def test_peers_that_are_close_to_each_other_are_entered_once_however_far_they_are_together() -> None:
+    far = [placed(n, 10 * n, 10 * n + 10, 0.2) for n in range(3)]
+    near = placed(3, 10, 20, 0.02)
+    router = router_with(*far, near)
+    for a in (*far, near):
+        for _ in range(100):
+            router.on_rtt(a.peer_id, 0.02 if a is near else 0.2, NOW_S)
+    route = router.plan(REQUEST, NOW_S)
+    assert peers_of(route) == [peer(0), peer(1), peer(2)]
+    assert route.cost_s < 0.25, "once there and once back, not once for each"
+    router.on_announcements([replace(a, sequence=2, place=None) for a in (*far, near)], NOW_S)
+    assert peers_of(router.plan(REQUEST, NOW_S)) == [peer(0), peer(3), peer(2)], "as if every trip began here"
+
+
+def test_a_peer_that_was_never_measured_is_as_far_as_its_place_says() -> None:
+    router = router_with(placed(0, 0, 30, 0.30), placed(1, 0, 30, 0.02), placed(2, 0, 30, 0.0))
+    for _ in range(100):
+        router.on_rtt(peer(2), 0.004, NOW_S)
+    assert router.here.usable
+    router.on_failure(peer(2), NOW_S, "died")
+    assert peers_of(router.plan(REQUEST, NOW_S)) == [peer(1)]
+
+
+def test_a_claimed_place_cannot_undo_what_round_trips_rule_out() -> None:
+    liar = placed(1, 15, 30, 0.1)
+    router = router_with(placed(0, 0, 15, 0.1), liar, placed(2, 15, 30, 0.13))
+    for number, rtt_s in ((0, 0.02), (1, 0.4), (2, 0.04)):
+        router.on_rtt(peer(number), rtt_s, NOW_S)
+    assert peers_of(router.plan(REQUEST, NOW_S)) == [peer(0), peer(2)]
+
+
+def test_sessions_of_many_clients_spread_over_equal_strangers_in_proportion_to_what_they_carry() -> None:
+    peers = [announcement(peer(n), 0, 30, prefill_s_per_token_block=0.001 * (1 if n < 5 else 3)) for n in range(10)]
+    strangers = [router_with(*peers) for _ in range(200)]
+    uses = Counter(
+        router.plan(replace(REQUEST, spread=n / 200), NOW_S).hops[0].peer_id for n, router in enumerate(strangers)
+    )
+    fast, slow = ([uses[peer(n)] for n in span] for span in (range(5), range(5, 10)))
+    assert max(fast) - min(fast) <= 2
+    assert max(slow) - min(slow) <= 2
+    assert sum(fast) == pytest.approx(200 * 22 / 30, abs=2)
+
+
+def test_a_client_counts_its_own_sessions_before_any_record_does() -> None:
+    quick = announcement(peer(1), 0, 30)
+    slower = announcement(peer(2), 0, 30, decode_s_per_block=0.003)
+    router = router_with(quick, slower)
+    used = [router.plan(replace(REQUEST, spread=n / 30), NOW_S).hops[0].peer_id for n in range(60)]
+    assert used[0] == peer(1)
+    assert peer(2) in used, "the queue at the quick one outweighs its speed"
+    router.on_announcements([replace(quick, sequence=2)], NOW_S)
+    assert router.plan(REQUEST, NOW_S).hops[0].peer_id == peer(1), "a newer record has counted them"
+
+
+def test_spreading_neither_leaves_the_previous_route_nor_enters_a_full_peer() -> None:
+    full = announcement(peer(1), 0, 30, free_tokens=0)
+    router = router_with(announcement(peer(0), 0, 30), full, announcement(peer(2), 0, 30))
+    uses = {router.plan(replace(REQUEST, spread=n / 50, cache_tokens=9), NOW_S).hops[0].peer_id for n in range(50)}
+    assert uses == {peer(0), peer(2)}
+    for first in (router.plan(replace(REQUEST, spread=at), NOW_S) for at in (0.1, 0.9)):
+        for n in range(10):
+            assert router.plan(replace(REQUEST, spread=n / 10, previous=first), NOW_S).hops == first.hops
+
+
+def test_an_explanation_prices_the_route_with_each_peer_and_says_why_others_are_left_out() -> None:
+    slow = announcement(peer(3), 5, 25, decode_s_per_block=0.5, name="slow")
+    gone = announcement(peer(4), 10, 20, state=PeerState.DRAINING, name="gone")
+    full = announcement(peer(5), 10, 20, free_tokens=0)
+    router = router_with(*THREE, slow, gone, full)
+    router.on_rtt(peer(1), 0.02, NOW_S)
+    said = router.explain(replace(REQUEST, cache_tokens=5), NOW_S)
+    assert said.route == router.plan(replace(REQUEST, cache_tokens=5), NOW_S)
+    middle = said.options[1]
+    assert [option.peer_id for option in middle] == [peer(1), peer(3), peer(5)]
+    assert [option.chosen for option in middle] == [True, False, False]
+    assert [option.measured for option in middle] == [True, False, False]
+    assert middle[0].route_s == pytest.approx(said.route.cost_s)
+    assert middle[1].compute_s == pytest.approx(10 * 0.5)
+    assert middle[2].note == "no room for the session"
+    assert said.left_out == (("gone", BlockSpans.of(BlockSpan(10, 20)), "draining"),)
+    whole = sum(o.trip_s + o.queue_s + o.compute_s for hop in said.options for o in hop if o.chosen)
+    assert whole == pytest.approx(said.route.cost_s)
 
 
 def test_a_peer_with_two_spans_is_passed_twice_and_counts_for_every_block_it_holds() -> None:

@@ -233,6 +233,8 @@ def test_every_event_of_a_node_has_words() -> None:
         "announced": {},
         "paused": {"reason": "schedule", "schedule": "22:00-08:00", "resumes_at": "22:00"},
         "resumed": {},
+        "moving": {"spans": [[4, 8]], "heals": True},
+        "moved": {"spans": [[4, 8]]},
         "draining": {},
         "stopped": {},
     }
@@ -244,6 +246,8 @@ def test_every_event_of_a_node_has_words() -> None:
     assert "forward the port" in words["unreachable"]
     assert "nobody answers" in words["reachability_unknown"]
     assert "clock skew" in words["unannounced"]
+    assert words["moving"] == "moving to blocks 4:8, where blocks are missing"
+    assert words["moved"] == "serving blocks 4:8"
     assert "outside 22:00-08:00; back at 22:00" in words["paused"]
     load = {"reason": "load", "load_percent": 83, "limit_percent": 50.0, "resume_percent": 37.5}
     assert "use 83 % of the CPUs, the limit is 50 %" in node.describe(Event("paused", dict(load)))

@@ -1,7 +1,7 @@
 """The client's session: every row of its transition table, then a small world of unreliable hops around it.
 
 The world is driven twice: by a seeded simulation over thousands of seeds, and by Hypothesis, which shrinks what it
-finds. `SEED=… pytest tests/swarm/test_session_core.py -k seed` repeats one simulation.
+finds. `SEED=… pytest tests/swarm/test_session_core.py -k seed` repeats one simulation, `SEEDS=10000` runs so many.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from swarm.session.core import (
     StepDone,
     Wait,
 )
+from swarm.session.pace import Pace
 
 P, Q, R = (PeerId(name) for name in "PQR")
 SESSION, CHILD = SessionId(b"s" * 16), SessionId(b"c" * 16)
@@ -49,6 +50,10 @@ FORGOT = Refused("who?", code=Code.UNKNOWN_SESSION)
 def route(*peers: PeerId) -> Route:
     hops = [Hop(peer_id=peer, span=BlockSpan(at, at + 1), addresses=()) for at, peer in enumerate(peers)]
     return Route(hops=tuple(hops), cost_s=1.0)
+
+
+def keeping(actions: Sequence[Action]) -> tuple[int, ...]:
+    return next(action.keep for action in actions if isinstance(action, OpenHops))
 
 
 def kinds(actions: Sequence[Action]) -> list[type[Action]]:
@@ -86,7 +91,7 @@ def test_the_first_step_asks_for_a_route_and_is_sent_once_every_hop_is_open() ->
     assert (core.state, core.outstanding) == (State.IDLE, False)
     step, actions = core.submit(0, 3, 2)
     assert actions == [NeedRoute(frozenset())]
-    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 1, offer=3)]
+    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 1, offer=3, keep=(0, 0))]
     assert (core.state, core.outstanding) == (State.OPENING, True)
     assert core.opened(Q, 1, 1) == []
     assert core.opened(Q, 1, 1) == []
@@ -159,14 +164,14 @@ def test_the_gaps_behind_a_busy_step_are_its_shadow_whenever_they_arrive() -> No
     assert core.forgotten(1, FORGOT, gap_at=steps[1]) == []
     core.timer()
     assert core.forgotten(1, FORGOT, gap_at=steps[2]) == []
-    assert kinds(core.forgotten(1, FORGOT, gap_at=steps[2])) == [Release, NeedRoute], "each step is excused once"
+    assert kinds(core.forgotten(1, FORGOT, gap_at=steps[2])) == [NeedRoute], "each step is excused once"
 
 
 def test_a_hop_that_forgot_the_session_is_believed_also_during_a_pause() -> None:
     core = ready()
     core.submit(1, 1, 0)
     core.busy(1, 0.5, FULL, preempted=False)
-    assert kinds(core.forgotten(1, FORGOT)) == [Release, NeedRoute]
+    assert kinds(core.forgotten(1, FORGOT)) == [NeedRoute]
     assert core.timer() == []
 
 
@@ -193,7 +198,7 @@ def test_a_busy_hop_at_opening_is_released_and_asked_again_later() -> None:
     core = SessionCore(SESSION, SessionConfig())
     core.submit(0, 1, 0)
     core.route_ready(route(P, Q))
-    assert core.busy(1, 0.5, FULL, preempted=False) == [Release(route(P, Q)), Wait(0.5)]
+    assert core.busy(1, 0.5, FULL, preempted=False) == [Release(route(P, Q).hops), Wait(0.5)]
     assert core.opened(Q, 1, 1) == []
     assert kinds(core.timer()) == [NeedRoute]
 
@@ -206,7 +211,7 @@ def test_a_preempted_session_waits_without_pages(pausing: bool) -> None:
     if pausing:
         core.busy(1, 0.5, FULL, preempted=False)
         waits = []  # a timer runs already
-    assert core.busy(1, 0.5, FULL, preempted=True) == [Release(route(P, Q)), *waits]
+    assert core.busy(1, 0.5, FULL, preempted=True) == [Release(route(P, Q).hops), *waits]
     assert core.state is State.WAITING
     assert kinds(core.timer()) == [NeedRoute]
     core.route_ready(route(P, Q))
@@ -228,7 +233,7 @@ def test_one_wait_is_bounded_whatever_a_hop_asks_for_and_all_together_by_patienc
         core.timer()
         core.route_ready(route(P, Q))
         opened(core)
-    assert core.busy(core.epoch, 1e9, FULL, preempted=True) == [Release(route(P, Q)), Fail(FULL)]
+    assert core.busy(core.epoch, 1e9, FULL, preempted=True) == [Release(route(P, Q).hops), Fail(FULL)]
 
 
 @pytest.mark.parametrize(
@@ -253,9 +258,14 @@ def test_whatever_breaks_a_route_leads_to_another_one(
     if state is State.PAUSING:
         core.busy(1, 0.5, FULL, preempted=False)
     actions = happens(core)
-    assert kinds(actions) == [Release, NeedRoute]
+    lost = core._lost | core._avoid
+    assert kinds(actions) == ([Release, NeedRoute] if lost else [NeedRoute])
+    assert isinstance(actions[-1], NeedRoute)
+    assert [hop.peer_id for hop in actions[-1].keep] == [peer for peer in (P, Q) if peer not in lost]
     assert core.timer() == [], "an old timer finds nothing to do"
-    assert core.route_ready(route(P, R)) == [OpenHops(route(P, R), 2, offer=1)]
+    actions = core.route_ready(route(P, R))
+    assert kinds(actions) == ([OpenHops] if lost else [Release, OpenHops])
+    assert keeping(actions) == (1, 0)
     assert [s.step for s in sent(opened(core))] == [step]
     assert core.result(step, 1) == []
     assert kinds(core.result(step, 2)) == [StepDone]
@@ -273,7 +283,7 @@ def test_a_peer_that_declined_is_avoided_from_then_on_and_a_stranger_does_not_ma
     core.submit(1, 1, 0)
     assert core.refused(R, 1, LOST) == core.hop_lost(R, LOST) == core.refused(Q, 0, LOST) == []
     assert core.forgotten(0, FORGOT) == core.busy(0, 1.0, FULL, preempted=True) == []
-    assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}))
+    assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}), route(P).hops)
 
 
 def test_a_session_without_progress_fails_after_its_attempts_also_when_every_replay_succeeds() -> None:
@@ -284,7 +294,7 @@ def test_a_session_without_progress_fails_after_its_attempts_also_when_every_rep
         core.route_ready(route(P, Q))
         replay, _ = sent(opened(core))
         core.result(replay.step, core.epoch)
-    assert core.hop_lost(P, LOST) == [Release(route(P, Q)), Fail(LOST)]
+    assert core.hop_lost(P, LOST) == [Release(route(P, Q).hops), Fail(LOST)]
 
 
 def test_a_result_renews_the_attempts() -> None:
@@ -303,11 +313,11 @@ def test_a_result_renews_the_attempts() -> None:
 def test_giving_up_fails_and_closing_releases_and_both_are_final() -> None:
     core = ready()
     core.submit(1, 1, 0)
-    assert core.give_up(FORGOT) == [Release(route(P, Q)), Fail(FORGOT)]
+    assert core.give_up(FORGOT) == [Release(route(P, Q).hops), Fail(FORGOT)]
     assert core.give_up(FORGOT) == core.close() == []
     core = ready()
     step, _ = core.submit(1, 1, 0)
-    assert core.close() == [Release(route(P, Q))]
+    assert core.close() == [Release(route(P, Q).hops)]
     assert core.close() == core.result(step, 1) == core.hop_lost(P, LOST) == core.timer() == []
     assert not core.alive
 
@@ -389,7 +399,7 @@ def test_what_every_hop_holds_and_nobody_wants_to_hear_is_not_sent() -> None:
     core = SessionCore(SESSION, SessionConfig())
     for first, want_from in ((0, 4), (4, 4), (8, 3)):
         core.submit(first, 4, want_from)
-    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 1, offer=12)]
+    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 1, offer=12, keep=(0, 0))]
     actions = opened(core, 12, 6)  # the hop that holds less decides
     assert kinds(actions) == [Skip, SendStep, SendStep]
     assert isinstance(actions[0], Skip)
@@ -412,8 +422,10 @@ def test_a_replay_starts_where_every_hop_holds_the_session() -> None:
     core = ready(SessionConfig(chunk_positions=4), positions=10)
     core.submit(10, 1, 0)
     core.hop_lost(P, LOST)
-    assert core.route_ready(route(R, Q)) == [OpenHops(route(R, Q), 2, offer=11)]
-    assert spans(opened(core, 6, 8)) == [(6, 4, 4), (10, 1, 0)]
+    assert core.route_ready(route(R, Q)) == [OpenHops(route(R, Q), 2, offer=11, keep=(0, 11))]
+    actions = opened(core, 6, 8)
+    assert spans(actions) == [(6, 2, 2), (8, 2, 2), (10, 1, 0)]
+    assert [step.until for step in sent(actions)] == [1, None, None], "Q hears nothing twice"
 
 
 def test_steps_that_are_all_held_are_answered_without_a_word() -> None:
@@ -430,7 +442,7 @@ def test_positions_that_a_pending_step_undoes_are_not_offered() -> None:
     core.submit(0, 8, 8)
     core.submit(8, 8, 8)
     core.submit(5, 2, 2)
-    assert core.route_ready(route(P)) == [OpenHops(route(P), 1, offer=0)]
+    assert core.route_ready(route(P)) == [OpenHops(route(P), 1, offer=0, keep=(0,))]
     assert spans(opened(core, 8)) == [(0, 8, 8), (8, 8, 8)]
 
 
@@ -438,7 +450,7 @@ def test_behind_a_window_the_same_hops_hear_everything_again() -> None:
     core = ready(SessionConfig(max_attempts=2), positions=8)
     step, _ = core.submit(3, 1, 0)
     assert core.behind_window(0, FORGOT) == [], "of an older epoch"
-    assert core.behind_window(1, FORGOT) == [OpenHops(route(P, Q), 2, offer=4)]
+    assert core.behind_window(1, FORGOT) == [OpenHops(route(P, Q), 2, offer=4, keep=(0, 0))]
     replay, again = sent(opened(core, 2, 3))
     assert (replay.first, replay.count, replay.replay) == (2, 1, True), "the shortest that all hops kept counts"
     assert again == PendingStep(step=step, first=3, count=1, want_from=0)
@@ -449,7 +461,7 @@ def test_behind_a_window_the_same_hops_hear_everything_again() -> None:
 def test_a_fork_from_behind_a_window_is_a_session_of_its_own() -> None:
     child = ready(positions=8).fork(CHILD)
     child.submit(3, 1, 0)
-    assert child.behind_window(1, FORGOT) == [OpenHops(route(P, Q), 2, offer=4)]
+    assert child.behind_window(1, FORGOT) == [OpenHops(route(P, Q), 2, offer=4, keep=(0, 0))]
     assert not child.unborn
     assert spans(opened(child)) == [(0, 3, 3), (3, 1, 0)]
 
@@ -460,8 +472,8 @@ def test_after_a_gap_behind_held_positions_no_hop_is_believed_any_more() -> None
     core.route_ready(route(P, Q))
     assert spans(opened(core, 8, 8)) == [(7, 1, 0)]
     core.forgotten(1, FORGOT, gap_at=step)
-    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 2, offer=0)]
-    assert spans(opened(core, 8, 8)) == [(0, 8, 7)]
+    assert core.route_ready(route(P, Q)) == [OpenHops(route(P, Q), 2, offer=0, keep=(0, 0))]
+    assert spans(opened(core, 0, 0)) == [(0, 8, 7)]
 
 
 def test_a_parent_whose_route_is_not_settled_does_not_lend_it() -> None:
@@ -493,6 +505,8 @@ class Held:
     epoch: int
     next: PeerId | None
     tokens: list[int] = field(default_factory=list)
+    journal: int = 0
+    """The hop can send again what it sent from this position on."""
     answers: OrderedDict[StepId, Message] = field(default_factory=OrderedDict)
     preempted: bool = False
     offered: tuple[int, ...] = ()
@@ -515,6 +529,8 @@ class Message:
     digests: tuple[int, ...] = ()
     next: PeerId | None = None
     held: int = 0
+    """With an "opened", and of what a hop is told to keep with an "open"."""
+    journal: int = 0
 
 
 @dataclass
@@ -529,9 +545,15 @@ class Owner:
     expected: dict[StepId, int] = field(default_factory=dict)
     """Digest of the whole sequence behind each unanswered step, in order of submission."""
     flying: set[StepId] = field(default_factory=set)
+    keep: tuple[PeerId, ...] = ()
     routes_without_answer: int = 0
     waited_s: float = 0.0
     failure: SwarmError | None = None
+    pace: Pace = field(default_factory=Pace)
+    heard_at_s: float = 0.0
+    """The last sign of life."""
+    waiting: bool = False
+    """For another one."""
 
     @property
     def idle(self) -> bool:
@@ -542,8 +564,10 @@ class World:
     """One client, three spans with three peers each, and a channel per direction, session and epoch.
 
     A channel keeps its order, and channels overtake each other: so frames of different epochs are reordered. The caller
-    decides what happens next (`events`, `fire`) and which faults occur.
+    decides what happens next (`events`, `fire`) and which faults occur; each event takes a moment of a virtual clock.
     """
+
+    TICK_S = 0.05
 
     def __init__(self) -> None:
         self.hops: dict[PeerId, dict[SessionId, Held]] = {peer: {} for peer in PEERS}
@@ -551,7 +575,14 @@ class World:
         """Under what a client said it would send, what it did send."""
         self.skipped = 0
         self.replays = 0
+        self.replayed = 0
+        """Positions that came from a journal."""
+        self.now_s = 0.0
+        self.given_up = 0
+        """Sessions that lost a hop by its silence."""
         self.dead: set[PeerId] = set()
+        self.stopped: set[PeerId] = set()
+        """Neither work nor answer, and their connections stand."""
         self.leaving: set[PeerId] = set()
         self.busy: set[PeerId] = set()
         """Refuse the next step, or open, with "busy"."""
@@ -618,6 +649,7 @@ class World:
 
     def revive(self, peer: PeerId) -> None:
         self.dead.discard(peer)
+        self.stopped.discard(peer)
 
     def forget(self, peer: PeerId) -> None:
         for session in self.hops[peer]:
@@ -628,10 +660,19 @@ class World:
         held = self.hops[peer][session]
         self._disturb(self.owners[session])
         held.tokens.clear()
+        held.journal = 0
         held.answers.clear()
         held.preempted = True
         held.described = 0
         self._reply(peer, Message("preempted", session, held.epoch, peer))
+
+    def stop(self, peer: PeerId) -> None:
+        self.stopped.add(peer)
+
+    def evict(self, peer: PeerId) -> None:
+        """The peer has no room for its journals."""
+        for held in self.hops[peer].values():
+            held.journal = len(held.tokens)
 
     def duplicate(self, key: Channel) -> None:
         channel = self.channels[key]
@@ -647,19 +688,40 @@ class World:
     # What may happen next.
 
     def num_events(self) -> int:
-        return len(self.channels) + len(self.deferred)
+        return len(self._moving()) + len(self.deferred)
 
     def fire(self, number: int) -> None:
-        if number < len(self.channels):
-            self._deliver(next(itertools.islice(self.channels, number, None)))
+        moving = self._moving()
+        if number < len(moving):
+            self._deliver(moving[number])
         else:
-            self._defer(self.deferred.pop(number - len(self.channels)))
+            self._defer(self.deferred.pop(number - len(moving)))
+        self.wait(self.TICK_S)
+
+    def wait(self, seconds: float) -> None:
+        """Give up the hops that were silent for too long; those that only work for long answer pings."""
+        self.now_s += seconds
+        for owner in self.owners.values():
+            core, silent_s = owner.core, self.now_s - owner.heard_at_s
+            if core.outstanding and silent_s > owner.pace.silence_s(max((s.count for s in core.pending), default=1)):
+                assert core.route is not None
+                silent = [hop.peer_id for hop in core.route.hops if hop.peer_id in self.stopped]
+                owner.heard_at_s = self.now_s
+                if silent:
+                    assert silent_s <= max(2.0, 3 * owner.pace.usual_s(4)) + seconds
+                    self._disturb(owner)
+                    self.given_up += 1
+                    self._perform(owner, core.hop_lost(silent[0], LOST))
+
+    def _moving(self) -> list[Channel]:
+        return [key for key in self.channels if key[1] not in self.stopped and key[0] not in self.stopped]
 
     def settle(self, choose: Callable[[int], int]) -> None:
         """No more faults: everything that can happen happens, in an order of the caller's choice."""
         self.busy.clear()
         self.dead.clear()
         self.leaving.clear()
+        self.stopped.clear()
         for _ in range(20_000):
             if events := self.num_events():
                 self.fire(choose(events))
@@ -700,21 +762,28 @@ class World:
 
     def _perform(self, owner: Owner, actions: Sequence[Action]) -> None:
         core = owner.core
+        if core.outstanding and not owner.waiting:
+            owner.heard_at_s = self.now_s
+        owner.waiting = core.outstanding
         for action in actions:
             match action:
-                case NeedRoute():
+                case NeedRoute(_, keep):
+                    owner.keep = tuple(hop.peer_id for hop in keep)
                     self.deferred.append(("plan", core.session, None))
-                case OpenHops(route, epoch, offer):
+                case OpenHops(route, epoch, offer, keep, _):
                     assert offer <= len(owner.history)
                     offered = tuple(owner.history[:offer])
                     owner.flying.clear()
                     owner.routes_without_answer += 1
+                    owner.flying.clear()
                     assert owner.routes_without_answer <= CONFIG.max_attempts + 1 + 60 / 0.05
                     for index, hop in enumerate(route.hops):
                         following = route.hops[index + 1].peer_id if index + 1 < len(route.hops) else None
                         if hop.peer_id in self.dead:
                             self.deferred.append(("lost", core.session, hop.peer_id))
-                        message = Message("open", core.session, epoch, CLIENT, tokens=offered, next=following)
+                        message = Message(
+                            "open", core.session, epoch, CLIENT, tokens=offered, next=following, held=keep[index]
+                        )
                         self._post(CLIENT, hop.peer_id, message, "control")
                 case Skip(positions, steps):
                     self.skipped += positions
@@ -733,16 +802,20 @@ class World:
                     tokens = owner.rows.get(step.step) or tuple(owner.history[step.first : step.first + step.count])
                     tokens = tokens[-step.count :]
                     assert len(tokens) == step.count
-                    message = Message("step", core.session, epoch, CLIENT, step, tokens)
-                    self._post(CLIENT, core.route.hops[0].peer_id, message, epoch)
+                    if step.hop:
+                        message = Message("replay", core.session, epoch, CLIENT, step)
+                        self._post(CLIENT, core.route.hops[step.hop - 1].peer_id, message, ("replay", epoch))
+                        self.replayed += step.count
+                    else:
+                        message = Message("step", core.session, epoch, CLIENT, step, tokens)
+                        self._post(CLIENT, core.route.hops[0].peer_id, message, epoch)
                 case StepDone(step):
                     assert step.step in owner.expected, "once"
                     # a hop that lost a push may hold its positions from an earlier session, and run what follows
                     lost = (core.session, core.epoch) in self.disturbed
                     assert lost or step.step == next(iter(owner.expected)), "in order of submission"
-                case Release(route):
-                    owner.flying.clear()
-                    for hop in route.hops:
+                case Release(hops):
+                    for hop in hops:
                         self._post(CLIENT, hop.peer_id, Message("close", core.session, 0, CLIENT), "control")
                 case Wait(delay_s):
                     owner.waited_s += delay_s
@@ -760,7 +833,7 @@ class World:
         self.log.append(event)
         if kind == "plan":
             self._routes += 1
-            self._perform(owner, self._plan(owner))
+            self._perform(owner, self._plan(owner, owner.keep))
         elif kind == "timer":
             if owner.core.state is State.PAUSING:
                 owner.flying.clear()
@@ -768,10 +841,14 @@ class World:
         elif peer is not None:
             self._perform(owner, owner.core.hop_lost(peer, LOST))
 
-    def _plan(self, owner: Owner) -> list[Action]:
+    def _plan(self, owner: Owner, keep: tuple[PeerId, ...]) -> list[Action]:
         hops = []
         for span in "ABC":
-            alive = [p for p in PEERS if p[0] == span and p not in self.dead and p not in owner.core._avoid]
+            if kept := [peer for peer in keep if peer[0] == span and peer not in self.dead | self.stopped]:
+                hops.append(kept[0])
+                continue
+            gone = self.dead | owner.core._avoid | owner.core._lost
+            alive = [peer for peer in PEERS if peer[0] == span and peer not in gone]
             if not alive:
                 return owner.core.no_route(NoRoute(f"nobody serves {span}"))
             hops.append(alive[self._routes % len(alive)])
@@ -795,8 +872,8 @@ class World:
         sessions, session, epoch = self.hops[peer], message.session, message.epoch
         held = sessions.get(session)
 
-        def answer(kind: str, held: int = 0) -> None:
-            self._reply(peer, Message(kind, session, epoch, peer, message.step, held=held))
+        def answer(kind: str, held: int = 0, journal: int = 0) -> None:
+            self._reply(peer, Message(kind, session, epoch, peer, message.step, held=held, journal=journal))
 
         if message.kind == "close":
             sessions.pop(session, None)
@@ -808,12 +885,19 @@ class World:
             elif peer in self.busy:
                 self.busy.discard(peer)
                 answer("busy")
+            elif held is not None and message.held:
+                held.epoch, held.next = epoch, message.next
+                del held.tokens[message.held :]
+                held.answers.clear()
+                answer("opened", len(held.tokens), min(held.journal, len(held.tokens)))
             else:
                 offered, kept = message.tokens, self.kept[peer]
                 length = max((n for n in range(len(offered) + 1) if offered[:n] in kept), default=0)
                 tokens = list(kept.get(offered[:length], ()))
-                sessions[session] = Held(epoch, message.next, tokens, offered=offered, described=len(offered))
-                answer("opened", length)
+                sessions[session] = Held(epoch, message.next, tokens, length, offered=offered, described=len(offered))
+                answer("opened", length, length)
+        elif message.kind == "replay":
+            self._replay(peer, message, held, answer)
         else:
             self._step(peer, message, held, answer)
 
@@ -824,7 +908,8 @@ class World:
         before = held
         if held is None and step.parent is not None and (source := sessions.get(step.parent)) is not None:
             before = source
-            held = Held(source.epoch, source.next, source.tokens[: step.first], preempted=source.preempted)
+            tokens = source.tokens[: step.first]
+            held = Held(source.epoch, source.next, tokens, min(source.journal, step.first), preempted=source.preempted)
         if held is None:
             answer("forgot")
         elif held.epoch != message.epoch:
@@ -845,10 +930,11 @@ class World:
             self.replays += 1
             answer("replay")
         else:
-            if not owner.core.alive or message.epoch != owner.core.epoch:
+            if not (owner.core.uses(peer) and message.epoch == owner.core.epoch):
                 self.resurrected.add(message.session)
             sessions[message.session] = held
             del held.tokens[step.first :]
+            held.journal = min(held.journal, step.first)
             held.tokens += message.tokens
             held.preempted = False
             if step.first < held.sent:
@@ -863,8 +949,22 @@ class World:
                 held.answers.popitem(last=False)
             self._pass_on(peer, held, output)
 
+    def _replay(self, peer: PeerId, message: Message, held: Held | None, answer: Callable[[str], None]) -> None:
+        step = message.step
+        assert step is not None
+        end = step.first + step.count
+        if held is None or held.epoch != message.epoch:
+            answer("forgot")
+        elif step.first < held.journal or end > len(held.tokens):
+            answer("evicted")
+        else:
+            assert held.next is not None
+            tokens = tuple(held.tokens[step.first : end])
+            self._post(peer, held.next, Message("step", message.session, held.epoch, peer, step, tokens), held.epoch)
+
     def _pass_on(self, peer: PeerId, held: Held, output: Message) -> None:
-        if held.next is None:
+        assert output.step is not None
+        if held.next is None or output.step.until == "ABC".index(peer[0]) + 1:
             self._reply(
                 peer, Message("result", output.session, output.epoch, peer, output.step, digests=output.digests)
             )
@@ -876,7 +976,10 @@ class World:
         core = owner.core
         match message.kind:
             case "opened":
-                self._perform(owner, core.opened(peer, "ABC".index(peer[0]), epoch, message.held))
+                start = "ABC".index(peer[0])
+                self._perform(owner, core.opened(peer, start, epoch, message.held, message.journal))
+            case "evicted":
+                self._perform(owner, core.journal_lost(peer, epoch, FORGOT))
             case "forgot":
                 self._perform(owner, core.forgotten(epoch, FORGOT))
             case "replay":
@@ -898,10 +1001,14 @@ class World:
         actions = owner.core.result(step.step, message.epoch)
         if message.epoch == owner.core.epoch:
             owner.flying.discard(step.step)
+        if actions:
+            owner.pace.answered(step.count, self.now_s - owner.heard_at_s)
+            owner.heard_at_s = self.now_s
         done = [action for action in actions if isinstance(action, StepDone)]
         self._perform(owner, done)
         for action in done:
-            assert message.digests == (owner.expected.pop(action.step.step),) * 3, "every hop held the right positions"
+            digests = (owner.expected.pop(action.step.step),) * (3 - action.step.hop)
+            assert message.digests == digests, "every hop held the right positions"
             del owner.rows[action.step.step]
             owner.routes_without_answer, owner.waited_s = 0, 0.0
         self._perform(owner, [action for action in actions if not isinstance(action, StepDone)])
@@ -914,9 +1021,12 @@ def simulate(seed: int) -> World:
     fault_rate = rng.choice([0.0, 0.05, 0.2, 0.4])
     for _ in range(rng.randrange(20, 90)):
         live = [owner for owner in world.owners.values() if owner.core.alive]
+        events = world.num_events()
         if rng.random() < fault_rate:
             fault(rng, world)
-        elif (rng.random() < 0.15 and live) or not (events := world.num_events()):
+        elif not events and world.stopped and rng.random() < 0.5:
+            world.wait(1.0)
+        elif (rng.random() < 0.15 and live) or not events:
             act(rng, world, live)
         else:
             world.fire(rng.randrange(events))
@@ -950,15 +1060,35 @@ def act(rng: random.Random, world: World, live: list[Owner]) -> None:
 def fault(rng: random.Random, world: World) -> None:
     peer = rng.choice(PEERS)
     keys = list(world.channels)
-    match rng.choice(["die", "revive", "forget", "busy", "busy", "preempt", "leave", "duplicate", "drop", "drop"]):
+    match rng.choice(
+        [
+            "die",
+            "die",
+            "stop",
+            "revive",
+            "forget",
+            "busy",
+            "busy",
+            "preempt",
+            "leave",
+            "evict",
+            "duplicate",
+            "drop",
+            "drop",
+        ]
+    ):
         case "die" if len(world.dead) < 5:
             world.die(peer)
+        case "stop" if len(world.stopped) < 2:
+            world.stop(peer)
         case "revive":
             world.revive(peer)
         case "forget":
             world.forget(peer)
         case "busy":
             world.busy.add(peer)
+        case "evict":
+            world.evict(peer)
         case "preempt" if world.hops[peer]:
             world.preempt(peer, rng.choice(list(world.hops[peer])))
         case "leave" if len(world.leaving) < 2:
@@ -972,11 +1102,11 @@ def fault(rng: random.Random, world: World) -> None:
             pass
 
 
-SEEDS = [int(os.environ["SEED"])] if "SEED" in os.environ else range(1500)
+SEEDS = [int(os.environ["SEED"])] if "SEED" in os.environ else range(int(os.environ.get("SEEDS", "1500")))
 
 
 def test_every_seed_answers_every_step_once_and_leaves_nothing_open() -> None:
-    failed = answered = skipped = replays = 0
+    failed = answered = skipped = replays = replayed = given_up = 0
     for seed in SEEDS:
         try:
             world = simulate(seed)
@@ -986,8 +1116,10 @@ def test_every_seed_answers_every_step_once_and_leaves_nothing_open() -> None:
         answered += sum(owner.failure is None for owner in world.owners.values())
         skipped += world.skipped
         replays += world.replays
+        replayed += world.replayed
+        given_up += world.given_up
     assert answered > failed, "the world is so bad that it proves nothing"
-    assert (skipped and replays) or len(SEEDS) == 1
+    assert (skipped and replays and replayed and given_up) or len(SEEDS) == 1
 
 
 def test_the_same_seed_tells_the_same_story() -> None:
@@ -1040,7 +1172,7 @@ class SessionMachine(RuleBasedStateMachine):
             if self.world.num_events():
                 self.world.fire(0)
 
-    @rule(peer=peers, what=st.sampled_from(["die", "revive", "forget"]))
+    @rule(peer=peers, what=st.sampled_from(["die", "stop", "revive", "forget", "evict"]))
     def a_peer(self, peer: PeerId, what: str) -> None:
         getattr(self.world, what)(peer)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from routing.errors import NoRoute, SwarmError
@@ -28,19 +29,18 @@ WITHOUT_ROUTE_S: Final = 0.5
 
 @dataclass(slots=True)
 class Reader:
-    """A user who asks again and again until told to stop, and what became of it."""
+    """A user who asks again and again until told to stop."""
 
+    notebook: Notebook
     user: User
     prompts: list[list[int]]
     expected: list[list[int]]
-    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def read(self, over: threading.Event) -> None:
-        while not over.is_set():
-            number = len(self.rows) % len(self.prompts)
-            row = self._ask(self.prompts[number], self.expected[number])
-            self.rows.append(row)
-            if row["error"]:
+        for prompt, expected in itertools.cycle(zip(self.prompts, self.expected, strict=True)):
+            if over.is_set():
+                return
+            if self.notebook.row(**self._ask(prompt, expected))["error"]:
                 over.wait(WITHOUT_ROUTE_S)
 
     def _ask(self, prompt: list[int], expected: list[int]) -> dict[str, Any]:
@@ -59,10 +59,11 @@ class Reader:
             error, gap = str(failed), True
         except (SwarmError, TimeoutError) as failed:
             error = f"{type(failed).__name__}: {failed}"
+        now_s = time.monotonic()
         return {
-            "user": self.user.host.name, "at_s": began_s, "seconds": time.monotonic() - began_s, "tokens": last[0],
-            "waited_s": time.monotonic() - last[1], "identical": same, "retries": traffic.rebuilds - before,
-            "gap": gap, "error": error,
+            "user": self.user.host.name, "at_s": began_s - self.notebook.started_s, "seconds": now_s - began_s,
+            "tokens": last[0], "waited_s": now_s - last[1], "identical": same,
+            "retries": traffic.rebuilds - before, "gap": gap, "error": error,
         }  # fmt: skip
 
 
@@ -77,37 +78,34 @@ def run(notebook: Notebook) -> None:
         for name in names:
             prompts = [notebook.prompt(PROMPT) for _ in range(4)]
             expected = [notebook.local(prompt, COUNT) for prompt in prompts]
-            readers.append(Reader(swarm.add_user(name), prompts, expected))
+            readers.append(Reader(notebook, swarm.add_user(name), prompts, expected))
         over = threading.Event()
         threads = [threading.Thread(target=reader.read, args=(over,)) for reader in readers]
         for thread in threads:
             thread.start()
-        began_s = time.monotonic()
         try:
-            moves = churn(notebook, swarm, began_s + length_s)
+            moves = churn(notebook, swarm, length_s)
         finally:
             over.set()
             for thread in threads:
                 thread.join()
-        for reader in readers:
-            for row in reader.rows:
-                notebook.row(**row | {"at_s": row["at_s"] - began_s})
         notebook.saw(network)
         notebook.network["moves"] = moves
     report(notebook)
 
 
-def churn(notebook: Notebook, swarm: LabSwarm, until_s: float) -> list[dict[str, Any]]:
+def churn(notebook: Notebook, swarm: LabSwarm, length_s: float) -> list[dict[str, Any]]:
     """Every period one joins and one leaves, with each of the first two a bootstrap as well; returns who and when."""
     rng, moves = notebook.rng, []
     began_s = time.monotonic()
-    while (at_s := began_s + PERIOD_S * (1 + len(moves))) < until_s:
-        time.sleep(max(0.0, at_s - time.monotonic()))
+    while (next_s := PERIOD_S * (1 + len(moves))) < length_s:
+        time.sleep(max(0.0, began_s + next_s - time.monotonic()))
         leaving = rng.choice(sorted(host for host, peer in swarm.peers.items() if peer.running))
         free = next(host for host in HOSTS if host not in swarm.peers)
         hard = len(moves) % 2 == 0
         peer = swarm.peers.pop(leaving)
-        move = {"at_s": round(time.monotonic() - began_s, 1), "joins": free, "leaves": leaving, "killed": hard}
+        at_s = round(time.monotonic() - notebook.started_s, 1)
+        move = {"at_s": at_s, "joins": free, "leaves": leaving, "killed": hard}
         swarm.add_peer(free, None, "--num-blocks", str(len(range(*SPANS[0]))), wait=False)
         if not hard:
             with contextlib.suppress(NodeFailed):  # it drains for too long

@@ -143,9 +143,9 @@ class Interleavings(RuleBasedStateMachine):
     def teardown(self) -> None:
         for sequence in self.sequences:
             self.engine.release(sequence.session)
+        self.run(self.engine.stop())  # what was cancelled may still be in a forward, and frees its pages when that ends
         stats = self.engine.stats()
         assert (stats.free_tokens, stats.queued_tokens, stats.sessions) == (stats.total_tokens, 0, 0)
-        self.run(self.engine.stop())
         self.loop.close()
 
 

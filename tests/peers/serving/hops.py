@@ -140,7 +140,7 @@ class Hop:
     @property
     def empty(self) -> bool:
         in_flight = sum(account.bytes_in_flight for account in self.admission.accounts.values())
-        return not self.engine.sessions and not len(self.ledger) and not in_flight
+        return not self.engine.sessions and not len(self.ledger) and not len(self.handler.journal) and not in_flight
 
     async def close(self) -> None:
         assert self.running is not None
@@ -175,13 +175,18 @@ class Client:
 
     async def next(self, kind: type[AMessage], *, timeout_s: float = 1000.0) -> tuple[AMessage, bytes]:
         """The next message of any kind, which must be of this one."""
+        _, message, payload = await self.next_from(kind, timeout_s=timeout_s)
+        return message, payload
+
+    async def next_from(self, kind: type[AMessage], *, timeout_s: float = 1000.0) -> tuple[Link, AMessage, bytes]:
+        """The same, and over which link it came."""
         async with asyncio.timeout(timeout_s):
             while not self.inbox:
                 self._arrived.clear()
                 await self._arrived.wait()
-        _, message, payload = self.inbox.pop(0)
+        link, message, payload = self.inbox.pop(0)
         assert isinstance(message, kind), message
-        return message, payload
+        return link, message, payload
 
     async def open(self, hops: Sequence[Hop], session: int = 1, epoch: int = 1, **changes: Any) -> None:
         for message, hop in zip(self.opens(hops, session, epoch, **changes), hops, strict=True):

@@ -1,0 +1,41 @@
+"""How long the answers of one route usually take, and so after which silence a peer is given up. Pure.
+
+Steps of a few positions are timed as they are, and prompts by position; time is counted from one sign of life to the
+next, because so is silence.
+"""
+
+from __future__ import annotations
+
+SILENCE_S_MIN = 2.0
+PATIENCE = 3.0
+"""Times the usual time."""
+STEP_POSITIONS = 16
+"""Up to so many, a step takes about as long as for one."""
+_SMOOTHING = 0.3
+
+
+class Pace:
+    """Measurements of one route."""
+
+    def __init__(self) -> None:
+        self._step_s = 0.0
+        self._position_s = 0.0
+
+    def answered(self, positions: int, seconds: float) -> None:
+        """A step over so many positions was answered, so long after the last sign of life."""
+        if positions <= STEP_POSITIONS:
+            self._step_s = _smoothed(self._step_s, seconds)
+        else:
+            self._position_s = _smoothed(self._position_s, seconds / positions)
+
+    def usual_s(self, positions: int) -> float:
+        """0 while nothing like it was measured."""
+        return self._step_s if positions <= STEP_POSITIONS else max(self._step_s, positions * self._position_s)
+
+    def silence_s(self, positions: int) -> float:
+        """A peer that neither answers a step over so many positions nor a ping for this long is given up."""
+        return max(SILENCE_S_MIN, PATIENCE * self.usual_s(positions))
+
+
+def _smoothed(known_s: float, new_s: float) -> float:
+    return known_s + _SMOOTHING * (new_s - known_s) if known_s else new_s

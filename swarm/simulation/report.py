@@ -1,0 +1,105 @@
+"""What a simulation found: numbers for programs, lines for people, a page with curves."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from swarm.simulation.world import SimulationConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One moment, in seconds since counting began."""
+
+    at_s: float
+    tokens_per_s: float
+    bound_tokens_per_s: float
+    covered: bool
+    peers: int
+    """Online."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that was counted after the warm-up."""
+
+    config: SimulationConfig
+    samples: tuple[Sample, ...]
+    tokens_per_s: float
+    """Through all blocks: prompts, replays and new ones."""
+    written_tokens_per_s: float
+    """New ones alone."""
+    bound_tokens_per_s: float
+    """The mean of the maximum flow."""
+    coverage: float
+    """The share of seconds in which every block had an online peer."""
+    first_token_s: float
+    """Median."""
+    fairness: float
+    """Jain's index over users."""
+    slowest_to_mean: float
+    joins: int
+    moves: int
+    heals: int
+    """Moves because of a gap."""
+    healed_s_max: float
+    """The longest gap."""
+    downloaded_bytes: int
+    broken_routes: int
+    hops: float
+    """Mean, per route."""
+
+    @property
+    def of_bound(self) -> float:
+        return self.tokens_per_s / self.bound_tokens_per_s if self.bound_tokens_per_s else 0.0
+
+    def as_plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        plain = asdict(self)
+        plain["samples"] = [asdict(sample) for sample in self.samples]
+        return plain | {"of_bound": self.of_bound, "moves_per_join": self.moves / max(1, self.joins)}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        c = self.config
+        return [
+            f"{c.peers:,} peers, {c.users:,} users, {c.minutes:g} minutes, "
+            f"{c.churn_per_hour:.0%} churn per hour, seed {c.seed}",
+            f"throughput   {self.tokens_per_s:,.0f} tokens/s, {self.of_bound:.1%} of the maximum flow "
+            f"({self.bound_tokens_per_s:,.0f}); {self.written_tokens_per_s:,.0f} of them new",
+            f"first token  {self.first_token_s:.2f} s (median), over {self.hops:.1f} hops",
+            f"fairness     {self.fairness:.3f} (Jain); the slowest user has {self.slowest_to_mean:.0%} of the mean",
+            f"coverage     {self.coverage:.3%} of the time; longest gap {self.healed_s_max:.0f} s",
+            f"placement    {self.joins} joins, {self.moves} moves, {self.heals} of them to close a gap; "
+            f"{self.downloaded_bytes / 1e9:,.0f} GB downloaded",
+            f"routes       {self.broken_routes} broken by churn and moves",
+        ]
+
+    def page(self) -> str:
+        """A self-contained HTML page."""
+        curves = {
+            "tokens/s": [sample.tokens_per_s for sample in self.samples],
+            "maximum flow": [sample.bound_tokens_per_s for sample in self.samples],
+        }
+        peers = {"peers online": [float(sample.peers) for sample in self.samples]}
+        text = "\n".join(map(html.escape, self.lines()))
+        return (
+            "<!doctype html><meta charset=utf-8><title>swarm simulate</title>"
+            "<style>body{font:14px sans-serif;margin:2em}svg{border:1px solid #ccc}</style>"
+            f"<pre>{text}</pre>{_chart(curves)}{_chart(peers)}\n"
+        )
+
+
+def _chart(curves: dict[str, list[float]], width: int = 800, height: int = 240) -> str:
+    top = max((value for values in curves.values() for value in values), default=1.0) or 1.0
+    parts, colours = [], ("#1668a8", "#c2410c", "#15803d")
+    for index, (name, values) in enumerate(curves.items()):
+        step = width / max(1, len(values) - 1)
+        points = " ".join(f"{at * step:.1f},{height * (1 - value / top / 1.1):.1f}" for at, value in enumerate(values))
+        colour = colours[index % len(colours)]
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
+        parts.append(f'<text x="8" y="{18 + 16 * index}" fill="{colour}">{html.escape(name)}</text>')
+    parts.append(f'<text x="{width - 90}" y="18">top {top * 1.1:,.0f}</text>')
+    return f'<p><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}">{"".join(parts)}</svg></p>'

@@ -1,0 +1,392 @@
+"""Runs a simulated swarm second by second, with the decisions of real nodes.
+
+Owns time, churn, queues and what is counted. Nodes read records and renew them every RECORD_RENEW_S, as real ones do,
+so everybody decides from what is some seconds old. Deterministic: same configuration, same report.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Final
+
+from routing.coordinates import Coordinate
+from routing.errors import NoRoute
+from routing.flow import BATCH, GOLDEN, by_span, max_flow
+from routing.ids import BlockSpan, BlockSpans, PeerId
+from routing.path import gaps
+from routing.placement import TURN_S, choose_move, choose_span, gives_way
+from routing.records import RECORD_LIFETIME_S, RECORD_RENEW_S, Announcement, PeerState
+from routing.router import Route, Router, RouteRequest
+from swarm.simulation.report import Report, Sample
+from swarm.simulation.world import (
+    BYTES_PER_TOKEN,
+    MODEL,
+    Peer,
+    SimulationConfig,
+    draw_peer,
+    draw_place,
+    round_trip_s,
+)
+
+REPAIR_S: Final = 1.5
+"""What a user waits when a hop of its route died: the worst median that the lab may show."""
+LOOK_S: Final = 4.0
+SETTLE_S: Final = 3.0
+REST_S: Final = 600.0
+SAMPLE_S: Final = 10.0
+SLOWDOWN_MAX: Final = 1000.0
+WARM_UP_S: Final = 120.0
+"""Users and queues settle before anything is counted."""
+CHUNK: Final = 64
+"""Tokens of a prompt per step."""
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """A node that users come through."""
+
+    where: Coordinate
+    reads_at_s: float
+    router: Router = field(default_factory=Router)
+    turn: float = 0.0
+    seen: dict[PeerId, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class User:
+    client: Client
+    route: Route | None = None
+    hops: tuple[tuple[Peer, int], ...] = ()
+    trips_s: float = 0.0
+    asked_at_s: float = 0.0
+    resumes_at_s: float = 0.0
+    unread: float = 0.0
+    """Of the prompt, or of what is replayed."""
+    left: float = 0.0
+    prompt: int = 0
+    kept: int = 0
+    """Positions held at each hop."""
+    tokens: float = 0.0
+    """Since counting began."""
+    rate: float = 0.0
+    """Tokens per second, if nobody is asked for more than it can do."""
+
+
+class Simulation:
+    """Guards the state of one run. `run` may be called once."""
+
+    def __init__(self, config: SimulationConfig) -> None:
+        self.config = config
+        self._rng = random.Random(config.seed)
+        self._numbers = itertools.count()
+        self._peers: dict[PeerId, Peer] = {}
+        self._dead: list[Peer] = []
+        """Whose record has not expired yet."""
+        self._counts: Counter[str] = Counter()
+        self._first_token_s: list[float] = []
+        self._open_since_s: float | None = None
+        self._healed_s: list[float] = []
+        self._now_s = 0.0
+        for _ in range(config.peers):
+            self._join(ready=True)
+        self._clients = [
+            Client(draw_place(self._rng), self._rng.uniform(0, RECORD_RENEW_S), turn=self._rng.random())
+            for _ in range(config.clients)
+        ]
+        self._users = [User(self._clients[number % config.clients]) for number in range(config.users)]
+
+    def run(self) -> Report:
+        samples: list[Sample] = []
+        seconds = int(WARM_UP_S + self.config.minutes * 60)
+        covered = counted = 0
+        joins = self._counts["joins"]
+        spread = max(1.0, WARM_UP_S / 2)
+        for user in self._users:  # they do not come all at once
+            user.resumes_at_s = self._rng.uniform(0, spread)
+        done = Counter[str]()
+        for second in range(seconds):
+            self._now_s = float(second)
+            self._live()
+            self._read()
+            processed, written = self._serve()
+            if second < WARM_UP_S:
+                joins, done = self._counts["joins"], Counter(self._counts)
+                continue
+            whole = not self._gaps()
+            covered, counted = covered + whole, counted + 1
+            self._counts["processed"] += round(processed)
+            self._counts["written"] += round(written)
+            if second % SAMPLE_S == 0:
+                samples.append(
+                    Sample(
+                        at_s=second - WARM_UP_S,
+                        tokens_per_s=processed,
+                        bound_tokens_per_s=self._bound(),
+                        covered=whole,
+                        peers=sum(peer.state is PeerState.ONLINE for peer in self._peers.values()),
+                    )
+                )
+        counts = self._counts - done
+        rates = [user.tokens / counted for user in self._users]
+        return Report(
+            config=self.config,
+            samples=tuple(samples),
+            tokens_per_s=counts["processed"] / counted,
+            written_tokens_per_s=counts["written"] / counted,
+            bound_tokens_per_s=statistics.fmean(sample.bound_tokens_per_s for sample in samples),
+            coverage=covered / counted,
+            first_token_s=statistics.median(self._first_token_s) if self._first_token_s else math.nan,
+            fairness=_jain(rates),
+            slowest_to_mean=min(rates) / (statistics.fmean(rates) or 1.0),
+            joins=self._counts["joins"] - joins,
+            moves=counts["moves"],
+            heals=counts["heals"],
+            healed_s_max=max(self._healed_s, default=0.0),
+            downloaded_bytes=counts["downloaded"],
+            broken_routes=counts["broken"],
+            hops=statistics.fmean([len(user.hops) for user in self._users if user.hops] or [0]),
+        )
+
+    # --- peers ---
+
+    def _join(self, *, ready: bool = False) -> None:
+        peer = draw_peer(next(self._numbers), self.config, self._rng)
+        span = choose_span(self._records(), self.config.blocks, peer.max_blocks, self._now_s, peer.decode_s)
+        downloaded = peer.load(BlockSpans.of(span), self._now_s)
+        peer.looks_at_s = self._now_s + self._rng.uniform(0, TURN_S)
+        if ready:
+            peer.state, peer.ready_at_s = PeerState.ONLINE, self._now_s
+        else:
+            self._counts["downloaded"] += downloaded
+        self._counts["joins"] += 1
+        rate = self.config.churn_per_hour / 3600
+        if rate:
+            end_s = self._now_s + self._rng.expovariate(rate)
+            if self._rng.random() < 0.5:
+                peer.dies_at_s = end_s
+            else:
+                peer.leaves_at_s = end_s
+        self._peers[peer.peer_id] = peer
+        peer.announce(self.config.blocks, self._now_s)
+
+    def _live(self) -> None:
+        now_s = self._now_s
+        for peer in list(self._peers.values()):
+            if peer.dies_at_s is not None and now_s >= peer.dies_at_s:
+                del self._peers[peer.peer_id]
+                self._dead.append(peer)
+                self._join()
+            elif peer.leaves_at_s is not None and now_s >= peer.leaves_at_s:
+                if peer.state is PeerState.DRAINING:
+                    del self._peers[peer.peer_id]
+                    self._join()
+                else:
+                    peer.state, peer.leaves_at_s = PeerState.DRAINING, now_s + 2 * RECORD_RENEW_S
+                    peer.announce(self.config.blocks, now_s)
+            elif peer.state is PeerState.JOINING and now_s >= peer.ready_at_s:
+                peer.state, peer.moved_at_s = PeerState.ONLINE, now_s
+                peer.announce(self.config.blocks, now_s)
+            elif peer.record is not None and now_s >= peer.record.expires_at_s - RECORD_LIFETIME_S + RECORD_RENEW_S:
+                peer.announce(self.config.blocks, now_s)
+        self._dead = [peer for peer in self._dead if peer.record and peer.record.expires_at_s > now_s]
+        self._rebalance()
+
+    def _records(self) -> list[Announcement]:
+        """What can be read now: also of the dead, until it expires."""
+        return [peer.record for peer in (*self._peers.values(), *self._dead) if peer.record is not None]
+
+    def _rebalance(self) -> None:
+        """What every peer's `peers.serving.rebalance` would do now. Without a gap they look once a turn: more often
+        changes nothing, because who may move stays the same for a turn."""
+        now_s, records = self._now_s, self._records()
+        online = (span for a in records if a.state is PeerState.ONLINE for span in a.spans)
+        missing = bool(gaps(online, self.config.blocks))
+        if not missing:
+            if self._open_since_s is not None:
+                self._healed_s.append(now_s - self._open_since_s)
+            self._open_since_s = None
+        elif self._open_since_s is None:
+            self._open_since_s = now_s
+        open_for_s = 0.0 if self._open_since_s is None else now_s - self._open_since_s
+        for peer in list(self._peers.values()):
+            if peer.intent is not None:
+                if now_s >= peer.moves_at_s:
+                    self._move(peer, records)
+            elif peer.state is PeerState.ONLINE and (now_s >= peer.looks_at_s or (missing and now_s % LOOK_S == 0)):
+                peer.looks_at_s = now_s + TURN_S
+                move = choose_move(records, peer.peer_id, now_s, open_for_s=open_for_s)
+                if move is not None and (move.heals or now_s - peer.moved_at_s >= REST_S):
+                    peer.intent, peer.moves_at_s = move.intent, now_s + SETTLE_S
+                    peer.announce(self.config.blocks, now_s)
+                    records = self._records()
+
+    def _move(self, peer: Peer, records: list[Announcement]) -> None:
+        intent = peer.intent
+        assert intent is not None
+        if gives_way(records, peer.peer_id, intent):
+            peer.intent = None
+            peer.announce(self.config.blocks, self._now_s)
+            return
+        heals = self._open_since_s is not None
+        room = peer.max_blocks - peer.spans.num_blocks
+        extends = len(intent) <= room and all(intent.end <= s.start or s.end <= intent.start for s in peer.spans)
+        spans = BlockSpans.of(*peer.spans, intent) if heals and extends else BlockSpans.of(intent)
+        self._counts["downloaded"] += peer.load(spans, self._now_s)
+        self._counts["moves"] += 1
+        self._counts["heals"] += heals
+        peer.announce(self.config.blocks, self._now_s)
+
+    # --- users ---
+
+    def _read(self) -> None:
+        for client in self._clients:
+            if self._now_s >= client.reads_at_s:
+                client.reads_at_s += RECORD_RENEW_S
+                fresh = [a for a in self._records() if client.seen.get(a.peer_id, -1) < a.sequence]
+                client.seen.update((a.peer_id, a.sequence) for a in fresh)
+                client.router.on_announcements(fresh, self._now_s)
+
+    def _plan(self, user: User, tokens: int) -> Route | None:
+        client = user.client
+        client.turn = (client.turn + GOLDEN) % 1.0
+        request = RouteRequest(
+            model=MODEL,
+            num_blocks=self.config.blocks,
+            tokens=tokens,
+            bytes_per_token=BYTES_PER_TOKEN,
+            cache_tokens=user.prompt + int(user.left),
+            previous=user.route,
+            spread=client.turn,
+        )
+        try:
+            return client.router.plan(request, self._now_s)
+        except NoRoute:
+            return None
+
+    def _begin(self, user: User) -> None:
+        user.prompt = 1 + int(self._rng.expovariate(1 / self.config.prompt_tokens))
+        user.left = 1.0 + self._rng.expovariate(1 / self.config.new_tokens)
+        user.asked_at_s = self._now_s
+        self._enter(user, self._plan(user, 1))
+
+    def _enter(self, user: User, route: Route | None) -> None:
+        """Take a route, or wait for one; what is held already is replayed as a prompt."""
+        self._free(user)
+        now_s, client = self._now_s, user.client
+        if route is None:
+            user.resumes_at_s = now_s + 1
+            return
+        found = [self._peers.get(hop.peer_id) for hop in route.hops]
+        for hop, peer in zip(route.hops, found, strict=True):
+            if peer is None or not peer.spans.covers(hop.span) or peer.state is not PeerState.ONLINE:
+                client.router.on_failure(hop.peer_id, now_s, "no answer")
+                user.resumes_at_s = now_s + 1
+                return
+        user.route = route
+        user.hops = tuple(
+            (peer, len(hop.span)) for peer, hop in zip(found, route.hops, strict=True) if peer is not None
+        )
+        places = [client.where, *(peer.where for peer, _ in user.hops), client.where]
+        user.trips_s = sum(round_trip_s(a, b) / 2 for a, b in itertools.pairwise(places))
+        user.unread = float(user.prompt)
+        user.kept = user.prompt + int(user.left)
+        for peer, blocks in user.hops:
+            peer.used_tokens += user.kept
+            peer.sessions += 1
+            client.router.on_rtt(peer.peer_id, round_trip_s(client.where, peer.where), now_s)
+            client.router.on_step(peer.peer_id, blocks, 1, blocks * peer.decode_s * peer.slowdown, 0.0, now_s)
+
+    def _free(self, user: User) -> None:
+        for peer, _ in user.hops:
+            peer.used_tokens -= user.kept
+            peer.sessions -= 1
+        user.hops, user.kept = (), 0
+
+    def _serve(self) -> tuple[float, float]:
+        """One second of everybody; returns the tokens that passed the swarm, and those of them that are new."""
+        now_s, processed, written = self._now_s, 0.0, 0.0
+        for peer in self._peers.values():
+            peer.demand = 0.0
+        for user in self._users:
+            if not user.hops:
+                if now_s >= user.resumes_at_s:
+                    if user.left > 0:
+                        self._enter(user, self._plan(user, 1))
+                    else:
+                        self._begin(user)
+                if not user.hops:
+                    continue
+            broken = [peer for peer, _ in user.hops if self._peers.get(peer.peer_id) is not peer]
+            gone = [peer for peer, _ in user.hops if peer.state is not PeerState.ONLINE]
+            if broken or gone:
+                self._counts["broken"] += 1
+                for peer in broken:
+                    user.client.router.on_failure(peer.peer_id, now_s, "died")
+                self._free(user)
+                user.resumes_at_s = now_s + REPAIR_S
+                continue
+            tokens = CHUNK if user.unread > 0 else 1
+            step_s = user.trips_s + sum(
+                blocks * peer.decode_s * (1 + (tokens - 1) / BATCH) * peer.slowdown for peer, blocks in user.hops
+            )
+            user.rate = tokens / step_s
+            for peer, blocks in user.hops:
+                peer.demand += user.rate * blocks * peer.token_s
+        for user in self._users:
+            if user.hops:
+                rate = user.rate / max(1.0, *(peer.demand for peer, _ in user.hops))
+                processed += rate
+                written += self._advance(user, rate)
+        for peer in self._peers.values():
+            # what is asked for settles at what can be done
+            peer.slowdown = min(max(1.0, peer.slowdown * min(2.0, max(0.5, peer.demand)) ** 0.5), SLOWDOWN_MAX)
+        return processed, written
+
+    def _advance(self, user: User, rate: float) -> float:
+        """A second of a user who has a route; returns the new tokens."""
+        counting = self._now_s >= WARM_UP_S
+        if user.unread > 0:
+            user.unread -= rate
+            return 0.0
+        if user.asked_at_s >= 0:
+            if counting:
+                self._first_token_s.append(self._now_s - user.asked_at_s)
+            user.asked_at_s = -1.0
+        user.left -= rate
+        user.prompt += round(rate)
+        user.tokens += rate if counting else 0.0
+        if user.left <= 0:
+            for peer, blocks in user.hops:
+                step_s = blocks * peer.decode_s * peer.slowdown
+                user.client.router.on_step(peer.peer_id, blocks, 1, step_s, 0.0, self._now_s)
+            self._free(user)
+            user.route, user.resumes_at_s = None, self._now_s
+        return rate
+
+    def _gaps(self) -> bool:
+        online = (span for peer in self._peers.values() if peer.state is PeerState.ONLINE for span in peer.spans)
+        return bool(gaps(online, self.config.blocks))
+
+    def _bound(self) -> float:
+        """The maximum flow through those who are there now."""
+        parts: list[tuple[BlockSpan, float]] = []
+        for peer in self._peers.values():
+            if peer.state is PeerState.ONLINE:
+                parts += [(span, len(span) / peer.spans.num_blocks / peer.token_s) for span in peer.spans]
+        return max_flow(by_span(parts), self.config.blocks)
+
+
+def simulate(config: SimulationConfig) -> Report:
+    """Run it all; takes about a minute for 1,000 peers and 6,000 users over ten minutes."""
+    return Simulation(config).run()
+
+
+def _jain(rates: list[float]) -> float:
+    """1 when everybody gets the same, 1/n when one gets all (Jain, Chiu, Hawe 1984)."""
+    squares = sum(rate * rate for rate in rates)
+    return sum(rates) ** 2 / (len(rates) * squares) if squares else 1.0

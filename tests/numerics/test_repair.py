@@ -1,0 +1,204 @@
+"""A hop that dies is rebuilt by the one before it, and nobody else notices: counted in positions and bytes.
+
+Virtual wires, real engines and drivers. Every peer of a swarm here has a spare one with the same blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peers.host import ServerPeer
+from peers.runtime.engine import Done, Work
+from peers.serving.journal import Journal
+from peers.transport.memory import MemoryStream
+from routing.ids import PeerId
+from swarm.session.core import SessionConfig
+from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
+from tests.helpers.memory_swarm import MemorySwarm
+from tests.numerics.test_trouble import AtToken, generate, prompt
+
+SPANS = [(0, 1), (1, 2), (2, NUM_BLOCKS)]
+PROMPT = prompt(length=100)
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> Any:
+    return save_checkpoint(FAMILIES["llama"], folder)
+
+
+class Scene:
+    """A swarm with a spare peer for each hop, and what every peer computed."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        config = SessionConfig(chunk_positions=32)
+        self.swarm = MemorySwarm(folder, SPANS, cache=cache, session_config=config, cache_tokens=4096)
+        self.model = self.swarm.model()
+        self.remote = self.model._remote_layers.remote
+        generate(self.model, prompt(), max_new_tokens=1, min_new_tokens=1)  # the client uses those it knows
+        self.computed: dict[PeerId, list[tuple[int, int]]] = {}
+        self.on_work: Callable[[PeerId, Work], None] = lambda peer, work: None
+        for peer in self.swarm.peers:
+            self._watch(peer)
+        for hop in range(len(SPANS)):
+            self.add_spare(hop)
+
+    def add_spare(self, hop: int) -> None:
+        self._watch(self.swarm.add_peer(*SPANS[hop]))
+
+    def _watch(self, peer: ServerPeer) -> None:
+        name, run = peer._key.peer_id, peer.engine.run
+        works = self.computed[name] = []
+
+        async def watched(work: Work) -> Done:
+            self.on_work(name, work)
+            done = await run(work)
+            works.append((work.start, work.end))
+            return done
+
+        peer.engine.run = watched  # type: ignore[method-assign]
+
+    def warm_up(self) -> list[PeerId]:
+        """The peers of the route, of whose work nothing is counted yet."""
+        for works in self.computed.values():
+            works.clear()
+        return self.route
+
+    @property
+    def route(self) -> list[PeerId]:
+        return [hop.peer_id for hop in self.remote.route.hops]
+
+    def positions(self, peer: PeerId) -> int:
+        return sum(end - start for start, end in self.computed[peer])
+
+    def kill(self, *hops: int) -> list[PeerId]:
+        killed = [self.route[hop] for hop in hops]
+        for peer in killed:
+            self.swarm.kill_peer(peer)
+        return killed
+
+    def journal(self, hop: int) -> Journal:
+        name = self.route[hop]
+        return next(peer for peer in self.swarm.peers if peer._key.peer_id == name).handler.journal
+
+
+@pytest.fixture
+def scene(folder: Path, local: Any, tmp_path: Path) -> Iterator[Scene]:
+    scene = Scene(folder, tmp_path)
+    yield scene
+    scene.swarm.close()
+
+
+LENGTH = PROMPT.shape[1] + TOKENS - 1
+"""Nobody runs the last token."""
+
+
+@pytest.mark.parametrize("dies", [(0,), (1, 2), (0, 2)])
+def test_only_the_hops_that_died_are_rebuilt_and_healthy_ones_hear_nothing_twice(
+    scene: Scene, local: Any, dies: tuple[int, ...]
+) -> None:
+    used, killed = scene.warm_up(), []
+    kill = AtToken(8, lambda: killed.extend(scene.kill(*dies)))
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[kill]), generate(local, PROMPT))
+    assert killed == [used[hop] for hop in dies]
+    assert [peer for hop, peer in enumerate(scene.route) if hop not in dies] == [p for p in used if p not in killed]
+    assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3
+    assert (scene.remote.traffic.replayed_positions > 0) == any(hop and hop - 1 not in dies for hop in dies)
+    assert scene.swarm.eventually_settled()
+
+
+def test_the_client_sends_next_to_nothing_while_a_hop_is_rebuilt(
+    scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames: list[int] = []
+    during: list[int] = []
+    send, me = MemoryStream.send, scene.swarm.thread.client.node.transport.peer_id
+
+    async def counted(stream: MemoryStream, *parts: Any) -> None:
+        if stream.local == me:
+            frames.append(sum(len(part) for part in parts))
+        await send(stream, *parts)
+
+    monkeypatch.setattr(MemoryStream, "send", counted)
+
+    def kill() -> None:
+        scene.kill(1)
+        frames.clear()
+
+    watchers = [AtToken(8, kill), AtToken(9, lambda: during.append(sum(frames)))]
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=watchers), generate(local, PROMPT))
+    assert 0 < during[0] <= 2048
+
+
+def test_a_hop_that_dies_while_a_prompt_is_under_way_is_rebuilt_up_to_there(scene: Scene, local: Any) -> None:
+    used = scene.warm_up()
+
+    def kill(peer: PeerId, work: Work) -> None:
+        if peer == used[1] and work.start == 32:
+            scene.swarm.network.cut(peer)
+
+    scene.on_work = kill
+    assert torch.equal(generate(scene.model, PROMPT), generate(local, PROMPT))
+    assert scene.route[1] != used[1]
+    assert (scene.route[0], scene.route[2]) == (used[0], used[2])
+    assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3
+
+
+@pytest.mark.parametrize("victim", ["replacement", "source"])
+def test_another_hop_that_dies_during_a_replay_is_rebuilt_too(scene: Scene, local: Any, victim: str) -> None:
+    scene.add_spare(1)
+    used = scene.warm_up()
+    killed: list[PeerId] = []
+
+    def kill(peer: PeerId, work: Work) -> None:
+        if peer not in used and work.start == 32 and not killed:
+            killed.append({"replacement": peer, "source": used[0]}[victim])
+            scene.swarm.network.cut(killed[0])
+
+    scene.on_work = kill
+    first = AtToken(8, lambda: scene.kill(1) and None)
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[first]), generate(local, PROMPT))
+    assert killed
+    assert not {used[1], killed[0]} & set(scene.route)
+    healthy = [peer for peer in used if peer in scene.route]
+    assert [scene.positions(peer) for peer in healthy] == [LENGTH] * len(healthy)
+    assert scene.swarm.eventually_settled()
+
+
+def test_a_hop_whose_journal_is_gone_computes_again_what_the_one_before_it_sends(
+    scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = scene.warm_up()
+
+    def kill() -> None:
+        monkeypatch.setattr(scene.journal(1), "read", lambda *_: None)  # evicted just when it is asked for
+        scene.kill(2)
+
+    actual = generate(scene.model, PROMPT, stopping_criteria=[AtToken(8, kill)])
+    assert torch.equal(actual, generate(local, PROMPT))
+    assert scene.route[:2] == used[:2]
+    again = PROMPT.shape[1] + 8 - 1
+    assert scene.positions(used[0]) == LENGTH
+    assert LENGTH + again <= scene.positions(used[1]) <= LENGTH + again + 1
+
+
+def test_speculation_that_is_rolled_back_and_forks_survive_the_death_of_a_hop(scene: Scene, local: Any) -> None:
+    ids = torch.cat([PROMPT[:, :20]] * 3, 1)
+    for options in ({"prompt_lookup_num_tokens": 4}, {"num_beams": 3}):
+        killed: list[PeerId] = []
+        kill = AtToken(4, lambda killed=killed: killed.extend(scene.kill(1)))
+        actual = generate(scene.model, ids, stopping_criteria=[kill], **options)
+        assert torch.equal(actual, generate(local, ids, **options))
+        assert killed[0] not in scene.route
+        scene.add_spare(1)
+    assert scene.swarm.eventually_settled()

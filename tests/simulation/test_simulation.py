@@ -1,0 +1,55 @@
+"""A small swarm on a virtual clock: deterministic, covered, and within what its peers can do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from swarm.simulation.run import Simulation, simulate
+from swarm.simulation.world import SimulationConfig
+
+
+class Closed(Simulation):
+    """Nobody joins after the start."""
+
+    def _join(self, *, ready: bool = False) -> None:
+        if ready:
+            super()._join(ready=True)
+
+
+SMALL = SimulationConfig(peers=40, users=60, clients=3, minutes=1, new_tokens=60, blocks=16, churn_per_hour=2.0)
+
+
+def test_a_seed_decides_everything_and_the_swarm_stays_covered_within_its_bounds() -> None:
+    report = simulate(SMALL)
+    assert simulate(SMALL) == report
+    assert simulate(replace(SMALL, seed=1)) != report
+    assert report.coverage >= 0.99
+    assert 0 < report.tokens_per_s <= report.bound_tokens_per_s * 1.01
+    assert 0 < report.fairness <= 1
+    assert report.moves <= report.joins
+    page = report.page()
+    assert page.count("<polyline") == 3
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert report.as_plain()["of_bound"] == report.of_bound
+
+
+def test_a_gap_is_healed_by_peers_that_can_be_spared_and_by_nobody_else() -> None:
+    simulation = Closed(replace(SMALL, users=3, churn_per_hour=0.0, minutes=3))
+    block = 3
+    for peer in list(simulation._peers.values()):
+        if any(block in span for span in peer.spans):
+            peer.dies_at_s = 130.0
+    report = simulation.run()
+    assert report.moves == report.heals >= 1
+    assert report.healed_s_max <= 120, "most of it downloads"
+    assert report.samples[-1].covered
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"peers": 0}, {"users": 1, "clients": 2}, {"minutes": 0}, {"churn_per_hour": -1}, {"new_tokens": 0}]
+)
+def test_numbers_out_of_range_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        replace(SMALL, **wrong)
