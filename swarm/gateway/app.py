@@ -1,7 +1,7 @@
 """The gateway's HTTP face: routes, keys, limits, streams.
 
 Owns what a request meets in order: its body's bound, its key, its budget, its schema, a place among the answers. Knows
-engines, and no network.
+engines, and no network. FastAPI reads annotations as they are, names of inner functions included: they stay no strings.
 """
 
 import asyncio
@@ -82,10 +82,6 @@ class Gateway:
     metrics: Metrics
     stopping: bool = False
     """No new answers are begun."""
-
-    @property
-    def active(self) -> int:
-        return sum(served.engine.counts().active for served in self.served.values())
 
     def model(self, name: str) -> Served:
         if name not in self.served:
