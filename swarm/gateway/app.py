@@ -227,7 +227,6 @@ def _prepare_chat(gateway: Gateway, body: ChatRequest, account: Account) -> _Pre
         forced=bool(forced),
         named=named,
     )
-    gateway.metrics.prompt_tokens.labels(served.name).inc(len(prompt))
     return _Prepared(served=served, asks=[ask], format=form)
 
 
@@ -253,15 +252,13 @@ def _prepare_text(gateway: Gateway, body: CompletionRequest, account: Account) -
         )
         for at, prompt in enumerate(prompts)
     ]
-    count = sum(map(len, prompts))
     form = TextFormat(
         served,
-        prompt_tokens=count,
+        prompt_tokens=sum(map(len, prompts)),
         include_usage=body.wants_usage,
         echoes=[echo if body.echo else "" for echo in echoes for _ in range(choices)],
         logprobs=body.logprobs is not None,
     )
-    gateway.metrics.prompt_tokens.labels(served.name).inc(count)
     return _Prepared(served=served, asks=asks, format=form)
 
 
@@ -271,6 +268,7 @@ def _prepare_text(gateway: Gateway, body: CompletionRequest, account: Account) -
 async def _answer(gateway: Gateway, request: Request, body: AnyRequest, prepared: _Prepared) -> Response:
     engine = prepared.served.engine
     feed = engine.submit(prepared.asks)
+    gateway.metrics.prompt_tokens.labels(prepared.served.name).inc(prepared.format.totals.prompt)
     pieces = _watched(gateway, prepared.served, feed)
     if body.stream:
         return _Stream(_events(pieces, prepared.format), lambda: engine.cancel(feed))

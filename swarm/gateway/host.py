@@ -103,6 +103,7 @@ class RunningGateway:
             await serving
         finally:
             stopping.cancel()
+            serving.cancel()
 
 
 def load(config: GatewayConfig, *, progress: Progress | None = None) -> dict[str, Served]:

@@ -23,14 +23,14 @@ class Metrics:
         self.requests = Counter(f"{PREFIX}_requests", "Requests answered.", ["path", "status"], registry=self.registry)
         self.first_token_s = Histogram(
             f"{PREFIX}_time_to_first_token_seconds",
-            "From a request's arrival to the first piece of its answer.",
+            "From when an answer is begun to its first piece.",
             ["model"],
             buckets=SECONDS,
             registry=self.registry,
         )
         self.answer_s = Histogram(
             f"{PREFIX}_request_duration_seconds",
-            "From a request's arrival to the end of its answer.",
+            "From when an answer is begun to its end.",
             ["model"],
             buckets=SECONDS,
             registry=self.registry,
