@@ -91,7 +91,6 @@ class Handler:
         self.journal = journal or Journal(JournalLimits())
         self.pusher = Pusher(links, clock)
         self.paused = False
-        """While set, running steps finish and no other is taken. Sessions stay until their clients go elsewhere."""
         self._links = links
         self._peer = links.transport.peer_id
         self._engine = engine
@@ -102,6 +101,8 @@ class Handler:
         self._replays: WeakValueDictionary[Place, asyncio.Lock] = WeakValueDictionary()
         """Replays of one session leave in the order in which they were asked for."""
         self._draining = False
+        self._released = asyncio.Event()
+        """Some session ended."""
         self._vacant = False
         self._queue = Smoothed(half_life_s=QUEUE_HALF_LIFE_S)
         links.handle(Open, self._open)
@@ -125,9 +126,30 @@ class Handler:
             await self._tasks.close()
 
     async def drain(self, *, timeout_s: float) -> None:
-        """Take no new session, let running steps finish, at most `timeout_s`."""
+        """Take no new session, tell the clients of the others that this peer leaves, and serve these until they have
+        gone elsewhere, at most for `timeout_s`."""
         self._draining = True
-        await self._steps.settled(timeout_s=timeout_s)
+        self._hand_over(Refused("this peer is leaving", code=Code.DRAINING))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while len(self.ledger):
+                    self._released.clear()
+                    await self._released.wait()
+                await self._steps.settled(timeout_s=timeout_s)
+
+    def pause(self, paused: bool) -> None:
+        """From now on finish what runs and take nothing else, or everything again. Sessions stay until their clients,
+        who are told, have gone elsewhere."""
+        self.paused = paused
+        if paused:
+            self._hand_over(self._paused())
+
+    def _hand_over(self, reason: Paused | Refused) -> None:
+        """Tell the client of each session why it should go elsewhere."""
+        for entry in self.ledger.entries():
+            place = entry.place
+            farewell = self._failure(reason, place.session.raw, place.block, entry.epoch)
+            self._tasks.spawn(_tell(entry.owner_link, farewell), name=f"hand over {place}")
 
     def vacate(self) -> None:
         """After `drain`, before other blocks are served: no session is known any more, and clients go elsewhere."""
@@ -316,6 +338,7 @@ class Handler:
         """Forget what the ledger does not know any more: the session's positions, and what was sent for them."""
         self._engine.release(place)
         self.journal.release(place)
+        self._released.set()
 
     def _failure(self, error: SwarmError, session: bytes, block: int, epoch: int, step: int | None = None) -> Failed:
         return Failed(
@@ -331,10 +354,14 @@ class Handler:
 
     def _check_comfort(self, *pacers: Pacer | None) -> None:
         if self.paused:
-            raise Paused("its owner needs the machine", retry_after_s=PAUSED_RETRY_S)
+            raise self._paused()
         backlog_s = max((pacer.backlog_s for pacer in pacers if pacer is not None), default=0.0)
         if backlog_s > MAX_BACKLOG_S:
             raise Busy(f"{backlog_s:.0f} s of frames wait for bandwidth here", retry_after_s=backlog_s)
+
+    @staticmethod
+    def _paused() -> Paused:
+        return Paused("its owner needs the machine", retry_after_s=PAUSED_RETRY_S)
 
     def _check_open(self, message: Open) -> None:
         if self._draining:

@@ -140,6 +140,9 @@ class Ledger(Generic[Answer, OwnerLink]):
         same = (entry for entry in self._entries.values() if entry.place.session == place.session)
         return next((entry for entry in same if entry.span.end == place.block), None)
 
+    def entries(self) -> tuple[Entry[Answer, OwnerLink], ...]:
+        return tuple(self._entries.values())
+
     def owner_links(self) -> set[OwnerLink]:
         """The links whose end would end a session."""
         return {entry.owner_link for entry in self._entries.values()}

@@ -15,7 +15,9 @@ import torch
 from peers.host import ServerPeer
 from peers.runtime.engine import Done, Work
 from peers.serving.journal import Journal
+from peers.transport.links import Link
 from peers.transport.memory import MemoryStream
+from peers.wire.messages import Code, Failed
 from routing.ids import PeerId
 from swarm.session.core import SessionConfig
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
@@ -202,3 +204,30 @@ def test_speculation_that_is_rolled_back_and_forks_survive_the_death_of_a_hop(sc
         assert killed[0] not in scene.route
         scene.add_spare(1)
     assert scene.swarm.eventually_settled()
+
+
+@pytest.mark.parametrize("leaves", [(0,), (1,), (1, 2)])
+@pytest.mark.parametrize("chosen", [1, 8])
+def test_peers_that_drain_hand_their_sessions_over_and_no_step_is_repeated(
+    scene: Scene, local: Any, leaves: tuple[int, ...], chosen: int
+) -> None:
+    used, ended, failed = scene.warm_up(), [], []
+    drain = AtToken(chosen, lambda: ended.extend(scene.swarm.drain_peer(used[hop]) for hop in leaves))
+    links = scene.swarm.thread.client.links
+    receive = links._receivers[Failed]
+
+    async def watched(link: Link, message: Failed, payload: memoryview) -> None:
+        failed.append((message.code, message.step))
+        await receive(link, message, payload)
+
+    links._receivers[Failed] = watched
+    with scene.model.session():
+        actual = generate(scene.model, PROMPT, stopping_criteria=[drain])
+        for draining in ended:
+            draining.result(5)
+    assert torch.equal(actual, generate(local, PROMPT))
+    assert set(failed) == {(Code.DRAINING, None)}, "nothing was refused"
+    router, now_s = scene.swarm.thread.client.router, scene.swarm.thread.client.discovery.now_s()
+    assert router._reputation.backed_off(now_s) == {}
+    assert [hop for hop, peer in enumerate(used) if scene.route[hop] != peer] == list(leaves)
+    assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * len(used), "nothing twice"
