@@ -43,6 +43,8 @@ from peers.wire.messages import (
     Replay,
     Result,
     Step,
+    Trace,
+    Traced,
 )
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.estimates import QUEUE_HALF_LIFE_S, Smoothed
@@ -55,6 +57,8 @@ SWEEP_S = 5.0
 """How often leases are looked at."""
 PAUSED_RETRY_S = 2 * RECORD_RENEW_S
 """By then clients know from the record whether this peer is back."""
+MAX_PATIENCE_S = 10.0
+"""A successor is asked for no longer whether it is there."""
 MAX_BACKLOG_S = 5.0
 """Where bandwidth is bounded: a peer with more than this waiting in memory to go out takes no further steps; with more
 than this waiting to be read, no further sessions."""
@@ -72,7 +76,7 @@ class Served:
 
 
 class Handler:
-    """Serves `Open`, `Step`, `Replay`, `Close` and forwards a successor's `Failed` to the client."""
+    """Serves `Open`, `Step`, `Replay`, `Close`, `Trace` and forwards a successor's `Failed` to the client."""
 
     def __init__(
         self,
@@ -100,6 +104,7 @@ class Handler:
         self._works = Works()
         self._replays: WeakValueDictionary[Place, asyncio.Lock] = WeakValueDictionary()
         """Replays of one session leave in the order in which they were asked for."""
+        self._tracing: set[Place] = set()
         self._draining = False
         self._released = asyncio.Event()
         """Some session ended."""
@@ -110,6 +115,7 @@ class Handler:
         links.handle(Replay, self._replay)
         links.handle(Close, self._close)
         links.handle(Failed, self._forward_failure)
+        links.handle(Trace, self._trace)
         links.on_lost(self._link_lost)
         links.keep(lambda: self.ledger.owner_links())
         links.pong = self._pong
@@ -327,6 +333,23 @@ class Handler:
         if entry is not None and entry.next == link.remote == message.peer and entry.epoch == message.epoch:
             await _tell(entry.owner_link, message)
 
+    async def _trace(self, link: Link, message: Trace, _: memoryview) -> None:
+        entry = self.ledger.get(Place(SessionId(message.session), message.block))
+        if entry is None or entry.owner != link.remote or entry.place in self._tracing:
+            await link.send(Traced(nonce=message.nonce))
+            return
+        self._tracing.add(entry.place)  # one at a time: each asks the successor
+        self._tasks.spawn(self._traced(link, entry, message), name=f"trace {entry.place}")
+
+    async def _traced(self, link: Link, entry: Entry[Delivery, Link], message: Trace) -> None:
+        try:
+            reaches = await self.pusher.reaches(entry, timeout_s=min(message.patience_s, MAX_PATIENCE_S))
+            running = self._works.running(entry.place)
+            with suppress(PeerError):  # nobody is there to hear it
+                await link.send(Traced(nonce=message.nonce, running=running, next_silent=not reaches))
+        finally:
+            self._tracing.discard(entry.place)
+
     def _link_lost(self, link: Link) -> None:
         for place in self.ledger.link_lost(link):
             logger.info("session %s: its client went away", place)
@@ -416,6 +439,9 @@ class Works:
             if not self._counts[place]:
                 del self._counts[place]
                 self._last.pop(place).set()
+
+    def running(self, place: Place) -> int:
+        return self._counts[place]
 
     async def ended(self, place: Place, *, timeout_s: float) -> None:
         if (last := self._last.get(place)) is not None:

@@ -15,7 +15,7 @@ from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
 from peers.transport.links import Link
 from peers.wire import tensors
 from peers.wire.messages import Code, Failed, Opened, Relay, Result
-from routing.errors import PeerError
+from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.router import Hop, Route
 from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
@@ -101,7 +101,7 @@ class Inbox:
                 preempted = message.code == Code.PREEMPTED
                 actions = core.busy(epoch, message.retry_after_s, error, preempted=preempted)
             case Code.PAUSED | Code.DRAINING:
-                farewell: PeerError
+                farewell: SwarmError
                 if message.code == Code.PAUSED:
                     self._sessions.client.router.on_paused(peer)
                     farewell = Paused(text, retry_after_s=message.retry_after_s)

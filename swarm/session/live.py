@@ -23,6 +23,8 @@ from swarm.session.history import History
 from swarm.session.pace import Pace
 from swarm.session.remote import RemoteSession
 
+SILENCE_S_MAX = 30.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopTiming:
@@ -124,6 +126,14 @@ class LiveSession(RemoteSession):
         self.idle_looks = 0
         self.heard_at_s = asyncio.get_running_loop().time()
         self.deadline_s = self.heard_at_s + self.silence_s / 2
+
+    def look_again(self, *, soon: bool) -> None:
+        """All hops live: ask again within the silence that is tolerated, or after a longer one."""
+        if soon:
+            self.deadline_s = asyncio.get_running_loop().time() + self.silence_s / 8
+        else:
+            self.silence_s = min(SILENCE_S_MAX, self.silence_s * 2)
+            self.deadline_s = asyncio.get_running_loop().time() + self.silence_s
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,6 +15,7 @@ import torch
 from peers.host import ServerPeer
 from peers.runtime.engine import Done, Work
 from peers.serving.journal import Journal
+from peers.serving.push import Delivery
 from peers.transport.links import Link
 from peers.transport.memory import MemoryStream
 from peers.wire.messages import Code, Failed
@@ -231,3 +232,36 @@ def test_peers_that_drain_hand_their_sessions_over_and_no_step_is_repeated(
     assert router._reputation.backed_off(now_s) == {}
     assert [hop for hop, peer in enumerate(used) if scene.route[hop] != peer] == list(leaves)
     assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * len(used), "nothing twice"
+
+
+def test_a_link_between_two_hops_that_falls_silent_is_gone_round_and_nobody_is_blamed(scene: Scene, local: Any) -> None:
+    used, network = scene.warm_up(), scene.swarm.network
+    cut = AtToken(8, lambda: scene.swarm.thread.post(network.partition, used[:1], used[1:2]))
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[cut]), generate(local, PROMPT))
+    assert scene.route == used
+    assert scene.remote.traffic.relays >= TOKENS - 8
+    router, now_s = scene.swarm.thread.client.router, scene.swarm.thread.client.discovery.now_s()
+    assert router._reputation.backed_off(now_s) == {}
+    assert [scene.positions(peer) for peer in used] == [LENGTH] * 3, "nothing twice"
+    assert scene.swarm.eventually_settled()
+
+
+def test_a_step_that_is_lost_between_two_hops_is_sent_again_from_where_it_came_last(
+    scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = scene.warm_up()
+    pusher = next(peer for peer in scene.swarm.peers if peer._key.peer_id == used[1]).handler.pusher
+    deliver, lost = pusher.deliver, []
+
+    async def lose(entry: Any, delivery: Delivery) -> None:
+        if delivery.message.first == PROMPT.shape[1] + 8 and not lost:
+            lost.append(delivery)
+        else:
+            await deliver(entry, delivery)
+
+    monkeypatch.setattr(pusher, "deliver", lose)
+    assert torch.equal(generate(scene.model, PROMPT), generate(local, PROMPT))
+    assert len(lost) == 1
+    assert scene.route == used
+    assert scene.remote.traffic.replayed_positions == 1
+    assert [scene.positions(peer) for peer in used] == [LENGTH] * 3

@@ -15,7 +15,7 @@ from peers.serving.handler import MAX_PAYLOAD_BYTES, PAUSED_RETRY_S, SWEEP_S
 from peers.transport import links
 from peers.transport.base import MAX_FRAME_BYTES
 from peers.wire import codec
-from peers.wire.messages import MAX_HOPS, Code, Failed, Opened
+from peers.wire.messages import MAX_HOPS, Code, Failed, Opened, Relay, Trace, Traced
 from routing.errors import PeerError, Unavailable
 from routing.ids import Place
 from tests.peers.serving.hops import HIDDEN, Client, Hop, Route, expected, rows, session_id, step_of
@@ -448,6 +448,36 @@ async def test_a_peer_drains_no_longer_than_it_was_told() -> None:
     async with Alone() as route:
         await route.client.open(route.hops)
         await asyncio.wait_for(route.hop.handler.drain(timeout_s=2.0), 2.1)
+
+
+async def test_a_client_hears_what_runs_and_which_hop_does_not_reach_the_next_one() -> None:
+    async with Route() as route:
+        client, first, second = route.client, *route.hops[:2]
+
+        async def traced(asks: Client, hop: Hop) -> tuple[int, bool]:
+            link = await asks.links.to(hop.peer_id, hop.transport.addresses)
+
+            def trace(nonce: int) -> Trace:
+                return Trace(nonce=nonce, session=session_id(1).raw, block=hop.span.start, patience_s=1.0)
+
+            answer = await asks.links.request(link, trace, timeout_s=2.0)
+            assert isinstance(answer, Traced)
+            return answer.running, answer.next_silent
+
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        await client.result()
+        second.engine.compute_s = 3.0
+        await client.step(first, 2, 5)
+        await asyncio.sleep(1.0)
+        assert [await traced(client, hop) for hop in route.hops] == [(0, False), (1, False), (0, False)]
+        route.network.partition([first.peer_id], [second.peer_id])
+        assert await traced(route.another_client(), first) == (0, False), "a stranger learns nothing"
+        assert [await traced(client, hop) for hop in route.hops] == [(0, True), (1, False), (0, False)]
+        await client.result()
+        await client.step(first, 3, 6)
+        relay, _ = await client.next(Relay)
+        assert relay.next == second.peer_id
 
 
 async def test_a_paused_peer_finishes_what_runs_refuses_everything_else_and_goes_on_where_it_was() -> None:
