@@ -82,6 +82,8 @@ class Inbox:
         self._learn(hops, message, step.count)
         session.answered(step.count)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
+        if session.pace.slowed:
+            self._driver.reconsider(session)
 
     async def _failed(self, link: Link, message: Failed, _: memoryview) -> None:
         session = self._session_of(link, message.session, message.peer)

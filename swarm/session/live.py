@@ -81,6 +81,7 @@ class LiveSession(RemoteSession):
         "pace",
         "parent",
         "pumping",
+        "reconsider_at_s",
         "route",
         "rows",
         "silence_s",
@@ -106,6 +107,8 @@ class LiveSession(RemoteSession):
         """When somebody should have been heard: half of `silence_s` before it is given up."""
         self.silence_s = 0.0
         self.idle_looks = 0
+        self.reconsider_at_s = 0.0
+        """Until then nobody asks whether another route is better."""
         self.waiting = False
         """Somebody should be heard."""
 
@@ -159,6 +162,10 @@ class Driver(Protocol):
 
     def lose(self, session: LiveSession, peer: PeerId, error: SwarmError) -> None:
         """A hop of this session failed it."""
+        ...
+
+    def reconsider(self, session: LiveSession) -> None:
+        """Its route has become slow."""
         ...
 
     def blame(self, peer: PeerId, reason: str) -> None:

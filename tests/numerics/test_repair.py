@@ -5,7 +5,9 @@ Virtual wires, real engines and drivers. Every peer of a swarm here has a spare 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from peers.transport.links import Link
 from peers.transport.memory import MemoryStream
 from peers.wire.messages import Code, Failed
 from routing.ids import PeerId
+from swarm.session import driver
 from swarm.session.core import SessionConfig
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
@@ -265,3 +268,33 @@ def test_a_step_that_is_lost_between_two_hops_is_sent_again_from_where_it_came_l
     assert scene.route == used
     assert scene.remote.traffic.replayed_positions == 1
     assert [scene.positions(peer) for peer in used] == [LENGTH] * 3
+
+
+def test_a_hop_that_becomes_slow_is_left_between_two_steps_for_a_faster_one_and_blamed_by_nobody(
+    scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "RECONSIDER_S", 0.0)
+    discovery, used = scene.swarm.thread.client.discovery, []
+    scene.swarm.thread.call(discovery.refresh())
+    scene.swarm.thread.call(discovery.measure(discovery.router.snapshot(discovery.now_s()).peers))
+    scene.warm_up()
+
+    def slow_down() -> None:
+        used.extend(scene.route)
+        engine = next(peer for peer in scene.swarm.peers if peer._key.peer_id == used[1]).engine
+        run = engine.run
+
+        async def slow(work: Work) -> Done:
+            done = await run(work)
+            await asyncio.sleep(1.0)
+            return replace(done, compute_s=done.compute_s + 1.0)
+
+        monkeypatch.setattr(engine, "run", slow)
+
+    assert torch.equal(
+        generate(scene.model, PROMPT, stopping_criteria=[AtToken(8, slow_down)]), generate(local, PROMPT)
+    )
+    assert [hop for hop, peer in enumerate(used) if scene.route[hop] != peer] == [1]
+    assert scene.swarm.thread.client.router._reputation.backed_off(discovery.now_s()) == {}
+    assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3, "nothing twice"
+    assert scene.swarm.eventually_settled()
