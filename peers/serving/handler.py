@@ -500,5 +500,5 @@ def _code(error: SwarmError) -> str:
 async def _tell(link: Link, message: Failed) -> None:
     try:
         await link.send(message)
-    except PeerError as error:
+    except (PeerError, Unavailable) as error:  # Unavailable: a client that we dialled, and no lane can be opened
         logger.debug("could not tell %r: %s", link, error)  # its sessions go with the link
