@@ -495,13 +495,13 @@ class ServerPeer:
 
     def pause(self, paused: bool) -> None:
         """Step back for the owner, or return, and announce it at once. Steps that run finish; sessions go elsewhere."""
-        self.handler.paused = paused
+        self.handler.pause(paused)
         if self.state in (PeerState.ONLINE, PeerState.PAUSED):
             self.state = PeerState.PAUSED if paused else PeerState.ONLINE
             self._announcer.soon()
 
     async def drain(self, *, timeout_s: float) -> None:
-        """Tell the swarm that this peer leaves, take nothing new, let running steps finish."""
+        """Tell the swarm that this peer leaves, take nothing new, hand sessions over to others."""
         self.state = PeerState.DRAINING
         try:
             await self._announcer.announce()

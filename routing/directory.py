@@ -67,11 +67,11 @@ class Directory:
                 self._next_expiry_s = live_until_s
             self._snapshot = None
 
-    def paused(self, peer: PeerId) -> None:
-        """The peer itself says that it has paused: newer than its record, and true until it announces another one."""
+    def says(self, peer: PeerId, state: PeerState) -> None:
+        """The peer itself says so: newer than its record, and true until it announces another one."""
         known = self._entries.get(peer)
         if known is not None:
-            self._entries[peer] = (replace(known[0], state=PeerState.PAUSED), known[1])
+            self._entries[peer] = (replace(known[0], state=state), known[1])
             self._snapshot = None
 
     def place_of(self, peer: PeerId) -> Coordinate | None:

@@ -158,7 +158,11 @@ class Router:
 
     def on_paused(self, peer: PeerId) -> None:
         """The peer steps back for its owner: do without it until it announces that it is back. Not a failure."""
-        self._directory.paused(peer)
+        self._directory.says(peer, PeerState.PAUSED)
+
+    def on_draining(self, peer: PeerId) -> None:
+        """The peer says that it leaves: do without it until it announces that it is back. Not a failure."""
+        self._directory.says(peer, PeerState.DRAINING)
 
     def on_success(self, peer: PeerId, now_s: float) -> None:
         """The peer did what was asked of it."""

@@ -43,6 +43,8 @@ from peers.wire.messages import (
     Replay,
     Result,
     Step,
+    Trace,
+    Traced,
 )
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.estimates import QUEUE_HALF_LIFE_S, Smoothed
@@ -55,6 +57,8 @@ SWEEP_S = 5.0
 """How often leases are looked at."""
 PAUSED_RETRY_S = 2 * RECORD_RENEW_S
 """By then clients know from the record whether this peer is back."""
+MAX_PATIENCE_S = 10.0
+"""A successor is asked for no longer whether it is there."""
 MAX_BACKLOG_S = 5.0
 """Where bandwidth is bounded: a peer with more than this waiting in memory to go out takes no further steps; with more
 than this waiting to be read, no further sessions."""
@@ -72,7 +76,7 @@ class Served:
 
 
 class Handler:
-    """Serves `Open`, `Step`, `Replay`, `Close` and forwards a successor's `Failed` to the client."""
+    """Serves `Open`, `Step`, `Replay`, `Close`, `Trace` and forwards a successor's `Failed` to the client."""
 
     def __init__(
         self,
@@ -91,7 +95,6 @@ class Handler:
         self.journal = journal or Journal(JournalLimits())
         self.pusher = Pusher(links, clock)
         self.paused = False
-        """While set, running steps finish and no other is taken. Sessions stay until their clients go elsewhere."""
         self._links = links
         self._peer = links.transport.peer_id
         self._engine = engine
@@ -101,7 +104,10 @@ class Handler:
         self._works = Works()
         self._replays: WeakValueDictionary[Place, asyncio.Lock] = WeakValueDictionary()
         """Replays of one session leave in the order in which they were asked for."""
+        self._tracing: set[Place] = set()
         self._draining = False
+        self._released = asyncio.Event()
+        """Some session ended."""
         self._vacant = False
         self._queue = Smoothed(half_life_s=QUEUE_HALF_LIFE_S)
         links.handle(Open, self._open)
@@ -109,6 +115,7 @@ class Handler:
         links.handle(Replay, self._replay)
         links.handle(Close, self._close)
         links.handle(Failed, self._forward_failure)
+        links.handle(Trace, self._trace)
         links.on_lost(self._link_lost)
         links.keep(lambda: self.ledger.owner_links())
         links.pong = self._pong
@@ -125,9 +132,30 @@ class Handler:
             await self._tasks.close()
 
     async def drain(self, *, timeout_s: float) -> None:
-        """Take no new session, let running steps finish, at most `timeout_s`."""
+        """Take no new session, tell the clients of the others that this peer leaves, and serve these until they have
+        gone elsewhere, at most for `timeout_s`."""
         self._draining = True
-        await self._steps.settled(timeout_s=timeout_s)
+        self._hand_over(Refused("this peer is leaving", code=Code.DRAINING))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while len(self.ledger):
+                    self._released.clear()
+                    await self._released.wait()
+                await self._steps.settled(timeout_s=timeout_s)
+
+    def pause(self, paused: bool) -> None:
+        """From now on finish what runs and take nothing else, or everything again. Sessions stay until their clients,
+        who are told, have gone elsewhere."""
+        self.paused = paused
+        if paused:
+            self._hand_over(self._paused())
+
+    def _hand_over(self, reason: Paused | Refused) -> None:
+        """Tell the client of each session why it should go elsewhere."""
+        for entry in self.ledger.entries():
+            place = entry.place
+            farewell = self._failure(reason, place.session.raw, place.block, entry.epoch)
+            self._tasks.spawn(_tell(entry.owner_link, farewell), name=f"hand over {place}")
 
     def vacate(self) -> None:
         """After `drain`, before other blocks are served: no session is known any more, and clients go elsewhere."""
@@ -305,6 +333,23 @@ class Handler:
         if entry is not None and entry.next == link.remote == message.peer and entry.epoch == message.epoch:
             await _tell(entry.owner_link, message)
 
+    async def _trace(self, link: Link, message: Trace, _: memoryview) -> None:
+        entry = self.ledger.get(Place(SessionId(message.session), message.block))
+        if entry is None or entry.owner != link.remote or entry.place in self._tracing:
+            await link.send(Traced(nonce=message.nonce))
+            return
+        self._tracing.add(entry.place)  # one at a time: each asks the successor
+        self._tasks.spawn(self._traced(link, entry, message), name=f"trace {entry.place}")
+
+    async def _traced(self, link: Link, entry: Entry[Delivery, Link], message: Trace) -> None:
+        try:
+            reaches = await self.pusher.reaches(entry, timeout_s=min(message.patience_s, MAX_PATIENCE_S))
+            running = self._works.running(entry.place)
+            with suppress(PeerError):  # nobody is there to hear it
+                await link.send(Traced(nonce=message.nonce, running=running, next_silent=not reaches))
+        finally:
+            self._tracing.discard(entry.place)
+
     def _link_lost(self, link: Link) -> None:
         for place in self.ledger.link_lost(link):
             logger.info("session %s: its client went away", place)
@@ -316,6 +361,7 @@ class Handler:
         """Forget what the ledger does not know any more: the session's positions, and what was sent for them."""
         self._engine.release(place)
         self.journal.release(place)
+        self._released.set()
 
     def _failure(self, error: SwarmError, session: bytes, block: int, epoch: int, step: int | None = None) -> Failed:
         return Failed(
@@ -331,10 +377,14 @@ class Handler:
 
     def _check_comfort(self, *pacers: Pacer | None) -> None:
         if self.paused:
-            raise Paused("its owner needs the machine", retry_after_s=PAUSED_RETRY_S)
+            raise self._paused()
         backlog_s = max((pacer.backlog_s for pacer in pacers if pacer is not None), default=0.0)
         if backlog_s > MAX_BACKLOG_S:
             raise Busy(f"{backlog_s:.0f} s of frames wait for bandwidth here", retry_after_s=backlog_s)
+
+    @staticmethod
+    def _paused() -> Paused:
+        return Paused("its owner needs the machine", retry_after_s=PAUSED_RETRY_S)
 
     def _check_open(self, message: Open) -> None:
         if self._draining:
@@ -389,6 +439,9 @@ class Works:
             if not self._counts[place]:
                 del self._counts[place]
                 self._last.pop(place).set()
+
+    def running(self, place: Place) -> int:
+        return self._counts[place]
 
     async def ended(self, place: Place, *, timeout_s: float) -> None:
         if (last := self._last.get(place)) is not None:
@@ -447,5 +500,5 @@ def _code(error: SwarmError) -> str:
 async def _tell(link: Link, message: Failed) -> None:
     try:
         await link.send(message)
-    except PeerError as error:
+    except (PeerError, Unavailable) as error:  # Unavailable: a client that we dialled, and no lane can be opened
         logger.debug("could not tell %r: %s", link, error)  # its sessions go with the link

@@ -140,6 +140,9 @@ class Ledger(Generic[Answer, OwnerLink]):
         same = (entry for entry in self._entries.values() if entry.place.session == place.session)
         return next((entry for entry in same if entry.span.end == place.block), None)
 
+    def entries(self) -> tuple[Entry[Answer, OwnerLink], ...]:
+        return tuple(self._entries.values())
+
     def owner_links(self) -> set[OwnerLink]:
         """The links whose end would end a session."""
         return {entry.owner_link for entry in self._entries.values()}
@@ -192,9 +195,10 @@ class Ledger(Generic[Answer, OwnerLink]):
         entry.positions = min(entry.positions, message.keep)
         entry.epoch, entry.owner_link = message.epoch, link
         entry.previous = None if message.previous is None else PeerId(message.previous)
-        entry.next = None if message.next is None else PeerId(message.next)
+        following = None if message.next is None else PeerId(message.next)
+        if entry.next != following:
+            entry.next, entry.relay_until_s = following, 0.0
         entry.next_addresses = message.next_addresses
-        entry.relay_until_s = 0.0
         entry.lease_expires_at_s = now_s + self.limits.lease_s
         return entry
 

@@ -67,6 +67,20 @@ class Pusher:
         except (PeerError, Unavailable) as error:
             self._relay_for_now(entry, error)
 
+    async def reaches(self, entry: Entry[Delivery, Link], *, timeout_s: float) -> bool:
+        """Whether the successor answers over the link that outputs take; from a silent one on they go through the
+        client. True where there is no such link, as the next output finds that out by itself."""
+        link = None if entry.next is None else self._links.known(entry.next)
+        if link is None or entry.relay_until_s > self._clock():
+            return True
+        try:
+            await self._links.ping(link.remote, timeout_s=timeout_s)
+        except PeerError as error:
+            link.retire()  # who waits to send over it must not wait on
+            self._relay_for_now(entry, error)
+            return False
+        return True
+
     async def deliver(self, entry: Entry[Delivery, Link], delivery: Delivery) -> None:
         """Send one output on its way. A client that is gone is no error here: its link's end releases its sessions."""
         message = delivery.message

@@ -29,7 +29,18 @@ from peers.transport.base import Stream, Transport
 from peers.transport.pacer import Pacer
 from peers.transport.tasks import Tasks
 from peers.wire import codec
-from peers.wire.messages import PROTOCOL_VERSION, AnyMessage, DialBack, DialBackReply, Hello, Message, Ping, Pong
+from peers.wire.messages import (
+    PROTOCOL_VERSION,
+    AnyMessage,
+    DialBack,
+    DialBackReply,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Trace,
+    Traced,
+)
 from routing.errors import InvalidAddress, PeerError
 from routing.ids import PeerId
 
@@ -294,8 +305,8 @@ class Links:
                 link.retire()
 
     async def request(
-        self, link: Link, build: Callable[[int], Ping | DialBack], *, timeout_s: float
-    ) -> Pong | DialBackReply:
+        self, link: Link, build: Callable[[int], Ping | Trace | DialBack], *, timeout_s: float
+    ) -> Pong | Traced | DialBackReply:
         """Send a message with a fresh nonce and wait for its reply. Raises PeerUnreachable on silence, StreamClosed."""
         nonce = next(self._nonces)
         future: asyncio.Future[AnyMessage] = asyncio.get_running_loop().create_future()
@@ -308,7 +319,7 @@ class Links:
             raise PeerUnreachable(f"{link.remote} did not answer within {timeout_s:.1f} s") from error
         finally:
             del self._requests[nonce]
-        assert isinstance(reply, Pong | DialBackReply)
+        assert isinstance(reply, Pong | Traced | DialBackReply)
         return reply
 
     async def close(self) -> None:
@@ -411,7 +422,7 @@ class Links:
     async def _dispatch(self, link: Link, message: AnyMessage, payload: memoryview) -> None:
         if isinstance(message, Ping):
             await link.send(self.pong(message.nonce))
-        elif isinstance(message, Pong | DialBackReply):
+        elif isinstance(message, Pong | Traced | DialBackReply):
             waiting_link, future = self._requests.get(message.nonce, (None, None))
             if future is not None and waiting_link is link and not future.done():
                 future.set_result(message)

@@ -246,6 +246,27 @@ class Pong(Message, tag="pong", frozen=True, kw_only=True):
     sessions: Count = 0
 
 
+class Trace(Message, tag="trace", frozen=True, kw_only=True):
+    """From the client of a session from which nothing is heard: how far have its steps come? Answered by Traced."""
+
+    nonce: Counter
+    session: Bytes16
+    block: Block
+    """The one with which the hop begins that is asked."""
+    patience_s: Seconds
+    """The successor may take so long to answer the hop."""
+
+
+class Traced(Message, tag="traced", frozen=True, kw_only=True):
+    """Answer to Trace."""
+
+    nonce: Counter
+    running: Count = 0
+    """Steps of the session that wait for the computation here, or are computed."""
+    next_silent: bool = False
+    """The successor did not answer over the link that outputs take. From now on they go through the client."""
+
+
 class DialBack(Message, tag="dial_back", frozen=True, kw_only=True):
     """Please open a fresh connection to these addresses of mine and say how it went."""
 
@@ -261,5 +282,19 @@ class DialBackReply(Message, tag="dial_back_reply", frozen=True, kw_only=True):
 
 
 AnyMessage: TypeAlias = (
-    Hello | Open | Opened | Step | Replay | Relay | Result | Failed | Close | Ping | Pong | DialBack | DialBackReply
+    Hello
+    | Open
+    | Opened
+    | Step
+    | Replay
+    | Relay
+    | Result
+    | Failed
+    | Close
+    | Ping
+    | Pong
+    | Trace
+    | Traced
+    | DialBack
+    | DialBackReply
 )

@@ -24,7 +24,9 @@ stalls or forgets. The driver performs the actions and reports what happened.
     pausing   timer                              ready     SendStep
     waiting   timer                              routing   NeedRoute
     ready     behind window                      opening   OpenHops (next epoch) of the same route
-    on route  hop lost, refused                  routing   Release of that hop, NeedRoute; idle when nothing is pending
+    ready     hop leaves, steps under way        ready     until the last of them is answered: no further one is sent
+    on route  hop lost, refused, leaves          routing   Release of that hop, NeedRoute; idle when nothing is pending
+    idle, routing  hop leaves                              Release of that hop
     on route  hop forgot, journal lost, stalled  routing   NeedRoute; idle when nothing is pending
     any live  too many attempts without progress failed    Release, Fail
     any       close                              closed    Release
@@ -221,7 +223,9 @@ class SessionCore:
         self._installed: tuple[Hop, ...] = ()
         """Hops that were opened and not released."""
         self._lost: set[PeerId] = set()
-        """Peers that failed since the last route was ready."""
+        """Peers that failed, or said that they leave, since the last route was ready."""
+        self._farewell: SwarmError | None = None
+        """What the last one to leave said."""
         self._unjournalled: set[PeerId] = set()
         """Peers whose journal had less than they said."""
         self._missing: set[tuple[PeerId, int]] = set()
@@ -314,7 +318,7 @@ class SessionCore:
             return step.step, self._need_route()
         if self.state in (State.READY, State.PAUSING):
             self._unsent.append(step)
-        return step.step, self._send() if self.state is State.READY else []
+        return step.step, self._go_on() if self.state is State.READY else []
 
     def close(self) -> list[Action]:
         """Idempotent."""
@@ -384,7 +388,7 @@ class SessionCore:
             self._waited_s = 0.0
             self._pending.remove(next(p for p in self._pending if p.step == step))
             actions.append(StepDone(answered))
-        return actions + (self._send() if self.state is State.READY else [])
+        return actions + (self._go_on() if self.state is State.READY else [])
 
     def hop_lost(self, peer: PeerId, error: SwarmError) -> list[Action]:
         """The connection to `peer` ended, could not be made, or the peer is silent."""
@@ -392,12 +396,20 @@ class SessionCore:
             self._lost.add(peer)
         return self._rebuild(error) if self._on_route(peer) else []
 
-    def hop_leaves(self, peer: PeerId, epoch: int, error: SwarmError) -> list[Action]:
-        """A healthy hop gives the session up, for its owner or because it drains: others take its blocks."""
-        if epoch != self.epoch or not self._on_route(peer):
+    def hop_leaves(self, peer: PeerId, epoch: int, error: SwarmError, *, answers: bool = False) -> list[Action]:
+        """A healthy hop gives the session up, for its owner or because it drains: others take its blocks.
+
+        Where it `answers` what is under way, that is waited for, so that nothing is sent twice.
+        """
+        if epoch != self.epoch or not self.uses(peer):
             return []
         self._lost.add(peer)
-        return self._rebuild(error)
+        self._farewell = error
+        if self.state is State.READY and answers:
+            return self._go_on()
+        if self._on_route(peer):
+            return self._rebuild(error)
+        return self._let_go(hop for hop in self._installed if hop.peer_id == peer)
 
     def forgotten(self, epoch: int, error: SwarmError, *, gap_at: StepId | None = None) -> list[Action]:
         """A healthy hop does not hold what the session thinks (lease over, restart), or found a gap before a step."""
@@ -468,7 +480,7 @@ class SessionCore:
             self.state = State.READY
             self._unsent.extendleft(reversed(self._sent.values()))
             self._sent.clear()
-            return self._send()
+            return self._go_on()
         if self.state is State.WAITING:
             return self._need_route() if self._pending else self._idle()
         return []
@@ -537,6 +549,13 @@ class SessionCore:
             yield PendingStep(
                 step=self._new_id(), first=first, count=count, want_from=count, replay=True, hop=leg.hop, until=until
             )
+
+    def _go_on(self) -> list[Action]:
+        """Send on, or part with the hops that leave as soon as nothing is under way."""
+        if not self._lost:
+            return self._send()
+        assert self._farewell is not None
+        return [] if self._sent else self._rebuild(self._farewell)
 
     def _send(self) -> list[Action]:
         actions: list[Action] = []

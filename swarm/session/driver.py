@@ -11,14 +11,16 @@ import logging
 import random
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
+from peers.errors import PeerUnreachable
 from peers.transport.links import BULK_BYTES
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
 from peers.wire.messages import PREFIX_POSITIONS, PROTOCOL_VERSION, Close, Open, Replay, Step, Urgency
-from routing.errors import PeerError, SwarmError, Unavailable
+from routing.errors import NoRoute, PeerError, SwarmError, Unavailable
 from routing.flow import GOLDEN
 from routing.ids import PeerId, SessionId
 from routing.router import Hop, Route, RouteRequest
@@ -35,6 +37,7 @@ from swarm.session.core import (
     SessionConfig,
     SessionCore,
     Skip,
+    State,
     StepDone,
     Wait,
 )
@@ -47,6 +50,10 @@ from swarm.session.watch import Watch
 
 logger = logging.getLogger(__name__)
 
+RECONSIDER_S = 5.0
+"""Between two looks for a better route for a session whose steps have become slow."""
+CLEAR_GAIN = 2.0
+"""How much faster another route promises to be than the present one is, to be worth a replay."""
 GOODBYE_TIMEOUT_S = 2.0
 """How long closing waits for "close" messages to leave; a hop that misses one frees its pages with the link."""
 
@@ -358,16 +365,9 @@ class SwarmRemote:
         if previous is None and length >= PREFIX_POSITIONS:  # where the last session was, its prompt may be known
             previous = self._sessions.last_route
         self._turn = (self._turn + GOLDEN) % 1.0
-        request = RouteRequest(
-            model=self.model.model,
-            num_blocks=self.model.num_blocks,
-            avoid=need.avoid,
+        request = replace(
+            self._request(need.avoid, previous, length),
             tokens=max((step.count for step in pending), default=1),
-            bytes_per_token=self.model.hidden_size * 4,
-            cache_tokens=length,
-            protocol=PROTOCOL_VERSION,
-            min_precision=self.model.min_precision,
-            previous=previous,
             keep=need.keep,
             spread=self._turn,
         )
@@ -377,6 +377,39 @@ class SwarmRemote:
             self.perform(session, core.no_route(error))
         else:
             self.perform(session, core.route_ready(route))
+
+    def _request(self, avoid: frozenset[PeerId], previous: Route | None, length: int) -> RouteRequest:
+        """For a step of one position."""
+        return RouteRequest(
+            model=self.model.model,
+            num_blocks=self.model.num_blocks,
+            avoid=avoid,
+            bytes_per_token=self.model.hidden_size * 4,
+            cache_tokens=length,
+            protocol=PROTOCOL_VERSION,
+            min_precision=self.model.min_precision,
+            previous=previous,
+        )
+
+    def reconsider(self, session: LiveSession) -> None:
+        """Let go of the hop that took longest, between two steps and without blame, where another is clearly faster."""
+        core, loop_s, timings = session.core, asyncio.get_running_loop().time(), self._sessions.last_hops
+        if core is None or core.route is None or core.state is not State.READY or not timings:
+            return
+        if loop_s < session.reconsider_at_s:
+            return
+        session.reconsider_at_s = loop_s + RECONSIDER_S
+        slowest = max(timings, key=lambda hop: hop.queue_s + hop.compute_s).peer
+        others = tuple(hop for hop in core.route.hops if hop.peer_id != slowest)
+        request = replace(self._request(frozenset(), core.route, session.length), keep=others)
+        try:
+            better = self._client.router.plan(request, self._client.discovery.now_s())
+        except NoRoute:  # the records of the others ran out
+            return
+        if better.cost_s * CLEAR_GAIN < session.pace.usual_s(1) and all(hop.peer_id != slowest for hop in better.hops):
+            error = PeerUnreachable(f"{slowest} has become slow")
+            logger.info("session %s: %s", core.session, error)
+            self.perform(session, core.hop_leaves(slowest, core.epoch, error, answers=True))
 
     async def _open_hop(self, session: LiveSession, action: OpenHops, index: int, prefix: tuple[bytes, ...]) -> None:
         core, route, epoch = session.core, action.route, action.epoch

@@ -15,6 +15,7 @@ from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
 from peers.transport.links import Link
 from peers.wire import tensors
 from peers.wire.messages import Code, Failed, Opened, Relay, Result
+from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.router import Hop, Route
 from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
@@ -81,6 +82,8 @@ class Inbox:
         self._learn(hops, message, step.count)
         session.answered(step.count)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
+        if session.pace.slowed:
+            self._driver.reconsider(session)
 
     async def _failed(self, link: Link, message: Failed, _: memoryview) -> None:
         session = self._session_of(link, message.session, message.peer)
@@ -99,9 +102,19 @@ class Inbox:
                 error = Busy(text, retry_after_s=message.retry_after_s)
                 preempted = message.code == Code.PREEMPTED
                 actions = core.busy(epoch, message.retry_after_s, error, preempted=preempted)
-            case Code.PAUSED:
-                self._sessions.client.router.on_paused(peer)
-                actions = core.hop_leaves(peer, epoch, Paused(text, retry_after_s=message.retry_after_s))
+            case Code.PAUSED | Code.DRAINING:
+                farewell: SwarmError
+                if message.code == Code.PAUSED:
+                    self._sessions.client.router.on_paused(peer)
+                    farewell = Paused(text, retry_after_s=message.retry_after_s)
+                else:
+                    self._sessions.client.router.on_draining(peer)
+                    farewell = Refused(text, code=message.code)
+                for other in tuple(self._sessions.by_id.values()):  # a fork of which the peer has not heard leaves too
+                    if other is not session and other.core is not None:
+                        leave = other.core.hop_leaves(peer, other.core.epoch, farewell, answers=True)
+                        self._driver.perform(other, leave)
+                actions = core.hop_leaves(peer, epoch, farewell, answers=message.step is None)
             case Code.UNKNOWN_SESSION | Code.STALE_EPOCH:
                 actions = core.forgotten(epoch, Refused(text, code=message.code))
             case Code.NOT_JOURNALLED:

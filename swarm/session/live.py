@@ -23,6 +23,8 @@ from swarm.session.history import History
 from swarm.session.pace import Pace
 from swarm.session.remote import RemoteSession
 
+SILENCE_S_MAX = 30.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopTiming:
@@ -80,6 +82,7 @@ class LiveSession(RemoteSession):
         "parent",
         "prefix_secret",
         "pumping",
+        "reconsider_at_s",
         "route",
         "rows",
         "silence_s",
@@ -107,6 +110,8 @@ class LiveSession(RemoteSession):
         """When somebody should have been heard: half of `silence_s` before it is given up."""
         self.silence_s = 0.0
         self.idle_looks = 0
+        self.reconsider_at_s = 0.0
+        """Until then nobody asks whether another route is better."""
         self.waiting = False
         """Somebody should be heard."""
 
@@ -127,6 +132,14 @@ class LiveSession(RemoteSession):
         self.idle_looks = 0
         self.heard_at_s = asyncio.get_running_loop().time()
         self.deadline_s = self.heard_at_s + self.silence_s / 2
+
+    def look_again(self, *, soon: bool) -> None:
+        """All hops live: ask again within the silence that is tolerated, or after a longer one."""
+        if soon:
+            self.deadline_s = asyncio.get_running_loop().time() + self.silence_s / 8
+        else:
+            self.silence_s = min(SILENCE_S_MAX, self.silence_s * 2)
+            self.deadline_s = asyncio.get_running_loop().time() + self.silence_s
 
 
 @dataclass(slots=True, kw_only=True)
@@ -152,6 +165,10 @@ class Driver(Protocol):
 
     def lose(self, session: LiveSession, peer: PeerId, error: SwarmError) -> None:
         """A hop of this session failed it."""
+        ...
+
+    def reconsider(self, session: LiveSession) -> None:
+        """Its route has become slow."""
         ...
 
     def blame(self, peer: PeerId, reason: str) -> None:

@@ -6,11 +6,15 @@ next, because so is silence.
 
 from __future__ import annotations
 
+import math
+
 SILENCE_S_MIN = 2.0
 PATIENCE = 3.0
 """Times the usual time."""
 STEP_POSITIONS = 16
 """Up to so many, a step takes about as long as for one."""
+SLOW = 3.0
+"""Times the best that steps took, from which on another route is thought of."""
 _SMOOTHING = 0.3
 
 
@@ -19,18 +23,25 @@ class Pace:
 
     def __init__(self) -> None:
         self._step_s = 0.0
+        self._best_step_s = math.inf
         self._position_s = 0.0
 
     def answered(self, positions: int, seconds: float) -> None:
         """A step over so many positions was answered, so long after the last sign of life."""
         if positions <= STEP_POSITIONS:
             self._step_s = _smoothed(self._step_s, seconds)
+            self._best_step_s = min(self._best_step_s, self._step_s)
         else:
             self._position_s = _smoothed(self._position_s, seconds / positions)
 
     def usual_s(self, positions: int) -> float:
         """0 while nothing like it was measured."""
         return self._step_s if positions <= STEP_POSITIONS else max(self._step_s, positions * self._position_s)
+
+    @property
+    def slowed(self) -> bool:
+        """Steps have come to take much longer than they did."""
+        return self._step_s > SLOW * self._best_step_s
 
     def silence_s(self, positions: int) -> float:
         """A peer that neither answers a step over so many positions nor a ping for this long is given up."""

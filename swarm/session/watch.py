@@ -1,19 +1,24 @@
-"""Sessions of which nothing is heard: ask their hops whether they live, drop the silent, wait longer for the busy."""
+"""Sessions of which nothing is heard: ask their hops how they stand. The silent are dropped, the busy waited for, and
+what was lost between two hops that live is sent again, through the client where their link is silent.
+"""
 
 from __future__ import annotations
 
 import asyncio
 
-from peers.errors import PeerUnreachable
+from peers.errors import PeerUnreachable, ProtocolError
+from peers.transport.links import BULK_BYTES
 from peers.transport.tasks import Tasks
+from peers.wire.messages import Trace, Traced
 from routing.errors import PeerError, Unavailable
 from routing.ids import SessionId
+from routing.router import Hop
+from swarm.session.core import SessionCore, State
 from swarm.session.live import Driver, LiveSession, Sessions
 
 IDLE_LOOKS = 3
-"""Looks at which every hop is alive and has nothing queued, after which the step is taken for lost."""
+"""Looks at which every hop is alive and none computes, after which the step is taken for lost."""
 WATCH_S = 0.1
-SILENCE_S_MAX = 30.0
 
 
 class Watch:
@@ -36,44 +41,63 @@ class Watch:
                     self._tasks.spawn(self._investigate(session_id, session), name=f"investigate {session_id}")
 
     async def _investigate(self, session_id: SessionId, session: LiveSession) -> None:
-        """Ask every hop of an overdue session whether it lives; drop the silent, wait longer for the busy.
-
-        Half of the silence that is tolerated has passed; the other half is the time to answer.
-        """
+        """Ask every hop of an overdue session. Half of the silence that is tolerated has passed; the other half is the
+        time to answer, and half of that for the hops to ask their successors."""
         core = session.core
         assert core is not None
         try:
             epoch, route = core.epoch, core.route
             if route is None:
                 return
-            pongs = await asyncio.gather(
-                *(
-                    self._sessions.client.links.ping(hop.peer_id, hop.addresses, timeout_s=session.silence_s / 2)
-                    for hop in route.hops
-                ),
+            answers = await asyncio.gather(
+                *(self._trace(session_id, hop, timeout_s=session.silence_s / 2) for hop in route.hops),
                 return_exceptions=True,
             )
             if core.epoch != epoch or not core.outstanding:
                 return
-            queued = 0
-            for hop, pong in zip(route.hops, pongs, strict=True):
-                if isinstance(pong, PeerError):
-                    self._driver.lose(session, hop.peer_id, pong)
+            running = 0
+            cut: Hop | None = None
+            for hop, answer in zip(route.hops, answers, strict=True):
+                if isinstance(answer, PeerError):
+                    self._driver.lose(session, hop.peer_id, answer)
                     if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
                         link.retire()  # who waits to send over it must not wait on
                     return
-                if isinstance(pong, Unavailable):
-                    self._driver.perform(session, core.give_up(pong))
+                if isinstance(answer, Unavailable):
+                    self._driver.perform(session, core.give_up(answer))
                     return
-                if isinstance(pong, BaseException):
-                    raise pong
-                queued += pong[1].queued_tokens
-            session.idle_looks = 0 if queued else session.idle_looks + 1
+                if isinstance(answer, BaseException):
+                    raise answer
+                running += answer.running
+                cut = hop if answer.next_silent else cut
+            if cut is not None:
+                error = PeerUnreachable(f"{cut.peer_id} does not reach the hop behind it, although both are alive")
+                self._driver.perform(session, core.stalled(error))
+                return
+            session.idle_looks = 0 if running else session.idle_looks + 1
             if session.idle_looks >= IDLE_LOOKS:
                 error = PeerUnreachable("a step was lost although every hop of its route is alive")
                 self._driver.perform(session, core.stalled(error))
                 return
-            session.silence_s = min(SILENCE_S_MAX, session.silence_s * 2)
-            session.deadline_s = asyncio.get_running_loop().time() + session.silence_s
+            session.look_again(soon=not running and self._small(core))
         finally:
             self._investigating.discard(session_id)
+
+    def _small(self, core: SessionCore) -> bool:
+        """Whether what is under way travels in the lane of small frames, and so before the questions of the hops. What
+        is larger may be on its way for long where a link is slow."""
+        most = BULK_BYTES // (4 * self._sessions.model.hidden_size)
+        return core.state is State.READY and not core.crowded and all(step.count < most for step in core.pending)
+
+    async def _trace(self, session: SessionId, hop: Hop, *, timeout_s: float) -> Traced:
+        """Raises PeerError, and Unavailable where this client's own node cannot dial."""
+        links = self._sessions.client.links
+
+        def trace(nonce: int) -> Trace:
+            return Trace(nonce=nonce, session=session.raw, block=hop.span.start, patience_s=timeout_s / 2)
+
+        link = await links.to(hop.peer_id, hop.addresses, timeout_s=timeout_s)
+        answer = await links.request(link, trace, timeout_s=timeout_s)
+        if not isinstance(answer, Traced):
+            raise ProtocolError(f"{hop.peer_id} answered a trace with {type(answer).__name__}")
+        return answer

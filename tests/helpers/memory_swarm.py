@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
@@ -191,6 +192,11 @@ class MemorySwarm:
             next(peer for peer in self.peers if peer._key.peer_id == peer_id).pause(paused)
 
         self.thread.call(pause())
+
+    def drain_peer(self, peer_id: PeerId) -> Future[None]:
+        """The peer begins to leave; the future ends when it may exit."""
+        peer = next(peer for peer in self.peers if peer._key.peer_id == peer_id)
+        return asyncio.run_coroutine_threadsafe(peer.drain(timeout_s=20.0), self.thread._loop)
 
     def forget_sessions(self) -> None:
         """Every lease ends at once, as after a long pause."""

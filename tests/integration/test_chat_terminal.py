@@ -95,8 +95,7 @@ def test_an_answer_can_be_stopped_and_the_conversation_goes_on(terminal: Termina
     at = terminal.wait_for("> ", since=at)
     terminal.type("What is the capital of France? One word.\n")
     at = terminal.wait_for("Paris", since=at)
-    terminal.type("\x03")
-    terminal.wait_for("> ", since=at)
+    terminal.wait_for("\r\n> ", since=at)
     terminal.type("\x04")
     assert terminal.process.wait(DEADLINE_S) == 0
     assert "Traceback" not in terminal.screen

@@ -5,7 +5,9 @@ Virtual wires, real engines and drivers. Every peer of a swarm here has a spare 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,12 @@ import torch
 from peers.host import ServerPeer
 from peers.runtime.engine import Done, Work
 from peers.serving.journal import Journal
+from peers.serving.push import Delivery
+from peers.transport.links import Link
 from peers.transport.memory import MemoryStream
+from peers.wire.messages import Code, Failed
 from routing.ids import PeerId
+from swarm.session import driver
 from swarm.session.core import SessionConfig
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
@@ -201,4 +207,94 @@ def test_speculation_that_is_rolled_back_and_forks_survive_the_death_of_a_hop(sc
         assert torch.equal(actual, generate(local, ids, **options))
         assert killed[0] not in scene.route
         scene.add_spare(1)
+    assert scene.swarm.eventually_settled()
+
+
+@pytest.mark.parametrize("leaves", [(0,), (1,), (1, 2)])
+@pytest.mark.parametrize("chosen", [1, 8])
+def test_peers_that_drain_hand_their_sessions_over_and_no_step_is_repeated(
+    scene: Scene, local: Any, leaves: tuple[int, ...], chosen: int
+) -> None:
+    used, ended, failed = scene.warm_up(), [], []
+    drain = AtToken(chosen, lambda: ended.extend(scene.swarm.drain_peer(used[hop]) for hop in leaves))
+    links = scene.swarm.thread.client.links
+    receive = links._receivers[Failed]
+
+    async def watched(link: Link, message: Failed, payload: memoryview) -> None:
+        failed.append((message.code, message.step))
+        await receive(link, message, payload)
+
+    links._receivers[Failed] = watched
+    with scene.model.session():
+        actual = generate(scene.model, PROMPT, stopping_criteria=[drain])
+        for draining in ended:
+            draining.result(5)
+    assert torch.equal(actual, generate(local, PROMPT))
+    assert set(failed) == {(Code.DRAINING, None)}, "nothing was refused"
+    router, now_s = scene.swarm.thread.client.router, scene.swarm.thread.client.discovery.now_s()
+    assert router._reputation.backed_off(now_s) == {}
+    assert [hop for hop, peer in enumerate(used) if scene.route[hop] != peer] == list(leaves)
+    assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * len(used), "nothing twice"
+
+
+def test_a_link_between_two_hops_that_falls_silent_is_gone_round_and_nobody_is_blamed(scene: Scene, local: Any) -> None:
+    used, network = scene.warm_up(), scene.swarm.network
+    cut = AtToken(8, lambda: scene.swarm.thread.post(network.partition, used[:1], used[1:2]))
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[cut]), generate(local, PROMPT))
+    assert scene.route == used
+    assert scene.remote.traffic.relays >= TOKENS - 8
+    router, now_s = scene.swarm.thread.client.router, scene.swarm.thread.client.discovery.now_s()
+    assert router._reputation.backed_off(now_s) == {}
+    assert [scene.positions(peer) for peer in used] == [LENGTH] * 3, "nothing twice"
+    assert scene.swarm.eventually_settled()
+
+
+def test_a_step_that_is_lost_between_two_hops_is_sent_again_from_where_it_came_last(
+    scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = scene.warm_up()
+    pusher = next(peer for peer in scene.swarm.peers if peer._key.peer_id == used[1]).handler.pusher
+    deliver, lost = pusher.deliver, []
+
+    async def lose(entry: Any, delivery: Delivery) -> None:
+        if delivery.message.first == PROMPT.shape[1] + 8 and not lost:
+            lost.append(delivery)
+        else:
+            await deliver(entry, delivery)
+
+    monkeypatch.setattr(pusher, "deliver", lose)
+    assert torch.equal(generate(scene.model, PROMPT), generate(local, PROMPT))
+    assert len(lost) == 1
+    assert scene.route == used
+    assert scene.remote.traffic.replayed_positions == 1
+    assert [scene.positions(peer) for peer in used] == [LENGTH] * 3
+
+
+def test_a_hop_that_becomes_slow_is_left_between_two_steps_for_a_faster_one_and_blamed_by_nobody(
+    scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "RECONSIDER_S", 0.0)
+    discovery, used = scene.swarm.thread.client.discovery, []
+    scene.swarm.thread.call(discovery.refresh())
+    scene.swarm.thread.call(discovery.measure(discovery.router.snapshot(discovery.now_s()).peers))
+    scene.warm_up()
+
+    def slow_down() -> None:
+        used.extend(scene.route)
+        engine = next(peer for peer in scene.swarm.peers if peer._key.peer_id == used[1]).engine
+        run = engine.run
+
+        async def slow(work: Work) -> Done:
+            done = await run(work)
+            await asyncio.sleep(1.0)
+            return replace(done, compute_s=done.compute_s + 1.0)
+
+        monkeypatch.setattr(engine, "run", slow)
+
+    assert torch.equal(
+        generate(scene.model, PROMPT, stopping_criteria=[AtToken(8, slow_down)]), generate(local, PROMPT)
+    )
+    assert [hop for hop, peer in enumerate(used) if scene.route[hop] != peer] == [1]
+    assert scene.swarm.thread.client.router._reputation.backed_off(discovery.now_s()) == {}
+    assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3, "nothing twice"
     assert scene.swarm.eventually_settled()

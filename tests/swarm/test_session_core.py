@@ -271,6 +271,33 @@ def test_whatever_breaks_a_route_leads_to_another_one(
     assert kinds(core.result(step, 2)) == [StepDone]
 
 
+def test_a_hop_that_leaves_answers_what_is_under_way_and_then_only_its_blocks_go_elsewhere() -> None:
+    core = ready(positions=4)
+    (one, _), (two, _) = core.submit(4, 1, 0), core.submit(5, 1, 0)
+    assert core.hop_leaves(Q, 0, LOST, answers=True) == core.hop_leaves(R, 1, LOST, answers=True) == []
+    assert core.hop_leaves(Q, 1, LOST, answers=True) == []
+    three, actions = core.submit(6, 1, 0)
+    assert actions == [], "nothing more over this route"
+    assert kinds(core.result(one, 1)) == [StepDone]
+    assert kinds(core.result(two, 1)) == [StepDone, Release, NeedRoute]
+    assert kinds(core.route_ready(route(P, R))) == [OpenHops]
+    core.opened(P, 0, 2, 6, 0)
+    (replay,) = sent(core.opened(R, 1, 2))
+    assert (replay.first, replay.count, replay.hop) == (0, 6, 1)
+    assert [step.step for step in sent(core.result(replay.step, 2))] == [three]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_hop_that_leaves_is_let_go_of_at_once_where_nothing_is_under_way(busy: bool) -> None:
+    core = ready(positions=4)
+    if busy:
+        core.submit(4, 1, 0)
+        core.busy(1, 0.5, FULL, preempted=False)
+    assert kinds(core.hop_leaves(P, 1, LOST, answers=True)) == ([Release, NeedRoute] if busy else [Release])
+    assert core.hop_leaves(Q, 1, LOST, answers=True) == [Release(route(P, Q).hops[1:])]
+    assert not core.uses(Q)
+
+
 def test_an_idle_session_that_loses_its_route_looks_for_another_with_its_next_step() -> None:
     core = ready(positions=3)
     assert kinds(core.hop_lost(P, LOST)) == [Release]
@@ -669,6 +696,12 @@ class World:
     def stop(self, peer: PeerId) -> None:
         self.stopped.add(peer)
 
+    def leave(self, peer: PeerId) -> None:
+        """The peer says so, serves the sessions that it has on, and takes no other."""
+        self.leaving.add(peer)
+        for session, held in self.hops[peer].items():
+            self._reply(peer, Message("leaves", session, held.epoch, peer))
+
     def evict(self, peer: PeerId) -> None:
         """The peer has no room for its journals."""
         for held in self.hops[peer].values():
@@ -847,7 +880,7 @@ class World:
             if kept := [peer for peer in keep if peer[0] == span and peer not in self.dead | self.stopped]:
                 hops.append(kept[0])
                 continue
-            gone = self.dead | owner.core._avoid | owner.core._lost
+            gone = self.dead | self.leaving | owner.core._avoid | owner.core._lost
             alive = [peer for peer in PEERS if peer[0] == span and peer not in gone]
             if not alive:
                 return owner.core.no_route(NoRoute(f"nobody serves {span}"))
@@ -987,6 +1020,8 @@ class World:
             case "gap":
                 assert message.step is not None
                 self._perform(owner, core.forgotten(epoch, FORGOT, gap_at=message.step.step))
+            case "leaves":
+                self._perform(owner, core.hop_leaves(peer, epoch, FORGOT, answers=True))
             case "refused":
                 self._perform(owner, core.refused(peer, epoch, FORGOT))
             case "busy" | "preempted":
@@ -1092,7 +1127,7 @@ def fault(rng: random.Random, world: World) -> None:
         case "preempt" if world.hops[peer]:
             world.preempt(peer, rng.choice(list(world.hops[peer])))
         case "leave" if len(world.leaving) < 2:
-            world.leaving.add(peer)
+            world.leave(peer)
         case "duplicate" if keys:
             world.duplicate(rng.choice(keys))
         case "drop":

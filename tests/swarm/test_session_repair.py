@@ -59,6 +59,22 @@ def test_every_hop_hears_what_it_lacks_once_and_in_order_from_somebody_who_has_i
     assert all(position >= end for position in holds)
 
 
+def test_steps_have_slowed_once_they_usually_take_three_times_their_best_and_not_after_one_that_took_twice() -> None:
+    pace = Pace()
+    assert not pace.slowed
+    for _ in range(10):
+        pace.answered(1, 0.1)
+    pace.answered(1, 0.2)
+    pace.answered(100, 9.0)
+    assert not pace.slowed
+    for _ in range(2):
+        pace.answered(1, 1.0)
+    assert pace.slowed
+    for _ in range(20):
+        pace.answered(1, 0.1)
+    assert not pace.slowed
+
+
 def test_a_silent_peer_is_given_up_after_three_times_what_is_usual_and_never_before_two_seconds() -> None:
     pace = Pace()
     assert pace.silence_s(500) == SILENCE_S_MIN

@@ -15,7 +15,7 @@ from peers.serving.handler import MAX_PAYLOAD_BYTES, PAUSED_RETRY_S, SWEEP_S
 from peers.transport import links
 from peers.transport.base import MAX_FRAME_BYTES
 from peers.wire import codec
-from peers.wire.messages import MAX_HOPS, Code, Failed, Opened
+from peers.wire.messages import MAX_HOPS, Code, Failed, Opened, Relay, Trace, Traced
 from routing.errors import PeerError, Unavailable
 from routing.ids import Place
 from tests.peers.serving.hops import HIDDEN, Client, Hop, Route, expected, rows, session_id, step_of
@@ -424,7 +424,7 @@ async def test_a_fork_outlives_its_parent() -> None:
 # --- leaving, and telling the load ---
 
 
-async def test_a_draining_peer_refuses_new_sessions_and_finishes_what_runs() -> None:
+async def test_a_draining_peer_refuses_new_sessions_tells_those_it_has_and_serves_them_until_they_are_gone() -> None:
     async with Alone() as route:
         client, hop = route.client, route.hop
         await client.open(route.hops)
@@ -432,12 +432,52 @@ async def test_a_draining_peer_refuses_new_sessions_and_finishes_what_runs() -> 
         await client.step(hop, 1, 0, 5)
         await asyncio.sleep(0.1)
         draining = asyncio.create_task(hop.handler.drain(timeout_s=20.0))
-        await asyncio.sleep(0.1)
+        failure, _ = await client.next(Failed)
+        assert (failure.code, failure.step, failure.epoch) == (Code.DRAINING, None, 1)
         for message in (*client.opens(route.hops, session=2), *client.opens(route.hops, epoch=2)):
             await client.send(hop, message)
             assert await client.refusal() == Code.DRAINING
         assert torch.equal(await client.result(), expected([hop], 0, 5))
+        await runs(client, hop, 2, 5)
+        assert not draining.done()
+        await client.close_session(route.hops, 1)
         await asyncio.wait_for(draining, 0.1)
+
+
+async def test_a_peer_drains_no_longer_than_it_was_told() -> None:
+    async with Alone() as route:
+        await route.client.open(route.hops)
+        await asyncio.wait_for(route.hop.handler.drain(timeout_s=2.0), 2.1)
+
+
+async def test_a_client_hears_what_runs_and_which_hop_does_not_reach_the_next_one() -> None:
+    async with Route() as route:
+        client, first, second = route.client, *route.hops[:2]
+
+        async def traced(asks: Client, hop: Hop) -> tuple[int, bool]:
+            link = await asks.links.to(hop.peer_id, hop.transport.addresses)
+
+            def trace(nonce: int) -> Trace:
+                return Trace(nonce=nonce, session=session_id(1).raw, block=hop.span.start, patience_s=1.0)
+
+            answer = await asks.links.request(link, trace, timeout_s=2.0)
+            assert isinstance(answer, Traced)
+            return answer.running, answer.next_silent
+
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        await client.result()
+        second.engine.compute_s = 3.0
+        await client.step(first, 2, 5)
+        await asyncio.sleep(1.0)
+        assert [await traced(client, hop) for hop in route.hops] == [(0, False), (1, False), (0, False)]
+        route.network.partition([first.peer_id], [second.peer_id])
+        assert await traced(route.another_client(), first) == (0, False), "a stranger learns nothing"
+        assert [await traced(client, hop) for hop in route.hops] == [(0, True), (1, False), (0, False)]
+        await client.result()
+        await client.step(first, 3, 6)
+        relay, _ = await client.next(Relay)
+        assert relay.next == second.peer_id
 
 
 async def test_a_paused_peer_finishes_what_runs_refuses_everything_else_and_goes_on_where_it_was() -> None:
@@ -447,16 +487,17 @@ async def test_a_paused_peer_finishes_what_runs_refuses_everything_else_and_goes
         hop.engine.compute_s = 3.0
         await client.step(hop, 1, 0, 5)
         await asyncio.sleep(0.1)
-        hop.handler.paused = True
+        hop.handler.pause(True)
+        await asyncio.sleep(0.1)
         await client.step(hop, 2, 5)
         (message,) = client.opens(route.hops, session=2)
         await client.send(hop, message)
-        for step in (2, None):
+        for step in (None, 2, None):  # it says so, refuses a step, refuses a session
             failure, _ = await client.next(Failed)
             assert (failure.code, failure.step) == (Code.PAUSED, step)
             assert failure.retry_after_s == PAUSED_RETRY_S
         assert torch.equal(await client.result(), expected([hop], 0, 5))
-        hop.handler.paused = False
+        hop.handler.pause(False)
         await runs(client, hop, 2, 5)
 
 

@@ -29,6 +29,8 @@ from peers.wire.messages import (
     Relay,
     Result,
     Step,
+    Trace,
+    Traced,
     Urgency,
 )
 
@@ -63,6 +65,8 @@ MESSAGES: list[AnyMessage] = [
     Close(sessions=(SESSION,)),
     Ping(nonce=1),
     Pong(nonce=1, free_tokens=5),
+    Trace(nonce=1, session=SESSION, block=3, patience_s=0.5),
+    Traced(nonce=1, running=2, next_silent=True),
     DialBack(nonce=2, addresses=("/ip4/127.0.0.1/tcp/1",)),
     DialBackReply(nonce=2, results=(("/ip4/127.0.0.1/tcp/1", ""),)),
 ]  # fmt: skip
