@@ -253,7 +253,7 @@ def test_a_reader_that_leaves_frees_its_places_and_pages(world: GatewayWorld, ur
         if stream:
             with http.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as response:
                 next(response.iter_lines())
-                assert world.served.engine.counts().active == 3
+                assert eventually(lambda: world.served.engine.counts().active == 3)
         else:
             with pytest.raises(httpx2.ReadTimeout):
                 http.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.5)
