@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -499,9 +499,9 @@ class Engine:
             self._prefixes = PrefixIndex(self._pages)
         except Exception as error:  # whatever it is, `start` raises it
             logger.debug("the engine does not start", exc_info=True)
-            self._loop.call_soon_threadsafe(ready.set_exception, error)
+            self._loop.call_soon_threadsafe(_answer, ready, error)
             return
-        self._loop.call_soon_threadsafe(ready.set_result, None)
+        self._loop.call_soon_threadsafe(_settle, ready)
         try:
             with torch.inference_mode():
                 preparing = self._preparation(library)
@@ -530,7 +530,7 @@ class Engine:
         """One more step of it, after each forward and while there is none to run."""
         self._prepared = self._stopping or next(preparing, _END) is _END
         if self._prepared and not self._stopping:
-            self._loop.call_soon_threadsafe(self._faster.set_result, None)
+            self._loop.call_soon_threadsafe(_settle, self._faster)
 
     def _run_batch(self, batch: _Batch, *, beside: bool = False) -> None:
         """`beside`: while another forward, which goes on afterwards, pauses."""
@@ -716,7 +716,12 @@ def _filled(result: Tensor | None, offset: int, output: Tensor, length: int) -> 
     return result
 
 
-def _answer(future: asyncio.Future[Done], error: SwarmError) -> None:
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():  # whoever waited may have been cancelled
+        future.set_result(None)
+
+
+def _answer(future: asyncio.Future[Any], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
 

@@ -575,3 +575,16 @@ async def test_whatever_clients_do_all_pages_come_back(local: Local, seed: int) 
 def test_a_configuration_out_of_range_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"not|at least"):
         EngineConfig(**{"cache_tokens": 64, **wrong})
+
+
+async def test_a_start_that_is_cancelled_says_nothing_to_who_no_longer_waits() -> None:
+    engine = Engine(Local("llama", SPAN).cut(), EngineConfig(cache_tokens=64, page_size=4))
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)  # it has begun
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    starting.cancel()
+    await asyncio.wait((starting,))
+    await engine.stop()
+    await asyncio.sleep(0)
+    assert not complaints
