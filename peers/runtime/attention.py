@@ -136,7 +136,7 @@ class RaggedBatch:
         self.positions_T = torch.tensor([p for s in tables[0] for p in range(s.start, s.end)], device=device)
         self._tables = tables
         self._slots = [
-            torch.tensor([slot for s in segments for slot in _last_slots(s)], device=device) for segments in tables
+            torch.tensor([slot for s in segments for slot in last_slots(s)], device=device) for segments in tables
         ]
         self._rows = list(accumulate((segment.tokens for segment in tables[0]), initial=0))
         self._pools = iter(pools)
@@ -379,7 +379,7 @@ def register() -> None:
     AttentionMaskInterface.register(RAGGED, ragged_mask)
 
 
-def _last_slots(segment: Segment) -> list[int]:
+def last_slots(segment: Segment) -> list[int]:
     """The slots of a segment's new positions."""
     slots: list[int] = []
     for first, count in reversed(segment.runs):

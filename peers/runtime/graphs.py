@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peers.model.support import MaskFunction, one_line
-from peers.runtime.attention import LayerPool, Pattern, Segment, look, skip
+from peers.runtime.attention import LayerPool, Pattern, Segment, last_slots, look, skip
 from peers.runtime.program import Programs
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Rows:
         for key, rows in reads.items():
             self._read[key].copy_(_on_host(rows), non_blocking=True)
         for written, segments in zip(self._written, tables, strict=True):
-            slots = [_last_slot(segment) for segment in segments]
+            slots = [slot for segment in segments for slot in last_slots(segment)]
             written.copy_(_on_host(slots + self._nobodys[self.count - empty :]), non_blocking=True)
         positions = [segment.start for segment in tables[0]]
         self.positions_1T.copy_(_on_host([positions + [0] * empty]), non_blocking=True)
@@ -241,11 +241,6 @@ def _on_host(values: Sequence[object]) -> Tensor:
 
 def _filled(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return [*runs, *[(0, 0)] * (RUNS - len(runs))]
-
-
-def _last_slot(segment: Segment) -> int:
-    first, count = segment.runs[-1]
-    return first + count - 1
 
 
 def _bucket(buckets: Sequence[int], least: int) -> int:
