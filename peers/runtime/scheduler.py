@@ -8,8 +8,8 @@ and is told what fits into a moment as a number of positions).
 - Steps, of up to `STEP_TOKENS` positions (a decoded token, a few drafted ones), are never cut and go first. All other
   works fill what is left of a batch in pieces, prefills before training before background; who has been passed over for
   `AGEING_BATCHES` counts as one class better.
-- While a longer work waits, a quarter of the budget is kept for it, and among several groups one forward of longer
-  works alone follows each round of steps: so it does not starve.
+- While a longer work waits, a quarter of the budget is kept for it, and among several groups, or where longer works get
+  no room beside steps, one forward of longer works alone follows each round of steps: so it does not starve.
 - Steps that arrive while a long forward runs may be taken out of turn, beside it (`steps_beside`).
 - Owners take turns: everybody's first work goes before anybody's second; equals go by who has waited longest.
 """
@@ -62,7 +62,7 @@ class Pace:
     """How many positions of longer works one forward may take now, so that nobody's next token is late."""
 
     beside_steps: int
-    """In a forward that steps wait for."""
+    """In a forward that steps wait for. 0: none, longer works have forwards of their own."""
     alone: int
 
 
@@ -86,15 +86,16 @@ class Tempo:
             self.token_s = _smoothed(self.token_s, max(own_s, 0.1 * seconds) / longer)
 
     def pace(self, budget: int, *, decoding: bool) -> Pace:
-        """Such that steps wait about as long as they take themselves: for a piece beside them, or for one slice.
+        """Such that steps wait about as long as they take themselves for a piece beside them, half as long for a slice.
 
-        `decoding`: steps are to be expected.
+        Where a forward falls into slices there are no pieces beside steps: reading a long context takes its time
+        however few positions attend to it, and a slice ends soon. `decoding`: steps are to be expected.
         """
         fit = int(min(budget, self.step_s / self.token_s)) if self.token_s else budget
-        return Pace(
-            beside_steps=max(STEP_TOKENS, fit),
-            alone=max(MIN_TOKEN_BUDGET, min(budget, fit * self._slices)) if decoding else budget,
-        )
+        if self._slices == 1:
+            return Pace(beside_steps=max(STEP_TOKENS, fit), alone=max(MIN_TOKEN_BUDGET, fit) if decoding else budget)
+        piece = min(budget, fit * self._slices // 2) if decoding and self.token_s else budget
+        return Pace(beside_steps=0, alone=max(2 * STEP_TOKENS, piece))
 
     def is_long(self, tokens: int) -> bool:
         """Whether a forward of so many positions takes so long that steps should be let in."""
@@ -160,6 +161,8 @@ class Scheduler:
         groups = self._heads()
         if not groups:
             return []
+        if pace is not None and not pace.beside_steps:
+            groups = [part for steps, longer in groups for part in ((steps, []), ([], longer)) if any(part)]
         self._batches += 1
         steps, longer = self._choose(groups)
         room = self.token_budget

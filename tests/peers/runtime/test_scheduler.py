@@ -149,6 +149,18 @@ def test_the_pace_bounds_longer_works_but_never_stops_them() -> None:
     ]
 
 
+def test_without_room_beside_steps_longer_works_run_alone_and_in_turn() -> None:
+    desk = Desk()
+    prompt, step = desk.submit(0, 200), desk.submit(1, 1)
+    apart = Pace(beside_steps=0, alone=7)
+    for offset in (0, 7):
+        assert desk.scheduler.next_batch(apart) == [Pick(work=prompt, offset=offset, tokens=7)]
+        desk.scheduler.advance(prompt, 7)
+        assert desk.scheduler.next_batch(apart) == [Pick(work=step, offset=0, tokens=1)]
+        desk.scheduler.advance(step, 1)
+        step = desk.submit(1, 1)
+
+
 seconds = st.floats(1e-6, 10)
 
 
@@ -159,10 +171,14 @@ def test_steps_wait_about_as_long_as_they_take(step_s: float, token_s: float, sl
     tempo.measured(step_s, steps=3, longer=0)
     tempo.measured(100 * token_s, steps=0, longer=100)
     pace = tempo.pace(budget, decoding=True)
-    assert STEP_TOKENS <= pace.beside_steps <= max(STEP_TOKENS, budget)
-    assert 64 <= pace.alone <= budget
-    assert pace.beside_steps == STEP_TOKENS or pace.beside_steps * token_s <= step_s * 1.001
-    assert pace.alone == 64 or pace.alone * token_s / slices <= step_s * 1.001
+    least = 32 if slices > 1 else 64
+    assert least <= pace.alone <= budget
+    assert pace.alone == least or pace.alone * token_s / slices <= step_s * 1.001
+    if slices > 1:
+        assert pace.beside_steps == 0
+    else:
+        assert STEP_TOKENS <= pace.beside_steps <= max(STEP_TOKENS, budget)
+        assert pace.beside_steps == STEP_TOKENS or pace.beside_steps * token_s <= step_s * 1.001
     assert tempo.pace(budget, decoding=False).alone == budget
 
 
