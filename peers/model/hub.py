@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 
 from peers.errors import CorruptCheckpoint, GatedModel, HubUnreachable, UnknownModel
+from peers.model.download import part_of, receive, size_of
 from peers.model.hashes import sha256_of
 from peers.model.layout import INDEX, is_companion
 from peers.model.progress import Progress, Silent
@@ -47,12 +47,6 @@ T = TypeVar("T")
 
 HUB_DEADLINE_S = 4.0
 """For the first answer, whatever hangs (name lookup, connection, reading): a user learns within 5 s."""
-
-STALL_S = 10.0
-"""A download that gives no byte for this long is broken off and resumed."""
-
-RESUME_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Waits between attempts that bring nothing, once a download has begun; then the error reaches the user."""
 
 MAX_COMPANION_BYTES = 64 << 20
 _OBJECT_ID = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
@@ -135,7 +129,7 @@ class HubRepository:
     def fetch(self, names: Sequence[str], progress: Progress) -> dict[str, Path]:
         """Verified local files, downloaded where needed. Raises NotEnoughDisk before the first byte."""
         missing = [self.files[name] for name in names if self._local(self.files[name]) is None]
-        parts_bytes = sum(_size(_part(self._blob(file))) for file in missing)
+        parts_bytes = sum(size_of(part_of(self._blob(file))) for file in missing)
         require_disk(self.cache, sum(file.size for file in missing) - parts_bytes, f"downloading {self.name}")
         for file in missing:
             self._download(file, self._blob(file), progress)
@@ -153,10 +147,7 @@ class HubRepository:
             return read_file_header(local)
 
         def read(offset: int, count: int) -> bytes:
-            with (
-                _translated(self.name, self.endpoint),
-                self._get(file, offset, offset + count - 1, HUB_DEADLINE_S) as response,
-            ):
+            with self._get(file, offset, offset + count - 1, HUB_DEADLINE_S) as response:
                 if response.status_code != 206:
                     raise HubUnreachable(f"{self.endpoint} does not serve ranges, so {name} cannot be inspected")
                 answer = bytearray()
@@ -175,7 +166,7 @@ class HubRepository:
         """Our copy, or the one that another program put into huggingface_hub's own cache, of the right size."""
         theirs = try_to_load_from_cache(self.name, file.name, revision=self.commit)
         candidates = [self._blob(file), *([Path(theirs)] if isinstance(theirs, str) else [])]
-        return next((path for path in candidates if path.is_file() and _size(path) == file.size), None)
+        return next((path for path in candidates if path.is_file() and size_of(path) == file.size), None)
 
     def _verified(self, file: HubFile, progress: Progress) -> Path:
         path = self._local(file)
@@ -190,7 +181,7 @@ class HubRepository:
         return path
 
     def _intact(self, path: Path, file: HubFile, progress: Progress) -> bool:
-        if not path.is_file() or _size(path) != file.size:
+        if not path.is_file() or size_of(path) != file.size:
             return False
         if file.sha256 is not None:
             return sha256_of(path, cache=self.cache, progress=progress) == file.sha256
@@ -200,9 +191,13 @@ class HubRepository:
         with locked(target):
             if self._intact(target, file, progress):
                 return
-            part = _part(target)
+            part = part_of(target)
             progress.start(f"downloading {file.name}", file.size)
-            self._receive(file, part, progress)
+
+            def get(first: int, timeout_s: float) -> contextlib.AbstractContextManager[Any]:
+                return self._get(file, first, None, timeout_s)
+
+            receive(part, file.size, get, progress, name=file.name, first_timeout_s=HUB_DEADLINE_S)
             progress.done()
             part.replace(target)
             if not self._intact(target, file, progress):
@@ -212,44 +207,15 @@ class HubRepository:
                     hint="run again to download it anew",
                 )
 
-    def _receive(self, file: HubFile, part: Path, progress: Progress) -> None:
-        """Append to `part` until it is whole, resuming after breaks as long as they are short."""
-        part.touch()
-        progress.advance(min(_size(part), file.size))
-        pauses: Iterator[float] = iter(())
-        while (held := _size(part)) != file.size:
-            if held > file.size:
-                os.truncate(part, 0)
-                continue
-            try:
-                with _translated(self.name, self.endpoint):
-                    self._append(file, part, held, progress)
-            except HubUnreachable as error:
-                if _size(part) > held:
-                    pauses = iter(RESUME_PAUSES_S)
-                pause_s = next(pauses, None)
-                if pause_s is None:
-                    raise
-                logger.warning("%s; resuming %s at byte %s in %s s", error, file.name, _size(part), pause_s)
-                time.sleep(pause_s)
-
-    def _append(self, file: HubFile, part: Path, held: int, progress: Progress) -> None:
-        with self._get(file, held, None, STALL_S if held else HUB_DEADLINE_S) as response, open(part, "r+b") as sink:
-            # a server that ignores the range starts again from the first byte
-            sink.seek(held if response.status_code == 206 else 0)
-            for chunk in response.iter_bytes():  # as it arrives: a break loses nothing
-                before = sink.tell()
-                if before + len(chunk) > file.size:
-                    raise CorruptCheckpoint(f"{self.endpoint} sends more than the {file.size} bytes of {file.name}")
-                sink.write(chunk)
-                progress.advance(max(0, sink.tell() - max(held, before)))
-
     @contextlib.contextmanager
     def _get(self, file: HubFile, first: int, last: int | None, timeout_s: float) -> Iterator[Any]:
         url = hf_hub_url(self.name, file.name, revision=self.commit, endpoint=self.endpoint)
         headers = build_hf_headers(token=self.token)
         headers |= {"Range": f"bytes={first}-{'' if last is None else last}", "Accept-Encoding": "identity"}
-        with get_session().stream("GET", url, headers=headers, timeout=timeout_s) as response:
+        with (
+            _translated(self.name, self.endpoint),
+            get_session().stream("GET", url, headers=headers, timeout=timeout_s) as response,
+        ):
             hf_raise_for_status(response)
             yield response
 
@@ -328,19 +294,8 @@ def _folder_name(name: str) -> str:
     return name.replace("/", "--")
 
 
-def _part(target: Path) -> Path:
-    return target.with_name(f".{target.name}.part")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
 def _git_oid(path: Path) -> str:
     """What git calls a blob: SHA-1 over a header and the content."""
     with open(path, "rb") as file:
-        start = hashlib.sha1(b"blob %d\0" % _size(path), usedforsecurity=False)
+        start = hashlib.sha1(b"blob %d\0" % size_of(path), usedforsecurity=False)
         return hashlib.file_digest(file, lambda: start).hexdigest()

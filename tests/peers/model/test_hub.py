@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import save
 
 from peers.errors import CorruptCheckpoint, GatedModel, HubUnreachable, NotEnoughDisk, UnknownModel, UnsupportedModel
-from peers.model import hub
+from peers.model import download, hub
 from peers.model.catalog import resolve
 from tests.peers.model.test_builtin import write_gguf
 
@@ -136,7 +136,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     state.address = f"http://127.0.0.1:{httpd.server_port}"
     monkeypatch.setenv("HF_ENDPOINT", state.address)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(hub, "RESUME_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(download, "RESUME_PAUSES_S", (0.0, 0.0))
     huggingface_hub.close_session()
     yield state
     huggingface_hub.close_session()
