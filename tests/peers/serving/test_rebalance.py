@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from peers import host
 from peers.errors import PeerTooSmall
 from peers.host import ServerPeer
 from peers.serving import rebalance
@@ -46,6 +47,7 @@ class Halves(MemorySwarm):
 def swarm(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Halves]:
     """Two peers with the first half of the model, one with the second; all may move."""
     monkeypatch.setattr(rebalance, "SETTLE_S", 0.01)
+    monkeypatch.setattr(host, "MOVE_DRAIN_TIMEOUT_S", 0.1)
     local = save_checkpoint(FAMILIES["llama"], folder)
     spans = [(0, HALF), (0, HALF), (HALF, NUM_BLOCKS)]
     with Halves(folder, spans, cache=tmp_path, movable=True) as swarm:
