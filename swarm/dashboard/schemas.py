@@ -15,13 +15,14 @@
     GET  /metrics, /health             Prometheus' text; Health
     any error                          Problem        with its status
 
-Units close the names: `_s` are seconds, `_at_s` Unix seconds by the dashboard's clock. An age is `now_s` minus `…_at_s`:
-add to `now_s` of the last message what has passed since it came. What is not known is null, never zero. Every text that
-a peer chose (names, versions, addresses, reasons) is bounded and printable, and nothing else: who shows it escapes it.
+Units close the names: `_s` are seconds, `_at_s` Unix seconds by the dashboard's clock. An age is `now_s` minus
+`…_at_s`: add to `now_s` of the last message what has passed since it came. What is not known is null, never zero. Every
+text that a peer chose (names, versions, addresses, reasons) is bounded and printable, and no more: who shows it escapes
+it.
 
 The stream: every message has an id, to be sent back as `Last-Event-ID` (or `?last_event_id=`): what was missed comes
-then, or a `snapshot` where that is too much. A reader that is behind gets a `snapshot` too. `delta` comes at most once a
-second, and every 10 s where nothing changed. Merge by key: `peers` into rows by `peer_id`, `models` by `model_id`.
+then, or a `snapshot` where that is too much. A reader that is behind gets a `snapshot` too. `delta` comes at most once
+a second, and every 10 s where nothing changed. Merge by key: `peers` into rows by `peer_id`, `models` by `model_id`.
 """
 
 from __future__ import annotations
