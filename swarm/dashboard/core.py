@@ -464,7 +464,8 @@ class Core:
 
     def _dealings(self, peer: PeerId) -> tuple[list[Opinion], list[Opinion]]:
         """What `peer` has against others, and others against it."""
-        mine, theirs = [], []
+        mine: list[Opinion] = []
+        theirs: list[Opinion] = []
         for observer, known in self._peers.items():
             if known.status is None or known.status_at_s is None:
                 continue

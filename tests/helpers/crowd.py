@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peers.transport.links import Links
+from peers.transport.memory import MemoryNetwork
 from peers.wire.messages import PROTOCOL_VERSION, Opinion, Pong, RoundTrip, Status
 from routing.coordinates import Coordinate, distance_s
 from routing.identity import peer_id_of
@@ -75,11 +77,14 @@ class Crowd:
         self.history = History.open(None, "crowd")
         self.core = Core(Router(), network="crowd", now_s=now_s)
         self.feed = Feed(self.core, epoch=f"crowd{seed}")
+        transport = MemoryNetwork().transport(peer_id_of(bytes(32)), client_mode=True)
+        self._links = Links(transport, network="crowd", software="crowd")
         self._count = 0
         self._called = 0
         for _ in range(peers):
             self.join(now_s)
         self.look(now_s)
+        self.core.advance(now_s)
         self.call(now_s, len(self.members))
         self.publish(now_s)
 
@@ -195,8 +200,15 @@ class Crowd:
         return self.publish(now_s)
 
     def dashboard(self, news: Callable[[], Any], clock: Callable[[], float]) -> Dashboard:
+        """Its dials find nobody: the addresses are made up."""
         return Dashboard(
-            core=self.core, feed=self.feed, history=self.history, entrance=(ENTRY,), news=news, clock=clock
+            core=self.core,
+            feed=self.feed,
+            history=self.history,
+            entrance=(ENTRY,),
+            news=news,
+            links=lambda: self._links,
+            clock=clock,
         )
 
     def _live(self) -> list[Member]:
