@@ -15,7 +15,7 @@ from routing.cost import BYTES_PER_TOKEN
 from routing.errors import CallerError
 from routing.router import Explanation, Option, RouteRequest
 from swarm.cli import signals
-from swarm.cli.status import look
+from swarm.health import look
 from swarm.network import Entrance, enter
 
 MAX_OPTIONS = 8

@@ -7,6 +7,7 @@ network does: what it knows stays, and gets older.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import sqlite3
 import time
@@ -22,7 +23,7 @@ from swarm.dashboard.core import Core
 from swarm.dashboard.feed import Feed
 from swarm.dashboard.history import SAMPLE_S, History
 from swarm.dashboard.schemas import State
-from swarm.network import ClientNode
+from swarm.network import ClientNode, Entrance, enter
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +42,23 @@ Enter = Callable[[Router], Coroutine[Any, Any, ClientNode]]
 """Makes a client whose router is the given one."""
 
 
+def entering(entrance: Entrance) -> Enter:
+    """How a collector gets into this network."""
+
+    async def into(router: Router) -> ClientNode:
+        # seconds of imports, once; whoever shows the view goes on meanwhile
+        await asyncio.to_thread(importlib.import_module, "peers.transport.hivemind_p2p")
+        return await enter(entrance, router=router)
+
+    return into
+
+
 class Collector:
     """`run` fills `core` until cancelled, tells `feed` and, where there is one, `history`."""
 
     def __init__(
         self,
-        enter: Enter,
+        into: Enter,
         core: Core,
         *,
         feed: Feed | None = None,
@@ -56,7 +68,7 @@ class Collector:
         self.core = core
         self.calls = {"answered": 0, "silent": 0}
         """How many there were, for metrics."""
-        self._enter = enter
+        self._into = into
         self._feed = feed
         self._history = history
         self._clock = clock
@@ -93,7 +105,7 @@ class Collector:
 
     async def _visit(self) -> None:
         """In the network until it fails. Raises SwarmError."""
-        client = await self._enter(self.core.router)
+        client = await self._into(self.core.router)
         ending = [asyncio.create_task(client.node.wait_closed()), asyncio.create_task(client.failed())]
         working = [asyncio.create_task(self._reading(client)), asyncio.create_task(self._calling(client))]
         self._client = client

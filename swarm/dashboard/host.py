@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from routing.router import Router
 from swarm.dashboard.app import Dashboard, is_exposed, make_app
-from swarm.dashboard.collector import Collector
+from swarm.dashboard.collector import Collector, entering
 from swarm.dashboard.core import Core
 from swarm.dashboard.feed import Feed
 from swarm.dashboard.history import History
-from swarm.network import ClientNode, Entrance, enter
+from swarm.network import Entrance
 from swarm.web.server import listen, make_server, url
 
 CLOSE_S = 2.0
@@ -82,17 +80,6 @@ class RunningDashboard:
             await asyncio.gather(collecting, serving, return_exceptions=True)
             self._history.close()
             self.listener.close()
-
-
-def entering(entrance: Entrance) -> Callable[[Router], Coroutine[Any, Any, ClientNode]]:
-    """How a collector gets into this network."""
-
-    async def into(router: Router) -> ClientNode:
-        # seconds of imports, once; the pages are served meanwhile
-        await asyncio.to_thread(importlib.import_module, "peers.transport.hivemind_p2p")
-        return await enter(entrance, router=router)
-
-    return into
 
 
 async def run(config: DashboardConfig, *, ready: Callable[[RunningDashboard], None]) -> None:
