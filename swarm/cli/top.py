@@ -73,7 +73,7 @@ async def _first_look(core: Core) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(FIRST_LOOK_S):
             while not core.models or not all(  # noqa: ASYNC110
-                row.status_at_s or row.problem for row in core.rows(time.time())
+                row.status_at_s or row.problem for row in core.rows()
             ):
                 await asyncio.sleep(0.05)
 
@@ -123,7 +123,7 @@ def frame(core: Core, now_s: float, *, height: int | None) -> RenderableType:
     models = core.models
     parts: list[RenderableType] = [_head(core, now_s)]
     parts.extend(_model(view) for view in models[:4])
-    rows = sorted(core.rows(now_s), key=lambda row: (row.gone_at_s is not None, row.model_name, row.spans, row.peer_id))
+    rows = sorted(core.rows(), key=lambda row: (row.gone_at_s is not None, row.model_name, row.spans, row.peer_id))
     used = 2 + 4 * min(len(models), 4) + 2 + EVENTS + 2
     room = len(rows) if height is None else max(3, height - used)
     parts.append(_peers(rows[:room], now_s))

@@ -182,7 +182,7 @@ def make_app(dashboard: Dashboard, *, pages: Path = PAGES) -> FastAPI:
             wanted = dashboard.model(model).hex
         found = [
             row
-            for row in core.rows(now_s)
+            for row in core.rows()
             if (wanted is None or row.model_id == wanted)
             and (not state or row.state in state)
             and (words in row.peer_id.casefold() or words in row.name.casefold())
