@@ -152,7 +152,10 @@ def make_app(dashboard: Dashboard, *, pages: Path = PAGES) -> FastAPI:
         return Response(feed.snapshot().data, media_type="application/json")
 
     @app.get(
-        "/api/v1/stream", response_model=None, responses={200: {"content": {"text/event-stream": {}}}, 503: ERRORS[503]}
+        "/api/v1/stream",
+        response_model=None,
+        response_class=Response,
+        responses={200: {"content": {"text/event-stream": {}}}, 503: ERRORS[503]},
     )
     async def stream(
         last_event_id: Annotated[str, Query(max_length=64)] = "",
@@ -256,7 +259,7 @@ def make_app(dashboard: Dashboard, *, pages: Path = PAGES) -> FastAPI:
         async with dashboard.dials:
             return await look(links, peer_id, addresses, record=core.record(peer_id), state=core.state(peer_id))
 
-    @app.get("/api/v1/badge.svg", response_model=None, responses={200: {"content": {"image/svg+xml": {}}}})
+    @app.get("/api/v1/badge.svg", response_class=Response, responses={200: {"content": {"image/svg+xml": {}}}})
     async def image(model: Annotated[str | None, Query(max_length=96)] = None) -> Response:
         """The health of the swarm, or of one model, as an image to embed."""
         if model is None:
@@ -267,7 +270,7 @@ def make_app(dashboard: Dashboard, *, pages: Path = PAGES) -> FastAPI:
             drawn = badge.of_model(view, model)
         return Response(drawn, media_type="image/svg+xml", headers={"Cache-Control": "max-age=30"})
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """The view for Prometheus."""
         return Response(CoreMetrics(core, dashboard.calls).text(), media_type=CONTENT_TYPE_LATEST)

@@ -198,10 +198,9 @@ class Collector:
             await asyncio.sleep(TICK_S)
 
     async def _keep(self, history: History, sample: bool, now_s: float) -> None:
-        count = min(self.core.total_events - self._kept_events, len(self.core.events))
-        if not (count or sample):
+        events = self.core.events_after(self._kept_events)
+        if not (events or sample):
             return
-        events = list(self.core.events)[len(self.core.events) - count :]
         self._kept_events = self.core.total_events
         try:
             await asyncio.to_thread(history.add, self.core.models if sample else [], events, now_s)

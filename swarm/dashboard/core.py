@@ -358,6 +358,10 @@ class Core:
         known = self._peers.get(PeerId(peer))
         return None if known is None else known.record
 
+    def events_after(self, total: int) -> list[Event]:
+        """What happened since `total_events` was that; oldest first, and no more than is kept here."""
+        return list(self.events)[max(0, len(self.events) - (self.total_events - total)) :]
+
     def overview(self, now_s: float) -> Overview:
         return Overview(
             network=self.network,

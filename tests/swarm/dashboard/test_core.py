@@ -43,7 +43,7 @@ class Watch:
         before = self.core.total_events
         self.core.read(records, self.now_s)
         self.core.advance(self.now_s)
-        return list(self.core.events)[len(self.core.events) - (self.core.total_events - before) :]
+        return self.core.events_after(before)
 
     def state(self, number: int) -> State | None:
         return self.core.state(peer(number))
