@@ -300,7 +300,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert (view.route is None) or view.healthy
 
 
-AnyOrder.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
 
 
