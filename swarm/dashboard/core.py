@@ -18,7 +18,7 @@ from routing.addresses import is_public, is_relayed
 from routing.cost import BYTES_PER_TOKEN
 from routing.errors import NoRoute
 from routing.flow import by_span, capacities_of, max_flow
-from routing.health import ModelHealth, models
+from routing.health import ModelHealth, coverage
 from routing.ids import BlockSpan, ModelId, PeerId
 from routing.records import Announcement, PeerState
 from routing.router import Route, Router, RouteRequest
@@ -52,8 +52,11 @@ GONE_S: Final = 600.0
 """Who is gone is shown for so long."""
 MAX_GONE: Final = 1000
 """The longest gone is forgotten first."""
-MAX_MODELS: Final = 64
+MAX_MODELS: Final = 32
 """Shown; those with most peers, because anybody can announce any number of models."""
+PLANNED_BLOCKS: Final = 4096
+"""Of the models that are planned anew in one look, together, those planned longest ago first: so that large models that
+somebody made up do not hold up the others."""
 MAX_EVENTS: Final = 1000
 MAX_LINKS: Final = 4000
 MAX_LEFT_OUT: Final = 50
@@ -79,10 +82,21 @@ class _Peer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What a model can carry, and the best way through it, when it was looked at last."""
+
+    at_s: float = 0.0
+    route: Route | None = None
+    hops: list[RouteHop] | None = None
+    problem: str = "not looked at yet"
+    total_tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Model:
     view: ModelView
     gaps: frozenset[int]
-    route: Route | None
+    plan: _Plan
 
 
 class Core:
@@ -266,25 +280,39 @@ class Core:
         members: dict[ModelId, list[_Peer]] = {}
         for known in self._peers.values():
             members.setdefault(known.record.model, []).append(known)
-        healths = {health.model: health for health in models(snapshot)}
-        known_models = sorted(members, key=lambda model: (-len(members[model]), model))
-        self._left_out = max(0, len(known_models) - MAX_MODELS)
-        found: dict[ModelId, _Model] = {}
-        for model in known_models[:MAX_MODELS]:
-            health = healths.get(model) or _deserted(members[model])
-            found[model] = self._look_at(health, members[model], self._models.get(model), now_s)
-        self._models = found
+        shown = sorted(members, key=lambda model: (-len(members[model]), model))[:MAX_MODELS]
+        self._left_out = len(members) - len(shown)
+        healths = {model: coverage(snapshot, model) or _deserted(members[model]) for model in shown}
+        before = self._models
+        plans = {model: before[model].plan if model in before else _Plan() for model in shown}
+        room = PLANNED_BLOCKS
+        for model in sorted(shown, key=lambda model: plans[model].at_s):  # stable: those with most peers first
+            if room > 0:
+                plans[model] = self._plan(healths[model], plans[model].route, now_s)
+                room -= healths[model].num_blocks
+        self._models = {
+            model: self._look_at(healths[model], members[model], plans[model], before.get(model), now_s)
+            for model in shown
+        }
 
-    def _look_at(self, health: ModelHealth, members: list[_Peer], before: _Model | None, now_s: float) -> _Model:
-        serving = [a for a in health.peers if a.state is PeerState.ONLINE]
-        holders = [0] * health.num_blocks
-        free = [0] * health.num_blocks
-        for a in serving:
-            free_tokens = _free_tokens(self._peers[a.peer_id])
-            for span in a.spans:
-                for block in span:
-                    holders[block] += 1
-                    free[block] += free_tokens
+    def _plan(self, health: ModelHealth, previous: Route | None, now_s: float) -> _Plan:
+        try:
+            route, problem = self.router.plan(request_for(health.model, health.num_blocks, previous), now_s), ""
+        except NoRoute as error:
+            route, problem = None, printable(str(error), 500)
+        flow = by_span(part for a in health.peers if a.state is PeerState.ONLINE for part in capacities_of(a))
+        return _Plan(
+            at_s=now_s,
+            route=route,
+            hops=None if route is None else [self._hop(hop.peer_id, hop.span) for hop in route.hops],
+            problem=problem,
+            total_tokens_per_s=0.0 if health.gaps else round(max_flow(flow, health.num_blocks), 3),
+        )
+
+    def _look_at(
+        self, health: ModelHealth, members: list[_Peer], plan: _Plan, before: _Model | None, now_s: float
+    ) -> _Model:
+        holders = [len(held_by) for held_by in health.holders]
         gaps = frozenset(block for block, count in enumerate(holders) if not count)
         if before is not None and before.view.num_blocks == health.num_blocks:
             for kind, blocks in (
@@ -293,8 +321,8 @@ class Core:
             ):
                 if blocks:
                     self._gap(kind, health, runs(blocks), now_s)
-        route, problem = self._route(health, before, now_s)
-        flow = by_span(part for a in serving for part in capacities_of(a))
+        free_tokens = {a.peer_id: _free_tokens(self._peers[a.peer_id]) for a in health.peers}
+        held = {held_by: sum(free_tokens[peer] for peer in held_by) for held_by in set(health.holders)}
         view = ModelView(
             model_id=health.model.hex,
             name=health.model_name,
@@ -307,26 +335,19 @@ class Core:
             states=_count(known.state for known in members),
             sessions=sum(_sessions(known) for known in members if known.gone_at_s is None),
             queued_tokens=sum(known.pong.queued_tokens for known in members if _answers(known) and known.pong),
-            free_tokens=min(free),
-            stream_tokens_per_s=None if route is None else _per_s(route),
-            total_tokens_per_s=round(max_flow(flow, health.num_blocks), 3) if not gaps else 0.0,
-            route=None if route is None else [self._hop(hop.peer_id, hop.span) for hop in route.hops],
-            route_problem=problem,
+            free_tokens=min(held.values()),
+            stream_tokens_per_s=None if plan.route is None else _per_s(plan.route),
+            total_tokens_per_s=plan.total_tokens_per_s,
+            route=plan.hops,
+            route_problem=plan.problem,
         )
-        return _Model(view=view, gaps=gaps, route=route)
+        return _Model(view=view, gaps=gaps, plan=plan)
 
     def _gap(self, kind: EventKind, health: ModelHealth, spans: list[Span], now_s: float) -> None:
         blocks = ", ".join(f"{start}:{end}" for start, end in spans[:8]) + (", …" if len(spans) > 8 else "")
         what = "nobody serves blocks {} any more" if kind is EventKind.GAP_OPENED else "blocks {} are served again"
         text = f"{health.model_name}: {what.format(blocks)}"
         self._event(kind, now_s, health.model, health.model_name, spans, text)
-
-    def _route(self, health: ModelHealth, before: _Model | None, now_s: float) -> tuple[Route | None, str]:
-        previous = None if before is None else before.route
-        try:
-            return self.router.plan(request_for(health.model, health.num_blocks, previous), now_s), ""
-        except NoRoute as error:
-            return None, printable(str(error), 500)
 
     def _hop(self, peer: PeerId, span: BlockSpan) -> RouteHop:
         return RouteHop(peer_id=peer, name=self._peers[peer].record.name, span=(span.start, span.end))
@@ -540,7 +561,7 @@ class Core:
     def route(self, model: ModelId, now_s: float) -> RouteDetail:
         """The best route from here, and what each hop of it takes. Raises NoRoute."""
         known = self._models[model]
-        said = self.router.explain(request_for(model, known.view.num_blocks, known.route), now_s)
+        said = self.router.explain(request_for(model, known.view.num_blocks, known.plan.route), now_s)
         hops = []
         for hop, options in zip(said.route.hops, said.options, strict=True):
             option = next(option for option in options if option.chosen)
