@@ -130,14 +130,12 @@ class Collector:
         slots = asyncio.Semaphore(MAX_CALLS)
         async with asyncio.TaskGroup() as group:
             while True:
-                due = self._due()
-                for record in due:
+                for record in self._due():
                     await slots.acquire()
                     self._called_at_s[record.peer_id] = self._clock()
                     call = group.create_task(self._call(client, record))
                     call.add_done_callback(lambda _: slots.release())
-                    if len(due) > CALLS_PER_S:
-                        await asyncio.sleep(1 / CALLS_PER_S)
+                    await asyncio.sleep(1 / CALLS_PER_S)
                 await asyncio.sleep(TICK_S / 4)
 
     def _due(self) -> list[Announcement]:

@@ -77,6 +77,7 @@ class _Peer:
     pong: Pong | None = None
     status_at_s: float | None = None
     status: Status | None = None
+    started_at_s: float | None = None
     problem: str = ""
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=20))
 
@@ -151,6 +152,12 @@ class Core:
         self.router.on_rtt(peer, rtt_s, now_s)
         known.rtt_s = self.router.rtt_s(peer, now_s)
         known.pong, known.status, known.status_at_s, known.problem = pong, pong.status, now_s, ""
+        if pong.status is not None:
+            started_at_s = now_s - pong.status.uptime_s
+            if (
+                known.started_at_s is None or abs(started_at_s - known.started_at_s) > 2
+            ):  # else the way here took longer
+                known.started_at_s = started_at_s
         self.dirty.add(peer)
 
     def silent(self, peer: PeerId, problem: str, now_s: float) -> None:
@@ -447,9 +454,7 @@ class Core:
             "queue_s": round(a.queue_s if status is None else status.queue_s, 4),
             "sessions": _sessions(known),
             "queued_tokens": None if pong is None else pong.queued_tokens,
-            "started_at_s": None
-            if status is None or known.status_at_s is None
-            else round(known.status_at_s - status.uptime_s),
+            "started_at_s": _ms_or_none(known.started_at_s),
             "rtt_s": None if known.rtt_s is None else round(known.rtt_s, 4),
             "status_at_s": _ms_or_none(known.status_at_s),
             "problem": known.problem,
