@@ -59,7 +59,7 @@ COLUMNS = (
 def top(entrance: Entrance, *, once: bool) -> None:
     """Draw until q or a signal; `once`: one frame, as wide as it needs to be where that goes to no terminal."""
     core = Core(Router(), network=entrance.network, now_s=time.time())
-    collector = Collector(entering(entrance), core)
+    collector = Collector(entering(entrance), core, entries=entrance.addresses)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
     async def main() -> None:

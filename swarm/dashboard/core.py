@@ -48,6 +48,8 @@ from swarm.dashboard.schemas import (
 
 SETTLE_S: Final = 8.0
 """Whom the dashboard sees for the first time so soon after its first look was there before it: no event."""
+DEAF_S: Final = 12.0
+"""Without a look at the index for so long, nothing is concluded. A record that was renewed lives for longer."""
 GONE_S: Final = 600.0
 """Who is gone is shown for so long."""
 MAX_GONE: Final = 1000
@@ -172,7 +174,12 @@ class Core:
             self._ended(known, State.LEFT, now_s)
 
     def advance(self, now_s: float) -> None:
-        """Take in what was read since the last call, and what expired."""
+        """Take in what was read since the last call, and what expired; nothing, where nothing was read for long.
+
+        Whoever hears nobody cannot tell that others are gone: then the view stays as it is, and says how old it is.
+        """
+        if self.read_at_s is None or now_s - self.read_at_s > DEAF_S:
+            return
         live = {a.peer_id: a for a in self.router.snapshot(now_s).peers}
         for peer, record in live.items():
             known = self._peers.get(peer)
@@ -380,6 +387,10 @@ class Core:
     def state(self, peer: PeerId) -> State | None:
         known = self._peers.get(peer)
         return None if known is None else known.state
+
+    def heard_at_s(self) -> float:
+        """When a peer answered last."""
+        return max((known.status_at_s or 0.0 for known in self._peers.values()), default=0.0)
 
     def record(self, peer: str) -> Announcement | None:
         """The newest record of a peer, which may be gone."""

@@ -324,3 +324,16 @@ def test_large_models_that_one_peer_made_up_are_planned_in_turn_and_hold_up_nobo
         watch.now_s += 1.0
         watch.see()
     assert all(view.route is not None and view.total_tokens_per_s > 0 for view in watch.core.models)
+
+
+def test_who_hears_nobody_concludes_nothing_and_goes_on_where_it_was(watch: Watch) -> None:
+    watch.see(watch.record(1), watch.record(2))
+    before = watch.core.total_events
+    for _ in range(60):
+        watch.now_s += 1.0
+        watch.core.failed("deaf")
+        watch.core.advance(watch.now_s)
+    assert (watch.state(1), watch.state(2), watch.core.total_events) == (State.ONLINE, State.ONLINE, before)
+    assert watch.core.overview(watch.now_s).problem == "deaf"
+    assert kinds(watch.see(watch.record(1))) == [EventKind.LOST]
+    assert (watch.state(1), watch.state(2)) == (State.ONLINE, State.LOST)
