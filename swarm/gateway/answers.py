@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from swarm.gateway.engine import Piece, TokenLogprob
+from swarm.gateway.engine import Piece, TokenLogprob, Traversal
 from swarm.gateway.served import Served
 from swarm.gateway.tools import CallReader
 
@@ -56,7 +56,12 @@ class Format(ABC):
         """The events that a stream sends for one piece."""
         self.totals.completion += piece.tokens
         self.totals.cached += piece.cached
-        return [self._event([choice]) for choice in self._chunks(piece)]
+        told = {"swarm": {"steps": [_traversal(each) for each in piece.traversals]}} if piece.traversals else {}
+        events = []
+        for choice in self._chunks(piece):
+            events.append(self._event([choice], **told))
+            told = {}
+        return events
 
     def last(self) -> list[bytes]:
         """The events at a stream's end."""
@@ -87,8 +92,8 @@ class Format(ABC):
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self.served.name}
 
-    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        chunk = {**self._head(self.chunk_kind), "choices": choices}
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None, **more: object) -> bytes:
+        chunk = {**self._head(self.chunk_kind), "choices": choices, **more}
         if self._include_usage:
             chunk["usage"] = usage
         return event(chunk)
@@ -97,6 +102,23 @@ class Format(ABC):
 def event(content: object) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _traversal(traversal: Traversal) -> dict[str, Any]:
+    """As `swarm.gateway.schemas` describes it."""
+    return {
+        "positions": traversal.positions,
+        "total_s": round(traversal.total_s, 6),
+        "hops": [
+            {
+                "peer_id": hop.peer,
+                "blocks": [hop.span.start, hop.span.end],
+                "queue_s": round(hop.queue_s, 6),
+                "compute_s": round(hop.compute_s, 6),
+            }
+            for hop in traversal.hops
+        ],
+    }
 
 
 @dataclass(slots=True)
@@ -141,7 +163,7 @@ class ChatFormat(Format):
             deltas.append({"tool_calls": [{"index": len(choice.calls), **call}]})
             choice.calls.append(call)
         finish = self._finish(choice, piece)
-        if not deltas and (finish is not None or piece.logprobs):
+        if not deltas and (finish is not None or piece.logprobs or piece.traversals):
             deltas.append({})
         for at, delta in enumerate(deltas):
             if not choice.begun:

@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
@@ -42,11 +43,13 @@ from swarm.gateway.schemas import (
     ModelCard,
     ModelList,
     NamedTool,
+    event_stream,
 )
 from swarm.gateway.schemas import Request as AnyRequest
 from swarm.gateway.served import Served
 from swarm.gateway.tools import call_schema
 from swarm.web.bodies import BoundedBodies
+from swarm.web.pages import add_page
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +139,12 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
         """One model."""
         return _card(gateway.model(model))
 
-    @app.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatCompletion}, **ERRORS})
+    @app.post("/v1/chat/completions", response_model=None, responses={200: _either(ChatCompletion), **ERRORS})
     async def chat(body: ChatRequest, request: Request, account: Annotated[Account, Depends(paying)]) -> Response:
         """The next turn of a conversation; with `stream`, server-sent events of `chat.completion.chunk`."""
         return await _answer(gateway, request, body, await asyncio.to_thread(_prepare_chat, gateway, body, account))
 
-    @app.post("/v1/completions", response_model=None, responses={200: {"model": Completion}, **ERRORS})
+    @app.post("/v1/completions", response_model=None, responses={200: _either(Completion), **ERRORS})
     async def complete(
         body: CompletionRequest, request: Request, account: Annotated[Account, Depends(paying)]
     ) -> Response:
@@ -163,6 +166,7 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
         """Counters for Prometheus. Where there are API keys, it needs one."""
         return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    add_page(app, "chat")
     app.add_middleware(
         BoundedBodies,
         max_bytes=MAX_BODY_BYTES,
@@ -177,6 +181,10 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
             allow_headers=["authorization", "content-type"],
         )
     return app
+
+
+def _either(whole: type[BaseModel]) -> dict[str, Any]:
+    return {"model": whole, "content": {"text/event-stream": event_stream()}}
 
 
 # --- from a request to what is asked of an engine ---
@@ -216,6 +224,7 @@ def _prepare_chat(gateway: Gateway, body: ChatRequest, account: Account) -> _Pre
         ignore_eos=body.ignore_eos,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=grammar,
+        traversals=body.wants_route,
     )
     form = ChatFormat(
         served,
@@ -249,6 +258,7 @@ def _prepare_text(gateway: Gateway, body: CompletionRequest, account: Account) -
             stops=body.stops,
             ignore_eos=body.ignore_eos,
             logprobs=body.logprobs,
+            traversals=body.wants_route,
         )
         for at, prompt in enumerate(prompts)
     ]

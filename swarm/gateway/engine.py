@@ -35,7 +35,7 @@ from swarm.gateway.kept import MIN_SHARED, Kept, KeptLimits, Strand
 from swarm.gateway.sampling import Sampling, adjusted, choose
 from swarm.gateway.text import Decode, TextStream
 from swarm.session.driver import SwarmRemote
-from swarm.session.live import Traffic
+from swarm.session.live import HopTiming, Traffic
 from swarm.session.remote import RemoteSession, RowStep
 
 BACKLOG = 64
@@ -76,6 +76,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Traversal:
+    """One way of an answer through the swarm, and where its time went."""
+
+    positions: int
+    """1 for a token; the new ones of a prompt, which may travel in several parts at once."""
+    total_s: float
+    """From when it was handed to the network until it was back. What `hops` leave of it was spent between them."""
+    hops: tuple[HopTiming, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """What is new in one answer."""
 
@@ -88,6 +99,8 @@ class Piece:
     """`stop` or `length`, with the last piece."""
     cached: int = 0
     """Of the prompt, with a request's first piece: positions that a kept sequence held already."""
+    traversals: tuple[Traversal, ...] = ()
+    """Where they were asked for: those since the last piece."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +120,8 @@ class Ask:
     grammar: Callable[[], Grammar] | None = None
     keep: bool = True
     """Whether what the answer holds at peers is kept for requests that go on from it."""
+    traversals: bool = False
+    """Whether to tell how each token went through the swarm."""
 
 
 class Feed:
@@ -171,6 +186,9 @@ class _Answer:
     unsaid: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of tokens whose text is not shown yet."""
+    traversals: list[Traversal] = field(default_factory=list)
+    """Those that were not told yet."""
+    sent_at_s: float = 0.0
     done: bool = False
 
 
@@ -372,7 +390,7 @@ class Engine:
             assert answer.strand is not None
             ids_T, start = torch.tensor(tokens), _length(answer)
             hidden_TD = embedded.get(answer)
-            answer.sent = tokens
+            answer.sent, answer.sent_at_s = tokens, self._now_s()
             answer.strand.regimes.add(self._regime(regime_length))
             self._under_way[answer.strand.session] = answer
             steps.append(
@@ -390,9 +408,12 @@ class Engine:
 
     def _arrived(self, step: RowStep, outcome: Tensor | SwarmError) -> None:
         """In the network's loop."""
-        self._work.put(lambda: self._result(step.session, outcome))
+        hops, at_s = self._remote.timings_of(step.session), self._now_s()
+        self._work.put(lambda: self._result(step.session, outcome, hops, at_s))
 
-    def _result(self, session: RemoteSession, outcome: Tensor | SwarmError) -> None:
+    def _result(
+        self, session: RemoteSession, outcome: Tensor | SwarmError, hops: tuple[HopTiming, ...], at_s: float
+    ) -> None:
         answer = self._under_way.pop(session)
         self._unpin(answer)
         if answer.done:
@@ -402,6 +423,9 @@ class Engine:
         else:
             assert answer.strand is not None
             answer.strand.tokens += answer.sent
+            if answer.request.ask.traversals:
+                total_s = at_s - answer.sent_at_s
+                answer.traversals.append(Traversal(positions=len(answer.sent), total_s=total_s, hops=hops))
             self._ready.append((answer, outcome))
 
     def _advance(self, batch: Sequence[tuple[_Answer, Tensor]]) -> None:
@@ -498,9 +522,11 @@ class Engine:
             logprobs=tuple(answer.logprobs),
             finish=finish,
             cached=request.cached,
+            traversals=tuple(answer.traversals),
         )
         answer.unsaid, request.cached = 0, 0
         answer.logprobs.clear()
+        answer.traversals.clear()
         self._deliver(request.feed, piece)
 
     def _end(self, answer: _Answer, *, keep: bool = False) -> None:

@@ -119,6 +119,16 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
+class SwarmOptions(Strict):
+    """What only a swarm has, and OpenAI's API has not."""
+
+    route: bool = Field(
+        default=False,
+        description="In a stream: each chunk with new tokens says in an object `swarm` how they went through the swarm "
+        "(see the answer's text/event-stream)",
+    )
+
+
 class Request(Strict):
     """What both kinds of request have."""
 
@@ -145,11 +155,14 @@ class Request(Strict):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = Field(default=False, description="Go on behind the model's end token")
     user: Annotated[str, StringConstraints(max_length=1024)] | None = None
+    swarm: SwarmOptions | None = None
 
     @model_validator(mode="after")
     def _streams(self) -> Request:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream: true")
+        if self.wants_route and not self.stream:
+            raise ValueError("swarm.route is for stream: true")
         return self
 
     @property
@@ -159,6 +172,10 @@ class Request(Strict):
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_route(self) -> bool:
+        return self.swarm is not None and self.swarm.route
 
 
 class CompletionRequest(Request):
@@ -287,6 +304,43 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class HopView(BaseModel):
+    peer_id: str
+    blocks: tuple[int, int] = Field(description="[start, end)")
+    queue_s: float = Field(description="In which its other work went first, by its own clock")
+    compute_s: float
+
+
+class TraversalView(BaseModel):
+    positions: int = Field(description="1 for a token; the new ones of a prompt, which may travel in parts at once")
+    total_s: float = Field(description="Seen from here; what the hops' own seconds leave of it was spent between them")
+    hops: list[HopView] = Field(description="In order. After a peer was lost in this step: the former ones, too")
+
+
+class SwarmView(BaseModel):
+    """Of a chunk, where the request has `swarm.route`."""
+
+    steps: list[TraversalView] = Field(description="One for each token since the chunk before, the prompt's first")
+
+
+def event_stream() -> dict[str, Any]:
+    """How OpenAPI describes a stream: its events are the API's chunks, with one more field."""
+    schema = SwarmView.model_json_schema()
+    parts = schema.pop("$defs")
+
+    def inlined(part: Any) -> Any:
+        if isinstance(part, list):
+            return [inlined(each) for each in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return inlined(parts[part["$ref"].rpartition("/")[2]])
+        return {name: inlined(value) for name, value in part.items()}
+
+    description = "With `stream`: the API's chunks as server-sent events, then `[DONE]`"
+    return {"schema": {"type": "object", "description": description, "properties": {"swarm": inlined(schema)}}}
 
 
 class ModelCard(BaseModel):

@@ -152,6 +152,12 @@ class SwarmRemote:
         """Of the step that was answered last, one per hop."""
         return self._sessions.last_hops
 
+    def timings_of(self, session: RemoteSession) -> tuple[HopTiming, ...]:
+        """What the hops reported of the call that this session's last result ended, in the order of their blocks; where
+        that took several steps, the sums. In the network's loop."""
+        assert isinstance(session, LiveSession)
+        return tuple(sorted(session.timings.values(), key=lambda hop: hop.span.start))
+
     # --- inside the loop ---
 
     async def _start(self) -> None:
@@ -243,6 +249,7 @@ class SwarmRemote:
         hidden_TD = step.hidden_TD.detach().to("cpu")
         token_ids_T = None if step.token_ids_T is None else step.token_ids_T.to("cpu")
         count, want_from = len(hidden_TD), step.want_from
+        session.timings.clear()
         futures = []
         chunk = self._config.chunk(count)
         for at in range(0, count, chunk):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from peers.wire.messages import Replay, Step
 from routing.errors import SwarmError
-from routing.ids import ModelId, PeerId, SessionId, StepId
+from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
 from routing.router import Route
 from swarm.network import ClientNode
 from swarm.session.core import Action, SendStep, SessionCore
@@ -31,6 +31,7 @@ class HopTiming:
     """What one hop reported of one step."""
 
     peer: PeerId
+    span: BlockSpan
     queue_s: float
     compute_s: float
 
@@ -86,6 +87,7 @@ class LiveSession(RemoteSession):
         "route",
         "rows",
         "silence_s",
+        "timings",
         "waiting",
     )
 
@@ -104,6 +106,8 @@ class LiveSession(RemoteSession):
         """The last one that was planned for this session."""
         self.offered = 0
         """Positions that the hops of the present route were asked for."""
+        self.timings: dict[tuple[PeerId, BlockSpan], HopTiming] = {}
+        """What hops reported of the present call's steps, each its sum."""
         self.pace = Pace()
         self.heard_at_s = 0.0
         self.deadline_s = 0.0
@@ -124,6 +128,14 @@ class LiveSession(RemoteSession):
         """A step over so many positions was."""
         self.pace.answered(positions, asyncio.get_running_loop().time() - self.heard_at_s)
         self.renew_deadline()
+
+    def timed(self, timings: Sequence[HopTiming]) -> None:
+        """The hops reported so of a step."""
+        for hop in timings:
+            before = self.timings.get((hop.peer, hop.span))
+            if before is not None:
+                hop = replace(hop, queue_s=before.queue_s + hop.queue_s, compute_s=before.compute_s + hop.compute_s)
+            self.timings[hop.peer, hop.span] = hop
 
     def renew_deadline(self) -> None:
         """Something was heard of it, or is asked for from now on."""

@@ -118,6 +118,30 @@ def test_probabilities_are_those_of_local_transformers(world: GatewayWorld, clie
     assert (len(plain.tokens), [len(top) for top in plain.top_logprobs]) == (12, [3] * 12)
 
 
+def test_a_stream_tells_the_way_of_every_token_to_who_asks(
+    url: str, world: GatewayWorld, client: openai.OpenAI
+) -> None:
+    """Once for the prompt, once a token, in this order; other streams have no such field."""
+    described = httpx2.get(f"{url}/openapi.json").json()
+    answers = described["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    schema = answers["text/event-stream"]["schema"]["properties"]["swarm"]
+    peers = [peer._key.peer_id for peer in world.swarm.peers]
+    for ask in (chat, complete):
+        chunks = list(ask(client, "Which way?", stream=True, extra_body={"swarm": {"route": True}}))
+        told = [chunk.model_extra["swarm"] for chunk in chunks if "swarm" in chunk.model_extra]
+        for each in told:
+            jsonschema_rs.validate(schema, each)
+        steps = [step for each in told for step in each["steps"]]
+        assert [step["positions"] for step in steps[1:]] == [1] * 11
+        assert steps[0]["positions"] > 1
+        for step in steps:
+            assert [(hop["peer_id"], hop["blocks"]) for hop in step["hops"]] == [(peers[0], [0, 2]), (peers[1], [2, 4])]
+            assert 0 < sum(hop["queue_s"] + hop["compute_s"] for hop in step["hops"]) <= step["total_s"]
+        assert all("swarm" not in chunk.model_extra for chunk in ask(client, "Which way?", stream=True))
+    with pytest.raises(openai.BadRequestError, match=r"swarm\.route is for stream"):
+        chat(client, "Which way?", extra_body={"swarm": {"route": True}})
+
+
 def test_a_stop_sequence_is_found_across_tokens_and_never_shown(world: GatewayWorld, client: openai.OpenAI) -> None:
     text = world.text(PROMPT, 40)
     stop = text[20:24]
