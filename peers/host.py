@@ -46,6 +46,7 @@ from peers.serving.push import Delivery
 from peers.serving.reachability import RETRY_S, DialBackService, Verdict, watch_reachability
 from peers.serving.rebalance import Rebalance
 from peers.serving.spill import Disk
+from peers.serving.status import StatusReport
 from peers.transport.base import Transport
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
@@ -320,6 +321,7 @@ class ServerPeer:
         self._lease_s = lease_s
         self._max_bytes_per_s = max_bytes_per_s
         self._journal_disk_bytes = journal_disk_bytes
+        self._status: StatusReport
         self._describe_static: Announcement | None = None
         self._intent: BlockSpan | None = None
         self._engine_closer = AsyncExitStack()
@@ -427,6 +429,13 @@ class ServerPeer:
                 ledger=ledger,
                 admission=Admission(AdmissionLimits()),
                 journal=self._journal(),
+            )
+            self._status = self.links.status = StatusReport(
+                self.handler,
+                self.router,
+                memory_offered_bytes=sum(plan.request.limits_bytes),
+                device=plan.device_names,
+                discovery_s=self.discovery.now_s,
             )
         else:
             self.handler.settle(engine=self.engine, served=served, ledger=ledger)
@@ -547,6 +556,7 @@ class ServerPeer:
             self._watching = self.tasks.spawn(self._settle(before), name="serve what was served before")
             await asyncio.wait([self._watching])
             raise
+        self._status.moved = (before, time.monotonic())
 
     async def _settle(self, spans: BlockSpans) -> None:
         self.state, self._intent = PeerState.JOINING, None

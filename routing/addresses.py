@@ -64,6 +64,11 @@ def peer_id_in(address: str) -> PeerId | None:
     return target
 
 
+def is_relayed(address: str) -> bool:
+    """Whether the peer is reached through another one."""
+    return "/p2p-circuit/" in address
+
+
 def is_public(address: str) -> bool:
     """Whether it names a host by an IP address that anybody on the internet may dial.
 

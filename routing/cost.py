@@ -16,6 +16,8 @@ from routing.estimates import PeerEstimate
 
 BANDWIDTH_BYTES_PER_S: Final = 12.5e6
 """100 Mbit/s."""
+BYTES_PER_TOKEN: Final = 16_384
+"""Of hidden state, assumed where a model's own is not known: 4,096 numbers of four bytes."""
 
 
 class HopCost(NamedTuple):

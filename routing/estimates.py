@@ -6,6 +6,7 @@ to a peer that was never measured is what network coordinates predict. Knows nei
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -41,6 +42,10 @@ class Smoothed:
     def known(self) -> bool:
         return self._updated_at_s is not None
 
+    def lately(self, now_s: float) -> float | None:
+        """The mean as it was at its last sample, or None where that is older than the half-life."""
+        return self._mean if self.age_s(now_s) < self.half_life_s else None
+
     def add(self, sample: float, now_s: float) -> None:
         """Take one sample; after a long silence it counts as the first one.
 
@@ -48,10 +53,13 @@ class Smoothed:
         """
         if not 0 <= sample < math.inf:
             return
-        age_s = math.inf if self._updated_at_s is None else max(0.0, now_s - self._updated_at_s)
-        weight = max(SMOOTHING, 1 - 0.5 ** (age_s / self.half_life_s))
+        weight = max(SMOOTHING, 1 - 0.5 ** (self.age_s(now_s) / self.half_life_s))
         self._mean += weight * (sample - self._mean)
         self._updated_at_s = now_s
+
+    def age_s(self, now_s: float) -> float:
+        """Since the last sample; infinite without one."""
+        return math.inf if self._updated_at_s is None else max(0.0, now_s - self._updated_at_s)
 
     def value(self, prior: float, now_s: float) -> float:
         if self._updated_at_s is None:
@@ -61,11 +69,36 @@ class Smoothed:
 
 
 @dataclass(slots=True)
-class _Measured:
-    rtt_s: Smoothed = field(default_factory=Smoothed)
+class StepTimes:
+    """How long the steps of one peer take, by kind."""
+
     decode_s_per_block: Smoothed = field(default_factory=Smoothed)
     prefill_s_per_token_block: Smoothed = field(default_factory=Smoothed)
     queue_s: Smoothed = field(default_factory=lambda: Smoothed(half_life_s=QUEUE_HALF_LIFE_S))
+
+    def add(self, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
+        """`tokens` positions went through `blocks` blocks in `compute_s`, after waiting `queue_s`."""
+        self.queue_s.add(queue_s, now_s)
+        per_block_s = compute_s / blocks
+        if tokens == 1:
+            self.decode_s_per_block.add(per_block_s, now_s)
+        else:
+            # A block takes decode + (tokens - 1) × prefill; the first term is known, or small beside a long prompt.
+            first_s = min(per_block_s, self.decode_s_per_block.value(0.0, now_s))
+            self.prefill_s_per_token_block.add((per_block_s - first_s) / (tokens - 1), now_s)
+
+
+@dataclass(slots=True)
+class _Measured(StepTimes):
+    rtt_s: Smoothed = field(default_factory=Smoothed)
+
+
+class RoundTrip(NamedTuple):
+    """What this node measured to a peer, and how long ago it did so last."""
+
+    peer_id: PeerId
+    rtt_s: float
+    age_s: float
 
 
 class PeerEstimate(NamedTuple):
@@ -101,20 +134,21 @@ class Estimates:
 
     def on_step(self, peer: PeerId, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
         """A peer ran `tokens` positions through `blocks` blocks in `compute_s`, after waiting `queue_s`."""
-        measured = self._touch(peer)
-        measured.queue_s.add(queue_s, now_s)
-        per_block_s = compute_s / blocks
-        if tokens == 1:
-            measured.decode_s_per_block.add(per_block_s, now_s)
-        else:
-            # A block takes decode + (tokens - 1) × prefill; the first term is known, or small beside a long prompt.
-            first_s = min(per_block_s, measured.decode_s_per_block.value(0.0, now_s))
-            measured.prefill_s_per_token_block.add((per_block_s - first_s) / (tokens - 1), now_s)
+        self._touch(peer).add(blocks, tokens, compute_s, queue_s, now_s)
 
     def rtt_s(self, peer: PeerId, now_s: float) -> float | None:
         """The smoothed round trip, or None when it was never measured."""
         measured = self._measured.get(peer)
         return measured.rtt_s.value(DEFAULT_RTT_S, now_s) if measured is not None and measured.rtt_s.known else None
+
+    def round_trips(self, now_s: float, count: int) -> list[RoundTrip]:
+        """Of the `count` peers measured last, those to which a round trip is known; the latest first."""
+        latest = itertools.islice(reversed(self._measured.items()), count)
+        return [
+            RoundTrip(peer, measured.rtt_s.value(DEFAULT_RTT_S, now_s), measured.rtt_s.age_s(now_s))
+            for peer, measured in latest
+            if measured.rtt_s.known
+        ]
 
     def on_planned(self, announcement: Announcement) -> None:
         """This node sends one more session to the peer."""

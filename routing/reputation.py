@@ -6,8 +6,9 @@ within reason, and keeps its good name.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from routing.ids import PeerId
 
@@ -20,6 +21,18 @@ BUSY_S_MAX: Final = 30.0
 MAX_PEERS: Final = 20_000
 _STRIKES_MAX: Final = 16.0
 _STRIKES_MIN: Final = 0.25
+
+
+class Opinion(NamedTuple):
+    """What stands against a peer."""
+
+    peer_id: PeerId
+    strikes: float
+    backoff_s: float
+    """It is left alone for so long yet."""
+    age_s: float
+    """Since it failed last."""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +95,21 @@ class Reputation:
             for peer, record in self._records.items()
             if record.backed_off_until_s > now_s
         }
+
+    def opinions(self, now_s: float, count: int) -> list[Opinion]:
+        """Of the `count` peers heard of last, those against whom something stands; the latest first."""
+        latest = itertools.islice(reversed(self._records.items()), count)
+        return [
+            Opinion(
+                peer,
+                record.strikes_at(now_s),
+                max(0.0, record.backed_off_until_s - now_s),
+                max(0.0, now_s - record.updated_at_s),
+                record.reason,
+            )
+            for peer, record in latest
+            if record.strikes_at(now_s) >= _STRIKES_MIN
+        ]
 
     def busy(self, now_s: float) -> frozenset[PeerId]:
         """Peers that said that they have no room now."""

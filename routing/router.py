@@ -16,13 +16,13 @@ from routing.coordinates import Coordinate, distance_s
 from routing.cost import HopCost, block_s, hop_cost
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
-from routing.estimates import Estimates, PeerEstimate
+from routing.estimates import Estimates, PeerEstimate, RoundTrip
 from routing.flow import Shares, by_span, capacities_of, pick, shares
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
 from routing.path import Candidate, bridge, cheapest_path, gaps
 from routing.precision import is_at_least, precision
 from routing.records import Announcement, PeerState
-from routing.reputation import Reputation
+from routing.reputation import Opinion, Reputation
 
 HYSTERESIS: Final = 0.2
 """A new route must save this share of the previous one's cost, or the previous one stays; and where one of its hops is
@@ -175,6 +175,14 @@ class Router:
     def rtt_s(self, peer: PeerId, now_s: float) -> float | None:
         """The smoothed round trip to a peer, or None when it was never measured."""
         return self._estimates.rtt_s(peer, now_s)
+
+    def round_trips(self, now_s: float, count: int) -> list[RoundTrip]:
+        """What this node measured to the peers that it measured last, at most `count`."""
+        return self._estimates.round_trips(now_s, count)
+
+    def opinions(self, now_s: float, count: int) -> list[Opinion]:
+        """What this node has against the peers that it heard of last, at most `count`."""
+        return self._reputation.opinions(now_s, count)
 
     def plan(self, request: RouteRequest, now_s: float) -> Route:
         """The cheapest route, or the previous one while it is usable and not clearly worse.

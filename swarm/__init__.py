@@ -1,4 +1,4 @@
-"""What a person can do with the network. `from swarm import SwarmModelForCausalLM` is the Python API.
+"""What a person can do with the network. `from swarm import SwarmModelForCausalLM, SwarmHealth` is the Python API.
 
 Names are loaded when first used, because torch and transformers take seconds and `swarm --help` should not.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from swarm.health import SwarmHealth
     from swarm.models import SwarmModelForCausalLM
 
-__all__ = ["SwarmModelForCausalLM"]
+__all__ = ["SwarmHealth", "SwarmModelForCausalLM"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from swarm.models import SwarmModelForCausalLM
 
         return SwarmModelForCausalLM
+    if name == "SwarmHealth":
+        from swarm.health import SwarmHealth
+
+        return SwarmHealth
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

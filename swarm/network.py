@@ -81,9 +81,10 @@ class Entrance:
 class ClientNode:
     """The parts of a client, wired; lives in one event loop."""
 
-    def __init__(self, node: Node, *, network: str) -> None:
+    def __init__(self, node: Node, *, network: str, router: Router | None = None) -> None:
+        """`router`: one that knows something already."""
         self.node = node
-        self.router = Router()
+        self.router = router or Router()
         self.links = Links(node.transport, network=network, software=SOFTWARE)
         self.discovery = Discovery(store=node.store, router=self.router, links=self.links, network=network)
         self.tasks = Tasks()
@@ -102,7 +103,7 @@ class ClientNode:
         await self.node.close()
 
 
-async def enter(entrance: Entrance) -> ClientNode:
+async def enter(entrance: Entrance, *, router: Router | None = None) -> ClientNode:
     """A client in the real network, under a fresh identity. Raises SwarmError."""
     from peers.transport.hivemind_p2p import HivemindNode, NodeConfig  # brings torch: not before it is needed
 
@@ -114,7 +115,7 @@ async def enter(entrance: Entrance) -> ClientNode:
             client_mode=True,
         )
     )
-    return ClientNode(node, network=entrance.network)
+    return ClientNode(node, network=entrance.network, router=router)
 
 
 class NetworkThread:

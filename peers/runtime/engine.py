@@ -164,6 +164,10 @@ class EngineStats:
     """Sessions that began with positions of another one."""
     prefix_tokens: int = 0
     """With how many, all of them together."""
+    pages: int = 0
+    free_pages: int = 0
+    """As `free_tokens`."""
+    kept_pages: int = 0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -363,6 +367,9 @@ class Engine:
                 kept_tokens=kept_tokens,
                 prefix_hits=self._prefixes.hits,
                 prefix_tokens=self._prefixes.hit_positions,
+                pages=pages.num_pages,
+                free_pages=unused_pages,
+                kept_pages=idle_pages,
             )
 
     # On the event loop, under the lock

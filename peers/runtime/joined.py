@@ -135,6 +135,9 @@ class JoinedEngine:
             room_tokens=min(stats.room_tokens for stats in all_stats),
             kept_tokens=min(stats.kept_tokens for stats in all_stats),
             queued_tokens=sum(stats.queued_tokens for stats in all_stats),
+            pages=sum(stats.pages for stats in all_stats),
+            free_pages=sum(stats.free_pages for stats in all_stats),
+            kept_pages=sum(stats.kept_pages for stats in all_stats),
         )
 
     def _admit(self, session: SessionKey, owner: PeerId) -> object:

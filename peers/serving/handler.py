@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from msgspec.structs import replace
 
 from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
-from peers.runtime.engine import BehindWindow, CacheTooSmall, Done, PositionGap, SessionReleased, Work
+from peers.runtime.engine import BehindWindow, CacheTooSmall, Done, EngineStats, PositionGap, SessionReleased, Work
 from peers.runtime.joined import AnyEngine
 from peers.serving.admission import Admission
 from peers.serving.journal import Journal, JournalLimits
@@ -47,7 +47,7 @@ from peers.wire.messages import (
     Traced,
 )
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
-from routing.estimates import QUEUE_HALF_LIFE_S, Smoothed
+from routing.estimates import StepTimes
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId, Place, SessionId
 from routing.records import RECORD_RENEW_S
 
@@ -109,7 +109,7 @@ class Handler:
         self._released = asyncio.Event()
         """Some session ended."""
         self._vacant = False
-        self._queue = Smoothed(half_life_s=QUEUE_HALF_LIFE_S)
+        self.times = StepTimes()
         links.handle(Open, self._open)
         links.handle(Step, self._step)
         links.handle(Replay, self._replay)
@@ -170,12 +170,13 @@ class Handler:
     def settle(self, *, engine: AnyEngine, served: Served, ledger: Ledger[Delivery, Link]) -> None:
         """Serve other blocks from now on."""
         self._engine, self.served, self.ledger = engine, served, ledger
+        self.times = StepTimes()
         self._draining = self._vacant = False
 
     @property
     def queue_s(self) -> float:
         """What steps waited before they were computed, lately."""
-        return self._queue.value(0.0, self._clock())
+        return self.times.queue_s.value(0.0, self._clock())
 
     # --- messages ---
 
@@ -276,7 +277,7 @@ class Handler:
             self.admission.finish(link.remote, payload_bytes)
             if self.ledger.get(entry.place) is None:
                 self.release(entry.place)
-        self._queue.add(done.queue_s, self._clock())
+        self.times.add(len(entry.span), step.count, done.compute_s, done.queue_s, self._clock())
         self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
         output = None if entry.next is None else tensors.pack(done.hidden, step.dtype)
         delivery = _delivery(entry, step, done, output)
@@ -405,10 +406,14 @@ class Handler:
                 logger.info("session %s: lease expired", place)
                 self.release(place)
 
+    def stats(self) -> EngineStats | None:
+        """Of the engine; None while there is none."""
+        return None if self._vacant else self._engine.stats()
+
     def _pong(self, nonce: int) -> Pong:
-        if self._vacant:
+        stats = self.stats()
+        if stats is None:
             return Pong(nonce=nonce)
-        stats = self._engine.stats()
         return Pong(
             nonce=nonce,
             free_tokens=min(stats.room_tokens, MAX_POSITIONS),

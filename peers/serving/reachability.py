@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from peers.errors import Busy, ProtocolError
+from peers.transport.dialling import DIAL_TIMEOUT_S, endpoint, greeting_problem
 from peers.transport.links import Link, Links
 from peers.wire.messages import DialBack, DialBackReply
 from routing.addresses import peer_id_in
@@ -23,8 +23,6 @@ from routing.ids import PeerId
 
 logger = logging.getLogger(__name__)
 
-DIAL_TIMEOUT_S = 5.0
-GREETING_TIMEOUT_S = 2.0
 MIN_INTERVAL_S = 5.0
 MAX_CONCURRENT = 4
 MAX_ROUNDS = 4
@@ -34,9 +32,6 @@ RETRY_S = 30.0
 LOOK_S = 2.0
 """How often the transport looks for new addresses, too."""
 _TOO_OFTEN = "asked too often; try later"
-_IP_TCP = re.compile(r"/ip[46]/([^/]+)/tcp/(\d{1,5})(?=/|$)")
-_GREETING = b"\x13/multistream/1.0.0\n"
-"""What a libp2p listener says first, unasked (specs/connections, multistream-select)."""
 
 
 class DialBackService:
@@ -59,7 +54,7 @@ class DialBackService:
             while len(self._last_s) > 1024:
                 self._last_s.popitem(last=False)
             seen = await self._links.transport.observed_addresses(link.remote)
-            hosts = {endpoint[0] for address in seen if (endpoint := _endpoint(address))}
+            hosts = {where[0] for address in seen if (where := endpoint(address))}
             async with self._slots:
                 outcomes = await asyncio.gather(*(_try(address, hosts) for address in message.addresses))
             results = tuple(zip(message.addresses, outcomes, strict=True))
@@ -147,30 +142,9 @@ async def ask_to_dial_back(
 
 
 async def _try(address: str, allowed_hosts: set[str]) -> str:
-    endpoint = _endpoint(address)
-    if endpoint is None:
+    where = endpoint(address)
+    if where is None:
         return "not a TCP address"
-    host, port = endpoint
-    if host not in allowed_hosts:
+    if where[0] not in allowed_hosts:
         return f"not where you come from ({', '.join(sorted(allowed_hosts)) or 'unknown'})"
-    try:
-        async with asyncio.timeout(DIAL_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(host, port)
-            try:
-                async with asyncio.timeout(GREETING_TIMEOUT_S):
-                    greeting = await reader.readexactly(len(_GREETING))
-            except (TimeoutError, asyncio.IncompleteReadError):
-                greeting = b""
-            finally:
-                writer.close()
-    except TimeoutError:
-        return "no answer: a firewall drops the packets, or the router does not forward this port"
-    except OSError as error:
-        return f"refused: {error}"
-    return "" if greeting == _GREETING else "something else listens there"
-
-
-def _endpoint(address: str) -> tuple[str, int] | None:
-    """(host, port) of an IP/TCP multiaddr; None for any other."""
-    match = _IP_TCP.match(address)
-    return (match[1], int(match[2])) if match and 0 < int(match[2]) < 1 << 16 else None
+    return await greeting_problem(*where)

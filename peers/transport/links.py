@@ -24,6 +24,8 @@ from operator import attrgetter
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+from msgspec.structs import replace
+
 from peers.errors import PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
 from peers.transport.base import Stream, Transport
 from peers.transport.pacer import Pacer
@@ -38,6 +40,7 @@ from peers.wire.messages import (
     Message,
     Ping,
     Pong,
+    Status,
     Trace,
     Traced,
 )
@@ -220,6 +223,8 @@ class Links:
         self._software = software
         self.pong: Callable[[int], Pong] = lambda nonce: Pong(nonce=nonce)
         """Fills the answer to a ping; a peer replaces it to tell its load."""
+        self.status: Callable[[], Status | None] = lambda: None
+        """What a ping may ask for besides."""
         self._receivers: dict[type[Message], Receiver[Any]] = {}
         self._lost: list[Callable[[Link], None]] = []
         self._needed: list[Callable[[], Iterable[Link]]] = []
@@ -286,16 +291,19 @@ class Links:
         """The link dialled to `peer`, if it is up."""
         return self._outbound.get(peer)
 
-    async def ping(self, peer: PeerId, addresses: Sequence[str] = (), *, timeout_s: float = 5.0) -> tuple[float, Pong]:
+    async def ping(
+        self, peer: PeerId, addresses: Sequence[str] = (), *, timeout_s: float = 5.0, detail: bool = False
+    ) -> tuple[float, Pong]:
         """Round-trip seconds through both event loops, and the peer's present load. Raises as `to` does.
 
-        A link that was made only for this is closed again: peers have room for so many, and most of a swarm is pinged.
+        With `detail` the peer is asked for its status, too. A link that was made only for this is closed again: peers
+        have room for so many, and most of a swarm is pinged.
         """
         link = self._outbound.get(peer) or await self._dial(peer, addresses, timeout_s)
         link.pings += 1
         try:
             started_s = asyncio.get_running_loop().time()
-            reply = await self.request(link, lambda nonce: Ping(nonce=nonce), timeout_s=timeout_s)
+            reply = await self.request(link, lambda nonce: Ping(nonce=nonce, detail=detail), timeout_s=timeout_s)
             if not isinstance(reply, Pong):
                 raise ProtocolError(f"{peer} answered a ping with {type(reply).__name__}")
             return asyncio.get_running_loop().time() - started_s, reply
@@ -421,7 +429,8 @@ class Links:
 
     async def _dispatch(self, link: Link, message: AnyMessage, payload: memoryview) -> None:
         if isinstance(message, Ping):
-            await link.send(self.pong(message.nonce))
+            pong = self.pong(message.nonce)
+            await link.send(replace(pong, status=self.status()) if message.detail else pong)
         elif isinstance(message, Pong | Traced | DialBackReply):
             waiting_link, future = self._requests.get(message.nonce, (None, None))
             if future is not None and waiting_link is link and not future.done():

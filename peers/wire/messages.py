@@ -32,10 +32,14 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from routing.ids import MAX_SPANS
+
 PROTOCOL_VERSION = 2
 MAX_POSITIONS = 1 << 24
 MAX_HOPS = 64
 MAX_CLOSED_SESSIONS = 512
+MAX_STATUS_ENTRIES = 32
+"""Round trips, and opinions of others, in one status."""
 PREFIX_POSITIONS = 64
 """Positions for which one prefix key stands."""
 MAX_PREFIX_KEYS = 512
@@ -235,6 +239,60 @@ class Ping(Message, tag="ping", frozen=True, kw_only=True):
     """Answered by Pong at once, also by a peer whose engine is busy."""
 
     nonce: Counter
+    detail: bool = False
+    """Whether a status is wanted, too."""
+
+
+class RoundTrip(msgspec.Struct, frozen=True, array_like=True):
+    """What one peer measured to another."""
+
+    peer: PeerText
+    rtt_s: Seconds
+    age_s: Seconds
+
+
+class Opinion(msgspec.Struct, frozen=True, array_like=True):
+    """What one peer has against another, from its own dealings alone."""
+
+    peer: PeerText
+    strikes: Seconds
+    """Failures, halved in time."""
+    backoff_s: Seconds
+    """It is left alone for so long yet."""
+    age_s: Seconds
+    """Since the last failure."""
+    reason: Annotated[str, Meta(max_length=128)]
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a peer is, beyond its record and the counts of a Pong. All of it is the peer's word."""
+
+    uptime_s: Seconds
+    queue_s: Seconds = 0.0
+    """What steps waited before they were computed, lately."""
+    decode_s_per_block: Seconds | None = None
+    """As steps took lately, whoever else was in their forwards; None where there were none."""
+    prefill_s_per_token_block: Seconds | None = None
+    pages: Counter = 0
+    free_pages: Counter = 0
+    """No session holds these."""
+    kept_pages: Counter = 0
+    """Of the free ones, those that remember the beginning of a prompt."""
+    memory_offered_bytes: Counter = 0
+    memory_used_bytes: Counter = 0
+    steps: Counter = 0
+    """Computed since its start."""
+    tokens: Counter = 0
+    refused: Counter = 0
+    """Steps, for want of room."""
+    device: ShortText = ""
+    moved_from: Annotated[tuple[tuple[Block, Block], ...], Meta(max_length=MAX_SPANS)] = ()
+    """What it served before, where it moved."""
+    moved_ago_s: Seconds = 0.0
+    round_trips: Annotated[tuple[RoundTrip, ...], Meta(max_length=MAX_STATUS_ENTRIES)] = ()
+    """The latest."""
+    opinions: Annotated[tuple[Opinion, ...], Meta(max_length=MAX_STATUS_ENTRIES)] = ()
+    """The latest; of those with whom all is well, none."""
 
 
 class Pong(Message, tag="pong", frozen=True, kw_only=True):
@@ -244,6 +302,8 @@ class Pong(Message, tag="pong", frozen=True, kw_only=True):
     free_tokens: Count = 0
     queued_tokens: Count = 0
     sessions: Count = 0
+    status: Status | None = None
+    """Where it was asked for, and there is one: nodes that serve nothing, or are older, give none."""
 
 
 class Trace(Message, tag="trace", frozen=True, kw_only=True):

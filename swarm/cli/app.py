@@ -597,6 +597,72 @@ def status(
         view.status(entrance, model=model, as_json=as_json)
 
 
+@app.command(epilog=_example("swarm dashboard --invite swarm://… --port 8080"))
+def dashboard(
+    initial_peers: InitialPeers = None,
+    invite: InviteLink = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8080,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            "--history",
+            metavar="FILE",
+            help="Where the last week is kept. Default: one of this network's, in the cache folder.",
+            show_default=False,
+        ),
+    ] = None,
+    network: Network = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+    exit_with_parent: ExitWithParent = False,
+) -> None:
+    """Show a swarm in a browser: coverage, peers, links, events, history, and how to join.
+
+    Read-only; needs no model files and lends nothing. It reads the signed records and asks each live peer now and then
+    how it is; everything says how old it is. /docs describes the JSON under /api/v1/, /api/v1/badge.svg is an image to
+    embed, /metrics is for Prometheus. Needs: pip install 'hiveswarm[dashboard]'.
+    """
+    with command(verbose=verbose, debug=debug):
+        if exit_with_parent:
+            signals.end_with_parent()
+        entrance = _entrance(initial_peers, invite, network)
+        from swarm.extras import require_extra
+
+        require_extra("dashboard", "fastapi", "fastapi_offline", "prometheus_client", "sse_starlette", "uvicorn")
+        from swarm.cli import dashboard as view
+        from swarm.dashboard.history import default_file
+        from swarm.dashboard.host import DashboardConfig
+
+        config = DashboardConfig(
+            entrance=entrance, host=host, port=port, history=history or default_file(entrance.network)
+        )
+        view.run(config, as_json=as_json)
+
+
+@app.command(epilog=_example("swarm top --invite swarm://…"))
+def top(
+    initial_peers: InitialPeers = None,
+    invite: InviteLink = None,
+    once: Annotated[bool, typer.Option("--once", help="Print what there is now, and end.")] = False,
+    network: Network = None,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Watch a swarm in this terminal: coverage, peers, speed, events; q leaves.
+
+    The same view as the dashboard's, for a terminal, over SSH for example.
+    """
+    with command(verbose=verbose, debug=debug):
+        entrance = _entrance(initial_peers, invite, network)
+        from swarm.cli import top as view
+
+        view.top(entrance, once=once)
+
+
 @app.command(epilog=_example("swarm route smollm2-135m-instruct --explain --invite swarm://…"))
 def route(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Its announced name, or how its id begins.")],

@@ -11,14 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from peers.wire.messages import PROTOCOL_VERSION
+from routing.cost import BYTES_PER_TOKEN
 from routing.errors import CallerError
 from routing.router import Explanation, Option, RouteRequest
 from swarm.cli import signals
-from swarm.cli.status import look
+from swarm.health import look
 from swarm.network import Entrance, enter
 
-BYTES_PER_TOKEN = 16_384
-"""Of hidden state, assumed: 4,096 numbers of four bytes. The model's own are not known without its files."""
 MAX_OPTIONS = 8
 """Shown to people, per hop; --json holds all."""
 

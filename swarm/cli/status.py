@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import itertools
 import json
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from routing.directory import Snapshot
-from routing.errors import CallerError, PeerError
-from routing.health import ModelHealth, models
+from routing.health import ModelHealth
 from routing.ids import PeerId
 from routing.records import Announcement
 from swarm.cli import signals
-from swarm.network import ClientNode, Entrance, enter
-
-LOOK_AGAIN_S = 0.5
-LOOK_TIMEOUT_S = 2.0
-"""How long an empty index is looked at again: a node that has just joined may ask those who know nothing."""
-PING_TIMEOUT_S = 2.0
-PINGS_TIMEOUT_S = 3.0
-"""For all peers together: whoever has not answered by then shows no latency."""
-MAX_CONCURRENT_PINGS = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """What one look at the network showed."""
-
-    network: str
-    models: tuple[ModelHealth, ...]
-    rtt_s: Mapping[PeerId, float]
-    """Of the peers that answered a ping."""
+from swarm.health import View, look
+from swarm.network import Entrance, enter
 
 
 def status(entrance: Entrance, *, model: str | None, as_json: bool) -> None:
@@ -59,50 +36,6 @@ def status(entrance: Entrance, *, model: str | None, as_json: bool) -> None:
         sys.stdout.write(json.dumps(as_plain(seen[0])) + "\n")
     else:
         show(seen[0])
-
-
-async def look(client: ClientNode, *, network: str, model: str | None) -> View:
-    """Read the index and ping the peers of what was asked for. Raises CallerError."""
-    snapshot = await _snapshot(client)
-    found = models(snapshot)
-    if model is not None:
-        chosen = tuple(health for health in found if _is_named(health, model))
-        if not chosen:
-            names = ", ".join(f"{health.model_name} ({health.model})" for health in found) or "none"
-            raise CallerError(f"nobody announces a model {model!r} in network {network!r}", hint=f"announced: {names}")
-        found = chosen
-    return View(network=network, models=found, rtt_s=await _ping(client, [a for h in found for a in h.peers]))
-
-
-async def _snapshot(client: ClientNode) -> Snapshot:
-    deadline_s = time.monotonic() + LOOK_TIMEOUT_S
-    while True:
-        announcements = await client.discovery.read_index()
-        if announcements or time.monotonic() > deadline_s:
-            client.router.on_announcements(announcements, client.discovery.now_s())
-            return client.router.snapshot(client.discovery.now_s())
-        await asyncio.sleep(LOOK_AGAIN_S)
-
-
-def _is_named(health: ModelHealth, name: str) -> bool:
-    return health.model_name == name or (len(name) >= 4 and health.model.hex.startswith(name.lower()))
-
-
-async def _ping(client: ClientNode, peers: Sequence[Announcement]) -> dict[PeerId, float]:
-    slots = asyncio.Semaphore(MAX_CONCURRENT_PINGS)
-    rtt_s: dict[PeerId, float] = {}
-
-    async def ping(peer: Announcement) -> None:
-        async with slots:
-            try:
-                rtt_s[peer.peer_id], _ = await client.links.ping(peer.peer_id, peer.addresses, timeout_s=PING_TIMEOUT_S)
-            except PeerError:
-                return  # no latency is shown: that is the answer
-
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(PINGS_TIMEOUT_S):
-            await asyncio.gather(*map(ping, peers))
-    return rtt_s
 
 
 # --- for programs ---

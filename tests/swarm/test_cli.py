@@ -29,9 +29,10 @@ from routing.router import Router
 from swarm.cli import node, output, signals
 from swarm.cli import status as status_view
 from swarm.cli.app import _bytes, app, spread
+from swarm.health import View, is_named
 
 ADDRESS = "/ip4/127.0.0.1/tcp/4001/p2p/" + SigningKey.from_seed(bytes(32)).peer_id
-COMMANDS = ("bootstrap", "join", "generate", "chat", "gateway", "status", "demo")
+COMMANDS = ("bootstrap", "join", "generate", "chat", "gateway", "status", "dashboard", "top", "demo")
 
 
 def swarm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -77,6 +78,7 @@ def test_help_and_argument_errors_come_without_loading_torch() -> None:
         ("generate", "m", "--top-p", "2"),
         ("gateway",),
         ("gateway", "m", "--port", "70000"),
+        ("dashboard", "--port", "70000"),
     ],
 )
 def test_a_mistyped_command_is_a_usage_error(arguments: tuple[str, ...], run: Callable[..., Result]) -> None:
@@ -446,17 +448,17 @@ def announcement(seed: int, span: BlockSpan, **changes: object) -> Announcement:
 
 
 @pytest.fixture
-def view() -> status_view.View:
+def view() -> View:
     router = Router()
     alice = announcement(1, BlockSpan(0, 2), name="alice")
     bob = announcement(2, BlockSpan(1, 4), state=PeerState.DRAINING)
     carol = announcement(3, BlockSpan(4, 6))
     dora = announcement(4, BlockSpan(1, 4), state=PeerState.PAUSED)
     router.on_announcements([alice, bob, carol, dora], 100.0)
-    return status_view.View(network="hive", models=models(router.snapshot(100.0)), rtt_s={alice.peer_id: 0.0125})
+    return View(network="hive", models=models(router.snapshot(100.0)), rtt_s={alice.peer_id: 0.0125})
 
 
-def test_status_names_holders_and_gaps(view: status_view.View) -> None:
+def test_status_names_holders_and_gaps(view: View) -> None:
     plain = json.loads(json.dumps(status_view.as_plain(view)))
     (model,) = plain["models"]
     assert model["gaps"] == [[2, 4]]
@@ -469,7 +471,7 @@ def test_status_names_holders_and_gaps(view: status_view.View) -> None:
     assert (bob["state"], bob["latency_ms"]) == ("draining", None)
 
 
-def test_status_is_a_table_for_people(view: status_view.View, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_is_a_table_for_people(view: View, capsys: pytest.CaptureFixture[str]) -> None:
     status_view.show(view)
     printed = capsys.readouterr().out
     for expected in (
@@ -487,9 +489,9 @@ def test_status_is_a_table_for_people(view: status_view.View, capsys: pytest.Cap
         assert peer.peer_id in printed
 
 
-def test_a_model_is_named_by_its_name_or_the_beginning_of_its_id(view: status_view.View) -> None:
+def test_a_model_is_named_by_its_name_or_the_beginning_of_its_id(view: View) -> None:
     (health,) = view.models
-    assert status_view._is_named(health, "tiny")
-    assert status_view._is_named(health, "0707")
-    assert not status_view._is_named(health, "07")
-    assert not status_view._is_named(health, "tin")
+    assert is_named(health, "tiny")
+    assert is_named(health, "0707")
+    assert not is_named(health, "07")
+    assert not is_named(health, "tin")

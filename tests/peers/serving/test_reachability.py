@@ -20,6 +20,7 @@ from peers.serving.reachability import (
     find_out,
     watch_reachability,
 )
+from peers.transport import dialling
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.links import Link, Links
 from peers.transport.memory import MemoryNetwork, MemoryTransport
@@ -104,7 +105,7 @@ async def test_a_port_where_nothing_listens_is_refused(pair: Pair) -> None:
 
 
 async def test_another_program_on_the_port_is_told_apart(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reachability, "GREETING_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(dialling, "GREETING_TIMEOUT_S", 0.05)
 
     async def http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -195,7 +196,7 @@ async def test_nobody_to_ask_is_a_verdict_of_its_own_that_says_why(pair: Pair) -
     gone = await find_out(pair.asker, pair.helper.transport.addresses, ["/ip4/127.0.0.1/tcp/1"])
     assert HELPER in gone.unasked
     assert (gone.reached, gone.problems) == ((), {})
-    assert MAX_ROUNDS * MIN_INTERVAL_S > reachability.DIAL_TIMEOUT_S + reachability.GREETING_TIMEOUT_S
+    assert MAX_ROUNDS * MIN_INTERVAL_S > dialling.DIAL_TIMEOUT_S + dialling.GREETING_TIMEOUT_S
 
 
 @asynccontextmanager
