@@ -49,6 +49,7 @@ from swarm.gateway.schemas import Request as AnyRequest
 from swarm.gateway.served import Served
 from swarm.gateway.tools import call_schema
 from swarm.web.bodies import BoundedBodies
+from swarm.web.headers import OwnPagesOnly
 from swarm.web.pages import add_page
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
         max_bytes=MAX_BODY_BYTES,
         refuse=lambda status, text: ApiError(status, text).response(),
     )
+    app.add_middleware(OwnPagesOnly)
     app.add_middleware(Counted, requests=gateway.metrics.requests)
     if cors_origins:
         app.add_middleware(

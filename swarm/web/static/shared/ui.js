@@ -49,10 +49,8 @@ export function shortId(id) {
   return id.length > 10 ? `…${id.slice(-8)}` : id;
 }
 
-/** `[start, end)` as people count: the first and the last block. */
-export function blocks([start, end]) {
-  return end - start === 1 ? `${start}` : `${start}–${end - 1}`;
-}
+/** `[start, end)` as every command writes it. */
+export const blocks = ([start, end]) => `${start}:${end}`;
 
 const resolved = new Map();
 document.documentElement.addEventListener("themechange", () => resolved.clear());
