@@ -264,14 +264,11 @@ function editKey(event, at) {
 function edit(at) {
   stop();
   state.editing = at;
-  update();
-  requestAnimationFrame(() => {
-    const area = document.querySelector("#edit");
-    if (!area) return;
-    grow(area);
-    area.focus();
-    area.setSelectionRange(area.value.length, area.value.length);
-  });
+  draw(); // now: the next key belongs to it
+  const area = document.querySelector("#edit");
+  grow(area);
+  area.focus();
+  area.setSelectionRange(area.value.length, area.value.length);
 }
 
 function grow(area) {
@@ -287,12 +284,12 @@ function update() {
   due = true;
   requestAnimationFrame(() => {
     due = false;
-    render(page(), app);
-    afterwards();
+    draw();
   });
 }
 
-function afterwards() {
+function draw() {
+  render(page(), app);
   const list = document.querySelector("#messages");
   state.chat.messages.forEach((message, at) => {
     const body = list.querySelector(`[data-body="${at}"]`);
@@ -498,7 +495,7 @@ function editView(message, at) {
     <label for="edit" class="hidden">Your message</label>
     <textarea id="edit" name="text" .value=${message.content} @keydown=${(event) => editKey(event, at)} @input=${(event) => grow(event.target)}></textarea>
     <p class="tiny soft">What came after it is replaced.</p>
-    <footer><span class="spacer"></span><button type="button" @click=${cancel}>Cancel</button><button class="primary">Send</button></footer>
+    <footer><span class="spacer"></span><button type="button" @click=${cancel}>Cancel</button><button class="primary">Send the change</button></footer>
   </form>`;
 }
 

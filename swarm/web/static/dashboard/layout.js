@@ -31,7 +31,7 @@ export function grouped(rows) {
 
 /** As bars over the model's blocks, in as few lanes as hold them. Returns {items, height}. */
 export function byBlocks(rows, numBlocks, width) {
-  const left = 56;
+  const left = width < 500 ? 36 : 56;
   const scale = (width - 2 * left) / Math.max(1, numBlocks);
   const lanes = [];
   const items = grouped(rows).map((item) => {

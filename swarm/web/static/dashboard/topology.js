@@ -143,8 +143,8 @@ function routeLine(context, { route, byPeer, left, scale, items }, mode, width, 
   }
   if (mode === "blocks") {
     const y = points[0]?.[1] ?? 40;
-    points.unshift([26, y]);
-    points.push([width - 26, points.at(-1)[1]]);
+    points.unshift([left / 2, y]);
+    points.push([width - left / 2, points.at(-1)[1]]);
   }
   context.beginPath();
   points.forEach(([x, y], at) => (at ? context.lineTo(x, y) : context.moveTo(x, y)));
