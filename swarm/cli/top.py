@@ -20,7 +20,7 @@ from routing.router import Router
 from swarm.cli import signals
 from swarm.dashboard.collector import Collector, entering
 from swarm.dashboard.core import Core
-from swarm.dashboard.schemas import Event, ModelView, PeerRow, State
+from swarm.dashboard.schemas import ModelView, PeerRow, State
 from swarm.network import Entrance
 
 FIRST_LOOK_S = 4.0
@@ -28,7 +28,9 @@ FIRST_LOOK_S = 4.0
 ENTER_S = 60.0
 DRAW_S = 1.0
 STRIP_CHARS = 100
-EVENTS = 6
+NAME_CHARS = 24
+MAX_MODELS = 4
+MAX_EVENTS = 6
 MARKS = {
     State.ONLINE: ("●", "green"),
     State.JOINING: ("◌", "cyan"),
@@ -38,6 +40,18 @@ MARKS = {
     State.LOST: ("✗", "red"),
 }
 """A sign and a colour: nothing is said by colour alone."""
+COLUMNS = (
+    ("state", 0),
+    ("peer", 0),
+    ("blocks", 0),
+    ("rtt", 70),
+    ("queue", 90),
+    ("sessions", 100),
+    ("free cache", 120),
+    ("ms/block", 130),
+    ("heard", 80),
+)
+"""Each with the width from which on it is shown."""
 
 
 def top(entrance: Entrance, *, once: bool) -> None:
@@ -52,7 +66,7 @@ def top(entrance: Entrance, *, once: bool) -> None:
             if once:
                 await _first_look(core)
                 core.advance(time.time())
-                console.print(frame(core, time.time(), height=None))
+                console.print(frame(core, time.time(), width=console.width, height=None))
             else:
                 await _watch(core, console, collecting)
         finally:
@@ -73,7 +87,7 @@ async def _first_look(core: Core) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(FIRST_LOOK_S):
             while not core.models or not all(  # noqa: ASYNC110
-                row.status_at_s or row.problem for row in core.rows(time.time())
+                row.status_at_s or row.problem for row in core.rows()
             ):
                 await asyncio.sleep(0.05)
 
@@ -84,7 +98,7 @@ async def _watch(core: Core, console: Console, collecting: asyncio.Task[None]) -
         leaving = asyncio.create_task(leave.wait())
         try:
             while not leave.is_set():
-                live.update(frame(core, time.time(), height=console.height), refresh=True)
+                live.update(frame(core, time.time(), width=console.width, height=console.height), refresh=True)
                 await asyncio.wait({leaving, collecting}, timeout=DRAW_S, return_when=asyncio.FIRST_COMPLETED)
                 if collecting.done():
                     collecting.result()
@@ -118,39 +132,46 @@ def _keys(leave: asyncio.Event) -> Iterator[None]:
 # --- drawing: what the core knows, as lines; names are claims, and never markup ---
 
 
-def frame(core: Core, now_s: float, *, height: int | None) -> RenderableType:
-    """Everything, on so many lines."""
-    models = core.models
-    parts: list[RenderableType] = [_head(core, now_s)]
-    parts.extend(_model(view) for view in models[:4])
-    rows = sorted(core.rows(now_s), key=lambda row: (row.gone_at_s is not None, row.model_name, row.spans, row.peer_id))
-    used = 2 + 4 * min(len(models), 4) + 2 + EVENTS + 2
-    room = len(rows) if height is None else max(3, height - used)
-    parts.append(_peers(rows[:room], now_s))
-    if len(rows) > room:
-        parts.append(Text(f"… and {len(rows) - room} more: a larger window, or swarm dashboard", style="dim"))
-    parts.append(_events(list(core.events)[: -EVENTS - 1 : -1], now_s))
+def frame(core: Core, now_s: float, *, width: int, height: int | None) -> RenderableType:
+    """Everything, or as much as so many lines hold: coverage first, then what happened, then peers."""
+    few = MAX_MODELS if height is None else max(1, min(MAX_MODELS, (height - 12) // 4))
+    above = [_head(core, now_s), *(_model(view) for view in core.models[:few])]
+    below = [_events(core, MAX_EVENTS if height is None or height > 30 else 2, now_s)]
     if height is not None:
-        parts.append(Text("q leaves", style="dim"))
-    return Group(*parts)
+        below.append(_line(("q leaves", "dim")))
+    rows = sorted(core.rows(), key=lambda row: (row.gone_at_s is not None, row.model_name, row.spans, row.peer_id))
+    room = len(rows)
+    if height is not None:
+        taken = sum(text.plain.count("\n") + 1 for text in (*above, *below)) + 2  # the heads, and how many are left out
+        room = max(1, height - taken)
+    if len(rows) > room:
+        below.insert(
+            0, _line((f"… and {len(rows) - room} more: a larger window shows them, or swarm dashboard", "dim"))
+        )
+    return Group(*above, _peers(rows[:room], now_s, width), *below)
+
+
+def _line(*parts: tuple[str, str]) -> Text:
+    """Of text and style; too long a line is cut, never wrapped."""
+    text = Text(no_wrap=True, overflow="ellipsis")
+    for part, style in parts:
+        text.append(part, style=style)
+    return text
 
 
 def _head(core: Core, now_s: float) -> Text:
     totals = core.totals()
     states = " · ".join(f"{count} {state}" for state, count in totals.states.items() if count) or "no peers"
-    text = Text(f"network {core.network} · {states}", style="bold")
-    if totals.total_tokens_per_s:
-        text.append(f" · {totals.total_tokens_per_s:,.1f} tokens/s for all")
     seen = "not read yet" if core.read_at_s is None else f"read {_age(now_s - core.read_at_s)} ago"
-    text.append(f" · {seen}", style="not bold")
+    speed = f" · {totals.total_tokens_per_s:,.1f} tokens/s for all" if totals.total_tokens_per_s else ""
+    text = _line((f"network {core.network} · {states}{speed}", "bold"), (f" · {seen}", ""))
     if core.problem:
         text.append(f"\n{core.problem}", style="red")
     return text
 
 
 def _model(view: ModelView) -> Text:
-    text = Text("\n")
-    text.append(view.name, style="bold")
+    text = _line(("\n", ""), (view.name, "bold"))
     text.append(f" ({view.model_id[:12]}) · {view.num_blocks} blocks · ")
     if view.gaps:
         missing = ", ".join(f"{start}:{end}" for start, end in view.gaps[:6])
@@ -180,37 +201,45 @@ def _strip(holders: Sequence[int]) -> Text:
     return text
 
 
-def _peers(rows: Sequence[PeerRow], now_s: float) -> Table:
-    columns = ("", "peer", "blocks", "state", "rtt", "queue", "sessions", "free cache", "ms/block", "heard")
-    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+def _peers(rows: Sequence[PeerRow], now_s: float, width: int) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    shown = [at for at, (_, least) in enumerate(COLUMNS) if width >= least]
+    for at in shown:
+        table.add_column(COLUMNS[at][0], no_wrap=True, overflow="ellipsis")
     for row in rows:
-        sign, style = MARKS[row.state]
-        heard = "no answer yet" if row.status_at_s is None else f"{_age(now_s - row.status_at_s)} ago"
-        table.add_row(
-            Text(sign, style=style),
-            Text(_short(row.name, row.peer_id)),
-            ",".join(f"{start}:{end}" for start, end in row.spans),
-            Text(row.state.value, style=style),
-            "–" if row.rtt_s is None else f"{row.rtt_s * 1000:.1f} ms",
-            f"{row.queue_s * 1000:.0f} ms",
-            str(row.sessions),
-            f"{row.free_tokens:,} of {row.cache_tokens:,}",
-            f"{row.decode_s_per_block * 1000:.2f}",
-            Text(f"{heard}: {row.problem}" if row.problem else heard, style="red" if row.problem else ""),
-        )
+        cells = _cells(row, now_s)
+        table.add_row(*(cells[at] for at in shown))
     return table
 
 
-def _events(events: Sequence[Event], now_s: float) -> Text:
-    text = Text("\n")
-    for event in events:
-        text.append(f"{_age(now_s - event.at_s):>5} ago  ", style="dim")
-        text.append(f"{event.text}\n")
+def _cells(row: PeerRow, now_s: float) -> list[Text]:
+    """As COLUMNS."""
+    sign, style = MARKS[row.state]
+    heard = "not yet" if row.status_at_s is None else f"{_age(now_s - row.status_at_s)} ago"
+    return [
+        Text(f"{sign} {row.state.value}", style=style),
+        Text(_short(row.name, row.peer_id)),
+        Text(",".join(f"{start}:{end}" for start, end in row.spans)),
+        Text("–" if row.rtt_s is None else f"{row.rtt_s * 1000:.1f} ms"),
+        Text(f"{row.queue_s * 1000:.0f} ms"),
+        Text(str(row.sessions)),
+        Text(f"{row.free_tokens:,} of {row.cache_tokens:,}"),
+        Text(f"{row.decode_s_per_block * 1000:.2f}"),
+        Text(f"{heard}: {row.problem}" if row.problem else heard, style="red" if row.problem else ""),
+    ]
+
+
+def _events(core: Core, most: int, now_s: float) -> Text:
+    text = _line()
+    for event in list(core.events)[: -most - 1 : -1]:
+        text.append(f"\n{_age(now_s - event.at_s):>6} ago  ", style="dim")
+        text.append(event.text)
     return text
 
 
 def _short(name: str, peer_id: str) -> str:
     short = f"…{peer_id[-6:]}"
+    name = name if len(name) <= NAME_CHARS else f"{name[: NAME_CHARS - 1]}…"
     return f"{name} ({short})" if name else short
 
 

@@ -149,7 +149,10 @@ def make_app(dashboard: Dashboard) -> FastAPI:
         return Response(feed.snapshot().data, media_type="application/json")
 
     @app.get(
-        "/api/v1/stream", response_model=None, responses={200: {"content": {"text/event-stream": {}}}, 503: ERRORS[503]}
+        "/api/v1/stream",
+        response_model=None,
+        response_class=Response,
+        responses={200: {"content": {"text/event-stream": {}}}, 503: ERRORS[503]},
     )
     async def stream(
         last_event_id: Annotated[str, Query(max_length=64)] = "",
@@ -179,7 +182,7 @@ def make_app(dashboard: Dashboard) -> FastAPI:
             wanted = dashboard.model(model).hex
         found = [
             row
-            for row in core.rows(now_s)
+            for row in core.rows()
             if (wanted is None or row.model_id == wanted)
             and (not state or row.state in state)
             and (words in row.peer_id.casefold() or words in row.name.casefold())
@@ -253,7 +256,7 @@ def make_app(dashboard: Dashboard) -> FastAPI:
         async with dashboard.dials:
             return await look(links, peer_id, addresses, record=core.record(peer_id), state=core.state(peer_id))
 
-    @app.get("/api/v1/badge.svg", response_model=None, responses={200: {"content": {"image/svg+xml": {}}}})
+    @app.get("/api/v1/badge.svg", response_class=Response, responses={200: {"content": {"image/svg+xml": {}}}})
     async def image(model: Annotated[str | None, Query(max_length=96)] = None) -> Response:
         """The health of the swarm, or of one model, as an image to embed."""
         if model is None:
@@ -264,7 +267,7 @@ def make_app(dashboard: Dashboard) -> FastAPI:
             drawn = badge.of_model(view, model)
         return Response(drawn, media_type="image/svg+xml", headers={"Cache-Control": "max-age=30"})
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """The view for Prometheus."""
         return Response(CoreMetrics(core, dashboard.calls).text(), media_type=CONTENT_TYPE_LATEST)

@@ -95,11 +95,14 @@ class Collector:
     # --- the network ---
 
     async def _network(self) -> None:
+        told = ""
         while True:
             try:
                 await self._visit()
             except SwarmError as error:
-                logger.warning("no view of the network: %s", error)
+                if str(error) != told:
+                    logger.warning("no view of the network, trying on: %s", error)
+                    told = str(error)
                 self.core.failed(f"no way into the network: {error}")
             await asyncio.sleep(ENTER_AGAIN_S)
 
@@ -129,6 +132,7 @@ class Collector:
                 self.core.read((), self._clock())  # an empty network, not a deaf one: nobody was there before either
             else:
                 self.core.failed("the network's index cannot be read")
+            self.core.advance(self._clock())  # so that who is new is called at once
             await asyncio.sleep(READ_S)
 
     async def _calling(self, client: ClientNode) -> None:
@@ -143,7 +147,7 @@ class Collector:
                     call.add_done_callback(lambda _: slots.release())
                     if len(due) > CALLS_PER_S:
                         await asyncio.sleep(1 / CALLS_PER_S)
-                await asyncio.sleep(TICK_S / 2)
+                await asyncio.sleep(TICK_S / 4)
 
     def _due(self) -> list[Announcement]:
         """Who is to be called, those first who say goodbye, then those not called for longest."""
@@ -194,10 +198,9 @@ class Collector:
             await asyncio.sleep(TICK_S)
 
     async def _keep(self, history: History, sample: bool, now_s: float) -> None:
-        count = min(self.core.total_events - self._kept_events, len(self.core.events))
-        if not (count or sample):
+        events = self.core.events_after(self._kept_events)
+        if not (events or sample):
             return
-        events = list(self.core.events)[len(self.core.events) - count :]
         self._kept_events = self.core.total_events
         try:
             await asyncio.to_thread(history.add, self.core.models if sample else [], events, now_s)

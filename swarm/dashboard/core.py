@@ -70,6 +70,7 @@ class _Peer:
     first_seen_at_s: float
     record_at_s: float
     gone_at_s: float | None = None
+    rtt_s: float | None = None
     pong: Pong | None = None
     status_at_s: float | None = None
     status: Status | None = None
@@ -111,11 +112,16 @@ class Core:
 
     def read(self, announcements: Iterable[Announcement], now_s: float) -> None:
         """The index was read; the records are verified."""
-        self.router.on_announcements(announcements, now_s)
+        self.router.on_announcements((a for a in announcements if self._is_news(a)), now_s)
         self.read_at_s = now_s
         self.problem = ""
         if self._baseline_until_s is None:
             self._baseline_until_s = now_s + SETTLE_S
+
+    def _is_news(self, record: Announcement) -> bool:
+        """Not the last record of somebody who is gone, which others may hold for a while yet."""
+        known = self._peers.get(record.peer_id)
+        return known is None or known.gone_at_s is None or record.sequence > known.record.sequence
 
     def failed(self, problem: str) -> None:
         """Nothing could be read; what is known stays, and ages."""
@@ -129,8 +135,8 @@ class Core:
         if known.problem:
             self.router.on_success(peer, now_s)
         self.router.on_rtt(peer, rtt_s, now_s)
-        known.pong, known.status_at_s, known.problem = pong, now_s, ""
-        known.status = pong.status
+        known.rtt_s = self.router.rtt_s(peer, now_s)
+        known.pong, known.status, known.status_at_s, known.problem = pong, pong.status, now_s, ""
         self.dirty.add(peer)
 
     def silent(self, peer: PeerId, problem: str, now_s: float) -> None:
@@ -352,6 +358,10 @@ class Core:
         known = self._peers.get(PeerId(peer))
         return None if known is None else known.record
 
+    def events_after(self, total: int) -> list[Event]:
+        """What happened since `total_events` was that; oldest first, and no more than is kept here."""
+        return list(self.events)[max(0, len(self.events) - (self.total_events - total)) :]
+
     def overview(self, now_s: float) -> Overview:
         return Overview(
             network=self.network,
@@ -381,20 +391,19 @@ class Core:
             memory_used_bytes=sum(status.memory_used_bytes for status in statuses),
         )
 
-    def rows(self, now_s: float) -> list[PeerRow]:
-        return [self._row(known, now_s) for known in self._peers.values()]
+    def rows(self) -> list[PeerRow]:
+        return [self._row(known) for known in self._peers.values()]
 
-    def row(self, peer: PeerId, now_s: float) -> PeerRow | None:
+    def row(self, peer: PeerId) -> PeerRow | None:
         """None for a peer that is forgotten."""
         known = self._peers.get(peer)
-        return None if known is None else self._row(known, now_s)
+        return None if known is None else self._row(known)
 
-    def _row(self, known: _Peer, now_s: float) -> PeerRow:
-        return PeerRow(**self._row_fields(known, now_s))  # type: ignore[arg-type]
+    def _row(self, known: _Peer) -> PeerRow:
+        return PeerRow(**self._row_fields(known))  # type: ignore[arg-type]
 
-    def _row_fields(self, known: _Peer, now_s: float) -> dict[str, object]:
+    def _row_fields(self, known: _Peer) -> dict[str, object]:
         a, pong, status = known.record, known.pong, known.status
-        rtt_s = self.router.rtt_s(a.peer_id, now_s)
         relayed = all(map(is_relayed, a.addresses)) if a.addresses else None
         return {
             "peer_id": a.peer_id,
@@ -420,7 +429,7 @@ class Core:
             "started_at_s": None
             if status is None or known.status_at_s is None
             else round(known.status_at_s - status.uptime_s),
-            "rtt_s": None if rtt_s is None else round(rtt_s, 4),
+            "rtt_s": None if known.rtt_s is None else round(known.rtt_s, 4),
             "status_at_s": _ms_or_none(known.status_at_s),
             "problem": known.problem,
         }
@@ -433,7 +442,7 @@ class Core:
         a = known.record
         mine, theirs = self._dealings(a.peer_id)
         return PeerDetail(
-            **self._row_fields(known, now_s),  # type: ignore[arg-type]
+            **self._row_fields(known),  # type: ignore[arg-type]
             now_s=_ms(now_s),
             num_blocks=a.num_blocks,
             protocol=a.protocol,
@@ -509,9 +518,8 @@ class Core:
                     latest[a, b] = LinkView(a=a, b=b, rtt_s=rtt_s, at_s=at_s)
         links = sorted(latest.values(), key=lambda link: -link.at_s)[:MAX_LINKS]
         for peer, known in shown.items():
-            own_s = self.router.rtt_s(peer, now_s)
-            if own_s is not None and known.status_at_s is not None:
-                links.append(LinkView(a=HERE, b=peer, rtt_s=round(own_s, 4), at_s=_ms(known.status_at_s)))
+            if known.rtt_s is not None and known.status_at_s is not None:
+                links.append(LinkView(a=HERE, b=peer, rtt_s=round(known.rtt_s, 4), at_s=_ms(known.status_at_s)))
         chosen = self._models.get(model) if model is not None else next(iter(self._models.values()), None)
         return Topology(
             now_s=_ms(now_s),

@@ -51,11 +51,10 @@ class Feed:
         core, overview = self._core, plain(self._core.overview(now_s))
         models = {view["model_id"]: view for view in overview["models"]}
         dirty, core.dirty = core.dirty, set()
-        patches = [patch for peer in dirty if (patch := self._patch(peer, now_s)) is not None]
+        patches = [patch for peer in dirty if (patch := self._patch(peer)) is not None]
         forgotten = [peer for peer in dirty if core.state(peer) is None and self._rows.pop(peer, None) is not None]
-        count = min(core.total_events - self._events_seen, len(core.events))
+        events = [plain(event) for event in core.events_after(self._events_seen)]
         self._events_seen = core.total_events
-        events = [plain(event) for event in list(core.events)[len(core.events) - count :]]
         changed = {model: view for model, view in models.items() if self._models.get(model) != view}
         gone = [model for model in self._models if model not in models]
         same = self._overview["totals"] == overview["totals"] and self._overview["problem"] == overview["problem"]
@@ -79,8 +78,8 @@ class Feed:
         self._snapshot = None
         return True
 
-    def _patch(self, peer: PeerId, now_s: float) -> dict[str, Any] | None:
-        row = self._core.row(peer, now_s)
+    def _patch(self, peer: PeerId) -> dict[str, Any] | None:
+        row = self._core.row(peer)
         if row is None:
             return None
         new, old = plain(row), self._rows.get(peer)

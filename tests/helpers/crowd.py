@@ -54,7 +54,7 @@ HOSTILE = (
     "",
 )
 """Names that a record may carry."""
-ENTRY = f"/ip4/203.0.113.7/tcp/4001/p2p/{peer_id_of(hashlib.sha256(b'entry').digest())}"
+ENTRY = f"/ip4/1.1.1.1/tcp/4001/p2p/{peer_id_of(hashlib.sha256(b'entry').digest())}"
 
 
 @dataclasses.dataclass
@@ -81,6 +81,7 @@ class Crowd:
         self._links = Links(transport, network="crowd", software="crowd")
         self._count = 0
         self._called = 0
+        self._kept = 0
         for _ in range(peers):
             self.join(now_s)
         self.look(now_s)
@@ -183,10 +184,9 @@ class Crowd:
                 self.core.silent(member.record.peer_id, "did not answer within 3 s <b>", now_s)
 
     def publish(self, now_s: float) -> bool:
-        before = self.core.total_events
         self.core.advance(now_s)
-        new = self.core.total_events - before
-        self.history.add(self.core.models, list(self.core.events)[-new:] if new else [], now_s)
+        self.history.add(self.core.models, self.core.events_after(self._kept), now_s)
+        self._kept = self.core.total_events
         return self.feed.tick(now_s)
 
     def second(self, now_s: float, *, churn: float = 0.0) -> bool:
@@ -309,6 +309,17 @@ class CrowdServer:
             return peers
 
         return asyncio.run_coroutine_threadsafe(happen(), self._loop).result(10)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """From any thread: until the server's loop finds it true."""
+        assert self._loop is not None
+
+        async def look() -> None:
+            async with asyncio.timeout(10):
+                while not condition():  # noqa: ASYNC110  # nothing tells when a reader has gone
+                    await asyncio.sleep(0.01)
+
+        asyncio.run_coroutine_threadsafe(look(), self._loop).result(20)
 
     def stop(self) -> None:
         """From any thread."""

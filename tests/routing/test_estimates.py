@@ -104,3 +104,21 @@ def test_a_cap_below_the_assumed_bandwidth_is_paid_on_the_way_in_and_on_the_way_
     assert capped.enter_s - free.enter_s == pytest.approx(2 * (0.010 - 0.001))
     assert (capped.per_block_s, capped.leave_s) == (free.per_block_s, free.leave_s)
     assert hop_cost(estimate._replace(max_bytes_per_s=10**9), tokens=1, bytes_per_token=12_500) == free
+
+
+def test_round_trips_are_told_the_latest_first_with_their_age() -> None:
+    estimates = Estimates()
+    for number in (1, 2, 3):
+        estimates.on_rtt(peer(number), number / 100, NOW_S + number)
+    estimates.on_step(peer(4), 1, 1, 0.1, 0.0, NOW_S + 4)
+    trips = estimates.round_trips(NOW_S + 3, 3)
+    assert [(trip.peer_id, trip.age_s) for trip in trips] == [(peer(3), 0.0), (peer(2), 1.0)]
+    assert [trip.rtt_s for trip in trips] == pytest.approx([0.03, 0.02], rel=0.01)
+
+
+def test_a_mean_is_lately_until_its_half_life_has_passed() -> None:
+    smoothed = Smoothed()
+    assert smoothed.lately(NOW_S) is None
+    smoothed.add(2.0, NOW_S)
+    assert smoothed.lately(NOW_S + HALF_LIFE_S - 1) == 2.0
+    assert smoothed.lately(NOW_S + HALF_LIFE_S) is None

@@ -116,3 +116,14 @@ def test_the_peer_heard_of_longest_ago_is_forgotten_first() -> None:
     for number in (1, 2, 3):
         reputation.on_failure(peer(number), NOW_S, "died")
     assert set(reputation.backed_off(NOW_S)) == {peer(2), peer(3)}
+
+
+def test_what_stands_against_peers_is_told_the_latest_first_and_no_more_than_asked() -> None:
+    reputation = Reputation()
+    for number in (1, 2, 3):
+        reputation.on_failure(peer(number), NOW_S + number, f"reason {number}")
+    reputation.on_busy(peer(4), 5.0, NOW_S)
+    opinions = reputation.opinions(NOW_S + 3, 3)
+    assert [(each.peer_id, each.reason) for each in opinions] == [(peer(3), "reason 3"), (peer(2), "reason 2")]
+    assert (opinions[0].strikes, opinions[0].backoff_s, opinions[0].age_s) == (1.0, BACKOFF_S_MIN, 0.0)
+    assert reputation.opinions(NOW_S + 1e6, 9) == []

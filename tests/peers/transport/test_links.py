@@ -18,7 +18,7 @@ from peers.transport.base import Stream
 from peers.transport.links import BULK, MAX_INBOUND_LINKS_PER_PEER, SMALL, STREAM_PROTOCOL, Link, Links
 from peers.transport.memory import MemoryNetwork, MemoryTransport
 from peers.wire import codec
-from peers.wire.messages import PROTOCOL_VERSION, AnyMessage, Close, Failed, Hello, Ping, Pong, Step
+from peers.wire.messages import PROTOCOL_VERSION, AnyMessage, Close, Failed, Hello, Ping, Pong, Status, Step
 from routing.errors import PeerError
 from routing.ids import PeerId
 from tests.peers.transport.nodes import signing_key
@@ -375,8 +375,19 @@ async def test_a_ping_measures_the_way_there_and_back_and_carries_the_load(world
     await world.dial()
     rtt_s, pong = await world.one.links.ping(OTHER)
     assert rtt_s == pytest.approx(0.02)
-    assert (pong.free_tokens, pong.queued_tokens, pong.sessions) == (7, 3, 2)
+    assert (pong.free_tokens, pong.queued_tokens, pong.sessions, pong.status) == (7, 3, 2, None)
     assert world.one.links._requests == {}
+
+
+async def test_a_status_comes_only_to_who_asks_for_it_and_of_who_has_one(world: World) -> None:
+    await world.dial()
+    _, pong = await world.one.links.ping(OTHER, detail=True)
+    assert pong.status is None
+    world.other.links.status = lambda: Status(uptime_s=5.0)
+    _, pong = await world.one.links.ping(OTHER, detail=True)
+    assert pong.status == Status(uptime_s=5.0)
+    _, pong = await world.one.links.ping(OTHER)
+    assert pong.status is None
 
 
 async def test_a_request_to_a_silent_peer_times_out_and_the_link_stays(world: World) -> None:

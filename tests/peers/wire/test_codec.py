@@ -16,6 +16,7 @@ from peers.errors import ProtocolError
 from peers.wire import codec, tensors
 from peers.wire.messages import (
     MAX_PREFIX_KEYS,
+    MAX_STATUS_ENTRIES,
     AnyMessage,
     Close,
     DialBack,
@@ -24,10 +25,13 @@ from peers.wire.messages import (
     Hello,
     Open,
     Opened,
+    Opinion,
     Ping,
     Pong,
     Relay,
     Result,
+    RoundTrip,
+    Status,
     Step,
     Trace,
     Traced,
@@ -64,7 +68,19 @@ MESSAGES: list[AnyMessage] = [
     Failed(peer="p", session=SESSION, block=3, epoch=1, step=None, code="busy", message="later", retry_after_s=0.5),
     Close(sessions=(SESSION,)),
     Ping(nonce=1),
+    Ping(nonce=1, detail=True),
     Pong(nonce=1, free_tokens=5),
+    Pong(nonce=1, status=Status(uptime_s=1.5, decode_s_per_block=0.25, device="cuda:0", moved_from=((0, 4), (6, 8)))),
+    Pong(
+        nonce=1, free_tokens=1 << 24, queued_tokens=1 << 24, sessions=1 << 24,
+        status=Status(
+            uptime_s=1e9, queue_s=1e9, decode_s_per_block=1e9, prefill_s_per_token_block=1e9, pages=1 << 62,
+            free_pages=1 << 62, kept_pages=1 << 62, memory_offered_bytes=1 << 62, memory_used_bytes=1 << 62,
+            steps=1 << 62, tokens=1 << 62, refused=1 << 62, device="d" * 64, moved_from=((65_536, 65_536),) * 8,
+            moved_ago_s=1e9, round_trips=(RoundTrip("p" * 128, 1e9, 1e9),) * MAX_STATUS_ENTRIES,
+            opinions=(Opinion("p" * 128, 1e9, 1e9, 1e9, "\U0001f41d" * 128),) * MAX_STATUS_ENTRIES,
+        ),
+    ),
     Trace(nonce=1, session=SESSION, block=3, patience_s=0.5),
     Traced(nonce=1, running=2, next_silent=True),
     DialBack(nonce=2, addresses=("/ip4/127.0.0.1/tcp/1",)),
@@ -74,6 +90,10 @@ MESSAGES: list[AnyMessage] = [
 
 OPEN = {"t": "open", "session": SESSION, "epoch": 1, "model": bytes(32), "start": 0, "end": 3}
 OPEN |= {"previous": None, "next": None}
+
+
+def status_frame(**changes: object) -> bytes:
+    return frame_of({"t": "pong", "nonce": 1, "status": {"uptime_s": 1.0} | changes})
 
 
 def frame_of(fields: object, payload: bytes = b"") -> bytes:
@@ -107,6 +127,12 @@ def test_the_frame_that_a_damaged_one_differs_from_is_accepted() -> None:
     assert isinstance(codec.decode(frame_of(OPEN | {"prefix": [SESSION] * MAX_PREFIX_KEYS}))[0][0], Open)
 
 
+def test_an_older_node_is_asked_in_words_that_it_understands() -> None:
+    """It ignores the wish for detail, and answers without."""
+    assert codec.decode(frame_of({"t": "pong", "nonce": 1, "sessions": 2}))[0][0] == Pong(nonce=1, sessions=2)
+    assert codec.encode(Ping(nonce=1)) == frame_of({"t": "ping", "nonce": 1})
+
+
 def test_unknown_fields_are_ignored_so_that_later_versions_may_add_some() -> None:
     assert codec.decode(frame_of({"t": "ping", "nonce": 1, "later": [1, 2]}))[0][0] == Ping(nonce=1)
 
@@ -131,6 +157,20 @@ def test_unknown_fields_are_ignored_so_that_later_versions_may_add_some() -> Non
         frame_of(OPEN | {"prefix": [b"short"]}),
         frame_of({"t": "opened", "session": SESSION, "epoch": 1, "lease_s": 1.0, "held": -1}),
         frame_of({"t": "ping", "nonce": 1}, b"payload"),
+        frame_of({"t": "ping", "nonce": 1, "detail": 1}),
+        frame_of({"t": "pong", "nonce": 1, "status": {}}),
+        status_frame(uptime_s=-1.0),
+        status_frame(uptime_s=float("nan")),
+        status_frame(queue_s=float("inf")),
+        status_frame(steps=-1),
+        status_frame(memory_used_bytes=1 << 63),
+        status_frame(device="d" * 65),
+        status_frame(moved_from=[[0, 1]] * 9),
+        status_frame(moved_from=[[0, 1, 2]]),
+        status_frame(round_trips=[["p", 0.1, 0.0]] * (MAX_STATUS_ENTRIES + 1)),
+        status_frame(round_trips=[["", 0.1, 0.0]]),
+        status_frame(round_trips=[["p", float("nan"), 0.0]]),
+        status_frame(opinions=[["p", 1.0, 1.0, 1.0, "r" * 129]]),
         frame_of({1: 2}),
         raw_frame(b"\x82\xa1t\xa4ping\xa5later\xdd\xff\xff\xff\xff"),
         raw_frame(b"\x82\xa1t\xa4ping\xa5later" + b"\x91" * 30_000),
