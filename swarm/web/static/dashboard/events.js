@@ -1,7 +1,7 @@
 // What happened, the newest first, by kind and words; the dashboard looks them up in its file.
 
 import { html, nothing } from "../vendor/lit-html/lit-html.js";
-import { empty, eventItem, kindName, problemNotice } from "./parts.js";
+import { empty, eventList, kindName, problemNotice } from "./parts.js";
 
 export const kinds = ["joined", "returned", "left", "lost", "moved", "paused", "resumed", "gap_opened", "gap_healed"];
 export const noQuery = { words: "", kinds: [] };
@@ -31,7 +31,7 @@ export function eventsPage({ live, query, setQuery, found, more }) {
       : !found
         ? html`<p class="soft loading">Reading…</p>`
         : found.events.length
-          ? html`<div class="card"><ol class="events">${found.events.map((event) => eventItem(event, live.nowS))}</ol></div>
+          ? html`<div class="card">${eventList(found.events, live.nowS)}</div>
               ${found.more ? html`<p class="actions"><button @click=${more}>Older ones</button></p>` : nothing}`
           : empty("Nothing like this", query.words || query.kinds.length ? "Change the words or the kinds above." : "Nothing has happened since the dashboard began to look.")}
   `;

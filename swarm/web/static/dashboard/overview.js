@@ -3,7 +3,7 @@
 import { html, nothing } from "../vendor/lit-html/lit-html.js";
 import { blocks, bytes, number, rate } from "../shared/ui.js";
 import { charts } from "./charts.js";
-import { empty, eventItem, modelHealth, peerLink, states, strip } from "./parts.js";
+import { empty, eventList, modelHealth, peerLink, states, strip } from "./parts.js";
 
 function tile(label, value, unit, note) {
   return html`<div class="card tile">
@@ -64,7 +64,7 @@ export function overviewPage({ live, model, history, hours, setHours, choose }) 
     <section class="card">
       <div class="head"><h2>Latest events</h2><a class="small" href="#/events">All</a></div>
       ${live.events.length
-        ? html`<ol class="events">${live.events.slice(0, 6).map((event) => eventItem(event, live.nowS))}</ol>`
+        ? eventList(live.events.slice(0, 6), live.nowS)
         : html`<p class="soft">Nothing has happened since the dashboard began to look.</p>`}
     </section>
     ${overview.models.length > 1 ? modelList(overview, model, choose) : nothing}

@@ -1,6 +1,7 @@
 // What several of the dashboard's pages show: states, names, ages, the strip of blocks.
 
 import { html, nothing } from "../vendor/lit-html/lit-html.js";
+import { repeat } from "../vendor/lit-html/directives/repeat.js";
 import { blocks, copy, duration, icon, shortId } from "../shared/ui.js";
 
 /** How each state is shown: never by colour alone. */
@@ -32,12 +33,14 @@ export function age(seconds) {
   return seconds < 1.5 ? "now" : `${duration(seconds)} ago`;
 }
 
-export const clock = (atS) => new Date(atS * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
-export const when = (atS, nowS) => {
-  const day = new Date(atS * 1000);
-  const today = nowS - atS < 86400 && day.getDate() === new Date(nowS * 1000).getDate();
-  return today ? clock(atS) : `${day.toLocaleDateString([], { month: "short", day: "numeric" })} ${clock(atS)}`;
-};
+const time = new Intl.DateTimeFormat([], { timeStyle: "medium" });
+const day = new Intl.DateTimeFormat([], { month: "short", day: "numeric" });
+
+/** The time of day, with the day where it is not today's. */
+export function when(atS, nowS) {
+  const [then, now] = [new Date(atS * 1000), new Date(nowS * 1000)];
+  return then.toDateString() === now.toDateString() ? time.format(then) : `${day.format(then)} ${time.format(then)}`;
+}
 
 /** In one sentence, how a model is: [tone, sign, words]. */
 export function modelHealth(model) {
@@ -93,7 +96,10 @@ const signs = { joined: "+", returned: "↻", left: "−", lost: "✕", moved: "
 const tones = { joined: "good", returned: "good", resumed: "good", gap_healed: "good", lost: "bad", gap_opened: "bad", paused: "warn" };
 export const kindName = (kind) => kind.replace("_", " ");
 
-export function eventItem(event, nowS) {
+export const eventList = (events, nowS) =>
+  html`<ol class="events">${repeat(events, ({ id }) => id, (event) => eventItem(event, nowS))}</ol>`;
+
+function eventItem(event, nowS) {
   return html`<li class="event">
     <time class="num soft small" datetime=${new Date(event.at_s * 1000).toISOString()}>${when(event.at_s, nowS)}</time>
     <span class="pill ${tones[event.kind] ?? ""}"><span aria-hidden="true">${signs[event.kind] ?? "·"}</span>${kindName(event.kind)}</span>

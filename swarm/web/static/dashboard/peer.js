@@ -2,7 +2,7 @@
 
 import { html, nothing } from "../vendor/lit-html/lit-html.js";
 import { blocks, bytes, duration, number, seconds } from "../shared/ui.js";
-import { age, eventItem, peerLink, problemNotice, spansText, statePill, takeaway } from "./parts.js";
+import { age, eventList, peerLink, problemNotice, spansText, statePill, takeaway } from "./parts.js";
 import { checkResult } from "./join.js";
 
 const fact = (name, value) => html`<div class="fact"><dt class="small soft">${name}</dt><dd>${value}</dd></div>`;
@@ -79,7 +79,7 @@ export function peerPage({ live, peer, update, check, checking, checked }) {
         : html`<p class="soft">Nobody has told any yet.${row.rtt_s === null ? nothing : ` From here: ${seconds(row.rtt_s)}.`}</p>`)}
       ${card("Reputation", "what others have against it", opinions(peer.reputation, live, "Nobody has anything against it."))}
       ${peer.opinions.length ? card("Its own opinions", "what it has against others", opinions(peer.opinions, live, "")) : nothing}
-      ${card("Events", "", peer.events.length ? html`<ol class="events">${peer.events.map((event) => eventItem(event, live.nowS))}</ol>` : html`<p class="soft">Nothing has happened since the dashboard began to look.</p>`)}
+      ${card("Events", "", peer.events.length ? eventList(peer.events, live.nowS) : html`<p class="soft">Nothing has happened since the dashboard began to look.</p>`)}
     </div>
   `;
 }
