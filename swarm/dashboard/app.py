@@ -10,6 +10,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
 
@@ -96,8 +97,8 @@ class Dashboard:
     """Addresses of entry nodes, for the invite."""
     news: Callable[[], Coroutine[Any, Any, None]]
     """Returns when the feed has something new."""
-    links: Callable[[], Links | None] = lambda: None
-    """To dial with; None while there is no way into the network."""
+    stranger: Callable[[], AbstractAsyncContextManager[Links]]
+    """Links that know nobody yet: whoever is reached by them was dialled just now. May raise SwarmError."""
     calls: Mapping[str, int] = field(default_factory=dict)
     exposed: bool = False
     """Whether others than this machine can ask."""
@@ -247,13 +248,10 @@ def make_app(dashboard: Dashboard) -> FastAPI:
     async def reachability(body: ReachabilityRequest, request: Request) -> Reachability:
         """Dial a peer from here, and say what is wrong."""
         peer_id, addresses = _asked_for(dashboard, body)
-        links = dashboard.links()
-        if links is None:
-            raise HTTPException(503, "the dashboard has no way into the network now", {"Retry-After": "5"})
         wait_s = dashboard.asks.wait_s(request.client.host if request.client else "", time.monotonic())
         if wait_s or dashboard.dials.locked():
             raise HTTPException(429, "asked too often", {"Retry-After": str(max(1, math.ceil(wait_s)))})
-        async with dashboard.dials:
+        async with dashboard.dials, dashboard.stranger() as links:
             return await look(links, peer_id, addresses, record=core.record(peer_id), state=core.state(peer_id))
 
     @app.get("/api/v1/badge.svg", response_class=Response, responses={200: {"content": {"image/svg+xml": {}}}})

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from peers.transport.links import Links
 from routing.errors import PeerError, SwarmError, Unavailable
 from routing.ids import PeerId
 from routing.records import Announcement
@@ -72,15 +71,9 @@ class Collector:
         self._feed = feed
         self._history = history
         self._clock = clock
-        self._client: ClientNode | None = None
         self._called_at_s: dict[PeerId, float] = {}
         self._kept_events = 0
         self._news = asyncio.Event()
-
-    @property
-    def links(self) -> Links | None:
-        """To dial peers with; None while there is no way into the network."""
-        return None if self._client is None else self._client.links
 
     async def news(self) -> None:
         """Wait until the feed or the view has something new."""
@@ -111,13 +104,11 @@ class Collector:
         client = await self._into(self.core.router)
         ending = [asyncio.create_task(client.node.wait_closed()), asyncio.create_task(client.failed())]
         working = [asyncio.create_task(self._reading(client)), asyncio.create_task(self._calling(client))]
-        self._client = client
         try:
             done, _ = await asyncio.wait({*ending, *working}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            self._client = None
             for task in (*working, *ending):
                 task.cancel()
             await asyncio.gather(*working, *ending, return_exceptions=True)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from peers.transport.links import Links
 from routing.router import Router
 from swarm.dashboard.app import Dashboard, is_exposed, make_app
 from swarm.dashboard.collector import Collector, entering
 from swarm.dashboard.core import Core
 from swarm.dashboard.feed import Feed
 from swarm.dashboard.history import History
-from swarm.network import Entrance
+from swarm.network import Entrance, enter
 from swarm.web.server import listen, make_server, url
 
 CLOSE_S = 2.0
@@ -55,7 +57,7 @@ class RunningDashboard:
             history=self._history,
             entrance=config.entrance.addresses,
             news=self._collector.news,
-            links=lambda: self._collector.links,
+            stranger=lambda: _stranger(config.entrance.network),
             calls=self._collector.calls,
             exposed=is_exposed(config.host),
         )
@@ -80,6 +82,15 @@ class RunningDashboard:
             await asyncio.gather(collecting, serving, return_exceptions=True)
             self._history.close()
             self.listener.close()
+
+
+@asynccontextmanager
+async def _stranger(network: str) -> AsyncIterator[Links]:
+    client = await enter(Entrance(network=network, addresses=()))
+    try:
+        yield client.links
+    finally:
+        await client.close()
 
 
 async def run(config: DashboardConfig, *, ready: Callable[[RunningDashboard], None]) -> None:

@@ -25,7 +25,8 @@ _HINT_NO_ADDRESS = "forward its TCP port to it and start it with --announce /ip4
 async def look(
     links: Links, peer: PeerId, addresses: Sequence[str], *, record: Announcement | None, state: State | None
 ) -> Reachability:
-    """Dial each address afresh, then speak with the peer. `addresses`: validated, and this peer's."""
+    """Dial each address, then speak with the peer. `addresses`: validated, and this peer's. `links` reach it by these
+    alone: with a connection of before, an address that leads nowhere would do."""
     checks = [_announced(record, state)]
     addresses = addresses[:MAX_ADDRESSES]
     direct = {address: where for address in addresses if not is_relayed(address) and (where := endpoint(address))}

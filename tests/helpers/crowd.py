@@ -17,8 +17,8 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from peers.transport.links import Links
@@ -77,8 +77,6 @@ class Crowd:
         self.history = History.open(None, "crowd")
         self.core = Core(Router(), network="crowd", now_s=now_s)
         self.feed = Feed(self.core, epoch=f"crowd{seed}")
-        transport = MemoryNetwork().transport(peer_id_of(bytes(32)), client_mode=True)
-        self._links = Links(transport, network="crowd", software="crowd")
         self._count = 0
         self._called = 0
         self._kept = 0
@@ -207,9 +205,15 @@ class Crowd:
             history=self.history,
             entrance=(ENTRY,),
             news=news,
-            links=lambda: self._links,
+            stranger=self._stranger,
             clock=clock,
         )
+
+    @staticmethod
+    @asynccontextmanager
+    async def _stranger() -> AsyncIterator[Links]:
+        transport = MemoryNetwork().transport(peer_id_of(bytes(32)), client_mode=True)
+        yield Links(transport, network="crowd", software="crowd")
 
     def _live(self) -> list[Member]:
         return [member for member in self.members.values() if member.alive]
