@@ -319,7 +319,7 @@ function page() {
   return html`
     <header class="topbar">
       <button class="icon quiet narrow-only" popovertarget="side" aria-label="Conversations">${icon("menu")}</button>
-      <a class="brand" href="./"><img src="assets/shared/icon.svg" alt="" /><span class="brand-name">hiveswarm</span></a>
+      <a class="brand" href="./" aria-label="hiveswarm"><img src="assets/shared/icon.svg" alt="" /><span class="brand-name">hiveswarm</span></a>
       <span class="spacer"></span>
       ${modelChoice()}
       <button class="icon quiet medium-only" popovertarget="route-panel" aria-label="Route of the tokens">${icon("route")}</button>
@@ -331,7 +331,7 @@ function page() {
       <main>
         <div id="scroller" @scroll=${scrolled}>
           <div id="messages" role="log" aria-label="Conversation" aria-live="off">
-            ${state.trouble ? troubleView() : nothing}
+            ${state.chat.title ? html`<h1 class="hidden">${state.chat.title}</h1>` : nothing} ${state.trouble ? troubleView() : nothing}
             ${state.chat.messages.length ? repeat(state.chat.messages, (_, at) => at, messageView) : welcome()}
           </div>
         </div>

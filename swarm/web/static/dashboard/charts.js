@@ -6,10 +6,11 @@ import { color, number, rate } from "../shared/ui.js";
 const kinds = [
   { key: "stream_tokens_per_s", title: "One conversation", unit: "tokens/s", ink: "--hop-1", show: rate },
   { key: "total_tokens_per_s", title: "All users together", unit: "tokens/s", ink: "--hop-2", show: rate },
-  { key: "online", title: "Peers online", unit: "", ink: "--hop-5", show: number },
-  { key: "replication", title: "Holders of the rarest block", unit: "", ink: "--hop-4", show: number, steps: true },
+  { key: "online", title: "Peers online", unit: "", ink: "--hop-5", show: number, whole: true },
+  { key: "replication", title: "Holders of the rarest block", unit: "", ink: "--hop-4", show: number, whole: true, steps: true },
 ];
 const HEIGHT = 132;
+const wholeSteps = [1, 10, 100, 1000, 10000, 100000].flatMap((power) => [power, 2 * power, 5 * power]);
 const hourAndMinute = (atS) => new Date(atS * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
 
 /** uPlot wants columns; a pause of the dashboard is a hole, not a line. */
@@ -27,7 +28,7 @@ function columns(history) {
   return { times, values };
 }
 
-function options({ title, ink, show, steps }, width) {
+function options({ title, ink, show, whole, steps }, width) {
   const axis = () => ({ stroke: () => color("--soft"), grid: { stroke: () => color("--line"), width: 1 }, ticks: { show: false }, font: "11px sans-serif" });
   return {
     width,
@@ -37,7 +38,7 @@ function options({ title, ink, show, steps }, width) {
     scales: { y: { range: (_, low, high) => [0, high > 0 ? high * 1.15 : 1] } },
     axes: [
       { ...axis(), grid: { show: false }, size: 24, space: 64, values: (_, ticks) => ticks.map(hourAndMinute) },
-      { ...axis(), size: 44, values: (_, ticks) => ticks.map((tick) => number(tick)) },
+      { ...axis(), ...(whole ? { incrs: wholeSteps } : {}), size: 44, values: (_, ticks) => ticks.map((tick) => number(tick)) },
     ],
     series: [
       {},

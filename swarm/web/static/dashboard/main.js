@@ -221,7 +221,7 @@ function shell() {
   const ofAll = (state.page === "peers" && !state.peerId) || state.page === "events";
   return html`
     <header class="topbar">
-      <a class="brand" href="#/"><img src="assets/shared/icon.svg" alt="" /><span class="brand-name">hiveswarm</span></a>
+      <a class="brand" href="#/" aria-label="hiveswarm"><img src="assets/shared/icon.svg" alt="" /><span class="brand-name">hiveswarm</span></a>
       <nav aria-label="Pages">
         ${pages.map(([name, title]) => html`<a href=${`#/${name}`} aria-current=${state.page === name ? "page" : "false"}>${title}</a>`)}
       </nav>

@@ -58,7 +58,7 @@ export function peerPage({ live, peer, update, check, checking, checked }) {
           ${fact("Refused", `${number(status.refused)} steps for want of room`)}` : nothing}
       </dl>`)}
       ${card("Time per block", answered, html`<table class="plain-table">
-        <thead><tr><th scope="col"></th><th scope="col">one token</th><th scope="col">of a prompt, per token</th></tr></thead>
+        <thead><tr><td></td><th scope="col">one token</th><th scope="col">of a prompt, per token</th></tr></thead>
         <tbody>
           <tr><th scope="row">alone, at its start</th><td class="num">${seconds(row.decode_s_per_block)}</td><td class="num">${seconds(row.prefill_s_per_token_block)}</td></tr>
           <tr><th scope="row">lately, at work</th><td class="num">${seconds(status?.lately?.decode_s)}</td><td class="num">${seconds(status?.lately?.prefill_s_per_token)}</td></tr>
