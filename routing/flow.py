@@ -59,27 +59,29 @@ def max_flow(capacities: Mapping[BlockSpan, float], num_blocks: int) -> float:
     """The most tokens per second that these capacities carry through all blocks, by bisection.
 
     Whether F is carried is decided greedily: block after block draws F from the spans that end first. That is earliest
-    deadline first with preemption, which fills every block if anything does (Horn 1974).
+    deadline first with preemption, which fills every block if anything does (Horn 1974). Blocks between which no span
+    begins or ends are one, of so many times F.
     """
     least, most = 0.0, sum(capacities.values()) / num_blocks
     ordered = sorted(capacities.items())
+    edges = sorted({0, num_blocks}.union(*((span.start, span.end) for span in capacities)))
     for _ in range(_BISECTIONS):
         middle = (least + most) / 2
-        if _carries(middle, ordered, num_blocks):
+        if _carries(middle, ordered, edges):
             least = middle
         else:
             most = middle
     return least
 
 
-def _carries(flow: float, ordered: Sequence[tuple[BlockSpan, float]], num_blocks: int) -> bool:
+def _carries(flow: float, ordered: Sequence[tuple[BlockSpan, float]], edges: Sequence[int]) -> bool:
     open_spans: list[tuple[int, float]] = []
     following = 0
-    for block in range(num_blocks):
+    for block, until in itertools.pairwise(edges):
         while following < len(ordered) and ordered[following][0].start <= block:
             heapq.heappush(open_spans, (ordered[following][0].end, ordered[following][1]))
             following += 1
-        missing = flow
+        missing = flow * (until - block)
         while missing > 0:
             while open_spans and open_spans[0][0] <= block:
                 heapq.heappop(open_spans)

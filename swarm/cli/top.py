@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import sys
 import termios
 import time
@@ -57,7 +59,7 @@ COLUMNS = (
 def top(entrance: Entrance, *, once: bool) -> None:
     """Draw until q or a signal; `once`: one frame, as wide as it needs to be where that goes to no terminal."""
     core = Core(Router(), network=entrance.network, now_s=time.time())
-    collector = Collector(entering(entrance), core)
+    collector = Collector(entering(entrance), core, entries=entrance.addresses)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
     async def main() -> None:
@@ -94,7 +96,7 @@ async def _first_look(core: Core) -> None:
 
 async def _watch(core: Core, console: Console, collecting: asyncio.Task[None]) -> None:
     leave = asyncio.Event()
-    with _keys(leave), Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+    with _quiet(), _keys(leave), Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
         leaving = asyncio.create_task(leave.wait())
         try:
             while not leave.is_set():
@@ -107,6 +109,16 @@ async def _watch(core: Core, console: Console, collecting: asyncio.Task[None]) -
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, warnings are not printed: the frame says what is wrong, and lines between would tear it."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
 def _keys(leave: asyncio.Event) -> Iterator[None]:
     """Within, q leaves; where standard input is no terminal, only signals do."""
     if not sys.stdin.isatty():
@@ -116,8 +128,8 @@ def _keys(leave: asyncio.Event) -> Iterator[None]:
     before = termios.tcgetattr(file)
 
     def read() -> None:
-        key = sys.stdin.buffer.raw.read(1) if hasattr(sys.stdin.buffer, "raw") else sys.stdin.buffer.read(1)
-        if key in (b"q", b"Q", b""):
+        keys = os.read(file, 64)
+        if not keys or b"q" in keys.lower():
             leave.set()
 
     tty.setcbreak(file)

@@ -11,9 +11,10 @@ import importlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
+from routing.addresses import peer_id_in
 from routing.errors import PeerError, SwarmError, Unavailable
 from routing.ids import PeerId
 from routing.records import Announcement
@@ -60,14 +61,17 @@ class Collector:
         into: Enter,
         core: Core,
         *,
+        entries: Sequence[str] = (),
         feed: Feed | None = None,
         history: History | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`entries`: addresses of entry nodes, which are asked whether they are there when nobody else is."""
         self.core = core
         self.calls = {"answered": 0, "silent": 0}
         """How many there were, for metrics."""
         self._into = into
+        self._entries = entries
         self._feed = feed
         self._history = history
         self._clock = clock
@@ -117,27 +121,38 @@ class Collector:
     async def _reading(self, client: ClientNode) -> None:
         while True:
             announcements = await client.discovery.read_index()
-            if announcements or self.core.read_at_s is None:
+            if announcements or await self._hears_somebody(client):
                 self.core.read(announcements, self._clock())
-            elif not any(True for _ in self.core.peers()):
-                self.core.read((), self._clock())  # an empty network, not a deaf one: nobody was there before either
             else:
-                self.core.failed("the network's index cannot be read")
+                self.core.failed("the network's index cannot be read, and nobody answers")
             self.core.advance(self._clock())  # so that who is new is called at once
             await asyncio.sleep(READ_S)
+
+    async def _hears_somebody(self, client: ClientNode) -> bool:
+        """Whether an empty index is to be believed."""
+        if self._clock() - self.core.heard_at_s() < 2 * READ_S:
+            return True
+        for address in self._entries:
+            peer = peer_id_in(address)
+            assert peer is not None
+            try:
+                await client.links.ping(peer, (address,), timeout_s=CALL_TIMEOUT_S)
+            except (PeerError, Unavailable) as error:
+                logger.info("entry node %s: %s", peer, error)
+            else:
+                return True
+        return False
 
     async def _calling(self, client: ClientNode) -> None:
         slots = asyncio.Semaphore(MAX_CALLS)
         async with asyncio.TaskGroup() as group:
             while True:
-                due = self._due()
-                for record in due:
+                for record in self._due():
                     await slots.acquire()
                     self._called_at_s[record.peer_id] = self._clock()
                     call = group.create_task(self._call(client, record))
                     call.add_done_callback(lambda _: slots.release())
-                    if len(due) > CALLS_PER_S:
-                        await asyncio.sleep(1 / CALLS_PER_S)
+                    await asyncio.sleep(1 / CALLS_PER_S)
                 await asyncio.sleep(TICK_S / 4)
 
     def _due(self) -> list[Announcement]:

@@ -18,7 +18,7 @@ from routing.addresses import is_public, is_relayed
 from routing.cost import BYTES_PER_TOKEN
 from routing.errors import NoRoute
 from routing.flow import by_span, capacities_of, max_flow
-from routing.health import ModelHealth, models
+from routing.health import ModelHealth, coverage
 from routing.ids import BlockSpan, ModelId, PeerId
 from routing.records import Announcement, PeerState
 from routing.router import Route, Router, RouteRequest
@@ -48,12 +48,17 @@ from swarm.dashboard.schemas import (
 
 SETTLE_S: Final = 8.0
 """Whom the dashboard sees for the first time so soon after its first look was there before it: no event."""
+DEAF_S: Final = 12.0
+"""Without a look at the index for so long, nothing is concluded. A record that was renewed lives for longer."""
 GONE_S: Final = 600.0
 """Who is gone is shown for so long."""
 MAX_GONE: Final = 1000
 """The longest gone is forgotten first."""
-MAX_MODELS: Final = 64
+MAX_MODELS: Final = 32
 """Shown; those with most peers, because anybody can announce any number of models."""
+PLANNED_BLOCKS: Final = 4096
+"""Of the models that are planned anew in one look, together, those planned longest ago first: so that large models that
+somebody made up do not hold up the others."""
 MAX_EVENTS: Final = 1000
 MAX_LINKS: Final = 4000
 MAX_LEFT_OUT: Final = 50
@@ -74,15 +79,27 @@ class _Peer:
     pong: Pong | None = None
     status_at_s: float | None = None
     status: Status | None = None
+    started_at_s: float | None = None
     problem: str = ""
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=20))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What a model can carry, and the best way through it, when it was looked at last."""
+
+    at_s: float = 0.0
+    route: Route | None = None
+    hops: list[RouteHop] | None = None
+    problem: str = "not looked at yet"
+    total_tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Model:
     view: ModelView
     gaps: frozenset[int]
-    route: Route | None
+    plan: _Plan
 
 
 class Core:
@@ -137,6 +154,12 @@ class Core:
         self.router.on_rtt(peer, rtt_s, now_s)
         known.rtt_s = self.router.rtt_s(peer, now_s)
         known.pong, known.status, known.status_at_s, known.problem = pong, pong.status, now_s, ""
+        if pong.status is not None:
+            started_at_s = now_s - pong.status.uptime_s
+            if (
+                known.started_at_s is None or abs(started_at_s - known.started_at_s) > 2
+            ):  # else the way here took longer
+                known.started_at_s = started_at_s
         self.dirty.add(peer)
 
     def silent(self, peer: PeerId, problem: str, now_s: float) -> None:
@@ -151,7 +174,12 @@ class Core:
             self._ended(known, State.LEFT, now_s)
 
     def advance(self, now_s: float) -> None:
-        """Take in what was read since the last call, and what expired."""
+        """Take in what was read since the last call, and what expired; nothing, where nothing was read for long.
+
+        Whoever hears nobody cannot tell that others are gone: then the view stays as it is, and says how old it is.
+        """
+        if self.read_at_s is None or now_s - self.read_at_s > DEAF_S:
+            return
         live = {a.peer_id: a for a in self.router.snapshot(now_s).peers}
         for peer, record in live.items():
             known = self._peers.get(peer)
@@ -266,25 +294,39 @@ class Core:
         members: dict[ModelId, list[_Peer]] = {}
         for known in self._peers.values():
             members.setdefault(known.record.model, []).append(known)
-        healths = {health.model: health for health in models(snapshot)}
-        known_models = sorted(members, key=lambda model: (-len(members[model]), model))
-        self._left_out = max(0, len(known_models) - MAX_MODELS)
-        found: dict[ModelId, _Model] = {}
-        for model in known_models[:MAX_MODELS]:
-            health = healths.get(model) or _deserted(members[model])
-            found[model] = self._look_at(health, members[model], self._models.get(model), now_s)
-        self._models = found
+        shown = sorted(members, key=lambda model: (-len(members[model]), model))[:MAX_MODELS]
+        self._left_out = len(members) - len(shown)
+        healths = {model: coverage(snapshot, model) or _deserted(members[model]) for model in shown}
+        before = self._models
+        plans = {model: before[model].plan if model in before else _Plan() for model in shown}
+        room = PLANNED_BLOCKS
+        for model in sorted(shown, key=lambda model: plans[model].at_s):  # stable: those with most peers first
+            if room > 0:
+                plans[model] = self._plan(healths[model], plans[model].route, now_s)
+                room -= healths[model].num_blocks
+        self._models = {
+            model: self._look_at(healths[model], members[model], plans[model], before.get(model), now_s)
+            for model in shown
+        }
 
-    def _look_at(self, health: ModelHealth, members: list[_Peer], before: _Model | None, now_s: float) -> _Model:
-        serving = [a for a in health.peers if a.state is PeerState.ONLINE]
-        holders = [0] * health.num_blocks
-        free = [0] * health.num_blocks
-        for a in serving:
-            free_tokens = _free_tokens(self._peers[a.peer_id])
-            for span in a.spans:
-                for block in span:
-                    holders[block] += 1
-                    free[block] += free_tokens
+    def _plan(self, health: ModelHealth, previous: Route | None, now_s: float) -> _Plan:
+        try:
+            route, problem = self.router.plan(request_for(health.model, health.num_blocks, previous), now_s), ""
+        except NoRoute as error:
+            route, problem = None, printable(str(error), 500)
+        flow = by_span(part for a in health.peers if a.state is PeerState.ONLINE for part in capacities_of(a))
+        return _Plan(
+            at_s=now_s,
+            route=route,
+            hops=None if route is None else [self._hop(hop.peer_id, hop.span) for hop in route.hops],
+            problem=problem,
+            total_tokens_per_s=0.0 if health.gaps else round(max_flow(flow, health.num_blocks), 3),
+        )
+
+    def _look_at(
+        self, health: ModelHealth, members: list[_Peer], plan: _Plan, before: _Model | None, now_s: float
+    ) -> _Model:
+        holders = [len(held_by) for held_by in health.holders]
         gaps = frozenset(block for block, count in enumerate(holders) if not count)
         if before is not None and before.view.num_blocks == health.num_blocks:
             for kind, blocks in (
@@ -293,8 +335,8 @@ class Core:
             ):
                 if blocks:
                     self._gap(kind, health, runs(blocks), now_s)
-        route, problem = self._route(health, before, now_s)
-        flow = by_span(part for a in serving for part in capacities_of(a))
+        free_tokens = {a.peer_id: _free_tokens(self._peers[a.peer_id]) for a in health.peers}
+        held = {held_by: sum(free_tokens[peer] for peer in held_by) for held_by in set(health.holders)}
         view = ModelView(
             model_id=health.model.hex,
             name=health.model_name,
@@ -307,26 +349,19 @@ class Core:
             states=_count(known.state for known in members),
             sessions=sum(_sessions(known) for known in members if known.gone_at_s is None),
             queued_tokens=sum(known.pong.queued_tokens for known in members if _answers(known) and known.pong),
-            free_tokens=min(free),
-            stream_tokens_per_s=None if route is None else _per_s(route),
-            total_tokens_per_s=round(max_flow(flow, health.num_blocks), 3) if not gaps else 0.0,
-            route=None if route is None else [self._hop(hop.peer_id, hop.span) for hop in route.hops],
-            route_problem=problem,
+            free_tokens=min(held.values()),
+            stream_tokens_per_s=None if plan.route is None else _per_s(plan.route),
+            total_tokens_per_s=plan.total_tokens_per_s,
+            route=plan.hops,
+            route_problem=plan.problem,
         )
-        return _Model(view=view, gaps=gaps, route=route)
+        return _Model(view=view, gaps=gaps, plan=plan)
 
     def _gap(self, kind: EventKind, health: ModelHealth, spans: list[Span], now_s: float) -> None:
         blocks = ", ".join(f"{start}:{end}" for start, end in spans[:8]) + (", …" if len(spans) > 8 else "")
         what = "nobody serves blocks {} any more" if kind is EventKind.GAP_OPENED else "blocks {} are served again"
         text = f"{health.model_name}: {what.format(blocks)}"
         self._event(kind, now_s, health.model, health.model_name, spans, text)
-
-    def _route(self, health: ModelHealth, before: _Model | None, now_s: float) -> tuple[Route | None, str]:
-        previous = None if before is None else before.route
-        try:
-            return self.router.plan(request_for(health.model, health.num_blocks, previous), now_s), ""
-        except NoRoute as error:
-            return None, printable(str(error), 500)
 
     def _hop(self, peer: PeerId, span: BlockSpan) -> RouteHop:
         return RouteHop(peer_id=peer, name=self._peers[peer].record.name, span=(span.start, span.end))
@@ -352,6 +387,10 @@ class Core:
     def state(self, peer: PeerId) -> State | None:
         known = self._peers.get(peer)
         return None if known is None else known.state
+
+    def heard_at_s(self) -> float:
+        """When a peer answered last."""
+        return max((known.status_at_s or 0.0 for known in self._peers.values()), default=0.0)
 
     def record(self, peer: str) -> Announcement | None:
         """The newest record of a peer, which may be gone."""
@@ -426,9 +465,7 @@ class Core:
             "queue_s": round(a.queue_s if status is None else status.queue_s, 4),
             "sessions": _sessions(known),
             "queued_tokens": None if pong is None else pong.queued_tokens,
-            "started_at_s": None
-            if status is None or known.status_at_s is None
-            else round(known.status_at_s - status.uptime_s),
+            "started_at_s": _ms_or_none(known.started_at_s),
             "rtt_s": None if known.rtt_s is None else round(known.rtt_s, 4),
             "status_at_s": _ms_or_none(known.status_at_s),
             "problem": known.problem,
@@ -540,7 +577,7 @@ class Core:
     def route(self, model: ModelId, now_s: float) -> RouteDetail:
         """The best route from here, and what each hop of it takes. Raises NoRoute."""
         known = self._models[model]
-        said = self.router.explain(request_for(model, known.view.num_blocks, known.route), now_s)
+        said = self.router.explain(request_for(model, known.view.num_blocks, known.plan.route), now_s)
         hops = []
         for hop, options in zip(said.route.hops, said.options, strict=True):
             option = next(option for option in options if option.chosen)

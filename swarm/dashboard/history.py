@@ -33,9 +33,11 @@ CREATE TABLE IF NOT EXISTS samples (
     queued INTEGER NOT NULL, free REAL NOT NULL, stream REAL, total REAL NOT NULL, replication INTEGER NOT NULL,
     gaps INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS samples_of ON samples (network, model, at_s);
+CREATE INDEX IF NOT EXISTS samples_at ON samples (at_s);
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY, network TEXT NOT NULL, at_s REAL NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL,
     peer TEXT, text TEXT NOT NULL, whole TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS events_at ON events (at_s);
 """
 
 

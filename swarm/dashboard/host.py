@@ -50,7 +50,9 @@ class RunningDashboard:
         router, now_s = Router(), time.time()
         core = Core(router, network=config.entrance.network, now_s=now_s, next_event_id=self._history.last_event_id + 1)
         feed = Feed(core, epoch=secrets.token_hex(4))
-        self._collector = Collector(entering(config.entrance), core, feed=feed, history=self._history)
+        self._collector = Collector(
+            entering(config.entrance), core, entries=config.entrance.addresses, feed=feed, history=self._history
+        )
         self._dashboard = Dashboard(
             core=core,
             feed=feed,

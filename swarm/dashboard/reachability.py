@@ -96,6 +96,8 @@ def _hint_of(error: PeerError) -> str:
 def _hint_of_dials(addresses: Sequence[str], problems: Sequence[str]) -> str:
     if any(problem.startswith("refused") for problem in problems):
         return "nothing listens there: is it running, and does the router forward to the right machine and port?"
+    if any(problem.startswith("something else") for problem in problems):
+        return "another program has that port: does the router forward to the right machine and port?"
     if not any(map(is_public, addresses)):
         return f"these addresses are of a local network: {_HINT_NO_ADDRESS}"
     return "forward the TCP port to that machine in its router, and let it through the firewall"

@@ -206,7 +206,7 @@ class Overview(Json):
     models: list[ModelView]
     """Those with most peers first."""
     models_left_out: int
-    """Beyond 64."""
+    """Beyond 32."""
 
 
 class Snapshot(Overview):

@@ -307,3 +307,33 @@ TestAnyOrder = AnyOrder.TestCase
 def test_several_spans_of_one_peer_are_all_counted(watch: Watch) -> None:
     watch.see(watch.record(1, spans=BlockSpans.of(BlockSpan(0, 4), BlockSpan(8, 12))))
     assert watch.core.models[0].gaps == [(4, 8), (12, 30)]
+
+
+def test_large_models_that_one_peer_made_up_are_planned_in_turn_and_hold_up_nobody(watch: Watch) -> None:
+    made = [type(MODEL)(bytes([number]) * 32) for number in range(1, 6)]
+    whole = BlockSpans.of(BlockSpan(0, 4096))
+    watch.see(
+        watch.record(1, 0, 30),
+        watch.record(2, 0, 30),
+        *(watch.record(10 + at, model=model, num_blocks=4096, spans=whole) for at, model in enumerate(made)),
+    )
+    planned = [view.model_id for view in watch.core.models if view.route is not None]
+    assert planned[0] == MODEL.hex
+    assert len(planned) == 2
+    for _ in range(len(made)):
+        watch.now_s += 1.0
+        watch.see()
+    assert all(view.route is not None and view.total_tokens_per_s > 0 for view in watch.core.models)
+
+
+def test_who_hears_nobody_concludes_nothing_and_goes_on_where_it_was(watch: Watch) -> None:
+    watch.see(watch.record(1), watch.record(2))
+    before = watch.core.total_events
+    for _ in range(60):
+        watch.now_s += 1.0
+        watch.core.failed("deaf")
+        watch.core.advance(watch.now_s)
+    assert (watch.state(1), watch.state(2), watch.core.total_events) == (State.ONLINE, State.ONLINE, before)
+    assert watch.core.overview(watch.now_s).problem == "deaf"
+    assert kinds(watch.see(watch.record(1))) == [EventKind.LOST]
+    assert (watch.state(1), watch.state(2)) == (State.ONLINE, State.LOST)
