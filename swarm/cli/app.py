@@ -538,9 +538,9 @@ def gateway(
 ) -> None:
     """Answer programs that speak OpenAI's API, through the swarm.
 
-    Point a client at http://127.0.0.1:8000/v1. Chat and plain completions, streams, tools, JSON schemas and
-    probabilities work; /docs describes them all, /health and /metrics watch over it. Needs: pip install
-    'hiveswarm[gateway]'.
+    Open http://127.0.0.1:8000 in a browser to chat, or point a client at http://127.0.0.1:8000/v1. Chat and plain
+    completions, streams, tools, JSON schemas and probabilities work; /docs describes them all, /health and /metrics
+    watch over it. Needs: pip install 'hiveswarm[gateway]'.
 
     Without keys everybody who can reach the port may ask, which is nobody but this machine unless --host says so. Peers
     can read what is sent. Ctrl-C takes no new requests and lets open answers end; a second one leaves at once.

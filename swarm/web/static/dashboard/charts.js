@@ -38,7 +38,7 @@ function options({ title, ink, show, whole, steps }, width) {
     scales: { y: { range: (_, low, high) => [0, high > 0 ? high * 1.15 : 1] } },
     axes: [
       { ...axis(), grid: { show: false }, size: 24, space: 64, values: (_, ticks) => ticks.map(hourAndMinute) },
-      { ...axis(), ...(whole ? { incrs: wholeSteps } : {}), size: 44, values: (_, ticks) => ticks.map((tick) => number(tick)) },
+      { ...axis(), ...(whole ? { incrs: wholeSteps } : {}), size: 44, values: (_, ticks) => ticks.map((tick) => number(tick, tick % 1 ? 1 : 0)) },
     ],
     series: [
       {},
