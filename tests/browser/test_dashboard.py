@@ -97,6 +97,8 @@ def test_what_happens_is_seen_as_it_happens(page: Page, crowd: CrowdServer) -> N
     go(page, "Events")
     page.get_by_role("button", name="left", exact=True).click()
     expect(page.locator(".event").first).to_contain_text(gone[-6:])
+    page.get_by_placeholder("Words or id").fill("no such words")
+    expect(page.get_by_role("heading", name="Nothing like this")).to_be_visible()
     crowd.do("gap")
     go(page, "Overview")
     block = page.get_by_role("listitem", name="Block 31: nobody, a gap")
@@ -121,6 +123,31 @@ def test_the_map_opens_peers_with_mouse_and_keys(page: Page, crowd: CrowdServer)
     chosen.click()
     assert page.url.endswith(str(href))
     expect(page.get_by_text("of 32")).to_be_visible()
+
+
+def test_the_map_has_a_place_for_every_peer(page: Page) -> None:
+    """Also where thousands would cover one another: then several share a place."""
+    for peers, width in ((1, 300), (80, 1100), (3000, 360)):
+        found = page.evaluate(
+            """async ([count, width]) => {
+                const { byBlocks, byDistance } = await import("./assets/dashboard/layout.js");
+                const rows = Array.from({ length: count }, (_, at) => ({
+                    peer_id: `peer ${at}`, spans: [[(at * 7) % 50, ((at * 7) % 50) + 1 + (at % 14)]],
+                }));
+                const at = new Map(rows.map(({ peer_id }, at) => [peer_id, at % 9 ? [(at % 5) / 100, 0] : null]));
+                const views = [byBlocks(rows, 64, width), byDistance(rows, at, width, 400)];
+                return views.map(({ items }) => ({
+                    peers: items.flatMap((item) => item.peers.map((peer) => peer.peer_id)),
+                    items: items.length,
+                    inside: items.every(({ x, w }) => x >= 0 && x + w <= width),
+                }));
+            }""",
+            [peers, width],
+        )
+        for view in found:
+            assert sorted(view["peers"]) == sorted(f"peer {at}" for at in range(peers))
+            assert view["inside"]
+            assert view["items"] <= 90
 
 
 def test_a_view_that_is_not_fresh_says_since_when(browser: Browser) -> None:

@@ -146,17 +146,19 @@ async function run() {
   } finally {
     message.stats = stats(running);
     message.trace = running.trace;
-    state.running = null;
+    if (state.running === running) state.running = null;
     keepChat(chat);
     update();
   }
 }
 
 function request(chat) {
-  const messages = chat.messages
-    .filter((message) => message.content && !(message.role === "assistant" && message.error && !message.content))
-    .map(({ role, content }) => ({ role, content }));
-  if (chat.system.trim()) messages.unshift({ role: "system", content: chat.system });
+  const messages = chat.system.trim() ? [{ role: "system", content: chat.system }] : [];
+  for (const { role, content } of chat.messages) {
+    const last = messages.at(-1);
+    if (last?.role === role) last.content += `\n\n${content}`; // many chat templates want the roles in turn
+    else if (content) messages.push({ role, content }); // an answer that broke off before its first word is none
+  }
   const settings = Object.fromEntries(Object.entries(state.settings).filter(([, value]) => value !== null));
   return {
     model: chat.model,
@@ -183,8 +185,12 @@ function take(running, chunk, said) {
     running.lastMs = performance.now();
     addStep(trace, step);
   }
-  if (chunk.swarm) requestAnimationFrame(() => pulse(document.querySelector("#route"), trace.last.hops));
+  if (chunk.swarm) requestAnimationFrame(lightUp);
   if (chunk.usage) running.usage = chunk.usage;
+}
+
+function lightUp() {
+  for (const list of ["#route .dot", ".strip .dot"]) pulse(document.querySelectorAll(list));
 }
 
 function stats(running) {

@@ -135,11 +135,10 @@ export function drawColumns(canvas, trace) {
   });
 }
 
-/** Light up the hops, one after another, as the token passed them. */
-export function pulse(root, hops) {
+/** Light up `dots`, one for each hop, one after another, as the token passed them. */
+export function pulse(dots) {
   if (calm()) return;
-  root.querySelectorAll(".hop .dot").forEach((dot, at) => {
-    if (at >= hops.length) return;
+  dots.forEach((dot, at) => {
     dot.animate(
       [
         { boxShadow: "0 0 0 0 color-mix(in srgb, var(--hop) 70%, transparent)", transform: "scale(1.35)" },

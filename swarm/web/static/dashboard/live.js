@@ -13,8 +13,8 @@ export class Live {
     this.events = [];
     this.latestEventId = 0;
     this.connected = false;
-    this.heardAtMs = null;
-    this.staleSinceMs = null;
+    this.heardAtMs = null; // performance.now() of the last message, and the time of day
+    this.heardAt = null;
     this.#changed = changed;
     this.#open("");
   }
@@ -32,12 +32,12 @@ export class Live {
     return atS === null || atS === undefined ? null : Math.max(0, this.nowS - atS);
   }
 
-  /** What a reader has to know about how fresh this is: {state: connecting, live, stale; sinceMs}. */
+  /** What a reader has to know about how fresh this is: {state: connecting, live, stale; since}. */
   get freshness() {
     if (this.heardAtMs === null) return { state: "connecting" };
     const quiet = performance.now() - this.heardAtMs > QUIET_S * 1000;
     if (this.connected && !quiet) return { state: "live" };
-    return { state: "stale", sinceMs: Date.now() - (performance.now() - this.heardAtMs) };
+    return { state: "stale", since: this.heardAt };
   }
 
   #open(lastId) {
@@ -63,6 +63,7 @@ export class Live {
     const data = JSON.parse(event.data);
     this.lastId = event.lastEventId;
     this.heardAtMs = performance.now();
+    this.heardAt = new Date();
     this.#serverS = data.now_s;
     this.connected = true;
     apply(data);

@@ -18,6 +18,7 @@ const HISTORY_MS = 15000;
 const PEER_MS = 2000;
 const TOPOLOGY_MS = 5000;
 const SEARCH_MS = 250;
+const MAX_EVENTS = 2000;
 
 const pages = [
   ["", "Overview"],
@@ -35,7 +36,6 @@ const state = {
   hours: 6,
   filter: { ...noFilter },
   query: { ...noQuery },
-  pagesOfEvents: 1,
   mode: "blocks",
   selected: null,
   checking: false,
@@ -48,7 +48,10 @@ const live = new Live(changed);
 
 const timers = new Map();
 
-/** Ask now, and again every `everyMs` while the page is open; the newest question's answer counts. */
+/**
+ * Ask now, and again every `everyMs` while the page is open; the newest question's answer counts. What was known stays
+ * while the dashboard cannot be reached: how old it is stands beside it.
+ */
 function follow(name, path, everyMs) {
   clearTimeout(timers.get(name)?.timer);
   const turn = {};
@@ -58,7 +61,7 @@ function follow(name, path, everyMs) {
     try {
       answer = await ask(path);
     } catch (error) {
-      answer = error;
+      answer = error.status === 0 ? (state.asked[name] ?? error) : error;
     }
     if (timers.get(name) !== turn) return;
     state.asked[name] = answer;
@@ -90,14 +93,33 @@ function askForPage() {
   if (state.page === "" && model) follow("history", `history?model=${model.model_id}&hours=${state.hours}`, HISTORY_MS);
   if (state.page === "peers" && state.peerId) follow("peer", `peers/${encodeURIComponent(state.peerId)}`, PEER_MS);
   if (state.page === "topology" && model) follow("topology", `topology?model=${model.model_id}`, TOPOLOGY_MS);
-  if (state.page === "events") askForEvents();
+  if (state.page === "events") askForEvents({ anew: true });
   if (state.page === "join") follow("join", "join", 0);
 }
 
 let searching;
-function askForEvents() {
-  const limit = 100 * state.pagesOfEvents;
-  follow("events", `${eventsPath(state.query, state.modelId && chosenModel())}&limit=${Math.min(500, limit)}`, 0);
+let eventsTurn = 0;
+
+/** The newest events that fit the query, or those `before` one; they join those that are shown, unless `anew`. */
+async function askForEvents({ anew = false, before = null } = {}) {
+  if (anew) eventsTurn += 1;
+  const turn = eventsTurn;
+  let found;
+  try {
+    found = await ask(eventsPath(state.query, state.modelId && chosenModel(), before));
+  } catch (error) {
+    found = error;
+  }
+  if (turn !== eventsTurn || state.page !== "events") return;
+  const known = state.asked.events;
+  if (found instanceof Error) state.asked.events = anew || !known ? found : known;
+  else if (anew || !known || known instanceof Error) state.asked.events = found;
+  else {
+    const all = new Map([...known.events, ...found.events].map((event) => [event.id, event]));
+    const events = [...all.values()].sort((one, other) => other.id - one.id).slice(0, MAX_EVENTS);
+    state.asked.events = { events, more: (before === null ? known.more : found.more) && events.length < MAX_EVENTS };
+  }
+  update();
 }
 
 async function check(whom) {
@@ -142,7 +164,6 @@ function goTo() {
   state.checked = null;
   state.selected = null;
   state.filter.top = 0;
-  state.pagesOfEvents = 1;
   askedFor = "";
   document.title = `${pages.find(([name]) => name === state.page)[1]} – hiveswarm`;
   window.scrollTo(0, 0);
@@ -170,9 +191,8 @@ function setFilter(changes) {
 
 function setQuery(changes) {
   Object.assign(state.query, changes);
-  state.pagesOfEvents = 1;
   clearTimeout(searching);
-  searching = setTimeout(askForEvents, SEARCH_MS);
+  searching = setTimeout(() => askForEvents({ anew: true }), SEARCH_MS);
   update();
 }
 
@@ -180,7 +200,7 @@ function choose(modelId) {
   state.modelId = modelId || null;
   state.asked = {};
   state.selected = null;
-  if (state.page === "events") askForEvents();
+  if (state.page === "events") askForEvents({ anew: true });
   update();
 }
 
@@ -207,11 +227,10 @@ function draw() {
 }
 
 function freshness() {
-  const { state: now, sinceMs } = live.freshness;
+  const { state: now, since } = live.freshness;
   if (now === "connecting") return html`<span class="pill"><span aria-hidden="true">◌</span>connecting</span>`;
   if (now === "live") return html`<span class="pill good"><span aria-hidden="true">●</span>live</span>`;
-  const since = new Date(sinceMs).toLocaleTimeString();
-  return html`<span class="pill bad"><span aria-hidden="true">✕</span>stale since ${since}</span>`;
+  return html`<span class="pill bad"><span aria-hidden="true">✕</span>stale since ${since.toLocaleTimeString()}</span>`;
 }
 
 function shell() {
@@ -272,10 +291,7 @@ function page(model) {
         query: state.query,
         setQuery,
         found: asked.events,
-        more: () => {
-          state.pagesOfEvents += 1;
-          askForEvents();
-        },
+        more: () => askForEvents({ before: asked.events.events.at(-1).id }),
       });
     case "join":
       return joinPage({ join: asked.join, ...checks });

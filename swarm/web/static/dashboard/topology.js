@@ -225,7 +225,7 @@ export function topologyPage({ live, model, topology, mode, setMode, selected, s
     </div>
     <div class="card picture">
       <canvas id="topology" tabindex="0" role="application" aria-roledescription="map of peers" aria-describedby="picture-now"
-        aria-label=${`${number(live.overview.totals.states.online)} peers and the best route. Arrow keys go from one to the next, Enter opens it.`}
+        aria-label=${`${number(model.states.online)} peers and the best route. Arrow keys go from one to the next, Enter opens it.`}
         @click=${clicked} @mousemove=${moved} @keydown=${pressed}></canvas>
       <p id="picture-now" class="hidden" aria-live="polite">${item ? describe(item) : ""}</p>
       <ul class="legend tiny soft">
