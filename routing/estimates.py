@@ -69,7 +69,7 @@ class Smoothed:
 
 
 @dataclass(slots=True)
-class StepTimes:
+class StepEstimates:
     """How long the steps of one peer take, by kind."""
 
     decode_s_per_block: Smoothed = field(default_factory=Smoothed)
@@ -89,7 +89,7 @@ class StepTimes:
 
 
 @dataclass(slots=True)
-class _Measured(StepTimes):
+class _Measured(StepEstimates):
     rtt_s: Smoothed = field(default_factory=Smoothed)
 
 

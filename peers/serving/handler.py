@@ -47,7 +47,7 @@ from peers.wire.messages import (
     Traced,
 )
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
-from routing.estimates import StepTimes
+from routing.estimates import StepEstimates
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId, Place, SessionId
 from routing.records import RECORD_RENEW_S
 
@@ -109,7 +109,7 @@ class Handler:
         self._released = asyncio.Event()
         """Some session ended."""
         self._vacant = False
-        self.times = StepTimes()
+        self.speeds = StepEstimates()
         links.handle(Open, self._open)
         links.handle(Step, self._step)
         links.handle(Replay, self._replay)
@@ -170,13 +170,13 @@ class Handler:
     def settle(self, *, engine: AnyEngine, served: Served, ledger: Ledger[Delivery, Link]) -> None:
         """Serve other blocks from now on."""
         self._engine, self.served, self.ledger = engine, served, ledger
-        self.times = StepTimes()
+        self.speeds = StepEstimates()
         self._draining = self._vacant = False
 
     @property
     def queue_s(self) -> float:
         """What steps waited before they were computed, lately."""
-        return self.times.queue_s.value(0.0, self._clock())
+        return self.speeds.queue_s.value(0.0, self._clock())
 
     # --- messages ---
 
@@ -277,7 +277,7 @@ class Handler:
             self.admission.finish(link.remote, payload_bytes)
             if self.ledger.get(entry.place) is None:
                 self.release(entry.place)
-        self.times.add(len(entry.span), step.count, done.compute_s, done.queue_s, self._clock())
+        self.speeds.add(len(entry.span), step.count, done.compute_s, done.queue_s, self._clock())
         self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
         output = None if entry.next is None else tensors.pack(done.hidden, step.dtype)
         delivery = _delivery(entry, step, done, output)

@@ -53,8 +53,8 @@ class StatusReport:
         return Status(
             uptime_s=now_s - self._started_s,
             queue_s=handler.queue_s,
-            decode_s_per_block=handler.times.decode_s_per_block.lately(now_s),
-            prefill_s_per_token_block=handler.times.prefill_s_per_token_block.lately(now_s),
+            decode_s_per_block=handler.speeds.decode_s_per_block.lately(now_s),
+            prefill_s_per_token_block=handler.speeds.prefill_s_per_token_block.lately(now_s),
             pages=stats.pages if stats else 0,
             free_pages=stats.free_pages if stats else 0,
             kept_pages=stats.kept_pages if stats else 0,

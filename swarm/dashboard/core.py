@@ -6,15 +6,13 @@ router's. Knows no network, no clock and no file: the time is an argument, in Un
 
 from __future__ import annotations
 
-import math
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
 
-from peers.wire.messages import PROTOCOL_VERSION, Pong, Status
-from routing.addresses import is_public, is_relayed
+from peers.wire.messages import PROTOCOL_VERSION, Pong
 from routing.cost import BYTES_PER_TOKEN
 from routing.errors import NoRoute
 from routing.flow import by_span, capacities_of, max_flow
@@ -23,25 +21,30 @@ from routing.ids import BlockSpan, ModelId, PeerId
 from routing.records import Announcement, PeerState
 from routing.router import Route, Router, RouteRequest
 from routing.version import VERSION
+from swarm.dashboard.peers import (
+    KnownPeer,
+    count_of,
+    detail_of,
+    label,
+    milliseconds,
+    milliseconds_or_none,
+    pairs,
+    printable,
+    row_of,
+    topology,
+)
 from swarm.dashboard.schemas import (
-    AddressView,
     Event,
     EventKind,
     HopDetail,
-    LayerTimes,
-    LinkView,
     ModelView,
-    Node,
-    Opinion,
     Overview,
     PeerDetail,
     PeerRow,
-    RoundTrip,
     RouteDetail,
     RouteHop,
     Span,
     State,
-    StatusView,
     Topology,
     Totals,
 )
@@ -60,28 +63,7 @@ PLANNED_BLOCKS: Final = 4096
 """Of the models that are planned anew in one look, together, those planned longest ago first: so that large models that
 somebody made up do not hold up the others."""
 MAX_EVENTS: Final = 1000
-MAX_LINKS: Final = 4000
 MAX_LEFT_OUT: Final = 50
-HERE: Final = PeerId("")
-"""The dashboard's own place in a link."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Peer:
-    """One peer, live or gone; what it answered last stays."""
-
-    record: Announcement
-    state: State
-    first_seen_at_s: float
-    record_at_s: float
-    gone_at_s: float | None = None
-    rtt_s: float | None = None
-    pong: Pong | None = None
-    status_at_s: float | None = None
-    status: Status | None = None
-    started_at_s: float | None = None
-    problem: str = ""
-    events: deque[Event] = field(default_factory=lambda: deque(maxlen=20))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +102,7 @@ class Core:
         """Since the start, so that a reader of `events` knows how many are new."""
         self._next_event_id = next_event_id
         self._baseline_until_s: float | None = None
-        self._peers: dict[PeerId, _Peer] = {}
+        self._peers: dict[PeerId, KnownPeer] = {}
         self._gone: OrderedDict[PeerId, None] = OrderedDict()
         self._models: dict[ModelId, _Model] = {}
         self._left_out = 0
@@ -195,14 +177,14 @@ class Core:
         self._look_at_models(now_s)
 
     def _appeared(self, record: Announcement, now_s: float) -> None:
-        known = self._peers[record.peer_id] = _Peer(
+        known = self._peers[record.peer_id] = KnownPeer(
             record=record, state=State(record.state), first_seen_at_s=now_s, record_at_s=now_s
         )
         self.dirty.add(record.peer_id)
         if self._baseline_until_s is not None and now_s > self._baseline_until_s:
             self._tell(EventKind.JOINED, known, now_s, f"joined with blocks {record.spans}")
 
-    def _announced(self, known: _Peer, record: Announcement, now_s: float) -> None:
+    def _announced(self, known: KnownPeer, record: Announcement, now_s: float) -> None:
         before, known.record, known.record_at_s = known.record, record, now_s
         self.dirty.add(record.peer_id)
         if known.state is State.LEFT and record.state is PeerState.DRAINING:
@@ -215,14 +197,14 @@ class Core:
         elif (before.model, before.spans) != (record.model, record.spans):
             to = f"blocks {record.spans}" + ("" if before.model == record.model else f" of {record.model_name}")
             self._tell(
-                EventKind.MOVED, known, now_s, f"moved from blocks {before.spans} to {to}", before=_pairs(before.spans)
+                EventKind.MOVED, known, now_s, f"moved from blocks {before.spans} to {to}", before=pairs(before.spans)
             )
         elif was is not known.state is State.PAUSED:
             self._tell(EventKind.PAUSED, known, now_s, "pauses: its owner needs the machine")
         elif was is State.PAUSED and known.state is State.ONLINE:
             self._tell(EventKind.RESUMED, known, now_s, "serves again")
 
-    def _ended(self, known: _Peer, state: State, now_s: float) -> None:
+    def _ended(self, known: KnownPeer, state: State, now_s: float) -> None:
         known.state, known.gone_at_s = state, now_s
         self._gone[known.record.peer_id] = None
         self.dirty.add(known.record.peer_id)
@@ -241,7 +223,7 @@ class Core:
             del self._gone[oldest], self._peers[oldest]
             self.dirty.add(oldest)
 
-    def _tell(self, kind: EventKind, known: _Peer, now_s: float, text: str, before: Sequence[Span] = ()) -> None:
+    def _tell(self, kind: EventKind, known: KnownPeer, now_s: float, text: str, before: Sequence[Span] = ()) -> None:
         record = known.record
         known.events.append(
             self._event(
@@ -249,7 +231,7 @@ class Core:
                 now_s,
                 record.model,
                 record.model_name,
-                _pairs(record.spans),
+                pairs(record.spans),
                 f"{label(record)} {text}",
                 peer_id=record.peer_id,
                 name=record.name,
@@ -272,7 +254,7 @@ class Core:
     ) -> Event:
         event = Event(
             id=self._next_event_id,
-            at_s=_ms(now_s),
+            at_s=milliseconds(now_s),
             kind=kind,
             model_id=model.hex,
             model_name=model_name,
@@ -291,7 +273,7 @@ class Core:
 
     def _look_at_models(self, now_s: float) -> None:
         snapshot = self.router.snapshot(now_s)
-        members: dict[ModelId, list[_Peer]] = {}
+        members: dict[ModelId, list[KnownPeer]] = {}
         for known in self._peers.values():
             members.setdefault(known.record.model, []).append(known)
         shown = sorted(members, key=lambda model: (-len(members[model]), model))[:MAX_MODELS]
@@ -324,7 +306,7 @@ class Core:
         )
 
     def _look_at(
-        self, health: ModelHealth, members: list[_Peer], plan: _Plan, before: _Model | None, now_s: float
+        self, health: ModelHealth, members: list[KnownPeer], plan: _Plan, before: _Model | None, now_s: float
     ) -> _Model:
         holders = [len(held_by) for held_by in health.holders]
         gaps = frozenset(block for block, count in enumerate(holders) if not count)
@@ -335,7 +317,7 @@ class Core:
             ):
                 if blocks:
                     self._gap(kind, health, runs(blocks), now_s)
-        free_tokens = {a.peer_id: _free_tokens(self._peers[a.peer_id]) for a in health.peers}
+        free_tokens = {a.peer_id: self._peers[a.peer_id].free_tokens for a in health.peers}
         held = {held_by: sum(free_tokens[peer] for peer in held_by) for held_by in set(health.holders)}
         view = ModelView(
             model_id=health.model.hex,
@@ -346,9 +328,9 @@ class Core:
             holders=holders,
             gaps=runs(gaps),
             single=runs(block for block, count in enumerate(holders) if count == 1),
-            states=_count(known.state for known in members),
-            sessions=sum(_sessions(known) for known in members if known.gone_at_s is None),
-            queued_tokens=sum(known.pong.queued_tokens for known in members if _answers(known) and known.pong),
+            states=count_of(known.state for known in members),
+            sessions=sum(known.sessions for known in members if known.gone_at_s is None),
+            queued_tokens=sum(known.pong.queued_tokens for known in members if known.answers and known.pong),
             free_tokens=min(held.values()),
             stream_tokens_per_s=None if plan.route is None else _per_s(plan.route),
             total_tokens_per_s=plan.total_tokens_per_s,
@@ -405,9 +387,9 @@ class Core:
         return Overview(
             network=self.network,
             version=VERSION,
-            now_s=_ms(now_s),
-            started_at_s=_ms(self.started_at_s),
-            read_at_s=_ms_or_none(self.read_at_s),
+            now_s=milliseconds(now_s),
+            started_at_s=milliseconds(self.started_at_s),
+            read_at_s=milliseconds_or_none(self.read_at_s),
             problem=self.problem,
             totals=self.totals(),
             models=self.models,
@@ -416,10 +398,10 @@ class Core:
 
     def totals(self) -> Totals:
         views = self.models
-        answering = [known for known in self._peers.values() if _answers(known)]
+        answering = [known for known in self._peers.values() if known.answers]
         statuses = [known.status for known in answering if known.status is not None]
         return Totals(
-            states=_count(known.state for known in self._peers.values()),
+            states=count_of(known.state for known in self._peers.values()),
             models=len(views) + self._left_out,
             healthy_models=sum(view.healthy for view in views),
             sessions=sum(view.sessions for view in views),
@@ -431,148 +413,22 @@ class Core:
         )
 
     def rows(self) -> list[PeerRow]:
-        return [self._row(known) for known in self._peers.values()]
+        return [row_of(known) for known in self._peers.values()]
 
     def row(self, peer: PeerId) -> PeerRow | None:
         """None for a peer that is forgotten."""
         known = self._peers.get(peer)
-        return None if known is None else self._row(known)
-
-    def _row(self, known: _Peer) -> PeerRow:
-        return PeerRow(**self._row_fields(known))  # type: ignore[arg-type]
-
-    def _row_fields(self, known: _Peer) -> dict[str, object]:
-        a, pong, status = known.record, known.pong, known.status
-        relayed = all(map(is_relayed, a.addresses)) if a.addresses else None
-        return {
-            "peer_id": a.peer_id,
-            "name": a.name,
-            "model_id": a.model.hex,
-            "model_name": a.model_name,
-            "spans": _pairs(a.spans),
-            "state": known.state,
-            "dtype": a.dtype,
-            "quantization": a.quantization,
-            "version": a.version,
-            "relayed": relayed,
-            "decode_s_per_block": a.decode_s_per_block,
-            "prefill_s_per_token_block": a.prefill_s_per_token_block,
-            "cache_tokens": a.cache_tokens,
-            "first_seen_at_s": _ms(known.first_seen_at_s),
-            "record_at_s": _ms(known.record_at_s),
-            "gone_at_s": _ms_or_none(known.gone_at_s),
-            "free_tokens": _free_tokens(known),
-            "queue_s": round(a.queue_s if status is None else status.queue_s, 4),
-            "sessions": _sessions(known),
-            "queued_tokens": None if pong is None else pong.queued_tokens,
-            "started_at_s": _ms_or_none(known.started_at_s),
-            "rtt_s": None if known.rtt_s is None else round(known.rtt_s, 4),
-            "status_at_s": _ms_or_none(known.status_at_s),
-            "problem": known.problem,
-        }
+        return None if known is None else row_of(known)
 
     def detail(self, peer: str, now_s: float) -> PeerDetail | None:
         """Everything about one peer; None for one that was never seen, or is forgotten."""
         known = self._peers.get(PeerId(peer))
-        if known is None:
-            return None
-        a = known.record
-        mine, theirs = self._dealings(a.peer_id)
-        return PeerDetail(
-            **self._row_fields(known),  # type: ignore[arg-type]
-            now_s=_ms(now_s),
-            num_blocks=a.num_blocks,
-            protocol=a.protocol,
-            addresses=[
-                AddressView(address=address, relayed=is_relayed(address), public=is_public(address))
-                for address in a.addresses
-            ],
-            expires_at_s=a.expires_at_s,
-            max_bytes_per_s=a.max_bytes_per_s or None,
-            max_blocks=a.max_blocks or None,
-            intent=None if a.intent is None else (a.intent.start, a.intent.end),
-            place=None if a.place is None else (a.place.x_s, a.place.y_s, a.place.height_s, a.place.error),
-            status=_status_view(known),
-            round_trips=self._trips_of(a.peer_id),
-            reputation=theirs,
-            opinions=mine,
-            events=list(reversed(known.events)),
-        )
-
-    def _trips_of(self, peer: PeerId) -> list[RoundTrip]:
-        trips = []
-        for measurer, other, rtt_s, at_s in self._trips():
-            if peer in (measurer, other):
-                by_it = measurer == peer
-                far = other if by_it else measurer
-                trips.append(RoundTrip(peer_id=far, name=self._name(far), rtt_s=rtt_s, measured_by_it=by_it, at_s=at_s))
-        return sorted(trips, key=lambda trip: (trip.rtt_s, trip.peer_id))
-
-    def _dealings(self, peer: PeerId) -> tuple[list[Opinion], list[Opinion]]:
-        """What `peer` has against others, and others against it."""
-        mine: list[Opinion] = []
-        theirs: list[Opinion] = []
-        for observer, known in self._peers.items():
-            if known.status is None or known.status_at_s is None:
-                continue
-            for said in known.status.opinions:
-                if (observer != peer and said.peer != peer) or said.peer not in self._peers:
-                    continue
-                far = PeerId(said.peer) if observer == peer else observer
-                opinion = Opinion(
-                    peer_id=far,
-                    name=self._name(far),
-                    strikes=round(said.strikes, 2),
-                    backed_off_until_s=_ms(known.status_at_s + said.backoff_s) if said.backoff_s else None,
-                    reason=printable(said.reason, 128),
-                    at_s=_ms(known.status_at_s - said.age_s),
-                )
-                (mine if observer == peer else theirs).append(opinion)
-        return mine, theirs
-
-    def _trips(self) -> Iterator[tuple[PeerId, PeerId, float, float]]:
-        """(measurer, other, rtt_s, at_s) between peers that are known."""
-        for measurer, known in self._peers.items():
-            if known.status is None or known.status_at_s is None or known.gone_at_s is not None:
-                continue
-            for trip in known.status.round_trips:
-                other = PeerId(trip.peer)
-                if other in self._peers and other != measurer:
-                    yield measurer, other, round(trip.rtt_s, 4), _ms(known.status_at_s - trip.age_s)
+        return None if known is None else detail_of(self._peers, known, now_s)
 
     def topology(self, model: ModelId | None, now_s: float) -> Topology:
-        """The peers of one model, or of all, without those that are gone."""
-        shown = {
-            peer: known
-            for peer, known in self._peers.items()
-            if known.gone_at_s is None and (model is None or known.record.model == model)
-        }
-        latest: dict[tuple[PeerId, PeerId], LinkView] = {}
-        for measurer, other, rtt_s, at_s in self._trips():
-            if measurer in shown and other in shown:
-                a, b = min(measurer, other), max(measurer, other)
-                if (a, b) not in latest or latest[a, b].at_s < at_s:
-                    latest[a, b] = LinkView(a=a, b=b, rtt_s=rtt_s, at_s=at_s)
-        links = sorted(latest.values(), key=lambda link: -link.at_s)[:MAX_LINKS]
-        for peer, known in shown.items():
-            if known.rtt_s is not None and known.status_at_s is not None:
-                links.append(LinkView(a=HERE, b=peer, rtt_s=round(known.rtt_s, 4), at_s=_ms(known.status_at_s)))
+        """The peers of one model, or of all, with the best route of that model, or of the one with most peers."""
         chosen = self._models.get(model) if model is not None else next(iter(self._models.values()), None)
-        return Topology(
-            now_s=_ms(now_s),
-            model_id=None if model is None else model.hex,
-            nodes=[
-                Node(
-                    peer_id=peer,
-                    place=None
-                    if known.record.place is None
-                    else (round(known.record.place.x_s, 4), round(known.record.place.y_s, 4)),
-                )
-                for peer, known in shown.items()
-            ],
-            links=links,
-            route=[hop.peer_id for hop in chosen.view.route] if chosen and chosen.view.route else [],
-        )
+        return topology(self._peers, model, chosen.view.route or () if chosen else (), now_s)
 
     def route(self, model: ModelId, now_s: float) -> RouteDetail:
         """The best route from here, and what each hop of it takes. Raises NoRoute."""
@@ -594,16 +450,13 @@ class Core:
                 )
             )
         return RouteDetail(
-            now_s=_ms(now_s),
+            now_s=milliseconds(now_s),
             model_id=model.hex,
             cost_s=round(said.route.cost_s, 5),
             tokens_per_s=_per_s(said.route),
             hops=hops,
             left_out=[(who, printable(why, 200)) for who, _, why in said.left_out[:MAX_LEFT_OUT]],
         )
-
-    def _name(self, peer: PeerId) -> str:
-        return self._peers[peer].record.name
 
 
 def request_for(model: ModelId, num_blocks: int, previous: Route | None = None) -> RouteRequest:
@@ -627,53 +480,7 @@ def runs(blocks: Iterable[int]) -> list[Span]:
     return found
 
 
-def printable(text: str, most: int) -> str:
-    """Bounded, and without what moves a terminal's cursor or reverses its text."""
-    return "".join(c if c.isprintable() else "?" for c in text[:most])
-
-
-def label(record: Announcement) -> str:
-    """What to call a peer: its name is a claim, the end of its id is not."""
-    short = f"…{record.peer_id[-6:]}"
-    return f"{record.name} ({short})" if record.name else short
-
-
-def _status_view(known: _Peer) -> StatusView | None:
-    a, pong, status = known.record, known.pong, known.status
-    if pong is None or status is None or known.status_at_s is None:
-        return None
-    decode_s, prefill_s = status.decode_s_per_block, status.prefill_s_per_token_block
-    lately = None
-    if decode_s is not None or prefill_s is not None:
-        lately = LayerTimes(
-            decode_s=a.decode_s_per_block if decode_s is None else decode_s,
-            prefill_s_per_token=a.prefill_s_per_token_block if prefill_s is None else prefill_s,
-        )
-    return StatusView(
-        at_s=_ms(known.status_at_s),
-        uptime_s=_ms(status.uptime_s),
-        announced=LayerTimes(decode_s=a.decode_s_per_block, prefill_s_per_token=a.prefill_s_per_token_block),
-        lately=lately,
-        queue_s=round(status.queue_s, 4),
-        queued_tokens=pong.queued_tokens,
-        sessions=pong.sessions,
-        free_tokens=pong.free_tokens,
-        cache_tokens=a.cache_tokens,
-        pages=status.pages,
-        free_pages=status.free_pages,
-        kept_pages=status.kept_pages,
-        memory_offered_bytes=status.memory_offered_bytes,
-        memory_used_bytes=status.memory_used_bytes,
-        steps=status.steps,
-        tokens=status.tokens,
-        refused=status.refused,
-        device=printable(status.device, 64),
-        moved_from=list(status.moved_from),
-        moved_at_s=_ms(known.status_at_s - status.moved_ago_s) if status.moved_from else None,
-    )
-
-
-def _deserted(members: Sequence[_Peer]) -> ModelHealth:
+def _deserted(members: Sequence[KnownPeer]) -> ModelHealth:
     """A model of which all peers are gone."""
     record = members[-1].record
     return ModelHealth(
@@ -686,34 +493,5 @@ def _deserted(members: Sequence[_Peer]) -> ModelHealth:
     )
 
 
-def _answers(known: _Peer) -> bool:
-    return known.gone_at_s is None and known.pong is not None and not known.problem
-
-
-def _free_tokens(known: _Peer) -> int:
-    return min(known.record.free_tokens if known.pong is None else known.pong.free_tokens, known.record.cache_tokens)
-
-
-def _sessions(known: _Peer) -> int:
-    return known.record.sessions if known.pong is None else known.pong.sessions
-
-
-def _count(states: Iterable[State]) -> dict[State, int]:
-    counts = Counter(states)
-    return {state: counts[state] for state in State}
-
-
-def _pairs(spans: Iterable[BlockSpan]) -> list[Span]:
-    return [(span.start, span.end) for span in spans]
-
-
 def _per_s(route: Route) -> float:
     return round(1 / max(route.cost_s, 1e-6), 3)
-
-
-def _ms(time_s: float) -> float:
-    return round(time_s, 3) if math.isfinite(time_s) else 0.0
-
-
-def _ms_or_none(time_s: float | None) -> float | None:
-    return None if time_s is None else _ms(time_s)

@@ -15,7 +15,7 @@ from routing.addresses import is_public, is_relayed
 from routing.errors import PeerError, SwarmError
 from routing.ids import PeerId
 from routing.records import MAX_ADDRESSES, Announcement
-from swarm.dashboard.core import printable
+from swarm.dashboard.peers import printable
 from swarm.dashboard.schemas import GONE, Check, Reachability, State
 
 CALL_TIMEOUT_S = 6.0

@@ -124,6 +124,8 @@ class Crowd:
 
     def leave(self, now_s: float) -> list[PeerId]:
         """One says goodbye, and is gone."""
+        if not self._live():
+            return []
         member = self._any()
         self._change(member, now_s, state=PeerState.DRAINING)
         self.core.read([member.record], now_s)
@@ -134,6 +136,8 @@ class Crowd:
 
     def kill(self, now_s: float) -> list[PeerId]:
         """One dies without a word; its record expires."""
+        if not self._live():
+            return []
         member = self._any()
         member.alive = False
         self.core.silent(member.record.peer_id, "did not answer within 3 s", now_s)
@@ -150,6 +154,8 @@ class Crowd:
         return [member.record.peer_id]
 
     def move(self, now_s: float) -> list[PeerId]:
+        if not self._live():
+            return []
         member = self._any()
         self._change(member, now_s, spans=BlockSpans.of(self._span()))
         return [member.record.peer_id]

@@ -14,7 +14,8 @@ from peers.wire.messages import Opinion, Pong, RoundTrip, Status
 from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.records import Announcement, PeerState
 from routing.router import Router
-from swarm.dashboard.core import GONE_S, MAX_GONE, MAX_MODELS, SETTLE_S, Core, label, printable, request_for, runs
+from swarm.dashboard.core import GONE_S, MAX_GONE, MAX_MODELS, SETTLE_S, Core, request_for, runs
+from swarm.dashboard.peers import label, printable
 from swarm.dashboard.schemas import GONE, Event, EventKind, State
 from tests.routing.swarms import MODEL, NOW_S, OTHER_MODEL, announcement, peer
 
