@@ -41,6 +41,7 @@ from swarm.gateway.schemas import (
     JsonAsDescribed,
     ModelCard,
     ModelList,
+    ModelState,
     NamedTool,
 )
 from swarm.gateway.schemas import Request as AnyRequest
@@ -148,20 +149,26 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
         """How a text goes on; with `stream`, server-sent events of `text_completion`."""
         return await _answer(gateway, request, body, await asyncio.to_thread(_prepare_text, gateway, body, account))
 
-    @app.get("/health", responses={503: {"model": Health}})
+    @app.get("/health", response_model=None, responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> Response:
-        """Whether the gateway works, without a key."""
-        failed = {name: str(error) for name, each in served.items() if (error := each.engine.failure) is not None}
-        status = "stopping" if gateway.stopping else "failed" if failed else "ok"
-        models = {
-            name: {"active": each.engine.counts().active, "error": failed.get(name)} for name, each in served.items()
-        }
-        return JSONResponse({"status": status, "models": models}, 200 if status == "ok" else 503)
+        """Whether the gateway works, and which blocks of its models nobody serves, without a key.
+
+        With gaps it is `degraded`, which is no failure of this process: it answers again once a peer fills them.
+        """
+        models = await asyncio.to_thread(lambda: {name: _health(each) for name, each in served.items()})
+        states = [
+            ("stopping", gateway.stopping),
+            ("failed", any(model.error is not None for model in models.values())),
+            ("degraded", any(model.gaps for model in models.values())),
+        ]
+        status = next((name for name, holds in states if holds), "ok")
+        health = Health.model_validate({"status": status, "models": models})
+        return JSONResponse(health.model_dump(), 200 if status in ("ok", "degraded") else 503)
 
     @app.get("/metrics", response_model=None, responses={401: ERRORS[401]}, dependencies=[Depends(known)])
     async def metrics() -> Response:
         """Counters for Prometheus. Where there are API keys, it needs one."""
-        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await asyncio.to_thread(gateway.metrics.text), media_type=CONTENT_TYPE_LATEST)
 
     app.add_middleware(
         BoundedBodies,
@@ -349,6 +356,19 @@ async def _while_connected(request: Request, work: Callable[[], Coroutine[Any, A
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _health(served: Served) -> ModelState:
+    """May wait for the network's thread."""
+    coverage, failure = served.engine.coverage(), served.engine.failure
+    return ModelState(
+        active=served.engine.counts().active,
+        error=None if failure is None else str(failure),
+        blocks=served.num_blocks,
+        peers=len(coverage.peers) if coverage else 0,
+        replication=coverage.replication if coverage else 0,
+        gaps=[[gap.start, gap.end] for gap in coverage.gaps] if coverage else [[0, served.num_blocks]],
+    )
 
 
 def _card(served: Served) -> ModelCard:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from routing.errors import CallerError, SwarmError, Unavailable
+from routing.health import ModelHealth
 from swarm.errors import SessionClosed
 from swarm.gateway.kept import MIN_SHARED, Kept, KeptLimits, Strand
 from swarm.gateway.sampling import Sampling, adjusted, choose
@@ -261,6 +262,10 @@ class Engine:
     def traffic(self) -> Traffic:
         """What the sessions sent and heard."""
         return self._remote.traffic
+
+    def coverage(self) -> ModelHealth | None:
+        """Who serves the model now; None where nobody announces it, or the network does not answer. Not in its loop."""
+        return self._remote.coverage()
 
     def counts(self) -> Counts:
         return Counts(

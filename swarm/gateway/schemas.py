@@ -7,7 +7,7 @@ other servers share.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
@@ -313,6 +313,15 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
+class ModelState(BaseModel):
+    active: int = Field(description="Answers under way")
+    error: str | None = Field(description="Why nothing is answered any more")
+    blocks: int
+    peers: int = Field(description="That announce blocks of it")
+    replication: int = Field(description="Peers that hold its rarest block")
+    gaps: list[list[int]] = Field(description="Blocks that no peer serves now, as [start, end)")
+
+
 class Health(BaseModel):
-    status: Literal["ok", "failed", "stopping"]
-    models: dict[str, Any]
+    status: Literal["ok", "degraded", "failed", "stopping"]
+    models: dict[str, ModelState]

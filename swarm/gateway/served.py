@@ -45,6 +45,7 @@ class Served:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.context: int | None = context
         self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.num_blocks: int = model._remote_layers.num_blocks
         self.grammars = Grammars(tokenizer, eos_ids(model))
         self.engine = Engine(model, self.decode, max_answers=max_answers, kept=kept)
         self._encoding = threading.Lock()  # tokenizers change their own settings while they encode

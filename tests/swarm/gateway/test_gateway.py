@@ -8,8 +8,10 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,7 +19,12 @@ import jsonschema_rs
 import openai
 import pytest
 import torch
+import yaml
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
 
+from peers.exposition import told
+from routing.ids import BlockSpan
 from swarm.gateway.engine import Ask
 from swarm.gateway.kept import KeptLimits
 from swarm.gateway.keys import Account, hash_key
@@ -25,6 +32,7 @@ from swarm.gateway.sampling import Sampling
 from tests.helpers.gateway import GatewayWorld, serving
 
 KEYS = ["a-key-that-belongs-to-alice", "a-key-that-belongs-to-bobby"]
+MONITORING = Path(__file__).parents[3] / "scripts" / "monitoring"
 PROMPT = "Once upon a time there was a hive"
 MODEL = "talker"
 
@@ -392,16 +400,85 @@ def test_the_page_that_describes_the_api_fetches_nothing_from_elsewhere(url: str
     assert not [link for link in re.findall(r'(?:src|href)="([^"]*)"', page) if not link.startswith("/")]
 
 
-def test_metrics_follow_prometheus_conventions(url: str, client: openai.OpenAI) -> None:
-    complete(client)
-    text = httpx2.get(f"{url}/metrics", headers={"authorization": f"Bearer {KEYS[0]}"}).text
-    for line in (
-        'swarm_gateway_generated_tokens_total{model="talker"}',
-        'swarm_gateway_time_to_first_token_seconds_count{model="talker"}',
-        'swarm_gateway_requests_total{path="/v1/completions",status="200"}',
-        'swarm_session_steps_total{model="talker"}',
-    ):
-        assert line in text
+def test_health_names_the_blocks_that_nobody_serves(world: GatewayWorld, url: str) -> None:
+    last = [peer for peer in world.swarm.peers if peer.handler.served.spans.covers(BlockSpan(2, 4))]
+
+    def gaps() -> tuple[str, list[list[int]]]:
+        world.swarm.thread.call(world.swarm.thread.client.discovery.refresh())
+        health = httpx2.get(f"{url}/health")
+        assert health.status_code == 200
+        return health.json()["status"], health.json()["models"][MODEL]["gaps"]
+
+    assert gaps() == ("ok", [])
+    for peer in last:
+        world.swarm.pause_peer(peer.links.transport.peer_id)
+    assert eventually(lambda: gaps() == ("degraded", [[2, 4]]))
+    for peer in last:
+        world.swarm.pause_peer(peer.links.transport.peer_id, False)
+    assert eventually(lambda: gaps() == ("ok", []))
+
+
+def scraped(url: str, **headers: str) -> dict[str, float]:
+    """What Prometheus would read: each sample's name, and the sum over its labels."""
+    families = list(text_string_to_metric_families(httpx2.get(f"{url}", headers=headers).text))
+    names = [family.name for family in families]
+    assert len({*names}) == len(names)
+    for family in families:  # https://prometheus.io/docs/practices/naming
+        assert re.fullmatch("(hiveswarm_(peer|gateway|session)|process)_[a-z_]+", family.name)
+        assert family.documentation or family.name.startswith("process")
+        assert not family.name.endswith(("_ms", "_count", "_total"))
+    sums = Counter[str]()
+    for sample in (sample for family in families for sample in family.samples):
+        sums[sample.name] += sample.value
+    return dict(sums)
+
+
+def test_metrics_that_dashboards_and_alerts_name_are_told(world: GatewayWorld, url: str, client: openai.OpenAI) -> None:
+    peer = world.swarm.peers[0]
+    peer_metrics = world.swarm.thread.call(made(peer.metrics))
+    registry = CollectorRegistry()
+    registry.register(peer_metrics)
+    ProcessCollector(registry=registry)
+    authorization = f"Bearer {KEYS[0]}"
+    with told(registry, "127.0.0.1", 0) as peer_url:
+        before, users = scraped(peer_url), scraped(f"{url}/metrics", authorization=authorization)
+        complete(client, "A prompt that nobody has sent before", max_tokens=8)
+        after, users_after = scraped(peer_url), scraped(f"{url}/metrics", authorization=authorization)
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert more("hiveswarm_peer_tokens_total") == len("A prompt that nobody has sent before") + 7
+    assert more("hiveswarm_peer_step_seconds_count") == 8 * 3  # phases
+    assert more("hiveswarm_peer_outputs_total") == 8
+    assert more("hiveswarm_peer_opened_sessions_total") == 1
+    assert more("hiveswarm_peer_sent_bytes_total") > more("hiveswarm_peer_tokens_total") * 4
+    assert after["hiveswarm_peer_cache_pages"] == 16384 // 16
+    assert after["hiveswarm_peer_state"] == after["hiveswarm_peer_info"] == 1
+    assert (
+        users_after["hiveswarm_gateway_generated_tokens_total"] - users["hiveswarm_gateway_generated_tokens_total"] == 8
+    )
+    assert users_after["hiveswarm_gateway_missing_blocks"] == 0
+    told_names = {*after, *users_after, "up"}
+    dashboard = json.loads((MONITORING / "grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"][0]["rules"]
+    queries += [rule["expr"] for rule in rules]
+    assert all(rule["annotations"]["summary"] for rule in rules)
+    named = {name for query in queries for name in re.findall(r"\b(?:hiveswarm|process)_\w+|\bup\b", query)}
+    assert len(named) > 30
+    # families with labels that only failures bring have no sample yet
+    assert {name for name in named if name not in told_names} <= {
+        f"hiveswarm_{part}_rpc_errors_total" for part in ("peer", "session")
+    }
+    scrapes = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    assert scrapes["rule_files"] == ["alerts.yml"]
+    assert all(re.fullmatch("hiveswarm-.*", job["job_name"]) for job in scrapes["scrape_configs"])
+
+
+async def made(make: Callable[[], Any]) -> Any:
+    """In the event loop that runs this."""
+    return make()
 
 
 # --- the end ---
