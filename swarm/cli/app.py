@@ -387,6 +387,18 @@ def generate(
     background: Annotated[
         bool, typer.Option("--background", help="Give way to everybody who waits for an answer.")
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            dir_okay=False,
+            writable=True,
+            help="Write where the time went, step by step and hop by hop, for ui.perfetto.dev or chrome://tracing. It "
+            "holds no text.",
+            show_default=False,
+        ),
+    ] = None,
     network: Network = None,
     token: Token = None,
     as_json: Json = False,
@@ -428,6 +440,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             chat_template=chat_template,
             as_json=as_json,
+            trace=trace,
         )
 
 

@@ -45,7 +45,7 @@ from swarm.session.core import (
 )
 from swarm.session.history import Segment
 from swarm.session.inbox import Inbox
-from swarm.session.live import HopTiming, LiveSession, RemoteModel, Sessions, Traffic
+from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
 from swarm.session.prefix import describe_blocks, prefix_keys
 from swarm.session.remote import Embed, RemoteSession, RowStep
 from swarm.session.watch import Watch
@@ -135,6 +135,10 @@ class SwarmRemote:
                 self._network.call(self._stop())
             if self._owns_network:
                 self._network.close()
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell `observer` what happens from now on, or nobody."""
+        self._sessions.observer = observer
 
     @property
     def failure(self) -> SwarmError | None:
@@ -332,6 +336,8 @@ class SwarmRemote:
             session.renew_deadline()
         session.waiting = core.outstanding
         for action in actions:
+            if self._sessions.observer is not None:
+                self._sessions.observer.acted(core.session, action)
             match action:
                 case SendStep():
                     session.outbox.append(action)
@@ -582,6 +588,8 @@ class SwarmRemote:
     def blame(self, peer: PeerId, reason: str) -> None:
         logger.warning("peer %s: %s", peer, reason)
         self.traffic.failures["lost"] += 1
+        if self._sessions.observer is not None:
+            self._sessions.observer.lost(peer)
         self._client.router.on_failure(peer, self._client.discovery.now_s(), reason)
 
 

@@ -81,6 +81,8 @@ class Inbox:
         self._sessions.traffic.bytes_received += len(payload)
         self._learn(hops, message, step.count)
         self._sessions.traffic.answered(step.count, message.hops, session.answered(step.count))
+        if self._sessions.observer is not None:
+            self._sessions.observer.answered(core.session, step, hops, message.hops)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
         if session.pace.slowed:
             self._driver.reconsider(session)

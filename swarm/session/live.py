@@ -17,9 +17,9 @@ from peers.tally import StepTimes
 from peers.wire.messages import Replay, Step
 from routing.errors import SwarmError
 from routing.ids import ModelId, PeerId, SessionId, StepId
-from routing.router import Route
+from routing.router import Hop, Route
 from swarm.network import ClientNode
-from swarm.session.core import Action, SendStep, SessionCore
+from swarm.session.core import Action, PendingStep, SendStep, SessionCore
 from swarm.session.history import History
 from swarm.session.pace import Pace
 from swarm.session.remote import RemoteSession
@@ -169,6 +169,25 @@ class Sessions:
     """The one that was installed last."""
     last_hops: tuple[HopTiming, ...] = ()
     """Of the step that was answered last."""
+    observer: Observer | None = None
+
+
+class Observer(Protocol):
+    """Is told what happens to sessions, in the network's loop, and returns at once."""
+
+    def acted(self, session: SessionId, action: Action) -> None:
+        """A session's core decided this, and it is about to be done."""
+        ...
+
+    def answered(
+        self, session: SessionId, step: PendingStep, hops: Sequence[Hop], timings: Sequence[tuple[float, float]]
+    ) -> None:
+        """`hops` ran the step; `timings`: the seconds of queue and compute that they claim, perhaps not all of them."""
+        ...
+
+    def lost(self, peer: PeerId) -> None:
+        """A hop failed."""
+        ...
 
 
 class Driver(Protocol):
