@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from routing.errors import SwarmError
+from routing.errors import CallerError, SwarmError
 from routing.version import VERSION
 from swarm.gateway.answers import ChatFormat, Format, TextFormat, event
 from swarm.gateway.engine import Ask, Feed
@@ -52,6 +52,7 @@ from swarm.web.bodies import BoundedBodies
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 << 20
+MAX_SCORED_TOKENS = 16_384
 PING_S = 15
 """A stream that has nothing to say sends a comment so often, so that nobody between takes it for dead."""
 SEND_TIMEOUT_S = 60.0
@@ -212,11 +213,12 @@ def _prepare_chat(gateway: Gateway, body: ChatRequest, account: Account) -> _Pre
         schema = body.response_format.json_schema.schema_
         grammar = served.grammars.json({"type": "object"} if schema is None else schema)
     prompt = served.encode_chat(body.messages, tools)
-    choices = body.n or 1
+    choices, room = body.n or 1, served.room(prompt, body.max_completion_tokens or body.max_tokens)
     ask = Ask(
         prompt=prompt,
-        max_tokens=served.room(prompt, body.max_completion_tokens or body.max_tokens),
+        max_tokens=room,
         sampling=served.sampling(body),
+        processors=served.processors(prompt, room),
         owner=account.name,
         n=choices,
         stops=body.stops,
@@ -245,25 +247,38 @@ def _prepare_text(gateway: Gateway, body: CompletionRequest, account: Account) -
     prompts = [served.encode_text(prompt) if isinstance(prompt, str) else prompt for prompt in given]
     echoes = [prompt if isinstance(prompt, str) else served.decode(prompt) for prompt in given]
     sampling = served.sampling(body)
+    scored = bool(body.echo) and body.logprobs is not None
+    if scored and any(len(prompt) > MAX_SCORED_TOKENS for prompt in prompts):
+        raise CallerError(
+            f"probabilities are given of prompts of at most {MAX_SCORED_TOKENS} tokens",
+            hint="shorten the prompt, or leave out echo",
+        )
+    rooms = [served.room(prompt, 16 if body.max_tokens is None else body.max_tokens) for prompt in prompts]
     asks = [
         Ask(
             prompt=prompt,
-            max_tokens=served.room(prompt, body.max_tokens or 16),
+            max_tokens=room,
             sampling=sampling,
+            processors=served.processors(prompt, room),
             owner=account.name,
             n=choices,
             first_choice=at * choices,
             stops=body.stops,
             ignore_eos=body.ignore_eos,
             logprobs=body.logprobs,
+            scores_prompt=scored,
         )
-        for at, prompt in enumerate(prompts)
+        for at, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
     ]
     form = TextFormat(
         served,
         prompt_tokens=sum(map(len, prompts)),
         include_usage=body.wants_usage,
-        echoes=[echo if body.echo else "" for echo in echoes for _ in range(choices)],
+        echoes=[
+            (echo if body.echo else "", prompt[0] if scored else None)
+            for echo, prompt in zip(echoes, prompts, strict=True)
+            for _ in range(choices)
+        ],
         logprobs=body.logprobs is not None,
     )
     return _Prepared(served=served, asks=asks, format=form)

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
+from peers.model.support import one_line
 from routing.errors import CallerError
 from swarm.errors import ContextTooLong
 from swarm.gateway.constraints import Grammars
-from swarm.gateway.engine import Engine, eos_ids
+from swarm.gateway.engine import Engine, Processors, eos_ids
 from swarm.gateway.kept import KeptLimits
 from swarm.gateway.sampling import Sampling
 from swarm.gateway.schemas import Message, Request
@@ -41,6 +42,12 @@ class Served:
     ) -> None:
         """`model`: a SwarmModel, the caller's to close after this."""
         self.name, self.model, self.tokenizer = name, model, tokenizer
+        try:
+            self._processes = bool(self._processors(1, 2))
+        except (TypeError, ValueError) as error:
+            raise CallerError(
+                f"{name}: its generation_config.json cannot be used: {one_line(error)}", hint="mend or remove that file"
+            ) from error
         self.created = int(time.time())
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.context: int | None = context
@@ -135,6 +142,20 @@ class Served:
                 hint="give ids of this model's own tokenizer",
             )
         return Sampling(**chosen, logit_bias=bias, seed=request.seed)
+
+    def processors(self, prompt: Sequence[int], max_tokens: int) -> Processors | None:
+        """What else the checkpoint's `generation_config` has `generate` do to logits, for an answer so long."""
+        return self._processors(len(prompt), len(prompt) + max_tokens) if self._processes else None
+
+    def _processors(self, prompt_tokens: int, max_length: int) -> LogitsProcessorList:
+        """Made by transformers itself. Penalties of repetition are `Sampling`'s, as requests may change them."""
+        given = {"do_sample": False, "num_beams": 1, "repetition_penalty": None, "guidance_scale": None}
+        config, _ = self.model._prepare_generation_config(None, **given)
+        config.repetition_penalty, config.max_length = None, max_length
+        self.model._prepare_special_tokens(config, True, device=self.model.device)
+        return self.model._get_logits_processor(
+            config, input_ids_seq_length=prompt_tokens, device=self.model.device, model_kwargs={}
+        )
 
 
 def _turn(message: Message) -> dict[str, Any]:

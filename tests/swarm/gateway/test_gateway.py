@@ -126,6 +126,61 @@ def test_probabilities_are_those_of_local_transformers(world: GatewayWorld, clie
     assert (len(plain.tokens), [len(top) for top in plain.top_logprobs]) == (12, [3] * 12)
 
 
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_an_echo_has_the_probabilities_of_the_prompt(world: GatewayWorld, client: openai.OpenAI, tokens: int) -> None:
+    prompt = PROMPT * 4  # more than one piece of it is scored
+    ids = world.tokenizer(prompt).input_ids
+    expected_TV = world.local(torch.tensor([ids + world.greedy(ids, 4)])).logits[0].log_softmax(-1).detach()
+    whole = complete(client, prompt, echo=True, logprobs=2, max_tokens=tokens, n=2)
+    said = prompt + world.text(prompt, 4)[:tokens]
+    assert [choice.text for choice in whole.choices] == [said] * 2
+    for choice in whole.choices:
+        scores = choice.logprobs
+        assert "".join(scores.tokens) == choice.text
+        assert [choice.text[at] for at in scores.text_offset] == scores.tokens
+        assert (scores.token_logprobs[0], scores.top_logprobs[0]) == (None, None)
+        assert len(scores.token_logprobs) == len(ids) + tokens
+        for at, (token, logprob) in enumerate(zip(ids[1:], scores.token_logprobs[1:], strict=False)):
+            assert logprob == pytest.approx(float(expected_TV[at, token]), abs=1e-3)
+        best_TK = expected_TV[: len(ids) - 1 + tokens].topk(2).values.tolist()
+        assert [sorted(top.values(), reverse=True) for top in scores.top_logprobs[1:]] == [
+            pytest.approx(best, abs=1e-3) for best in best_TK
+        ]
+    chunks = list(complete(client, prompt, echo=True, logprobs=2, max_tokens=tokens, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == said
+    streamed = [logprob for chunk in chunks for logprob in chunk.choices[0].logprobs.token_logprobs]
+    assert streamed[1:] == pytest.approx(whole.choices[0].logprobs.token_logprobs[1:], abs=1e-4)
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        complete(client, max_tokens=0)
+
+
+def test_what_the_checkpoint_forbids_is_not_said(
+    world: GatewayWorld, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text of the gateway equals that of `generate`, whatever `generation_config.json` adds."""
+    usual, eos = world.greedy(PROMPT, 6), world.tokenizer.eos_token_id
+    rules: list[dict[str, Any]] = [
+        {"suppress_tokens": [usual[1]]},
+        {"begin_suppress_tokens": [usual[0]]},
+        {"bad_words_ids": [[usual[2]], usual[3:5]]},
+        {"no_repeat_ngram_size": 1},
+        {"forced_bos_token_id": 9, "forced_eos_token_id": eos},
+        {"exponential_decay_length_penalty": (3, 3.0)},
+        {"exponential_decay_length_penalty": (3, 3.0), "min_length": len(PROMPT) + 15},
+        {"exponential_decay_length_penalty": (0, 9.0), "min_new_tokens": 6},
+    ]
+    monkeypatch.setattr(world.served, "_processes", True)
+    texts = set[str]()
+    for rule in rules:
+        with monkeypatch.context() as patch:
+            for config in (world.local.generation_config, world.served.model.generation_config):
+                for name, value in rule.items():
+                    patch.setattr(config, name, value)
+            texts.add(complete(client, max_tokens=24).choices[0].text)
+            assert complete(client, max_tokens=24).choices[0].text == world.text(PROMPT, 24), rule
+    assert len(texts | {world.text(PROMPT, 24)}) > 5
+
+
 def test_a_stop_sequence_is_found_across_tokens_and_never_shown(world: GatewayWorld, client: openai.OpenAI) -> None:
     text = world.text(PROMPT, 40)
     stop = text[20:24]
