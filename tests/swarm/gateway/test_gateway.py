@@ -20,6 +20,8 @@ import openai
 import pytest
 import torch
 import yaml
+from langchain_core.messages import ToolMessage
+from langchain_openai import ChatOpenAI
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -261,6 +263,27 @@ def test_a_template_without_tools_gets_the_default_system_text(world: GatewayWor
     plain, told = chat(client, "Who?"), chat(client, "Who?", tools=[TOOL])
     assert told.usage.prompt_tokens - plain.usage.prompt_tokens > len(json.dumps(SCHEMA))
     assert chat(client, "Who?", tools=[TOOL], tool_choice="none").usage.prompt_tokens == plain.usage.prompt_tokens
+
+
+def test_another_client_library_is_at_home_here(world: GatewayWorld, url: str) -> None:
+    """LangChain's: it sends fields and reads chunks in its own ways."""
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "max_retries": 0, "stream_usage": True}
+    talker = ChatOpenAI(base_url=f"{url}/v1", api_key=KEYS[0], model=MODEL, **options)
+    expected = world.text("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n", 12)
+    whole = talker.invoke([("human", "Hello")])
+    assert (whole.content, whole.response_metadata["finish_reason"]) == (expected, "length")
+    assert whole.usage_metadata["output_tokens"] == 12
+    chunks = list(talker.stream([("system", "Be brief."), ("human", "Hello")]))
+    assert sum(chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata) == 12
+    assert len([chunk for chunk in chunks if chunk.content]) > 1
+    longer = talker.model_copy(update={"max_tokens": 200})
+    called = longer.bind_tools([TOOL], tool_choice="remember").invoke("Who?")
+    (call,) = called.tool_calls
+    assert (call["name"], jsonschema_rs.is_valid(SCHEMA, call["args"])) == ("remember", True)
+    turns = ["Who?", called, ToolMessage("done", tool_call_id=call["id"])]
+    assert longer.invoke(turns, max_tokens=4).content
+    person = longer.with_structured_output({"title": "person", **SCHEMA}, method="json_schema").invoke("Who?")
+    assert jsonschema_rs.is_valid(SCHEMA, person)
 
 
 # --- conversations ---
