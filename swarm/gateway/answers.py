@@ -15,7 +15,7 @@ from typing import Any
 
 from swarm.gateway.engine import Piece, TokenLogprob
 from swarm.gateway.served import Served
-from swarm.gateway.tools import CallReader
+from swarm.gateway.tools import Reader, Style, make_reader
 
 IMPOSSIBLE = -9999.0
 """Stands for the logarithm of 0, which JSON has no number for."""
@@ -99,9 +99,14 @@ def event(content: object) -> bytes:
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+def new_call_id(style: Style) -> str:
+    """Mistral's templates take nothing but nine letters and digits."""
+    return secrets.token_hex(5)[:9] if style is Style.MISTRAL else f"call_{secrets.token_hex(12)}"
+
+
 @dataclass(slots=True)
 class _ChatChoice:
-    reader: CallReader | None
+    reader: Reader | None
     begun: bool = False
     text: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -129,7 +134,10 @@ class ChatFormat(Format):
         super().__init__(served, prompt_tokens=prompt_tokens, include_usage=include_usage)
         self._logprobs = logprobs
         self._named = named
-        self._all = [_ChatChoice(None if tools is None else CallReader(tools, only=forced)) for _ in range(choices)]
+        self._all = [
+            _ChatChoice(None if tools is None else make_reader(served.call_style, tools, only=forced))
+            for _ in range(choices)
+        ]
 
     def _chunks(self, piece: Piece) -> list[dict[str, Any]]:
         choice = self._all[piece.choice]
@@ -182,7 +190,7 @@ class ChatFormat(Format):
             rest, more = choice.reader.end()
             text, calls = text + rest, calls + more
         return text, [
-            {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": asdict(call)} for call in calls
+            {"id": new_call_id(self.served.call_style), "type": "function", "function": asdict(call)} for call in calls
         ]
 
     def _finish(self, choice: _ChatChoice, piece: Piece) -> str | None:

@@ -224,6 +224,7 @@ def _prepare_chat(gateway: Gateway, body: ChatRequest, account: Account) -> _Pre
         stops=body.stops,
         ignore_eos=body.ignore_eos,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        decode=served.decode_calls if tools else None,
         grammar=grammar,
     )
     form = ChatFormat(

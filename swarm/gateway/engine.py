@@ -113,6 +113,8 @@ class Ask:
     """How many of the likeliest to name beside each token; None: no probabilities."""
     scores_prompt: bool = False
     """Whether probabilities of the prompt's own tokens are wanted, too. Then all of it is computed."""
+    decode: Decode | None = None
+    """Instead of the engine's."""
     processors: Processors | None = None
     """The checkpoint's own, for answers without a grammar."""
     grammar: Callable[[], Grammar] | None = None
@@ -347,7 +349,7 @@ class Engine:
                 # each choice of a seeded request has chances of its own, and the same ones every time
                 seed = secrets.randbits(64) if ask.sampling.seed is None else f"{ask.sampling.seed}/{choice}"
                 grammar = None if ask.grammar is None else ask.grammar()
-                text = TextStream(self._decode, ask.stops)
+                text = TextStream(ask.decode or self._decode, ask.stops)
                 request.answers.append(_Answer(request, choice, text, random.Random(seed), grammar))
             self._prefill(request)
         if self._failure is not None:

@@ -22,7 +22,7 @@ from swarm.gateway.engine import Engine, Processors, eos_ids
 from swarm.gateway.kept import KeptLimits
 from swarm.gateway.sampling import Sampling
 from swarm.gateway.schemas import Message, Request
-from swarm.gateway.tools import system_text
+from swarm.gateway.tools import Style, keeping, system_text
 
 NO_CONTEXT_TOKENS = 16_384
 """Where nothing says how long a sequence may be."""
@@ -58,6 +58,9 @@ class Served:
         self._encoding = threading.Lock()  # tokenizers change their own settings while they encode
         self._defaults = _checkpoint_defaults(model)
         self._template_knows_tools = _template_knows_tools(tokenizer)
+        self.call_style = _call_style(tokenizer) if self._template_knows_tools else Style.HERMES
+        self.decode_calls = keeping(self.decode, _marks(tokenizer, self.call_style))
+        """As `decode`, with the special tokens by which calls are written."""
 
     def close(self) -> None:
         self.engine.close()
@@ -202,6 +205,18 @@ def _template_knows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     except TemplateError:
         return "tools" in template  # tags of transformers' own
     return "tools" in meta.find_undeclared_variables(parsed)
+
+
+def _call_style(tokenizer: PreTrainedTokenizerBase) -> Style:
+    template = tokenizer.chat_template
+    text = "".join(template.values()) if isinstance(template, dict) else str(template)
+    return Style.of(text, [token.content for token in tokenizer.added_tokens_decoder.values()])
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase, style: Style) -> dict[int, str]:
+    """Those of the style's marks that are special tokens, by id: decoders leave them out."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token_id: token.content for token_id, token in added if token.special and token.content in style.value}
 
 
 def _checkpoint_defaults(model: Any) -> dict[str, Any]:
