@@ -220,6 +220,24 @@ def test_bias_decides(client: openai.OpenAI, world: GatewayWorld) -> None:
     assert going_on.usage.completion_tokens == 12
 
 
+def test_health_names_the_blocks_that_nobody_serves(world: GatewayWorld, url: str) -> None:
+    (last,) = (peer for peer in world.swarm.peers if peer.handler.served.spans.covers(BlockSpan(2, 4)))
+
+    def health() -> tuple[str, list[list[int]]]:
+        world.swarm.thread.call(world.swarm.thread.client.discovery.refresh())
+        answer = httpx2.get(f"{url}/health")
+        assert answer.status_code == 200
+        return answer.json()["status"], answer.json()["models"][MODEL]["gaps"]
+
+    assert health() == ("ok", [])
+    world.swarm.pause_peer(last.links.transport.peer_id)
+    try:
+        assert eventually(lambda: health() == ("degraded", [[2, 4]]))
+    finally:
+        world.swarm.pause_peer(last.links.transport.peer_id, False)
+    assert eventually(lambda: health() == ("ok", []))
+
+
 # --- JSON and tools ---
 
 SCHEMA = {
@@ -476,24 +494,6 @@ def test_the_page_that_describes_the_api_fetches_nothing_from_elsewhere(url: str
     page = httpx2.get(f"{url}/docs").text
     assert "swagger-ui" in page
     assert not [link for link in re.findall(r'(?:src|href)="([^"]*)"', page) if not link.startswith("/")]
-
-
-def test_health_names_the_blocks_that_nobody_serves(world: GatewayWorld, url: str) -> None:
-    last = [peer for peer in world.swarm.peers if peer.handler.served.spans.covers(BlockSpan(2, 4))]
-
-    def gaps() -> tuple[str, list[list[int]]]:
-        world.swarm.thread.call(world.swarm.thread.client.discovery.refresh())
-        health = httpx2.get(f"{url}/health")
-        assert health.status_code == 200
-        return health.json()["status"], health.json()["models"][MODEL]["gaps"]
-
-    assert gaps() == ("ok", [])
-    for peer in last:
-        world.swarm.pause_peer(peer.links.transport.peer_id)
-    assert eventually(lambda: gaps() == ("degraded", [[2, 4]]))
-    for peer in last:
-        world.swarm.pause_peer(peer.links.transport.peer_id, False)
-    assert eventually(lambda: gaps() == ("ok", []))
 
 
 def scraped(url: str, **headers: str) -> dict[str, float]:
