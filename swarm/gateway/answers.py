@@ -15,7 +15,7 @@ from typing import Any
 
 from swarm.gateway.engine import Piece, TokenLogprob, Traversal
 from swarm.gateway.served import Served
-from swarm.gateway.tools import CallReader
+from swarm.gateway.tools import Reader, Style, make_reader
 
 IMPOSSIBLE = -9999.0
 """Stands for the logarithm of 0, which JSON has no number for."""
@@ -121,9 +121,14 @@ def _traversal(traversal: Traversal) -> dict[str, Any]:
     }
 
 
+def new_call_id(style: Style) -> str:
+    """Mistral's templates take nothing but nine letters and digits."""
+    return secrets.token_hex(5)[:9] if style is Style.MISTRAL else f"call_{secrets.token_hex(12)}"
+
+
 @dataclass(slots=True)
 class _ChatChoice:
-    reader: CallReader | None
+    reader: Reader | None
     begun: bool = False
     text: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -151,7 +156,10 @@ class ChatFormat(Format):
         super().__init__(served, prompt_tokens=prompt_tokens, include_usage=include_usage)
         self._logprobs = logprobs
         self._named = named
-        self._all = [_ChatChoice(None if tools is None else CallReader(tools, only=forced)) for _ in range(choices)]
+        self._all = [
+            _ChatChoice(None if tools is None else make_reader(served.call_style, tools, only=forced))
+            for _ in range(choices)
+        ]
 
     def _chunks(self, piece: Piece) -> list[dict[str, Any]]:
         choice = self._all[piece.choice]
@@ -204,7 +212,7 @@ class ChatFormat(Format):
             rest, more = choice.reader.end()
             text, calls = text + rest, calls + more
         return text, [
-            {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": asdict(call)} for call in calls
+            {"id": new_call_id(self.served.call_style), "type": "function", "function": asdict(call)} for call in calls
         ]
 
     def _finish(self, choice: _ChatChoice, piece: Piece) -> str | None:
@@ -231,6 +239,8 @@ class ChatFormat(Format):
 @dataclass(slots=True)
 class _TextChoice:
     echo: str
+    first_token: int | None
+    """Of the prompt, where that is scored: no probability belongs to it."""
     text: list[str] = field(default_factory=list)
     offset: int = 0
     logprobs: dict[str, list[Any]] = field(default_factory=dict)
@@ -241,12 +251,18 @@ class TextFormat(Format):
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
     def __init__(
-        self, served: Served, *, prompt_tokens: int, include_usage: bool, echoes: Sequence[str], logprobs: bool
+        self,
+        served: Served,
+        *,
+        prompt_tokens: int,
+        include_usage: bool,
+        echoes: Sequence[tuple[str, int | None]],
+        logprobs: bool,
     ) -> None:
-        """`echoes`: for each choice, what is said before it."""
+        """`echoes`: for each choice, what is said before it, and the first token of that where it is scored."""
         super().__init__(served, prompt_tokens=prompt_tokens, include_usage=include_usage)
         self._logprobs = logprobs
-        self._all = [_TextChoice(echo) for echo in echoes]
+        self._all = [_TextChoice(echo, first) for echo, first in echoes]
 
     def _chunks(self, piece: Piece) -> list[dict[str, Any]]:
         choice = self._all[piece.choice]
@@ -255,7 +271,7 @@ class TextFormat(Format):
             {
                 "index": piece.choice,
                 "text": text,
-                "logprobs": self._entries(choice, piece.logprobs) if self._logprobs else None,
+                "logprobs": self._entries(choice, piece) if self._logprobs else None,
                 "finish_reason": piece.finish,
             }
         ]
@@ -264,7 +280,7 @@ class TextFormat(Format):
         choice = self._all[piece.choice]
         choice.text += [choice.echo, piece.text]
         choice.echo = ""
-        for name, values in self._entries(choice, piece.logprobs).items():
+        for name, values in self._entries(choice, piece).items():
             choice.logprobs.setdefault(name, []).extend(values)
         choice.finish = piece.finish or choice.finish
 
@@ -279,15 +295,19 @@ class TextFormat(Format):
             for index, choice in enumerate(self._all)
         ]
 
-    def _entries(self, choice: _TextChoice, logprobs: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+    def _entries(self, choice: _TextChoice, piece: Piece) -> dict[str, list[Any]]:
         entries: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for entry in logprobs:
-            text = self.served.token_text(entry.token_id)
-            entries["tokens"].append(text)
-            entries["token_logprobs"].append(max(entry.logprob, IMPOSSIBLE))
-            entries["top_logprobs"].append(
-                {self.served.token_text(token_id): max(logprob, IMPOSSIBLE) for token_id, logprob in entry.top}
-            )
-            entries["text_offset"].append(choice.offset)
+
+        def add(token_id: int, logprob: float | None, top: dict[str, float] | None) -> None:
+            text = self.served.token_text(token_id)
+            for values, value in zip(entries.values(), (text, logprob, top, choice.offset), strict=True):
+                values.append(value)
             choice.offset += len(text)
+
+        if choice.first_token is not None:
+            add(choice.first_token, None, None)
+            choice.first_token = None
+        for entry in (*piece.prompt_logprobs, *piece.logprobs):
+            likeliest = {self.served.token_text(token_id): max(logprob, IMPOSSIBLE) for token_id, logprob in entry.top}
+            add(entry.token_id, max(entry.logprob, IMPOSSIBLE), likeliest)
         return entries

@@ -187,13 +187,16 @@ class CompletionRequest(Request):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    echo: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 24, description="0 only with echo")] | None = None
+    echo: Annotated[bool, Field(description="Begin with the prompt; with logprobs, its probabilities too")] | None = (
+        None
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
-    def _echoes(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("probabilities of the prompt are not available: echo and logprobs exclude each other")
+    def _says_something(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is at least 1, or 0 with echo")
         return self
 
 
@@ -285,8 +288,8 @@ class ChatCompletion(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -367,6 +370,15 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
+class ModelState(BaseModel):
+    active: int = Field(description="Answers under way")
+    error: str | None = Field(description="Why nothing is answered any more")
+    blocks: int
+    peers: int = Field(description="That announce blocks of it")
+    replication: int = Field(description="Peers that hold its rarest block")
+    gaps: list[list[int]] = Field(description="Blocks that no peer serves now, as [start, end)")
+
+
 class Health(BaseModel):
-    status: Literal["ok", "failed", "stopping"]
-    models: dict[str, Any]
+    status: Literal["ok", "degraded", "failed", "stopping"]
+    models: dict[str, ModelState]

@@ -14,7 +14,7 @@ from msgspec.structs import replace as replace_fields
 from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
 from peers.transport.links import Link
 from peers.wire import tensors
-from peers.wire.messages import Code, Failed, Opened, Relay, Result
+from peers.wire.messages import CODES, Code, Failed, Opened, Relay, Result
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.router import Hop, Route
@@ -80,7 +80,9 @@ class Inbox:
         self._sessions.traffic.results += 1
         self._sessions.traffic.bytes_received += len(payload)
         self._learn(session, hops, message, step.count)
-        session.answered(step.count)
+        self._sessions.traffic.answered(step.count, message.hops, session.answered(step.count))
+        if self._sessions.observer is not None:
+            self._sessions.observer.answered(core.session, step, hops, message.hops)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
         if session.pace.slowed:
             self._driver.reconsider(session)
@@ -94,6 +96,7 @@ class Inbox:
         if epoch != core.epoch or at is None:
             return  # of a route that was replaced
         logger.info("session %s: %s answers %s: %s", core.session, peer, message.code, message.message)
+        self._sessions.traffic.failures[message.code if message.code in CODES else "other"] += 1
         text = f"{peer}: {message.message}"
         now_s = self._sessions.client.discovery.now_s()
         match message.code:
