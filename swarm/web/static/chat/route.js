@@ -34,12 +34,14 @@ export function addStep(trace, step) {
     if (prompt) return { ...sum };
     return { ...sum, queue_s: sum.queue_s + hop.queue_s, compute_s: sum.compute_s + hop.compute_s };
   });
-  const changed = known.length > 0 && (known.length !== trace.hops.length || known.some((hop, at) => hop.peer_id !== trace.hops[at].peer_id));
+  const changed =
+    known.length > 0 &&
+    (known.length !== trace.hops.length || known.some((hop, at) => hop.peer_id !== trace.hops[at].peer_id));
   if (changed) trace.changes = (trace.changes ?? 0) + 1;
 }
 
 /** Where the time of the tokens went: what hops computed, how long they had other work, and all that lay between. */
-export function shares(trace) {
+function shares(trace) {
   const computeS = trace.hops.reduce((sum, hop) => sum + hop.compute_s, 0);
   const queueS = trace.hops.reduce((sum, hop) => sum + hop.queue_s, 0);
   return { computeS, queueS, networkS: Math.max(0, trace.totalS - computeS - queueS) };
@@ -80,35 +82,54 @@ export function routeView(trace, { live }) {
   const prompt = trace.tokens === 0;
   const { computeS, queueS, networkS } = shares(trace);
   const part = (value) => (trace.totalS > 0 ? (100 * value) / trace.totalS : 0);
-  const row = (name, kind, value) => html`<div class="share">
-    <span class="swatch ${kind}" aria-hidden="true"></span><dt>${name}</dt>
-    <dd class="num">${number(part(value))} % <span class="soft">${seconds(value / Math.max(1, trace.tokens))}</span></dd>
-  </div>`;
+  const row = (name, kind, value) =>
+    html`<div class="share">
+      <span class="swatch ${kind}" aria-hidden="true"></span>
+      <dt>${name}</dt>
+      <dd class="num">
+        ${number(part(value))} % <span class="soft">${seconds(value / Math.max(1, trace.tokens))}</span>
+      </dd>
+    </div>`;
   return html`
     <p class="small soft" id="route-now">
       ${prompt ? html`The prompt's ${trace.promptPositions} new positions` : html`Token ${number(trace.tokens + 1)}`}:
-      <span class="num">${seconds(trace.last.total_s)}</span> through ${hops.length} ${hops.length === 1 ? "peer" : "peers"}
+      <span class="num">${seconds(trace.last.total_s)}</span> through ${hops.length}
+      ${hops.length === 1 ? "peer" : "peers"}
     </p>
     <ol class="hops ${live ? "live" : ""}">
       <li class="end small soft">you</li>
-      ${repeat(hops, (hop) => `${hop.peer_id} ${hop.blocks[0]}`, (hop, at) => hopView(hop, at, longestS))}
-      <li class="end small soft">you${prompt ? nothing : html`, <span class="num">${seconds(Math.max(0, rest))}</span> on the way`}</li>
+      ${repeat(
+        hops,
+        (hop) => `${hop.peer_id} ${hop.blocks[0]}`,
+        (hop, at) => hopView(hop, at, longestS),
+      )}
+      <li class="end small soft">
+        you${prompt ? nothing : html`, <span class="num">${seconds(Math.max(0, rest))}</span> on the way`}
+      </li>
     </ol>
-    ${trace.tokens === 0
-      ? nothing
-      : html`<h3>Where the time went</h3>
-          <div class="shares-bar" aria-hidden="true">
-            <span class="compute" .style=${`width:${part(computeS)}%`}></span>
-            <span class="queue" .style=${`width:${part(queueS)}%`}></span>
-            <span class="network" .style=${`width:${part(networkS)}%`}></span>
-          </div>
-          <dl class="shares small">
-            ${row("Computing", "compute", computeS)} ${row("Waiting at peers", "queue", queueS)}
-            ${row("On the way", "network", networkS)}
-          </dl>
-          <h3>Token by token</h3>
-          <canvas id="columns" role="img" aria-label=${`Time of the last ${trace.columns.length} tokens, the longest ${seconds(longest(trace))}`}></canvas>
-          <p class="tiny soft num">the last ${trace.columns.length} tokens, the longest ${seconds(longest(trace))}</p>`}
+    ${
+      trace.tokens === 0
+        ? nothing
+        : html`<h3>Where the time went</h3>
+            <div class="shares-bar" aria-hidden="true">
+              <span class="compute" .style=${`width:${part(computeS)}%`}></span>
+              <span class="queue" .style=${`width:${part(queueS)}%`}></span>
+              <span class="network" .style=${`width:${part(networkS)}%`}></span>
+            </div>
+            <dl class="shares small">
+              ${row("Computing", "compute", computeS)} ${row("Waiting at peers", "queue", queueS)}
+              ${row("On the way", "network", networkS)}
+            </dl>
+            <h3>Token by token</h3>
+            <canvas
+              id="columns"
+              role="img"
+              aria-label=${`Time of the last ${trace.columns.length} tokens, the longest ${seconds(longest(trace))}`}
+            ></canvas>
+            <p class="tiny soft num">
+              the last ${trace.columns.length} tokens, the longest ${seconds(longest(trace))}
+            </p>`
+    }
     ${trace.changes ? html`<p class="small">The route changed ${trace.changes === 1 ? "once" : `${trace.changes} times`} during this answer.</p>` : nothing}
   `;
 }

@@ -6,7 +6,7 @@ const SETTINGS = "hiveswarm.settings";
 const API_KEY = "hiveswarm.key";
 
 /** Of one request, beyond the messages: what is null is left to the model's own defaults. */
-export const noSettings = {
+const noSettings = {
   temperature: null,
   top_p: null,
   top_k: null,
@@ -35,7 +35,14 @@ function write(storage, key, value) {
 }
 
 export function newConversation(model, system) {
-  return { id: crypto.getRandomValues(new Uint32Array(4)).join("-"), title: "", model, system, messages: [], at: Date.now() };
+  return {
+    id: crypto.getRandomValues(new Uint32Array(4)).join("-"),
+    title: "",
+    model,
+    system,
+    messages: [],
+    at: Date.now(),
+  };
 }
 
 /** All of them, the latest first. */

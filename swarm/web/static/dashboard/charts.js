@@ -7,7 +7,15 @@ const kinds = [
   { key: "stream_tokens_per_s", title: "One conversation", unit: "tokens/s", ink: "--hop-1", show: rate },
   { key: "total_tokens_per_s", title: "All users together", unit: "tokens/s", ink: "--hop-2", show: rate },
   { key: "online", title: "Peers online", unit: "", ink: "--hop-5", show: number, whole: true },
-  { key: "replication", title: "Holders of the rarest block", unit: "", ink: "--hop-4", show: number, whole: true, steps: true },
+  {
+    key: "replication",
+    title: "Holders of the rarest block",
+    unit: "",
+    ink: "--hop-4",
+    show: number,
+    whole: true,
+    steps: true,
+  },
 ];
 const HEIGHT = 132;
 const wholeSteps = [1, 10, 100, 1000, 10000, 100000].flatMap((power) => [power, 2 * power, 5 * power]);
@@ -29,7 +37,12 @@ function columns(history) {
 }
 
 function options({ title, ink, show, whole, steps }, width) {
-  const axis = () => ({ stroke: () => color("--soft"), grid: { stroke: () => color("--line"), width: 1 }, ticks: { show: false }, font: "11px sans-serif" });
+  const axis = () => ({
+    stroke: () => color("--soft"),
+    grid: { stroke: () => color("--line"), width: 1 },
+    ticks: { show: false },
+    font: "11px sans-serif",
+  });
   return {
     width,
     height: HEIGHT,
@@ -38,7 +51,12 @@ function options({ title, ink, show, whole, steps }, width) {
     scales: { y: { range: (_, low, high) => [0, high > 0 ? high * 1.15 : 1] } },
     axes: [
       { ...axis(), grid: { show: false }, size: 24, space: 64, values: (_, ticks) => ticks.map(hourAndMinute) },
-      { ...axis(), ...(whole ? { incrs: wholeSteps } : {}), size: 44, values: (_, ticks) => ticks.map((tick) => number(tick, tick % 1 ? 1 : 0)) },
+      {
+        ...axis(),
+        ...(whole ? { incrs: wholeSteps } : {}),
+        size: 44,
+        values: (_, ticks) => ticks.map((tick) => number(tick, tick % 1 ? 1 : 0)),
+      },
     ],
     series: [
       {},
@@ -74,7 +92,8 @@ export function drawCharts(history) {
       drawn.delete(at);
     }
   }
-  for (const element of document.querySelectorAll("[data-chart]")) draw(Number(element.dataset.chart), element, history);
+  for (const element of document.querySelectorAll("[data-chart]"))
+    draw(Number(element.dataset.chart), element, history);
 }
 
 function draw(at, element, history) {
@@ -82,7 +101,11 @@ function draw(at, element, history) {
   const width = element.clientWidth;
   if (!known) {
     const { times, values } = columns(history);
-    drawn.set(at, { element, history, plot: new window.uPlot(options(kinds[at], width), [times, values[at]], element) });
+    drawn.set(at, {
+      element,
+      history,
+      plot: new window.uPlot(options(kinds[at], width), [times, values[at]], element),
+    });
     return;
   }
   if (known.plot.width !== width) known.plot.setSize({ width, height: HEIGHT });
@@ -103,16 +126,32 @@ export function charts(history) {
   if (history instanceof Error) return html`<p class="notice bad">${history.message}</p>`;
   if (!history) return html`<p class="soft">Reading…</p>`;
   if (history.points.length < 2) {
-    return html`<p class="soft">Nothing to show yet: a point is kept every ${Math.round(history.interval_s)} s while the dashboard runs.</p>`;
+    return html`<p class="soft">
+      Nothing to show yet: a point is kept every ${Math.round(history.interval_s)} s while the dashboard runs.
+    </p>`;
   }
   const last = history.points.at(-1);
   return html`<div class="charts">
     ${kinds.map(
-      ({ key, title, unit, show }, at) => html`<figure>
-        <figcaption><span class="small">${title}</span> <strong class="num">${show(last[key])}</strong> <span class="tiny soft">${unit}</span></figcaption>
-        <div class="plot" role="img" aria-label=${summary(title, unit, history.points.map((point) => point[key]), show)} data-chart=${at}></div>
-        <p class="tiny soft num at-cursor"></p>
-      </figure>`,
+      ({ key, title, unit, show }, at) =>
+        html`<figure>
+          <figcaption>
+            <span class="small">${title}</span> <strong class="num">${show(last[key])}</strong>
+            <span class="tiny soft">${unit}</span>
+          </figcaption>
+          <div
+            class="plot"
+            role="img"
+            aria-label=${summary(
+              title,
+              unit,
+              history.points.map((point) => point[key]),
+              show,
+            )}
+            data-chart=${at}
+          ></div>
+          <p class="tiny soft num at-cursor"></p>
+        </figure>`,
     )}
   </div>`;
 }

@@ -8,9 +8,19 @@ export function checkResult(result) {
   if (!result) return nothing;
   if (result instanceof Error) return problemNotice(result.message);
   return html`<div class="notice ${result.reachable ? "" : "warn"}" role="status">
-    <p><strong>${result.reachable ? "✓" : "✕"} ${result.summary}</strong>${result.rtt_s === null ? nothing : html` <span class="soft num">${seconds(result.rtt_s)} there and back</span>`}</p>
+    <p>
+      <strong>${result.reachable ? "✓" : "✕"} ${result.summary}</strong
+      >${result.rtt_s === null ? nothing : html` <span class="soft num">${seconds(result.rtt_s)} there and back</span>`}
+    </p>
     <ol class="checks small">
-      ${result.checks.map((each) => html`<li><span aria-hidden="true">${each.ok ? "✓" : "✕"}</span><span class="hidden">${each.ok ? "works:" : "fails:"}</span> <bdi>${each.what}</bdi> <span class="soft"><bdi>${each.detail}</bdi></span></li>`)}
+      ${result.checks.map(
+        (each) =>
+          html`<li>
+            <span aria-hidden="true">${each.ok ? "✓" : "✕"}</span
+            ><span class="hidden">${each.ok ? "works:" : "fails:"}</span> <bdi>${each.what}</bdi>
+            <span class="soft"><bdi>${each.detail}</bdi></span>
+          </li>`,
+      )}
     </ol>
     ${result.hint ? html`<p class="small"><bdi>${result.hint}</bdi></p>` : nothing}
   </div>`;
@@ -27,7 +37,10 @@ export function joinPage({ join, update, check, checking, checked }) {
   const badge = `![swarm](${new URL("api/v1/badge.svg", location.href.replace(/#.*/, ""))})`;
   return html`
     <h1>Join this network</h1>
-    <p class="soft measure">You need no account: the invite below is enough. Your computer takes the blocks that are needed most and fit into its memory, and downloads only their weights.</p>
+    <p class="soft measure">
+      You need no account: the invite below is enough. Your computer takes the blocks that are needed most and fit into
+      its memory, and downloads only their weights.
+    </p>
     ${join.note ? html`<p class="notice warn">${join.note}</p>` : nothing}
     <section class="card">
       <h2>1. Install</h2>
@@ -35,14 +48,19 @@ export function joinPage({ join, update, check, checking, checked }) {
     </section>
     <section class="card">
       <h2>2. Serve blocks of a model</h2>
-      ${join.commands.length
-        ? join.commands.map((each) => html`<div class="command">
-            <h3><bdi>${each.model_name}</bdi></h3>
-            ${takeaway(each.command, `the command for ${each.model_name}`, update)}
-            ${each.note ? html`<p class="small soft">${each.note}</p>` : nothing}
-          </div>`)
-        : html`<p class="soft">Nobody serves a model yet. Start one:</p>
-            ${takeaway(`swarm join MODEL --invite ${join.invite}`, "the command", update)}`}
+      ${
+        join.commands.length
+          ? join.commands.map(
+              (each) =>
+                html`<div class="command">
+                  <h3><bdi>${each.model_name}</bdi></h3>
+                  ${takeaway(each.command, `the command for ${each.model_name}`, update)}
+                  ${each.note ? html`<p class="small soft">${each.note}</p>` : nothing}
+                </div>`,
+            )
+          : html`<p class="soft">Nobody serves a model yet. Start one:</p>
+              ${takeaway(`swarm join MODEL --invite ${join.invite}`, "the command", update)}`
+      }
     </section>
     <section class="card">
       <h2>Invite</h2>
@@ -53,8 +71,19 @@ export function joinPage({ join, update, check, checking, checked }) {
       <h2>Is my peer reachable?</h2>
       <form class="check" @submit=${submit}>
         <label for="whom">Its id, or its address with <code>/p2p/</code> at the end</label>
-        <div class="line"><input id="whom" name="whom" class="mono" autocomplete="off" spellcheck="false" placeholder="12D3KooW…" maxlength="256" required />
-          <button class="primary" ?disabled=${checking}>${checking ? "Dialling…" : "Dial it"}</button></div>
+        <div class="line">
+          <input
+            id="whom"
+            name="whom"
+            class="mono"
+            autocomplete="off"
+            spellcheck="false"
+            placeholder="12D3KooW…"
+            maxlength="256"
+            required
+          />
+          <button class="primary" ?disabled=${checking}>${checking ? "Dialling…" : "Dial it"}</button>
+        </div>
       </form>
       ${checkResult(checked)}
     </section>

@@ -8,11 +8,14 @@ const LANE_PX = 22;
 const GAP_PX = 6;
 const MAX_ITEMS = 90;
 
-const order = (one, other) => one.span[0] - other.span[0] || one.span[1] - other.span[1] || (one.key < other.key ? -1 : 1);
+const order = (one, other) =>
+  one.span[0] - other.span[0] || one.span[1] - other.span[1] || (one.key < other.key ? -1 : 1);
 
 /** One item per span of a peer; where those are too many, peers with about the same span become one item. */
-export function grouped(rows) {
-  const alone = rows.flatMap((row) => row.spans.map((span) => ({ key: `${row.peer_id} ${span[0]}`, peers: [row], span })));
+function grouped(rows) {
+  const alone = rows.flatMap((row) =>
+    row.spans.map((span) => ({ key: `${row.peer_id} ${span[0]}`, peers: [row], span })),
+  );
   for (let step = 1, items = alone; ; step *= 2) {
     if (items.length <= MAX_ITEMS) return items.sort(order);
     const groups = new Map();
@@ -52,7 +55,10 @@ export function byDistance(rows, places, width, height) {
   const xs = known.map((row) => places.get(row.peer_id)[0]);
   const ys = known.map((row) => places.get(row.peer_id)[1]);
   const [left, right, top, bottom] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-  const scale = Math.min((width - 2 * margin) / Math.max(right - left, 1e-4), (height - 2 * margin) / Math.max(bottom - top, 1e-4));
+  const scale = Math.min(
+    (width - 2 * margin) / Math.max(right - left, 1e-4),
+    (height - 2 * margin) / Math.max(bottom - top, 1e-4),
+  );
   const middle = [(left + right) / 2, (top + bottom) / 2];
   const cell = known.length > MAX_ITEMS ? 44 : 1;
   const groups = new Map();
@@ -73,7 +79,12 @@ export function byDistance(rows, places, width, height) {
   const nowhere = rows.filter((row) => !places.get(row.peer_id));
   nowhere.forEach((row, at) => {
     const many = nowhere.length > 24;
-    add(many ? "nowhere" : row.peer_id, row, many ? width / 2 : margin + (at + 0.5) * ((width - 2 * margin) / nowhere.length), height - 20);
+    add(
+      many ? "nowhere" : row.peer_id,
+      row,
+      many ? width / 2 : margin + (at + 0.5) * ((width - 2 * margin) / nowhere.length),
+      height - 20,
+    );
   });
   const items = [...groups.values()].map((item) => {
     const r = 8 + Math.min(18, 3 * Math.log2(item.peers.length));

@@ -103,7 +103,7 @@ export class Live {
 }
 
 /** Thrown for an answer that is none; `message` says in words what is wrong. */
-export class Problem extends Error {
+class Problem extends Error {
   constructor(message, status) {
     super(message);
     this.status = status;
@@ -111,7 +111,11 @@ export class Problem extends Error {
 }
 
 export async function ask(path, body) {
-  const options = body && { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
+  const options = body && {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify(body),
+  };
   let response;
   try {
     response = await fetch(`api/v1/${path}`, options);
@@ -126,6 +130,10 @@ export async function ask(path, body) {
     // something between us and the dashboard answered
   }
   const wait = response.headers.get("retry-after");
-  const words = [said.error ?? `The dashboard answered ${response.status}.`, said.hint, wait && `Try again in ${wait} s.`];
+  const words = [
+    said.error ?? `The dashboard answered ${response.status}.`,
+    said.hint,
+    wait && `Try again in ${wait} s.`,
+  ];
   throw new Problem(words.filter(Boolean).join(" "), response.status);
 }

@@ -222,7 +222,8 @@ function draw() {
   const model = chosenModel();
   if (state.asked.history && !(state.asked.history instanceof Error)) drawCharts(state.asked.history);
   const canvas = document.querySelector("#topology");
-  if (canvas && model) drawTopology(canvas, { live, model, topology: state.asked.topology, mode: state.mode, selected: state.selected });
+  if (canvas && model)
+    drawTopology(canvas, { live, model, topology: state.asked.topology, mode: state.mode, selected: state.selected });
   if (live.overview && !performance.getEntriesByName("first-view").length) performance.mark("first-view"); // to be measured
 }
 
@@ -240,19 +241,23 @@ function shell() {
   const ofAll = (state.page === "peers" && !state.peerId) || state.page === "events";
   return html`
     <header class="topbar">
-      <a class="brand" href="#/" aria-label="hiveswarm"><img src="assets/shared/icon.svg" alt="" /><span class="brand-name">hiveswarm</span></a>
+      <a class="brand" href="#/" aria-label="hiveswarm"
+        ><img src="assets/shared/icon.svg" alt="" /><span class="brand-name">hiveswarm</span></a
+      >
       <nav aria-label="Pages">
         ${pages.map(([name, title]) => html`<a href=${`#/${name}`} aria-current=${state.page === name ? "page" : "false"}>${title}</a>`)}
       </nav>
       <span class="spacer"></span>
       <span class="fresh" role="status">${freshness()}</span>
       <label class="hidden" for="model">Model</label>
-      ${models.length > 1
-        ? html`<select id="model" @change=${(event) => choose(event.target.value)}>
-            ${ofAll ? html`<option value="" ?selected=${!state.modelId}>all models</option>` : nothing}
-            ${models.map((each) => html`<option value=${each.model_id} ?selected=${ofAll ? each.model_id === state.modelId : each === model}>${each.name}</option>`)}
-          </select>`
-        : nothing}
+      ${
+        models.length > 1
+          ? html`<select id="model" @change=${(event) => choose(event.target.value)}>
+              ${ofAll ? html`<option value="" ?selected=${!state.modelId}>all models</option>` : nothing}
+              ${models.map((each) => html`<option value=${each.model_id} ?selected=${ofAll ? each.model_id === state.modelId : each === model}>${each.name}</option>`)}
+            </select>`
+          : nothing
+      }
       ${themeButton(update)}
     </header>
     <main class=${state.page === "peers" && !state.peerId ? "full" : ""}>
@@ -264,7 +269,9 @@ function shell() {
 
 function warning(overview) {
   if (!overview.problem) return nothing;
-  return html`<p class="notice warn" role="alert">${icon("auto")} What is shown is from ${age(live.ageS(overview.read_at_s))}: <bdi>${overview.problem}</bdi></p>`;
+  return html`<p class="notice warn" role="alert">
+    ${icon("auto")} What is shown is from ${age(live.ageS(overview.read_at_s))}: <bdi>${overview.problem}</bdi>
+  </p>`;
 }
 
 function page(model) {
@@ -273,7 +280,13 @@ function page(model) {
   switch (state.page) {
     case "peers":
       if (state.peerId) return peerPage({ live, peer: asked.peer, ...checks });
-      return peersPage({ live, model: state.modelId ? model : null, filter: state.filter, setFilter, height: window.innerHeight });
+      return peersPage({
+        live,
+        model: state.modelId ? model : null,
+        filter: state.filter,
+        setFilter,
+        height: window.innerHeight,
+      });
     case "topology":
       return topologyPage({
         live,

@@ -20,11 +20,16 @@ export function statePill(state) {
 }
 
 /** A peer by the name that it gave itself, if any, and the end of its id, which it cannot choose. */
-export function peerName({ peer_id: id, name }) {
-  return html`${name ? html`<bdi class="name" title=${name}>${name}</bdi> ` : nothing}<span class="mono soft" title=${id}>${shortId(id)}</span>`;
+function peerName({ peer_id: id, name }) {
+  return html`${name ? html`<bdi class="name" title=${name}>${name}</bdi> ` : nothing}<span
+      class="mono soft"
+      title=${id}
+      >${shortId(id)}</span
+    >`;
 }
 
-export const peerLink = (peer) => html`<a class="peer" href=${`#/peers/${encodeURIComponent(peer.peer_id)}`}>${peerName(peer)}</a>`;
+export const peerLink = (peer) =>
+  html`<a class="peer" href=${`#/peers/${encodeURIComponent(peer.peer_id)}`}>${peerName(peer)}</a>`;
 
 export const spansText = (spans) => spans.map(blocks).join(", ") || "none";
 
@@ -44,9 +49,11 @@ export function when(atS, nowS) {
 
 /** In one sentence, how a model is: [tone, sign, words]. */
 export function modelHealth(model) {
-  const list = (spans) => (spans.length > 4 ? `${spans.slice(0, 4).map(blocks).join(", ")} and more` : spansText(spans));
+  const list = (spans) =>
+    spans.length > 4 ? `${spans.slice(0, 4).map(blocks).join(", ")} and more` : spansText(spans);
   if (model.gaps.length) return ["bad", "✕", `Nobody holds blocks ${list(model.gaps)}: the model cannot answer.`];
-  if (model.single.length) return ["warn", "!", `Blocks ${list(model.single)} have a single holder: if it leaves, there is a gap.`];
+  if (model.single.length)
+    return ["warn", "!", `Blocks ${list(model.single)} have a single holder: if it leaves, there is a gap.`];
   return ["good", "✓", `Every block has at least ${model.replication} holders.`];
 }
 
@@ -85,25 +92,59 @@ export function takeaway(text, label, update) {
   };
   return html`<div class="takeaway">
     <code tabindex="0" aria-label=${label}>${text}</code>
-    <button @click=${take} aria-label=${`Copy ${label}`}>${icon(copied.has(text) ? "check" : "copy")} ${copied.has(text) ? "Copied" : "Copy"}</button>
+    <button @click=${take} aria-label=${`Copy ${label}`}>
+      ${icon(copied.has(text) ? "check" : "copy")} ${copied.has(text) ? "Copied" : "Copy"}
+    </button>
   </div>`;
 }
 
 export const problemNotice = (problem) => html`<p class="notice bad" role="alert">${problem}</p>`;
-export const empty = (title, text) => html`<div class="card empty"><h2>${title}</h2><p class="soft">${text}</p></div>`;
+export const empty = (title, text) =>
+  html`<div class="card empty">
+    <h2>${title}</h2>
+    <p class="soft">${text}</p>
+  </div>`;
 
-const signs = { joined: "+", returned: "↻", left: "−", lost: "✕", moved: "⇄", paused: "❙❙", resumed: "▸", gap_opened: "▨", gap_healed: "✓" };
-const tones = { joined: "good", returned: "good", resumed: "good", gap_healed: "good", lost: "bad", gap_opened: "bad", paused: "warn" };
+const signs = {
+  joined: "+",
+  returned: "↻",
+  left: "−",
+  lost: "✕",
+  moved: "⇄",
+  paused: "❙❙",
+  resumed: "▸",
+  gap_opened: "▨",
+  gap_healed: "✓",
+};
+const tones = {
+  joined: "good",
+  returned: "good",
+  resumed: "good",
+  gap_healed: "good",
+  lost: "bad",
+  gap_opened: "bad",
+  paused: "warn",
+};
 export const kindName = (kind) => kind.replace("_", " ");
 
 export const eventList = (events, nowS) =>
-  html`<ol class="events">${repeat(events, ({ id }) => id, (event) => eventItem(event, nowS))}</ol>`;
+  html`<ol class="events">
+    ${repeat(
+      events,
+      ({ id }) => id,
+      (event) => eventItem(event, nowS),
+    )}
+  </ol>`;
 
 function eventItem(event, nowS) {
   return html`<li class="event">
     <time class="num soft small" datetime=${new Date(event.at_s * 1000).toISOString()}>${when(event.at_s, nowS)}</time>
-    <span class="pill ${tones[event.kind] ?? ""}"><span aria-hidden="true">${signs[event.kind] ?? "·"}</span>${kindName(event.kind)}</span>
-    <span class="event-text">${event.peer_id ? html`<a href=${`#/peers/${encodeURIComponent(event.peer_id)}`}><bdi>${event.text}</bdi></a>` : html`<bdi>${event.text}</bdi>`}</span>
+    <span class="pill ${tones[event.kind] ?? ""}"
+      ><span aria-hidden="true">${signs[event.kind] ?? "·"}</span>${kindName(event.kind)}</span
+    >
+    <span class="event-text"
+      >${event.peer_id ? html`<a href=${`#/peers/${encodeURIComponent(event.peer_id)}`}><bdi>${event.text}</bdi></a>` : html`<bdi>${event.text}</bdi>`}</span
+    >
     <span class="soft small event-model"><bdi>${event.model_name}</bdi></span>
   </li>`;
 }

@@ -16,7 +16,8 @@ function place(rows, model, topology, mode, width, height) {
   const places = new Map(topology.nodes.map((node) => [node.peer_id, node.place]));
   const drawn = mode === "blocks" ? byBlocks(rows, model.num_blocks, width) : byDistance(rows, places, width, height);
   const byPeer = new Map();
-  for (const item of drawn.items) for (const peer of item.peers) if (!byPeer.has(peer.peer_id)) byPeer.set(peer.peer_id, item);
+  for (const item of drawn.items)
+    for (const peer of item.peers) if (!byPeer.has(peer.peer_id)) byPeer.set(peer.peer_id, item);
   return { height, ...drawn, byPeer };
 }
 
@@ -24,14 +25,27 @@ const center = (item) => [item.x + item.w / 2, item.y + item.h / 2];
 
 function worst(item) {
   const kinds = item.peers.map((peer) => states[peer.state]?.[1] ?? "");
-  return kinds.every((kind) => kind === "good") ? "good" : item.peers.length === 1 ? kinds[0] : kinds.some((kind) => kind === "good") ? "good" : kinds[0];
+  return kinds.every((kind) => kind === "good")
+    ? "good"
+    : item.peers.length === 1
+      ? kinds[0]
+      : kinds.some((kind) => kind === "good")
+        ? "good"
+        : kinds[0];
 }
 
 /** Draw into `canvas`; called after each render of the page. */
 export function drawTopology(canvas, { live, model, topology, mode, selected }) {
   const rows = [...live.peers.values()].filter((row) => row.model_id === model.model_id && !row.gone_at_s);
   const width = canvas.clientWidth;
-  const planned = place(rows, model, topology, mode, width, mode === "blocks" ? 0 : Math.min(560, Math.max(320, width * 0.6)));
+  const planned = place(
+    rows,
+    model,
+    topology,
+    mode,
+    width,
+    mode === "blocks" ? 0 : Math.min(560, Math.max(320, width * 0.6)),
+  );
   if (canvas.style.height !== `${planned.height}px`) canvas.style.height = `${planned.height}px`;
   const { context, height } = prepare(canvas);
   const { items, byPeer } = planned;
@@ -92,7 +106,8 @@ function label(context, item, { mode, width, pale, crowded }) {
     context.fillStyle = color(pale ? "--text" : "--card");
     let shown = text;
     while (shown.length > 1 && context.measureText(shown).width > item.w - 6) shown = shown.slice(0, -1);
-    if (shown.length === text.length || shown.length > 3) context.fillText(shown === text ? shown : `${shown.slice(0, -1)}…`, x, y + 0.5);
+    if (shown.length === text.length || shown.length > 3)
+      context.fillText(shown === text ? shown : `${shown.slice(0, -1)}…`, x, y + 0.5);
   } else if (!crowded) {
     context.fillStyle = color("--text");
     const right = x > width * 0.7;
@@ -177,7 +192,11 @@ function routeLine(context, { route, byPeer, left, scale, items }, mode, width, 
 
 function itemAt(x, y) {
   const near = 6;
-  return picture?.items.findLast((item) => x >= item.x - near && x <= item.x + item.w + near && y >= item.y - near && y <= item.y + item.h + near) ?? null;
+  return (
+    picture?.items.findLast(
+      (item) => x >= item.x - near && x <= item.x + item.w + near && y >= item.y - near && y <= item.y + item.h + near,
+    ) ?? null
+  );
 }
 
 const describe = (item) =>
@@ -219,31 +238,59 @@ export function topologyPage({ live, model, topology, mode, setMode, selected, s
     <div class="filters">
       <div class="choice" role="group" aria-label="Arranged">
         <button class="quiet" aria-pressed=${mode === "blocks"} @click=${() => setMode("blocks")}>By blocks</button>
-        <button class="quiet" aria-pressed=${mode === "distance"} @click=${() => setMode("distance")}>By distance</button>
+        <button class="quiet" aria-pressed=${mode === "distance"} @click=${() => setMode("distance")}>
+          By distance
+        </button>
       </div>
-      <span class="small soft">${mode === "blocks" ? "Each bar is a peer over the blocks that it holds." : "The nearer two peers stand, the shorter the round trip between them."} The line is the best route from here.</span>
+      <span class="small soft"
+        >${mode === "blocks" ? "Each bar is a peer over the blocks that it holds." : "The nearer two peers stand, the shorter the round trip between them."}
+        The line is the best route from here.</span
+      >
     </div>
     <div class="card picture">
-      <canvas id="topology" tabindex="0" role="application" aria-roledescription="map of peers" aria-describedby="picture-now"
+      <canvas
+        id="topology"
+        tabindex="0"
+        role="application"
+        aria-roledescription="map of peers"
+        aria-describedby="picture-now"
         aria-label=${`${number(model.states.online)} peers and the best route. Arrow keys go from one to the next, Enter opens it.`}
-        @click=${clicked} @mousemove=${moved} @keydown=${pressed}></canvas>
+        @click=${clicked}
+        @mousemove=${moved}
+        @keydown=${pressed}
+      ></canvas>
       <p id="picture-now" class="hidden" aria-live="polite">${item ? describe(item) : ""}</p>
       <ul class="legend tiny soft">
-        <li><span class="mark good"></span> online</li><li><span class="mark warn"></span> paused or leaving</li>
-        <li><span class="mark route"></span> best route</li><li>numbers: so many peers together</li>
+        <li><span class="mark good"></span> online</li>
+        <li><span class="mark warn"></span> paused or leaving</li>
+        <li><span class="mark route"></span> best route</li>
+        <li>numbers: so many peers together</li>
         ${topology.links.length ? html`<li>thin lines: measured links${picture && picture.items.length > 40 ? " of what is chosen" : ""}</li>` : nothing}
       </ul>
     </div>
-    ${item
-      ? html`<section class="card"><div class="head"><h2>${describe(item)}</h2><button class="quiet" @click=${() => select(null)}>Close</button></div>
-          <ul class="chosen">${item.peers.slice(0, MAX_LISTED).map((peer) => html`<li>${peerLink(peer)} <span class="soft small">${seconds(peer.decode_s_per_block)} per block, ${peer.rtt_s === null || peer.rtt_s === undefined ? "never answered" : `${seconds(peer.rtt_s)} away`}</span></li>`)}</ul>
-          ${item.peers.length > MAX_LISTED ? html`<p class="small soft">and ${number(item.peers.length - MAX_LISTED)} more</p>` : nothing}</section>`
-      : nothing}
+    ${
+      item
+        ? html`<section class="card">
+            <div class="head">
+              <h2>${describe(item)}</h2>
+              <button class="quiet" @click=${() => select(null)}>Close</button>
+            </div>
+            <ul class="chosen">
+              ${item.peers.slice(0, MAX_LISTED).map((peer) => html`<li>${peerLink(peer)} <span class="soft small">${seconds(peer.decode_s_per_block)} per block, ${peer.rtt_s === null || peer.rtt_s === undefined ? "never answered" : `${seconds(peer.rtt_s)} away`}</span></li>`)}
+            </ul>
+            ${item.peers.length > MAX_LISTED ? html`<p class="small soft">and ${number(item.peers.length - MAX_LISTED)} more</p>` : nothing}
+          </section>`
+        : nothing
+    }
     <section class="card">
       <h2>Best route from here</h2>
-      ${model.route
-        ? html`<ol class="route">${model.route.map((hop) => html`<li>${peerLink(hop)} <span class="small soft">blocks ${blocks(hop.span)}</span></li>`)}</ol>`
-        : html`<p class="soft">There is none: ${model.route_problem || "blocks are missing"}.</p>`}
+      ${
+        model.route
+          ? html`<ol class="route">
+              ${model.route.map((hop) => html`<li>${peerLink(hop)} <span class="small soft">blocks ${blocks(hop.span)}</span></li>`)}
+            </ol>`
+          : html`<p class="soft">There is none: ${model.route_problem || "blocks are missing"}.</p>`
+      }
     </section>
   `;
 }

@@ -36,5 +36,7 @@
       root.dispatchEvent(new Event("themechange"));
     },
   };
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => root.dispatchEvent(new Event("themechange")));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
+    root.dispatchEvent(new Event("themechange")),
+  );
 })();
