@@ -9,6 +9,8 @@ const COLUMNS = 60;
 const HOP_COLORS = 6;
 const hopColor = (at) => `--hop-${(at % HOP_COLORS) + 1}`;
 
+const sameHop = (one, other) => one.peer_id === other.peer_id && one.blocks[0] === other.blocks[0];
+
 /** What one answer's steps add up to; plain data, kept with its message. */
 export function newTrace() {
   return { tokens: 0, promptS: 0, promptPositions: 0, totalS: 0, hops: [], last: null, columns: [] };
@@ -29,14 +31,13 @@ export function addStep(trace, step) {
   }
   const known = trace.hops;
   trace.hops = step.hops.map((hop) => {
-    const before = known.find((other) => other.peer_id === hop.peer_id && other.blocks[0] === hop.blocks[0]);
+    const before = known.find((other) => sameHop(hop, other));
     const sum = before ?? { ...hop, queue_s: 0, compute_s: 0 };
     if (prompt) return { ...sum };
     return { ...sum, queue_s: sum.queue_s + hop.queue_s, compute_s: sum.compute_s + hop.compute_s };
   });
-  const changed =
-    known.length > 0 &&
-    (known.length !== trace.hops.length || known.some((hop, at) => hop.peer_id !== trace.hops[at].peer_id));
+  // the step in which a peer was lost names the lost one and its successor
+  const changed = known.length > 0 && trace.hops.some((hop) => !known.some((other) => sameHop(hop, other)));
   if (changed) trace.changes = (trace.changes ?? 0) + 1;
 }
 
