@@ -9,43 +9,40 @@ const COLUMNS = 60;
 const HOP_COLORS = 6;
 const hopColor = (at) => `--hop-${(at % HOP_COLORS) + 1}`;
 
-const sameHop = (one, other) => one.peer_id === other.peer_id && one.blocks[0] === other.blocks[0];
-
-/** What one answer's steps add up to; plain data, kept with its message. */
+/** What one answer's steps add up to; plain data, kept with its message. `last`: the newest step. */
 export function newTrace() {
-  return { tokens: 0, promptS: 0, promptPositions: 0, totalS: 0, hops: [], last: null, columns: [] };
+  return {
+    last: null,
+    promptPositions: 0,
+    tokens: 0,
+    totalS: 0,
+    computeS: 0,
+    queueS: 0,
+    columns: [],
+    met: [],
+    changes: 0,
+  };
 }
 
 /** One step more. The prompt's is counted apart: its parts travel at once, so its hops' times do not add up to it. */
 export function addStep(trace, step) {
   const prompt = trace.last === null;
   trace.last = step;
-  if (prompt) {
-    trace.promptS = step.total_s;
-    trace.promptPositions = step.positions;
-  } else {
+  if (prompt) trace.promptPositions = step.positions;
+  else {
     trace.tokens += 1;
     trace.totalS += step.total_s;
+    for (const hop of step.hops) {
+      trace.computeS += hop.compute_s;
+      trace.queueS += hop.queue_s;
+    }
     trace.columns.push(step.hops.map((hop) => hop.queue_s + hop.compute_s).concat(step.total_s));
     if (trace.columns.length > COLUMNS) trace.columns.shift();
   }
-  const known = trace.hops;
-  trace.hops = step.hops.map((hop) => {
-    const before = known.find((other) => sameHop(hop, other));
-    const sum = before ?? { ...hop, queue_s: 0, compute_s: 0 };
-    if (prompt) return { ...sum };
-    return { ...sum, queue_s: sum.queue_s + hop.queue_s, compute_s: sum.compute_s + hop.compute_s };
-  });
-  // the step in which a peer was lost names the lost one and its successor
-  const changed = known.length > 0 && trace.hops.some((hop) => !known.some((other) => sameHop(hop, other)));
-  if (changed) trace.changes = (trace.changes ?? 0) + 1;
-}
-
-/** Where the time of the tokens went: what hops computed, how long they had other work, and all that lay between. */
-function shares(trace) {
-  const computeS = trace.hops.reduce((sum, hop) => sum + hop.compute_s, 0);
-  const queueS = trace.hops.reduce((sum, hop) => sum + hop.queue_s, 0);
-  return { computeS, queueS, networkS: Math.max(0, trace.totalS - computeS - queueS) };
+  // a step that was repaired names only the hops that ran it then, so: is there one that was not met before?
+  const strange = step.hops.map((hop) => `${hop.peer_id} ${hop.blocks[0]}`).filter((hop) => !trace.met.includes(hop));
+  if (trace.met.length && strange.length) trace.changes += 1;
+  trace.met.push(...strange);
 }
 
 function bar(hop, at, longestS) {
@@ -81,7 +78,8 @@ export function routeView(trace, { live }) {
   const longestS = Math.max(...hops.map((hop) => hop.compute_s + hop.queue_s), 1e-9);
   const rest = trace.last.total_s - hops.reduce((sum, hop) => sum + hop.compute_s + hop.queue_s, 0);
   const prompt = trace.tokens === 0;
-  const { computeS, queueS, networkS } = shares(trace);
+  const { computeS, queueS } = trace;
+  const networkS = Math.max(0, trace.totalS - computeS - queueS);
   const part = (value) => (trace.totalS > 0 ? (100 * value) / trace.totalS : 0);
   const row = (name, kind, value) =>
     html`<div class="share">
