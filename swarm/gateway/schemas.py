@@ -319,7 +319,9 @@ class HopView(BaseModel):
 class TraversalView(BaseModel):
     positions: int = Field(description="1 for a token; the new ones of a prompt, which may travel in parts at once")
     total_s: float = Field(description="Seen from here; what the hops' own seconds leave of it was spent between them")
-    hops: list[HopView] = Field(description="In order. After a peer was lost in this step: the former ones, too")
+    hops: list[HopView] = Field(
+        description="Who worked on it, by their blocks; where a peer was lost meanwhile, some of them more or less often"
+    )
 
 
 class SwarmView(BaseModel):
