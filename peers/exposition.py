@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 5.0
 """Who connects and then says nothing is left after so long."""
+POLL_S = 0.25
+"""How often the server looks whether it is to end."""
 
 Labels = tuple[str, ...]
 
@@ -73,6 +75,8 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(WSGIServer):
+    timeout = POLL_S
+
     def __init__(self, host: str, port: int) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
@@ -93,7 +97,8 @@ class _Server(WSGIServer):
 def told(registry: CollectorRegistry, host: str, port: int) -> Iterator[str]:
     """Within, `registry` is told at the address that this yields. Raises AddressInUse.
 
-    One thread takes one request at a time: strangers who reach the port can keep others from it, and cost no more.
+    One thread takes one request at a time: strangers who reach the port can keep others from it, and cost no more. Nor
+    does the end wait for one of them.
     """
     try:
         server = _Server(host, port)
@@ -102,12 +107,18 @@ def told(registry: CollectorRegistry, host: str, port: int) -> Iterator[str]:
             f"metrics cannot be told on {host} port {port}: {error.strerror}", hint="choose another --metrics-port"
         ) from error
     server.set_app(make_wsgi_app(registry))
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    ending = threading.Event()
+
+    def serve() -> None:
+        while not ending.is_set():
+            server.handle_request()
+
+    thread = threading.Thread(target=serve, name="metrics", daemon=True)
     thread.start()
     try:
         shown = f"[{server.server_name}]" if ":" in host else server.server_name
         yield f"http://{shown}:{server.server_port}/metrics"
     finally:
-        server.shutdown()
-        thread.join(REQUEST_TIMEOUT_S)
+        ending.set()
+        thread.join(2 * POLL_S)
         server.server_close()

@@ -1,4 +1,4 @@
-"""Counts that cost less than a microsecond where they are made, and are read when somebody asks.
+"""Counts that cost a microsecond or so where they are made, and are read when somebody asks.
 
 Owns a histogram of numbers between fixed bounds, and what is measured of steps with it. Pure; no library is needed.
 """

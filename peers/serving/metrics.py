@@ -82,7 +82,7 @@ class PeerMetrics(Collector):
             counter("hiveswarm_peer_replayed_tokens", "Positions of those.", {(): counts.replayed_positions}),
             counter(
                 "hiveswarm_peer_rpc_errors",
-                "Requests that this peer declined, by code.",
+                "What this peer declined or gave up, by code.",
                 by_label(counts.failures),
                 "code",
             ),

@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 << 20
 MAX_SCORED_TOKENS = 16_384
+"""Of one request's prompts: the hidden states of all of them wait here to be scored."""
 PING_S = 15
 """A stream that has nothing to say sends a comment so often, so that nobody between takes it for dead."""
 SEND_TIMEOUT_S = 60.0
@@ -260,10 +261,10 @@ def _prepare_text(gateway: Gateway, body: CompletionRequest, account: Account) -
     echoes = [prompt if isinstance(prompt, str) else served.decode(prompt) for prompt in given]
     sampling = served.sampling(body)
     scored = bool(body.echo) and body.logprobs is not None
-    if scored and any(len(prompt) > MAX_SCORED_TOKENS for prompt in prompts):
+    if scored and sum(map(len, prompts)) > MAX_SCORED_TOKENS:
         raise CallerError(
-            f"probabilities are given of prompts of at most {MAX_SCORED_TOKENS} tokens",
-            hint="shorten the prompt, or leave out echo",
+            f"one request has at most {MAX_SCORED_TOKENS} tokens of prompts scored",
+            hint="ask for fewer, or leave out echo",
         )
     rooms = [served.room(prompt, 16 if body.max_tokens is None else body.max_tokens) for prompt in prompts]
     asks = [

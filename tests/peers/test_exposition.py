@@ -60,3 +60,12 @@ def test_what_is_told_is_read_back_and_the_port_is_free_afterwards() -> None:
     prefill, decode = ("kind", "prefill"), ("kind", "decode")
     assert samples["a_seconds_sum", prefill, ("phase", "compute")] == 3.0
     assert samples["a_seconds_bucket", decode, ("le", "0.001"), ("phase", "queue")] == 1
+
+
+def test_a_request_that_does_not_end_does_not_keep_the_server_from_ending() -> None:
+    with told(CollectorRegistry(), "127.0.0.1", 0) as url:
+        port = int(url.split(":")[2].partition("/")[0])
+        silent = socket.create_connection(("127.0.0.1", port))
+        silent.sendall(b"GET /metrics HTTP/1.1\r\n")
+    with silent, socket.create_server(("127.0.0.1", port)):
+        pass
