@@ -320,7 +320,7 @@ class TraversalView(BaseModel):
     positions: int = Field(description="1 for a token; the new ones of a prompt, which may travel in parts at once")
     total_s: float = Field(description="Seen from here; what the hops' own seconds leave of it was spent between them")
     hops: list[HopView] = Field(
-        description="Who worked on it, by their blocks; where a peer was lost meanwhile, some of them more or less often"
+        description="Who worked on it, by their blocks; where a peer was lost meanwhile, some more or less often"
     )
 
 
