@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from peers.capacity import FORWARD_BYTES, Plan, check_options, plan_capacity
 from peers.discovery import Discovery
 from peers.errors import AddressInUse
+from peers.exposition import told
 from peers.identity import load_identity
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import check_folder, load_config, load_span
@@ -40,6 +42,7 @@ from peers.serving.comfort import Comfort, Reason, Schedule, clock_time
 from peers.serving.handler import Handler, Served
 from peers.serving.journal import Journal, JournalLimits
 from peers.serving.ledger import Ledger, LedgerLimits
+from peers.serving.metrics import PeerMetrics
 from peers.serving.owner import Owner, be_nice
 from peers.serving.owner import check as check_comfort
 from peers.serving.push import Delivery
@@ -144,12 +147,17 @@ class PeerConfig(NodeOptions):
     """Access token of the model hub."""
     stay: bool = False
     """Serve what was chosen at the start, also when other blocks need this peer more; with `blocks` it always does."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    """Where Prometheus may ask, without a key; None: nowhere, 0: any port that is free."""
 
     def __post_init__(self) -> None:
         NodeOptions.__post_init__(self)
         check_peer_name(self.name)
         if self.threads is not None and self.threads < 1:
             raise ValueError("threads is at least 1")
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
+            raise ValueError(f"{self.metrics_port} is no port")
         check_comfort(nice=self.nice, load_percent=self.pause_on_load_percent, max_bytes_per_s=self.max_bytes_per_s)
 
 
@@ -203,6 +211,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             outage=lambda problem: emit(_outage(problem, node.clock_skew_s)),
         )
         stack.push_async_callback(peer.close)
+        tell_metrics = None if config.metrics_port is None else _metrics(peer, config, stack, emit)
         emit(Event("connected", {"peer_id": key.peer_id, "addresses": list(node.transport.addresses)}))
         checkpoint = await asyncio.to_thread(
             resolve, config.model, token=config.token, progress=progress, accept=check_folder
@@ -244,6 +253,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             movable=config.blocks is None and not config.stay,
             max_blocks=max_blocks,
         )
+        if tell_metrics is not None:
+            tell_metrics()
         owner = Owner(Comfort(config.schedule, config.pause_on_load_percent), peer.pause)
         await owner.look()
         if probe is None:
@@ -502,6 +513,10 @@ class ServerPeer:
         """Wait until others have taken this peer's record for the first time."""
         await self._announcer.heard.wait()
 
+    def metrics(self) -> PeerMetrics:
+        """What it counts, from `load` on."""
+        return PeerMetrics(self.handler, self.links, self._present)
+
     def pause(self, paused: bool) -> None:
         """Step back for the owner, or return, and announce it at once. Steps that run finish; sessions go elsewhere."""
         self.handler.pause(paused)
@@ -606,6 +621,16 @@ class ServerPeer:
             logger.warning("others hold this peer's record again")
         else:
             logger.warning("nobody takes this peer's record; trying on: %s", problem)
+
+
+def _metrics(peer: ServerPeer, config: PeerConfig, stack: AsyncExitStack, emit: Emit) -> Callable[[], None]:
+    """Tell metrics until `stack` ends: of the process at once, of the peer once what this returns is called."""
+    assert config.metrics_port is not None
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    url = stack.enter_context(told(registry, config.metrics_host, config.metrics_port))
+    emit(Event("metrics", {"url": url}))
+    return lambda: registry.register(peer.metrics())
 
 
 def _probe_file(checkpoint: Checkpoint, plan: Plan, threads: int) -> Path:

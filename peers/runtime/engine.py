@@ -32,6 +32,7 @@ from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import grow_or_preempt
 from peers.runtime.program import TOKENS_MAX
 from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Scheduler, Tempo
+from peers.tally import Tally
 from peers.wire.messages import Urgency
 from peers.wire.tensors import finite
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
@@ -46,6 +47,8 @@ SessionKey: TypeAlias = SessionId | Place
 Sharing = Literal["owner", "network"]
 RETRY_AFTER_S_MIN = 0.05
 RETRY_AFTER_S_MAX = 5.0
+BATCH_STEPS = (1, 2, 4, 8, 16, 32, 64)
+BATCH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _END = object()
 
 
@@ -170,6 +173,23 @@ class EngineStats:
     kept_pages: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCounts:
+    """What an engine does and did since its start."""
+
+    works: int
+    """Queued or running."""
+    used_pages: int
+    kept_pages: int
+    """Free but for a prefix."""
+    free_pages: int
+    preemptions: int
+    batch_works: Tally
+    """Works in each forward."""
+    batch_tokens: Tally
+    """Positions in each forward."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Session:
     number: int
@@ -215,6 +235,8 @@ class Engine:
         self._tickets: dict[int, _Ticket] = {}
         self._running: set[int] = set()
         self._count = 0
+        self._preemptions = 0
+        self._batch_works, self._batch_tokens = Tally(BATCH_STEPS), Tally(BATCH_TOKENS)
         # on an accelerator blocks are queued, not run, by the time that the next one begins
         self._tempo = Tempo(slices=len(model.span) if model.device.type == "cpu" else 1)
         self._last_step_s = -DECODING_S
@@ -370,6 +392,19 @@ class Engine:
                 pages=pages.num_pages,
                 free_pages=unused_pages,
                 kept_pages=idle_pages,
+            )
+
+    def counts(self) -> EngineCounts:
+        with self._wake:
+            free, kept = self._pages.free_pages, self._pages.idle_pages
+            return EngineCounts(
+                works=len(self._tickets),
+                used_pages=self._pages.num_pages - free - kept,
+                kept_pages=kept,
+                free_pages=free,
+                preemptions=self._preemptions,
+                batch_works=Tally.of([self._batch_works]),
+                batch_tokens=Tally.of([self._batch_tokens]),
             )
 
     # On the event loop, under the lock
@@ -635,6 +670,7 @@ class Engine:
         self._prefixes.close(session.number)
         self._cache.release(session.number)
         session.held, session.preempted = 0, True
+        self._preemptions += 1
         self._fail_all(session, self._preemption())
 
     def _preemption(self) -> Preempted:
@@ -677,6 +713,8 @@ class Engine:
         answers: list[tuple[asyncio.Future[Done], Done]] = []
         with self._wake:
             self._leave(batch)
+            self._batch_works.add(len(batch))
+            self._batch_tokens.add(len(output_TH))
             steps = sum(pick.tokens for ticket, pick in batch if ticket.item.is_step)
             self._tempo.measured(compute_s, steps=steps, longer=len(output_TH) - steps)
             now_s = time.perf_counter()

@@ -18,7 +18,17 @@ from itertools import pairwise
 
 import torch
 
-from peers.runtime.engine import Done, Engine, EngineConfig, EngineStats, SessionKey, SessionReleased, Work
+from peers.runtime.engine import (
+    Done,
+    Engine,
+    EngineConfig,
+    EngineCounts,
+    EngineStats,
+    SessionKey,
+    SessionReleased,
+    Work,
+)
+from peers.tally import Tally
 from routing.errors import CallerError, SwarmError
 from routing.ids import BlockSpan, PeerId
 
@@ -138,6 +148,19 @@ class JoinedEngine:
             pages=sum(stats.pages for stats in all_stats),
             free_pages=sum(stats.free_pages for stats in all_stats),
             kept_pages=sum(stats.kept_pages for stats in all_stats),
+        )
+
+    def counts(self) -> EngineCounts:
+        """Of all of them together."""
+        all_counts = [engine.counts() for engine in self._engines]
+        return EngineCounts(
+            works=sum(counts.works for counts in all_counts),
+            used_pages=sum(counts.used_pages for counts in all_counts),
+            kept_pages=sum(counts.kept_pages for counts in all_counts),
+            free_pages=sum(counts.free_pages for counts in all_counts),
+            preemptions=sum(counts.preemptions for counts in all_counts),
+            batch_works=Tally.of(counts.batch_works for counts in all_counts),
+            batch_tokens=Tally.of(counts.batch_tokens for counts in all_counts),
         )
 
     def _admit(self, session: SessionKey, owner: PeerId) -> object:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
@@ -25,6 +25,7 @@ from peers.serving.admission import Admission
 from peers.serving.journal import Journal, JournalLimits
 from peers.serving.ledger import Entry, Ledger, Repeat, Run
 from peers.serving.push import Delivery, Pusher
+from peers.tally import StepTimes, kind_of
 from peers.transport.base import MAX_FRAME_BYTES
 from peers.transport.links import Link, Links
 from peers.transport.pacer import Pacer
@@ -75,6 +76,24 @@ class Served:
     hidden_size: int
 
 
+@dataclass(slots=True)
+class HandlerCounts:
+    """What was done for sessions so far."""
+
+    steps: StepTimes = field(default_factory=lambda: StepTimes(("queue", "compute", "send")))
+    tokens: Counter[str] = field(default_factory=Counter)
+    """Positions that were computed, by kind of step."""
+    opened: int = 0
+    """Sessions that began here."""
+    resumed: int = 0
+    """Sessions that went on here over another route."""
+    replays: int = 0
+    replayed_positions: int = 0
+    """Sent again from the journal."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Told to others, by code."""
+
+
 class Handler:
     """Serves `Open`, `Step`, `Replay`, `Close`, `Trace` and forwards a successor's `Failed` to the client."""
 
@@ -94,6 +113,7 @@ class Handler:
         self.admission = admission
         self.journal = journal or Journal(JournalLimits())
         self.pusher = Pusher(links, clock)
+        self.counts = HandlerCounts()
         self.paused = False
         self._links = links
         self._peer = links.transport.peer_id
@@ -178,6 +198,11 @@ class Handler:
         """What steps waited before they were computed, lately."""
         return self.speeds.queue_s.value(0.0, self._clock())
 
+    @property
+    def engine(self) -> AnyEngine | None:
+        """None while other blocks are being loaded."""
+        return None if self._vacant else self._engine
+
     # --- messages ---
 
     async def _open(self, link: Link, message: Open, _: memoryview) -> None:
@@ -186,12 +211,14 @@ class Handler:
             self._check_comfort(self._links.upload, self._links.download)
             entry = self.ledger.resume(link.remote, link, message, self._clock())
             if entry is not None:
+                self.counts.resumed += 1
                 self._tasks.spawn(self._resume(link, entry), name=f"resume {entry.place}")
                 return
             entry = self.ledger.open(link.remote, link, message, self._clock())
         except (Busy, Refused) as error:
             await link.send(self._failure(error, message.session, message.start, message.epoch))
             return
+        self.counts.opened += 1
         self.release(entry.place)  # a new route starts from nothing but a prefix that is kept here
         entry.positions = self._engine.open(entry.place, entry.owner, entry.span, message.prefix)
         if entry.next is not None:
@@ -279,13 +306,17 @@ class Handler:
                 self.release(entry.place)
         self.speeds.add(len(entry.span), step.count, done.compute_s, done.queue_s, self._clock())
         self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
+        self.counts.tokens[kind_of(step.count)] += step.count
         output = None if entry.next is None else tensors.pack(done.hidden, step.dtype)
         delivery = _delivery(entry, step, done, output)
         if self.ledger.completed(entry, run, delivery, len(delivery.payload), self._clock()):
             if output is not None:
                 self.journal.append(entry.place, step.first, step.count, step.dtype, output)
+            computed_s, send_s = self._clock(), 0.0
             if step.epoch == entry.epoch:  # else it is on another route by now, which asks for the output itself
                 await self.pusher.deliver(entry, delivery)
+                send_s = self._clock() - computed_s
+            self.counts.steps.add(step.count, done.queue_s, done.compute_s, send_s)
 
     async def _replay(self, link: Link, message: Replay, _: memoryview) -> None:
         try:
@@ -321,6 +352,8 @@ class Handler:
         try:
             async with self._replays.setdefault(entry.place, asyncio.Lock()):
                 if self.ledger.get(entry.place) is entry and entry.epoch == delivery.message.epoch:
+                    self.counts.replays += 1
+                    self.counts.replayed_positions += delivery.message.count
                     await self.pusher.deliver(entry, delivery)
         finally:
             self.admission.finish(owner, len(delivery.payload))
@@ -365,13 +398,15 @@ class Handler:
         self._released.set()
 
     def _failure(self, error: SwarmError, session: bytes, block: int, epoch: int, step: int | None = None) -> Failed:
+        code = _code(error)
+        self.counts.failures[code] += 1
         return Failed(
             peer=self._peer,
             session=session,
             block=block,
             epoch=epoch,
             step=step,
-            code=_code(error),
+            code=code,
             message=str(error)[:1000],
             retry_after_s=getattr(error, "retry_after_s", 0.0),
         )

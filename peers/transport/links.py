@@ -146,10 +146,18 @@ class Link:
         return self._addresses
 
     def adopt(self, lane: str, stream: Stream) -> None:
-        self._lanes[lane] = Lane(stream, self._owner.tasks)
+        self._lanes[lane] = Lane(stream, self._owner.tasks, self._owner.volume)
 
     def has(self, lane: str) -> bool:
         return lane in self._lanes
+
+
+@dataclass(slots=True)
+class Volume:
+    """Bytes of frames that all links of a node carried."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -173,9 +181,10 @@ class _Frame:
 class Lane:
     """One stream of a link, and the frame that leaves next."""
 
-    def __init__(self, stream: Stream, tasks: Tasks) -> None:
+    def __init__(self, stream: Stream, tasks: Tasks, volume: Volume) -> None:
         self.stream = stream
         self._tasks = tasks
+        self._volume = volume
         self._next: _Frame | None = None
 
     async def send(self, message: AnyMessage, payload: codec.Buffer) -> None:
@@ -200,6 +209,7 @@ class Lane:
         except PeerError as error:
             frame.fail(error)
         else:
+            self._volume.sent_bytes += frame.size
             frame.sent.set_result(None)
 
 
@@ -219,6 +229,7 @@ class Links:
         self.upload = None if max_bytes_per_s is None else Pacer(max_bytes_per_s)
         self.download = None if max_bytes_per_s is None else Pacer(max_bytes_per_s)
         self.transport = transport
+        self.volume = Volume()
         self._network = network
         self._software = software
         self.pong: Callable[[int], Pong] = lambda nonce: Pong(nonce=nonce)
@@ -416,6 +427,7 @@ class Links:
         try:
             while True:
                 frame = await stream.receive()
+                self.volume.received_bytes += len(frame)
                 for message, payload in codec.decode(frame):
                     await self._dispatch(link, message, payload)
                 if self.download is not None:

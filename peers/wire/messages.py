@@ -81,6 +81,10 @@ class Code:
     INTERNAL = "internal"  # the computation itself failed here
 
 
+CODES = frozenset(value for name, value in vars(Code).items() if name.isupper())
+"""Those that this version knows."""
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t"):
     """Base of all messages: immutable and compared by value."""
 

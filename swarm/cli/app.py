@@ -280,6 +280,21 @@ def join(
             help="Disk to remember by what sessions sent on, so that a lost neighbour can be rebuilt. Default: none.",
         ),
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics-port",
+            min=0,
+            max=65535,
+            metavar="PORT",
+            help="Tell Prometheus at http://127.0.0.1:PORT/metrics what this peer does. 0: any free port. Default: no.",
+            show_default=False,
+        ),
+    ] = None,
+    metrics_host: Annotated[
+        str,
+        typer.Option("--metrics-host", metavar="ADDRESS", help="Where --metrics-port listens; it asks for no key."),
+    ] = "127.0.0.1",
     network: Network = None,
     token: Token = None,
     as_json: Json = False,
@@ -339,6 +354,8 @@ def join(
             journal_disk_bytes=0 if journal_disk is None else _bytes(journal_disk),
             token=token,
             stay=stay,
+            metrics_host=metrics_host,
+            metrics_port=metrics_port,
         )
         node.join(config, as_json=as_json)
 
@@ -370,6 +387,18 @@ def generate(
     background: Annotated[
         bool, typer.Option("--background", help="Give way to everybody who waits for an answer.")
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            dir_okay=False,
+            writable=True,
+            help="Write where the time went, step by step and hop by hop, for ui.perfetto.dev or chrome://tracing. It "
+            "holds no text.",
+            show_default=False,
+        ),
+    ] = None,
     network: Network = None,
     token: Token = None,
     as_json: Json = False,
@@ -411,6 +440,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             chat_template=chat_template,
             as_json=as_json,
+            trace=trace,
         )
 
 
@@ -538,9 +568,9 @@ def gateway(
 ) -> None:
     """Answer programs that speak OpenAI's API, through the swarm.
 
-    Point a client at http://127.0.0.1:8000/v1. Chat and plain completions, streams, tools, JSON schemas and
-    probabilities work; /docs describes them all, /health and /metrics watch over it. Needs: pip install
-    'hiveswarm[gateway]'.
+    Open http://127.0.0.1:8000 in a browser to chat, or point a client at http://127.0.0.1:8000/v1. Chat and plain
+    completions, streams, tools, JSON schemas and probabilities work; /docs describes them all, /health and /metrics
+    watch over it. Needs: pip install 'hiveswarm[gateway]'.
 
     Without keys everybody who can reach the port may ask, which is nobody but this machine unless --host says so. Peers
     can read what is sent. Ctrl-C takes no new requests and lets open answers end; a second one leaves at once.
@@ -551,9 +581,7 @@ def gateway(
         entrance = _entrance(initial_peers, invite, network)
         from swarm.extras import require_extra
 
-        require_extra(
-            "gateway", "fastapi", "fastapi_offline", "llguidance", "prometheus_client", "sse_starlette", "uvicorn"
-        )
+        require_extra("gateway", "fastapi", "fastapi_offline", "llguidance", "sse_starlette", "uvicorn")
         from swarm.cli import gateway as view
         from swarm.gateway.host import GatewayConfig
         from swarm.gateway.kept import KeptLimits

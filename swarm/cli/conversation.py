@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,6 +21,7 @@ from swarm.answers import Answer, Message, Sampling, answer, encode_chat, encode
 from swarm.cli import signals
 from swarm.cli.output import Bars, print_error, say, write
 from swarm.errors import ContextTooLong
+from swarm.models.tracing import traced
 from swarm.network import Entrance
 
 HELP = "/reset begins a new conversation · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
@@ -59,10 +62,11 @@ def generate(
     max_new_tokens: int,
     chat_template: bool | None,
     as_json: bool,
+    trace: Path | None = None,
 ) -> None:
-    """Answer one prompt on stdout."""
+    """Answer one prompt on stdout. `trace`: a file that then says where the time went."""
     model, checkpoint = connection.open()
-    with model:
+    with model, nullcontext() if trace is None else traced(model, trace):
         tokenizer = load_tokenizer(checkpoint)
         as_chat = bool(tokenizer.chat_template) if chat_template is None else chat_template
         prompt_ids = (

@@ -23,6 +23,7 @@ def run(config: GatewayConfig, *, as_json: bool) -> None:
             typer.echo(json.dumps({"event": "ready", "url": gateway.url, "models": config.models}))
             return
         typer.echo(f"{', '.join(config.models)}: OpenAI's API at {gateway.url}/v1, described at {gateway.url}/docs")
+        typer.echo(f"chat in a browser at {gateway.url}")
         if not config.accounts and config.host not in LOOPBACK:
             say("warning: everybody who can reach this port may ask; --api-keys FILE lets in only whom you know")
 

@@ -129,6 +129,8 @@ def describe(event: Event) -> str:
             )
         case "ready":
             return f"bootstrap of network {fields['network']!r}: {fields['peer_id']}\n{_entry(fields)}\nCtrl-C stops it"
+        case "metrics":
+            return f"metrics for Prometheus: {fields['url']}"
         case "reachable":
             return "reachable: another node dialled back"
         case "unreachable":

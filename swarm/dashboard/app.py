@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Final
 
 from fastapi import FastAPI, Header, Query, Request
@@ -23,10 +22,8 @@ from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-import swarm.web
 from peers.transport.links import Links
 from routing.addresses import is_public, peer_id_in, validate_multiaddr
 from routing.errors import CallerError, InvalidAddress, SwarmError
@@ -59,11 +56,11 @@ from swarm.dashboard.schemas import (
 from swarm.dashboard.schemas import History as HistoryAnswer
 from swarm.web.bodies import BoundedBodies
 from swarm.web.headers import OwnPagesOnly
+from swarm.web.pages import add_page
 from swarm.web.server import LOOPBACK
 
 logger = logging.getLogger(__name__)
 
-PAGES: Final = Path(swarm.web.__file__).parent / "static" / "dashboard"
 MAX_BODY_BYTES: Final = 4096
 MAX_READERS: Final = 128
 """Streams at once."""
@@ -136,8 +133,8 @@ class Asks:
         return 0.0 if tokens >= 1 else (1 - tokens) / rate
 
 
-def make_app(dashboard: Dashboard, *, pages: Path = PAGES) -> FastAPI:
-    """The application; `pages` is the folder that `/` shows."""
+def make_app(dashboard: Dashboard) -> FastAPI:
+    """The application."""
     app = FastAPIOffline(
         redoc_url=None,
         title="hiveswarm dashboard",
@@ -281,14 +278,7 @@ def make_app(dashboard: Dashboard, *, pages: Path = PAGES) -> FastAPI:
         answer = Health(status=status, read_at_s=core.read_at_s, problem=core.problem)
         return JSONResponse(answer.model_dump(), 200 if status == "ok" else 503)
 
-    if pages.is_dir():
-        app.mount("/", StaticFiles(directory=pages, html=True), name="pages")
-    else:
-
-        @app.get("/", include_in_schema=False)
-        async def no_pages() -> Response:
-            raise HTTPException(404, "this installation has no pages; the JSON is described at /docs")
-
+    add_page(app, "dashboard")
     app.add_middleware(
         BoundedBodies,
         max_bytes=MAX_BODY_BYTES,

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from swarm.gateway.engine import Piece, TokenLogprob
+from swarm.gateway.engine import Piece, TokenLogprob, Traversal
 from swarm.gateway.served import Served
-from swarm.gateway.tools import CallReader
+from swarm.gateway.tools import Reader, Style, make_reader
 
 IMPOSSIBLE = -9999.0
 """Stands for the logarithm of 0, which JSON has no number for."""
@@ -56,7 +56,12 @@ class Format(ABC):
         """The events that a stream sends for one piece."""
         self.totals.completion += piece.tokens
         self.totals.cached += piece.cached
-        return [self._event([choice]) for choice in self._chunks(piece)]
+        told = {"swarm": {"steps": [_traversal(each) for each in piece.traversals]}} if piece.traversals else {}
+        events = []
+        for choice in self._chunks(piece):
+            events.append(self._event([choice], **told))
+            told = {}
+        return events
 
     def last(self) -> list[bytes]:
         """The events at a stream's end."""
@@ -87,8 +92,8 @@ class Format(ABC):
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self.served.name}
 
-    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        chunk = {**self._head(self.chunk_kind), "choices": choices}
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None, **more: object) -> bytes:
+        chunk = {**self._head(self.chunk_kind), "choices": choices, **more}
         if self._include_usage:
             chunk["usage"] = usage
         return event(chunk)
@@ -99,9 +104,31 @@ def event(content: object) -> bytes:
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+def _traversal(traversal: Traversal) -> dict[str, Any]:
+    """As `swarm.gateway.schemas` describes it."""
+    return {
+        "positions": traversal.positions,
+        "total_s": round(traversal.total_s, 6),
+        "hops": [
+            {
+                "peer_id": hop.peer,
+                "blocks": [hop.span.start, hop.span.end],
+                "queue_s": round(hop.queue_s, 6),
+                "compute_s": round(hop.compute_s, 6),
+            }
+            for hop in traversal.hops
+        ],
+    }
+
+
+def new_call_id(style: Style) -> str:
+    """Mistral's templates take nothing but nine letters and digits."""
+    return secrets.token_hex(5)[:9] if style is Style.MISTRAL else f"call_{secrets.token_hex(12)}"
+
+
 @dataclass(slots=True)
 class _ChatChoice:
-    reader: CallReader | None
+    reader: Reader | None
     begun: bool = False
     text: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -129,7 +156,10 @@ class ChatFormat(Format):
         super().__init__(served, prompt_tokens=prompt_tokens, include_usage=include_usage)
         self._logprobs = logprobs
         self._named = named
-        self._all = [_ChatChoice(None if tools is None else CallReader(tools, only=forced)) for _ in range(choices)]
+        self._all = [
+            _ChatChoice(None if tools is None else make_reader(served.call_style, tools, only=forced))
+            for _ in range(choices)
+        ]
 
     def _chunks(self, piece: Piece) -> list[dict[str, Any]]:
         choice = self._all[piece.choice]
@@ -141,7 +171,7 @@ class ChatFormat(Format):
             deltas.append({"tool_calls": [{"index": len(choice.calls), **call}]})
             choice.calls.append(call)
         finish = self._finish(choice, piece)
-        if not deltas and (finish is not None or piece.logprobs):
+        if not deltas and (finish is not None or piece.logprobs or piece.traversals):
             deltas.append({})
         for at, delta in enumerate(deltas):
             if not choice.begun:
@@ -182,7 +212,7 @@ class ChatFormat(Format):
             rest, more = choice.reader.end()
             text, calls = text + rest, calls + more
         return text, [
-            {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": asdict(call)} for call in calls
+            {"id": new_call_id(self.served.call_style), "type": "function", "function": asdict(call)} for call in calls
         ]
 
     def _finish(self, choice: _ChatChoice, piece: Piece) -> str | None:
@@ -209,6 +239,8 @@ class ChatFormat(Format):
 @dataclass(slots=True)
 class _TextChoice:
     echo: str
+    first_token: int | None
+    """Of the prompt, where that is scored: no probability belongs to it."""
     text: list[str] = field(default_factory=list)
     offset: int = 0
     logprobs: dict[str, list[Any]] = field(default_factory=dict)
@@ -219,12 +251,18 @@ class TextFormat(Format):
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
     def __init__(
-        self, served: Served, *, prompt_tokens: int, include_usage: bool, echoes: Sequence[str], logprobs: bool
+        self,
+        served: Served,
+        *,
+        prompt_tokens: int,
+        include_usage: bool,
+        echoes: Sequence[tuple[str, int | None]],
+        logprobs: bool,
     ) -> None:
-        """`echoes`: for each choice, what is said before it."""
+        """`echoes`: for each choice, what is said before it, and the first token of that where it is scored."""
         super().__init__(served, prompt_tokens=prompt_tokens, include_usage=include_usage)
         self._logprobs = logprobs
-        self._all = [_TextChoice(echo) for echo in echoes]
+        self._all = [_TextChoice(echo, first) for echo, first in echoes]
 
     def _chunks(self, piece: Piece) -> list[dict[str, Any]]:
         choice = self._all[piece.choice]
@@ -233,7 +271,7 @@ class TextFormat(Format):
             {
                 "index": piece.choice,
                 "text": text,
-                "logprobs": self._entries(choice, piece.logprobs) if self._logprobs else None,
+                "logprobs": self._entries(choice, piece) if self._logprobs else None,
                 "finish_reason": piece.finish,
             }
         ]
@@ -242,7 +280,7 @@ class TextFormat(Format):
         choice = self._all[piece.choice]
         choice.text += [choice.echo, piece.text]
         choice.echo = ""
-        for name, values in self._entries(choice, piece.logprobs).items():
+        for name, values in self._entries(choice, piece).items():
             choice.logprobs.setdefault(name, []).extend(values)
         choice.finish = piece.finish or choice.finish
 
@@ -257,15 +295,19 @@ class TextFormat(Format):
             for index, choice in enumerate(self._all)
         ]
 
-    def _entries(self, choice: _TextChoice, logprobs: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+    def _entries(self, choice: _TextChoice, piece: Piece) -> dict[str, list[Any]]:
         entries: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for entry in logprobs:
-            text = self.served.token_text(entry.token_id)
-            entries["tokens"].append(text)
-            entries["token_logprobs"].append(max(entry.logprob, IMPOSSIBLE))
-            entries["top_logprobs"].append(
-                {self.served.token_text(token_id): max(logprob, IMPOSSIBLE) for token_id, logprob in entry.top}
-            )
-            entries["text_offset"].append(choice.offset)
+
+        def add(token_id: int, logprob: float | None, top: dict[str, float] | None) -> None:
+            text = self.served.token_text(token_id)
+            for values, value in zip(entries.values(), (text, logprob, top, choice.offset), strict=True):
+                values.append(value)
             choice.offset += len(text)
+
+        if choice.first_token is not None:
+            add(choice.first_token, None, None)
+            choice.first_token = None
+        for entry in (*piece.prompt_logprobs, *piece.logprobs):
+            likeliest = {self.served.token_text(token_id): max(logprob, IMPOSSIBLE) for token_id, logprob in entry.top}
+            add(entry.token_id, max(entry.logprob, IMPOSSIBLE), likeliest)
         return entries

@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
@@ -23,7 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from routing.errors import SwarmError
+from routing.errors import CallerError, SwarmError
 from routing.version import VERSION
 from swarm.gateway.answers import ChatFormat, Format, TextFormat, event
 from swarm.gateway.engine import Ask, Feed
@@ -41,16 +42,22 @@ from swarm.gateway.schemas import (
     JsonAsDescribed,
     ModelCard,
     ModelList,
+    ModelState,
     NamedTool,
+    event_stream,
 )
 from swarm.gateway.schemas import Request as AnyRequest
 from swarm.gateway.served import Served
 from swarm.gateway.tools import call_schema
 from swarm.web.bodies import BoundedBodies
+from swarm.web.headers import OwnPagesOnly
+from swarm.web.pages import add_page
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 << 20
+MAX_SCORED_TOKENS = 16_384
+"""Of one request's prompts: the hidden states of all of them wait here to be scored."""
 PING_S = 15
 """A stream that has nothing to say sends a comment so often, so that nobody between takes it for dead."""
 SEND_TIMEOUT_S = 60.0
@@ -136,38 +143,46 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
         """One model."""
         return _card(gateway.model(model))
 
-    @app.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatCompletion}, **ERRORS})
+    @app.post("/v1/chat/completions", response_model=None, responses={200: _either(ChatCompletion), **ERRORS})
     async def chat(body: ChatRequest, request: Request, account: Annotated[Account, Depends(paying)]) -> Response:
         """The next turn of a conversation; with `stream`, server-sent events of `chat.completion.chunk`."""
         return await _answer(gateway, request, body, await asyncio.to_thread(_prepare_chat, gateway, body, account))
 
-    @app.post("/v1/completions", response_model=None, responses={200: {"model": Completion}, **ERRORS})
+    @app.post("/v1/completions", response_model=None, responses={200: _either(Completion), **ERRORS})
     async def complete(
         body: CompletionRequest, request: Request, account: Annotated[Account, Depends(paying)]
     ) -> Response:
         """How a text goes on; with `stream`, server-sent events of `text_completion`."""
         return await _answer(gateway, request, body, await asyncio.to_thread(_prepare_text, gateway, body, account))
 
-    @app.get("/health", responses={503: {"model": Health}})
+    @app.get("/health", response_model=None, responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> Response:
-        """Whether the gateway works, without a key."""
-        failed = {name: str(error) for name, each in served.items() if (error := each.engine.failure) is not None}
-        status = "stopping" if gateway.stopping else "failed" if failed else "ok"
-        models = {
-            name: {"active": each.engine.counts().active, "error": failed.get(name)} for name, each in served.items()
-        }
-        return JSONResponse({"status": status, "models": models}, 200 if status == "ok" else 503)
+        """Whether the gateway works, and which blocks of its models nobody serves, without a key.
+
+        With gaps it is `degraded`, which is no failure of this process: it answers again once a peer fills them.
+        """
+        models = await asyncio.to_thread(lambda: {name: _health(each) for name, each in served.items()})
+        states = [
+            ("stopping", gateway.stopping),
+            ("failed", any(model.error is not None for model in models.values())),
+            ("degraded", any(model.gaps for model in models.values())),
+        ]
+        status = next((name for name, holds in states if holds), "ok")
+        health = Health.model_validate({"status": status, "models": models})
+        return JSONResponse(health.model_dump(), 200 if status in ("ok", "degraded") else 503)
 
     @app.get("/metrics", response_model=None, responses={401: ERRORS[401]}, dependencies=[Depends(known)])
     async def metrics() -> Response:
         """Counters for Prometheus. Where there are API keys, it needs one."""
-        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await asyncio.to_thread(gateway.metrics.text), media_type=CONTENT_TYPE_LATEST)
 
+    add_page(app, "chat")
     app.add_middleware(
         BoundedBodies,
         max_bytes=MAX_BODY_BYTES,
         refuse=lambda status, text: ApiError(status, text).response(),
     )
+    app.add_middleware(OwnPagesOnly)
     app.add_middleware(Counted, requests=gateway.metrics.requests)
     if cors_origins:
         app.add_middleware(
@@ -177,6 +192,10 @@ def make_app(served: Mapping[str, Served], keys: Keys, *, cors_origins: tuple[st
             allow_headers=["authorization", "content-type"],
         )
     return app
+
+
+def _either(whole: type[BaseModel]) -> dict[str, Any]:
+    return {"model": whole, "content": {"text/event-stream": event_stream()}}
 
 
 # --- from a request to what is asked of an engine ---
@@ -205,17 +224,20 @@ def _prepare_chat(gateway: Gateway, body: ChatRequest, account: Account) -> _Pre
         schema = body.response_format.json_schema.schema_
         grammar = served.grammars.json({"type": "object"} if schema is None else schema)
     prompt = served.encode_chat(body.messages, tools)
-    choices = body.n or 1
+    choices, room = body.n or 1, served.room(prompt, body.max_completion_tokens or body.max_tokens)
     ask = Ask(
         prompt=prompt,
-        max_tokens=served.room(prompt, body.max_completion_tokens or body.max_tokens),
+        max_tokens=room,
         sampling=served.sampling(body),
+        processors=served.processors(prompt, room),
         owner=account.name,
         n=choices,
         stops=body.stops,
         ignore_eos=body.ignore_eos,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        decode=served.decode_calls if tools else None,
         grammar=grammar,
+        traversals=body.wants_route,
     )
     form = ChatFormat(
         served,
@@ -238,25 +260,39 @@ def _prepare_text(gateway: Gateway, body: CompletionRequest, account: Account) -
     prompts = [served.encode_text(prompt) if isinstance(prompt, str) else prompt for prompt in given]
     echoes = [prompt if isinstance(prompt, str) else served.decode(prompt) for prompt in given]
     sampling = served.sampling(body)
+    scored = bool(body.echo) and body.logprobs is not None
+    if scored and sum(map(len, prompts)) > MAX_SCORED_TOKENS:
+        raise CallerError(
+            f"one request has at most {MAX_SCORED_TOKENS} tokens of prompts scored",
+            hint="ask for fewer, or leave out echo",
+        )
+    rooms = [served.room(prompt, 16 if body.max_tokens is None else body.max_tokens) for prompt in prompts]
     asks = [
         Ask(
             prompt=prompt,
-            max_tokens=served.room(prompt, body.max_tokens or 16),
+            max_tokens=room,
             sampling=sampling,
+            processors=served.processors(prompt, room),
             owner=account.name,
             n=choices,
             first_choice=at * choices,
             stops=body.stops,
             ignore_eos=body.ignore_eos,
             logprobs=body.logprobs,
+            traversals=body.wants_route,
+            scores_prompt=scored,
         )
-        for at, prompt in enumerate(prompts)
+        for at, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
     ]
     form = TextFormat(
         served,
         prompt_tokens=sum(map(len, prompts)),
         include_usage=body.wants_usage,
-        echoes=[echo if body.echo else "" for echo in echoes for _ in range(choices)],
+        echoes=[
+            (echo if body.echo else "", prompt[0] if scored else None)
+            for echo, prompt in zip(echoes, prompts, strict=True)
+            for _ in range(choices)
+        ],
         logprobs=body.logprobs is not None,
     )
     return _Prepared(served=served, asks=asks, format=form)
@@ -349,6 +385,19 @@ async def _while_connected(request: Request, work: Callable[[], Coroutine[Any, A
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _health(served: Served) -> ModelState:
+    """May wait for the network's thread."""
+    coverage, failure = served.engine.coverage(), served.engine.failure
+    return ModelState(
+        active=served.engine.counts().active,
+        error=None if failure is None else str(failure),
+        blocks=served.num_blocks,
+        peers=len(coverage.peers) if coverage else 0,
+        replication=coverage.replication if coverage else 0,
+        gaps=[[gap.start, gap.end] for gap in coverage.gaps] if coverage else [[0, served.num_blocks]],
+    )
 
 
 def _card(served: Served) -> ModelCard:

@@ -21,7 +21,7 @@ import random
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 
 from routing.errors import CallerError, SwarmError, Unavailable
+from routing.health import ModelHealth
 from swarm.errors import SessionClosed
 from swarm.gateway.kept import MIN_SHARED, Kept, KeptLimits, Strand
 from swarm.gateway.sampling import Sampling, adjusted, choose
 from swarm.gateway.text import Decode, TextStream
 from swarm.session.driver import SwarmRemote
-from swarm.session.live import Traffic
+from swarm.session.live import HopTiming, Traffic
 from swarm.session.remote import RemoteSession, RowStep
 
 BACKLOG = 64
@@ -50,6 +51,10 @@ class Overloaded(Unavailable):
     """All places are taken."""
 
     default_hint = "try again in a few seconds"
+
+
+Processors = Callable[[Tensor, Tensor], Tensor]
+"""Token ids so far `[1, T]` and logits `[1, V]` to logits, as transformers' processors do it."""
 
 
 class Grammar(Protocol):
@@ -76,6 +81,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Traversal:
+    """One way of an answer through the swarm, and where its time went."""
+
+    positions: int
+    """1 for a token; the new ones of a prompt, which may travel in several parts at once."""
+    total_s: float
+    """From when it was handed to the network until it was back. What `hops` leave of it was spent between them."""
+    hops: tuple[HopTiming, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """What is new in one answer."""
 
@@ -88,6 +104,10 @@ class Piece:
     """`stop` or `length`, with the last piece."""
     cached: int = 0
     """Of the prompt, with a request's first piece: positions that a kept sequence held already."""
+    traversals: tuple[Traversal, ...] = ()
+    """Where they were asked for: those since the last piece."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """With an answer's first piece, if they were asked for: of the prompt's tokens but the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +124,17 @@ class Ask:
     ignore_eos: bool = False
     logprobs: int | None = None
     """How many of the likeliest to name beside each token; None: no probabilities."""
+    scores_prompt: bool = False
+    """Whether probabilities of the prompt's own tokens are wanted, too. Then all of it is computed."""
+    decode: Decode | None = None
+    """Instead of the engine's."""
+    processors: Processors | None = None
+    """The checkpoint's own, for answers without a grammar."""
     grammar: Callable[[], Grammar] | None = None
     keep: bool = True
     """Whether what the answer holds at peers is kept for requests that go on from it."""
+    traversals: bool = False
+    """Whether to tell how each token went through the swarm."""
 
 
 class Feed:
@@ -148,6 +176,7 @@ class _Request:
     feed: Feed
     answers: list[_Answer] = field(default_factory=list)
     cached: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -169,8 +198,12 @@ class _Answer:
     parked: int | None = None
     """The next token, where it is not sent yet because the reader is behind."""
     unsaid: int = 0
+    spoke: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of tokens whose text is not shown yet."""
+    traversals: list[Traversal] = field(default_factory=list)
+    """Those that were not told yet."""
+    sent_at_s: float = 0.0
     done: bool = False
 
 
@@ -219,6 +252,8 @@ class Engine:
         # an answer has at most a submission, a step, a wake-up and a cancellation in here: bounded by max_answers
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ready: list[tuple[_Answer, Tensor]] = []
+        self._scoring: deque[tuple[_Answer, Tensor]] = deque()
+        """Hidden states `[T, D]` of prompts, from the position on whose successor is to be scored next."""
         self._next: list[tuple[_Answer, list[int], int]] = []
         self._said: dict[asyncio.AbstractEventLoop, list[tuple[Feed, Piece | SwarmError]]] = {}
         self._thread = threading.Thread(target=self._run, name="gateway engine", daemon=True)
@@ -262,6 +297,10 @@ class Engine:
         """What the sessions sent and heard."""
         return self._remote.traffic
 
+    def coverage(self) -> ModelHealth | None:
+        """Who serves the model now; None where nobody announces it, or the network does not answer. Not in its loop."""
+        return self._remote.coverage()
+
     def counts(self) -> Counts:
         return Counts(
             active=self._active,
@@ -288,6 +327,8 @@ class Engine:
                 while self._ready:
                     batch, self._ready = self._ready[:TOGETHER], self._ready[TOGETHER:]
                     self._advance(batch)
+                if self._scoring:
+                    self._score(*self._scoring.popleft())
                 if self._next:
                     self._start_next()
                 self._tell()
@@ -309,7 +350,7 @@ class Engine:
     def _do_what_waits(self) -> bool:
         """Wait for work, do all that is there. False: the end."""
         try:
-            work = self._work.get(timeout=SWEEP_S)
+            work = self._work.get(timeout=0 if self._scoring or self._ready else SWEEP_S)
             while work is not None:
                 work()
                 work = self._work.get_nowait()
@@ -326,7 +367,7 @@ class Engine:
                 # each choice of a seeded request has chances of its own, and the same ones every time
                 seed = secrets.randbits(64) if ask.sampling.seed is None else f"{ask.sampling.seed}/{choice}"
                 grammar = None if ask.grammar is None else ask.grammar()
-                text = TextStream(self._decode, ask.stops)
+                text = TextStream(ask.decode or self._decode, ask.stops)
                 request.answers.append(_Answer(request, choice, text, random.Random(seed), grammar))
             self._prefill(request)
         if self._failure is not None:
@@ -335,7 +376,8 @@ class Engine:
     def _prefill(self, request: _Request) -> None:
         """Send what is new in the prompt, for the first answer; the others fork behind it."""
         ask, lead = request.ask, request.answers[0]
-        known = self._kept.match(ask.owner, ask.prompt, self._regime(len(ask.prompt)), self._now_s())
+        regime = self._regime(len(ask.prompt))
+        known = None if ask.scores_prompt else self._kept.match(ask.owner, ask.prompt, regime, self._now_s())
         if known is None:
             secret = hashlib.blake2b(ask.owner.encode(), key=self._secret, digest_size=32).digest()
             lead.strand = Strand(owner=ask.owner, session=self._remote.open(prefix_secret=secret))
@@ -372,7 +414,7 @@ class Engine:
             assert answer.strand is not None
             ids_T, start = torch.tensor(tokens), _length(answer)
             hidden_TD = embedded.get(answer)
-            answer.sent = tokens
+            answer.sent, answer.sent_at_s = tokens, self._now_s()
             answer.strand.regimes.add(self._regime(regime_length))
             self._under_way[answer.strand.session] = answer
             steps.append(
@@ -382,7 +424,7 @@ class Engine:
                     hidden_TD=self._layers.embed(ids_T, start) if hidden_TD is None else hidden_TD,
                     token_ids_T=ids_T,
                     position_offset=0,
-                    want_from=len(tokens) - 1,
+                    want_from=0 if answer.request.ask.scores_prompt and not answer.count else len(tokens) - 1,
                     regime_length=regime_length,
                 )
             )
@@ -390,9 +432,12 @@ class Engine:
 
     def _arrived(self, step: RowStep, outcome: Tensor | SwarmError) -> None:
         """In the network's loop."""
-        self._work.put(lambda: self._result(step.session, outcome))
+        hops, at_s = self._remote.timings_of(step.session), self._now_s()
+        self._work.put(lambda: self._result(step.session, outcome, hops, at_s))
 
-    def _result(self, session: RemoteSession, outcome: Tensor | SwarmError) -> None:
+    def _result(
+        self, session: RemoteSession, outcome: Tensor | SwarmError, hops: tuple[HopTiming, ...], at_s: float
+    ) -> None:
         answer = self._under_way.pop(session)
         self._unpin(answer)
         if answer.done:
@@ -402,16 +447,36 @@ class Engine:
         else:
             assert answer.strand is not None
             answer.strand.tokens += answer.sent
-            self._ready.append((answer, outcome))
+            if answer.request.ask.traversals:
+                total_s = at_s - answer.sent_at_s
+                answer.traversals.append(Traversal(positions=len(answer.sent), total_s=total_s, hops=hops))
+            (self._scoring if len(outcome) > 1 else self._ready).append((answer, outcome))
+
+    def _score(self, answer: _Answer, hidden_TD: Tensor) -> None:
+        """Some more probabilities of a prompt's tokens; others' answers go on between two such pieces."""
+        if answer.done:
+            return
+        request = answer.request
+        count = min(TOGETHER, len(hidden_TD) - 1)  # the last one's successor is the first token to be chosen
+        rows_MD, rest_TD = hidden_TD[:count], hidden_TD[count:]
+        first = len(request.ask.prompt) - len(hidden_TD) + 1
+        logits_MV = self._logits(rows_MD)
+        for token_id, logits_V in zip(request.ask.prompt[first:], logits_MV, strict=False):
+            request.prompt_logprobs.append(_logprob(logits_V, token_id, request.ask.logprobs or 0))
+        (self._scoring if len(rest_TD) > 1 else self._ready).append((answer, rest_TD))
+
+    def _logits(self, hidden_MD: Tensor) -> Tensor:
+        self._products += 1
+        hidden_MD = hidden_MD.to(device=self._model.device, dtype=self._model.dtype)
+        logits_MV: Tensor = self._layers.logits(self._model, hidden_MD).float()
+        return logits_MV
 
     def _advance(self, batch: Sequence[tuple[_Answer, Tensor]]) -> None:
         """Choose the next token of all answers in `batch`, whose hidden states `[1, D]` have come."""
         batch = [(answer, row_1D) for answer, row_1D in batch if not answer.done]
         if not batch:
             return
-        self._products += 1
-        hidden_MD = torch.cat([row_1D for _, row_1D in batch]).to(device=self._model.device, dtype=self._model.dtype)
-        logits_MV = self._layers.logits(self._model, hidden_MD).float()
+        logits_MV = self._logits(torch.cat([row_1D for _, row_1D in batch]))
         likeliest_M = logits_MV.argmax(-1).tolist()
         for (answer, _), logits_V, likeliest in zip(batch, logits_MV, likeliest_M, strict=True):
             answers = answer.request.answers if not answer.count else [answer]
@@ -423,6 +488,10 @@ class Engine:
     def _extend(self, answer: _Answer, logits_V: Tensor, likeliest: int, strand: Strand | None) -> None:
         """One more token. `strand`: what holds all before it, to be forked where the answer has none yet."""
         ask = answer.request.ask
+        if not ask.max_tokens:
+            self._say(answer, "", "length")
+            self._end(answer, keep=ask.keep and answer is answer.request.answers[0])
+            return
         try:
             token = self._choose(answer, logits_V, likeliest)
         except SwarmError as error:  # a grammar that turned out to be too hard
@@ -463,9 +532,13 @@ class Engine:
 
     def _choose(self, answer: _Answer, logits_V: Tensor, likeliest: int) -> int:
         ask = answer.request.ask
-        if answer.grammar is None and ask.sampling.as_they_are:
+        processors = ask.processors if answer.grammar is None else None
+        if answer.grammar is None and processors is None and ask.sampling.as_they_are:
             return likeliest
         logits_V = adjusted(logits_V, ask.sampling, ask.prompt, answer.generated)
+        if processors is not None:
+            ids = ask.prompt if answer.strand is None else answer.strand.tokens
+            logits_V = processors(torch.tensor([ids], device=logits_V.device), logits_V[None])[0]
         if answer.grammar is not None:
             logits_V = answer.grammar.mask(logits_V)
         token = choose(logits_V, ask.sampling, answer.rng)
@@ -498,9 +571,12 @@ class Engine:
             logprobs=tuple(answer.logprobs),
             finish=finish,
             cached=request.cached,
+            traversals=tuple(answer.traversals),
+            prompt_logprobs=() if answer.spoke else tuple(request.prompt_logprobs),
         )
-        answer.unsaid, request.cached = 0, 0
+        answer.unsaid, answer.spoke, request.cached = 0, True, 0
         answer.logprobs.clear()
+        answer.traversals.clear()
         self._deliver(request.feed, piece)
 
     def _end(self, answer: _Answer, *, keep: bool = False) -> None:

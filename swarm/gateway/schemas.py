@@ -119,6 +119,16 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
+class SwarmOptions(Strict):
+    """What only a swarm has, and OpenAI's API has not."""
+
+    route: bool = Field(
+        default=False,
+        description="In a stream: each chunk with new tokens says in an object `swarm` how they went through the swarm "
+        "(see the answer's text/event-stream)",
+    )
+
+
 class Request(Strict):
     """What both kinds of request have."""
 
@@ -145,11 +155,14 @@ class Request(Strict):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = Field(default=False, description="Go on behind the model's end token")
     user: Annotated[str, StringConstraints(max_length=1024)] | None = None
+    swarm: SwarmOptions | None = None
 
     @model_validator(mode="after")
     def _streams(self) -> Request:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream: true")
+        if self.wants_route and not self.stream:
+            raise ValueError("swarm.route is for stream: true")
         return self
 
     @property
@@ -159,6 +172,10 @@ class Request(Strict):
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_route(self) -> bool:
+        return self.swarm is not None and self.swarm.route
 
 
 class CompletionRequest(Request):
@@ -170,13 +187,16 @@ class CompletionRequest(Request):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    echo: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 24, description="0 only with echo")] | None = None
+    echo: Annotated[bool, Field(description="Begin with the prompt; with logprobs, its probabilities too")] | None = (
+        None
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
-    def _echoes(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("probabilities of the prompt are not available: echo and logprobs exclude each other")
+    def _says_something(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is at least 1, or 0 with echo")
         return self
 
 
@@ -268,8 +288,8 @@ class ChatCompletion(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -287,6 +307,45 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class HopView(BaseModel):
+    peer_id: str
+    blocks: tuple[int, int] = Field(description="[start, end)")
+    queue_s: float = Field(description="In which its other work went first, by its own clock")
+    compute_s: float
+
+
+class TraversalView(BaseModel):
+    positions: int = Field(description="1 for a token; the new ones of a prompt, which may travel in parts at once")
+    total_s: float = Field(description="Seen from here; what the hops' own seconds leave of it was spent between them")
+    hops: list[HopView] = Field(
+        description="Who worked on it, by their blocks; where a peer was lost meanwhile, some more or less often"
+    )
+
+
+class SwarmView(BaseModel):
+    """Of a chunk, where the request has `swarm.route`."""
+
+    steps: list[TraversalView] = Field(description="One for each token since the chunk before, the prompt's first")
+
+
+def event_stream() -> dict[str, Any]:
+    """How OpenAPI describes a stream: its events are the API's chunks, with one more field."""
+    schema = SwarmView.model_json_schema()
+    parts = schema.pop("$defs")
+
+    def inlined(part: Any) -> Any:
+        if isinstance(part, list):
+            return [inlined(each) for each in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return inlined(parts[part["$ref"].rpartition("/")[2]])
+        return {name: inlined(value) for name, value in part.items()}
+
+    description = "With `stream`: the API's chunks as server-sent events, then `[DONE]`"
+    return {"schema": {"type": "object", "description": description, "properties": {"swarm": inlined(schema)}}}
 
 
 class ModelCard(BaseModel):
@@ -313,6 +372,15 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
+class ModelState(BaseModel):
+    active: int = Field(description="Answers under way")
+    error: str | None = Field(description="Why nothing is answered any more")
+    blocks: int
+    peers: int = Field(description="That announce blocks of it")
+    replication: int = Field(description="Peers that hold its rarest block")
+    gaps: list[list[int]] = Field(description="Blocks that no peer serves now, as [start, end)")
+
+
 class Health(BaseModel):
-    status: Literal["ok", "failed", "stopping"]
-    models: dict[str, Any]
+    status: Literal["ok", "degraded", "failed", "stopping"]
+    models: dict[str, ModelState]

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
+from peers.model.support import one_line
 from routing.errors import CallerError
 from swarm.errors import ContextTooLong
 from swarm.gateway.constraints import Grammars
-from swarm.gateway.engine import Engine, eos_ids
+from swarm.gateway.engine import Engine, Processors, eos_ids
 from swarm.gateway.kept import KeptLimits
 from swarm.gateway.sampling import Sampling
 from swarm.gateway.schemas import Message, Request
-from swarm.gateway.tools import system_text
+from swarm.gateway.tools import Style, keeping, system_text
 
 NO_CONTEXT_TOKENS = 16_384
 """Where nothing says how long a sequence may be."""
@@ -41,15 +42,25 @@ class Served:
     ) -> None:
         """`model`: a SwarmModel, the caller's to close after this."""
         self.name, self.model, self.tokenizer = name, model, tokenizer
+        try:
+            self._processes = bool(self._processors(1, 2))
+        except (TypeError, ValueError) as error:
+            raise CallerError(
+                f"{name}: its generation_config.json cannot be used: {one_line(error)}", hint="mend or remove that file"
+            ) from error
         self.created = int(time.time())
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.context: int | None = context
         self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.num_blocks: int = model._remote_layers.num_blocks
         self.grammars = Grammars(tokenizer, eos_ids(model))
         self.engine = Engine(model, self.decode, max_answers=max_answers, kept=kept)
         self._encoding = threading.Lock()  # tokenizers change their own settings while they encode
         self._defaults = _checkpoint_defaults(model)
         self._template_knows_tools = _template_knows_tools(tokenizer)
+        self.call_style = _call_style(tokenizer) if self._template_knows_tools else Style.HERMES
+        self.decode_calls = keeping(self.decode, _marks(tokenizer, self.call_style))
+        """As `decode`, with the special tokens by which calls are written."""
 
     def close(self) -> None:
         self.engine.close()
@@ -135,6 +146,20 @@ class Served:
             )
         return Sampling(**chosen, logit_bias=bias, seed=request.seed)
 
+    def processors(self, prompt: Sequence[int], max_tokens: int) -> Processors | None:
+        """What else the checkpoint's `generation_config` has `generate` do to logits, for an answer so long."""
+        return self._processors(len(prompt), len(prompt) + max_tokens) if self._processes else None
+
+    def _processors(self, prompt_tokens: int, max_length: int) -> LogitsProcessorList:
+        """Made by transformers itself. Penalties of repetition are `Sampling`'s, as requests may change them."""
+        given = {"do_sample": False, "num_beams": 1, "repetition_penalty": None, "guidance_scale": None}
+        config, _ = self.model._prepare_generation_config(None, **given)
+        config.repetition_penalty, config.max_length = None, max_length
+        self.model._prepare_special_tokens(config, True, device=self.model.device)
+        return self.model._get_logits_processor(
+            config, input_ids_seq_length=prompt_tokens, device=self.model.device, model_kwargs={}
+        )
+
 
 def _turn(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it."""
@@ -180,6 +205,18 @@ def _template_knows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     except TemplateError:
         return "tools" in template  # tags of transformers' own
     return "tools" in meta.find_undeclared_variables(parsed)
+
+
+def _call_style(tokenizer: PreTrainedTokenizerBase) -> Style:
+    template = tokenizer.chat_template
+    text = "".join(template.values()) if isinstance(template, dict) else str(template)
+    return Style.of(text, [token.content for token in tokenizer.added_tokens_decoder.values()])
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase, style: Style) -> dict[int, str]:
+    """Those of the style's marks that are special tokens, by id: decoders leave them out."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token_id: token.content for token_id, token in added if token.special and token.content in style.value}
 
 
 def _checkpoint_defaults(model: Any) -> dict[str, Any]:

@@ -58,12 +58,12 @@ class TextStream:
         if found := [at for stop in self._stops if (at := text.find(stop)) >= 0]:
             self.stopped = True
             return text[: min(found)]
-        held = max(_overlap(text, stop) for stop in self._stops)
+        held = max(overlap(text, stop) for stop in self._stops)
         text, self._held = text[: len(text) - held], text[len(text) - held :]
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` with which `stop` begins, as many as possible."""
     for count in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:count]):

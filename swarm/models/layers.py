@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ class RemoteLayers:
     def __init__(self, model: Any) -> None:
         """`model` was made by `peers.model.loading.load_client`, and is changed in place."""
         self.remote: Remote | None = None
+        self.on_route: Callable[[float, float], None] | None = None
+        """Is told when a forward went to the peers and when it was back, by `time.perf_counter`."""
         layers_path = find_layers(model)
         self.num_blocks = len(model.get_submodule(layers_path))
         self.regime = rotary_regime(model)
@@ -185,7 +188,8 @@ class RemoteLayers:
         assert forward is not None, "the layers run only inside the decoder's own forward"
         if hidden_BTD.requires_grad and torch.is_grad_enabled():
             raise UnsupportedGradient("no gradient flows through the remote layers, but their input requires one")
-        return forward.cache.advance(
+        begun_s = time.perf_counter()
+        output_BTD = forward.cache.advance(
             hidden_BTD,
             forward.layout,
             token_ids_BT=forward.token_ids_BT,
@@ -193,6 +197,9 @@ class RemoteLayers:
             repeat_last=forward.repeat_last,
             regime=self.regime.key(forward.layout.regime_length),
         )
+        if self.on_route is not None:
+            self.on_route(begun_s, time.perf_counter())
+        return output_BTD
 
     def _learn_position_rules(self) -> PositionRules:
         takes_position_ids = "position_ids" in self._parameters

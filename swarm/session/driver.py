@@ -7,6 +7,7 @@ thread through the `Remote` protocol. Knows no kernels and no server.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import random
 import secrets
@@ -22,6 +23,7 @@ from peers.wire import tensors
 from peers.wire.messages import PREFIX_POSITIONS, PROTOCOL_VERSION, Close, Open, Replay, Step, Urgency
 from routing.errors import NoRoute, PeerError, SwarmError, Unavailable
 from routing.flow import GOLDEN
+from routing.health import ModelHealth, coverage
 from routing.ids import PeerId, SessionId
 from routing.router import Hop, Route, RouteRequest
 from swarm.errors import SessionClosed
@@ -43,7 +45,7 @@ from swarm.session.core import (
 )
 from swarm.session.history import Segment
 from swarm.session.inbox import Inbox
-from swarm.session.live import HopTiming, LiveSession, RemoteModel, Sessions, Traffic
+from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
 from swarm.session.prefix import describe_blocks, prefix_keys
 from swarm.session.remote import Embed, RemoteSession, RowStep
 from swarm.session.watch import Watch
@@ -54,6 +56,8 @@ RECONSIDER_S = 5.0
 """Between two looks for a better route for a session whose steps have become slow."""
 CLEAR_GAIN = 2.0
 """How much faster another route promises to be than the present one is, to be worth a replay."""
+LOOK_TIMEOUT_S = 2.0
+"""How long somebody who only looks waits for the network's thread."""
 GOODBYE_TIMEOUT_S = 2.0
 """How long closing waits for "close" messages to leave; a hop that misses one frees its pages with the link."""
 
@@ -132,6 +136,10 @@ class SwarmRemote:
             if self._owns_network:
                 self._network.close()
 
+    def observe(self, observer: Observer | None) -> None:
+        """Tell `observer` what happens from now on, or nobody."""
+        self._sessions.observer = observer
+
     @property
     def failure(self) -> SwarmError | None:
         """Why nothing can be run any more, should this client's own node have ended."""
@@ -142,6 +150,26 @@ class SwarmRemote:
         """What was sent and heard for this model so far."""
         return self._sessions.traffic
 
+    def coverage(self) -> ModelHealth | None:
+        """Who serves the model now; None where nobody announces it, or the network does not answer. Any thread but its
+        own."""
+        if self._closed or self._network.closed:
+            return None
+        try:
+            return self._network.call(self._coverage(), timeout_s=LOOK_TIMEOUT_S)
+        except concurrent.futures.TimeoutError:
+            return None
+
+    async def _coverage(self) -> ModelHealth | None:
+        if (known := self._known_coverage()) is not None:
+            return known
+        await self._client.discovery.refresh()  # nobody was looked for so far, or nobody is there
+        return self._known_coverage()
+
+    def _known_coverage(self) -> ModelHealth | None:
+        snapshot = self._client.router.snapshot(self._client.discovery.now_s())
+        return coverage(snapshot, self.model.model, num_blocks=self.model.num_blocks)
+
     @property
     def route(self) -> Route | None:
         """The route that was installed last."""
@@ -151,6 +179,12 @@ class SwarmRemote:
     def hop_timings(self) -> tuple[HopTiming, ...]:
         """Of the step that was answered last, one per hop."""
         return self._sessions.last_hops
+
+    def timings_of(self, session: RemoteSession) -> tuple[HopTiming, ...]:
+        """What the hops reported of the call that this session's last result ended, in the order of their blocks; where
+        that took several steps, the sums. In the network's loop."""
+        assert isinstance(session, LiveSession)
+        return tuple(sorted(session.timings.values(), key=lambda hop: hop.span.start))
 
     # --- inside the loop ---
 
@@ -243,6 +277,7 @@ class SwarmRemote:
         hidden_TD = step.hidden_TD.detach().to("cpu")
         token_ids_T = None if step.token_ids_T is None else step.token_ids_T.to("cpu")
         count, want_from = len(hidden_TD), step.want_from
+        session.timings.clear()
         futures = []
         chunk = self._config.chunk(count)
         for at in range(0, count, chunk):
@@ -308,6 +343,8 @@ class SwarmRemote:
             session.renew_deadline()
         session.waiting = core.outstanding
         for action in actions:
+            if self._sessions.observer is not None:
+                self._sessions.observer.acted(core.session, action)
             match action:
                 case SendStep():
                     session.outbox.append(action)
@@ -557,6 +594,9 @@ class SwarmRemote:
 
     def blame(self, peer: PeerId, reason: str) -> None:
         logger.warning("peer %s: %s", peer, reason)
+        self.traffic.failures["lost"] += 1
+        if self._sessions.observer is not None:
+            self._sessions.observer.lost(peer)
         self._client.router.on_failure(peer, self._client.discovery.now_s(), reason)
 
 

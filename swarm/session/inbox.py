@@ -14,7 +14,7 @@ from msgspec.structs import replace as replace_fields
 from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
 from peers.transport.links import Link
 from peers.wire import tensors
-from peers.wire.messages import Code, Failed, Opened, Relay, Result
+from peers.wire.messages import CODES, Code, Failed, Opened, Relay, Result
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.router import Hop, Route
@@ -79,8 +79,10 @@ class Inbox:
             return
         self._sessions.traffic.results += 1
         self._sessions.traffic.bytes_received += len(payload)
-        self._learn(hops, message, step.count)
-        session.answered(step.count)
+        self._learn(session, hops, message, step.count)
+        self._sessions.traffic.answered(step.count, message.hops, session.answered(step.count))
+        if self._sessions.observer is not None:
+            self._sessions.observer.answered(core.session, step, hops, message.hops)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
         if session.pace.slowed:
             self._driver.reconsider(session)
@@ -94,6 +96,7 @@ class Inbox:
         if epoch != core.epoch or at is None:
             return  # of a route that was replaced
         logger.info("session %s: %s answers %s: %s", core.session, peer, message.code, message.message)
+        self._sessions.traffic.failures[message.code if message.code in CODES else "other"] += 1
         text = f"{peer}: {message.message}"
         now_s = self._sessions.client.discovery.now_s()
         match message.code:
@@ -175,17 +178,18 @@ class Inbox:
                     if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
                         yield link
 
-    def _learn(self, hops: Sequence[Hop], message: Result, tokens: int) -> None:
+    def _learn(self, session: LiveSession, hops: Sequence[Hop], message: Result, tokens: int) -> None:
         """Feed the router what the hops reported of their own time."""
         if len(message.hops) != len(hops):
             return  # a route with a relay in it may have lost count; nothing depends on it
         now_s = self._sessions.client.discovery.now_s()
         timings = []
         for hop, (queue_s, compute_s) in zip(hops, message.hops, strict=True):
-            timings.append(HopTiming(peer=hop.peer_id, queue_s=queue_s, compute_s=compute_s))
+            timings.append(HopTiming(peer=hop.peer_id, span=hop.span, queue_s=queue_s, compute_s=compute_s))
             self._sessions.client.router.on_step(hop.peer_id, len(hop.span), tokens, compute_s, queue_s, now_s)
             self._sessions.client.router.on_success(hop.peer_id, now_s)
         self._sessions.last_hops = tuple(timings)
+        session.timed(timings)
 
 
 def _hop_at(route: Route, peer: PeerId, block: int) -> int | None:

@@ -6,24 +6,27 @@ Everything here is touched by the network's loop only, save for a session's `len
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
+from peers.tally import StepTimes
 from peers.wire.messages import Replay, Step
 from routing.errors import SwarmError
-from routing.ids import ModelId, PeerId, SessionId, StepId
-from routing.router import Route
+from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
+from routing.router import Hop, Route
 from swarm.network import ClientNode
-from swarm.session.core import Action, SendStep, SessionCore
+from swarm.session.core import Action, PendingStep, SendStep, SessionCore
 from swarm.session.history import History
 from swarm.session.pace import Pace
 from swarm.session.remote import RemoteSession
 
 SILENCE_S_MAX = 30.0
+MAX_CLAIM_S = 60.0
+"""More than this no hops are believed to have taken for a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class HopTiming:
     """What one hop reported of one step."""
 
     peer: PeerId
+    span: BlockSpan
     queue_s: float
     compute_s: float
 
@@ -51,6 +55,16 @@ class Traffic:
     """Positions that a hop sent again from its journal, so that this client did not."""
     bytes_sent: int = 0
     bytes_received: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    """What hops declined by code, `other` for codes that are not known here, and `lost` for hops that failed."""
+    step_s: StepTimes = field(default_factory=lambda: StepTimes(("queue", "compute", "network")))
+    """Of all hops together, as they say, and what else passed between two answers."""
+
+    def answered(self, positions: int, hops: Sequence[tuple[float, float]], elapsed_s: float) -> None:
+        """`hops`: seconds of queue and compute that each hop claims."""
+        queue_s = min(MAX_CLAIM_S, sum(queue_s for queue_s, _ in hops))
+        compute_s = min(MAX_CLAIM_S, sum(compute_s for _, compute_s in hops))
+        self.step_s.add(positions, queue_s, compute_s, max(0.0, elapsed_s - queue_s - compute_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +100,7 @@ class LiveSession(RemoteSession):
         "route",
         "rows",
         "silence_s",
+        "timings",
         "waiting",
     )
 
@@ -104,6 +119,8 @@ class LiveSession(RemoteSession):
         """The last one that was planned for this session."""
         self.offered = 0
         """Positions that the hops of the present route were asked for."""
+        self.timings: dict[tuple[PeerId, BlockSpan], HopTiming] = {}
+        """What hops reported of the present call's steps, each its sum."""
         self.pace = Pace()
         self.heard_at_s = 0.0
         self.deadline_s = 0.0
@@ -120,10 +137,20 @@ class LiveSession(RemoteSession):
         self.route, self.pace = route, Pace()
         self.renew_deadline()
 
-    def answered(self, positions: int) -> None:
-        """A step over so many positions was."""
-        self.pace.answered(positions, asyncio.get_running_loop().time() - self.heard_at_s)
+    def answered(self, positions: int) -> float:
+        """A step over so many positions was; returns the seconds since the last sign of life."""
+        elapsed_s = asyncio.get_running_loop().time() - self.heard_at_s
+        self.pace.answered(positions, elapsed_s)
         self.renew_deadline()
+        return elapsed_s
+
+    def timed(self, timings: Sequence[HopTiming]) -> None:
+        """The hops reported so of a step."""
+        for hop in timings:
+            before = self.timings.get((hop.peer, hop.span))
+            if before is not None:
+                hop = replace(hop, queue_s=before.queue_s + hop.queue_s, compute_s=before.compute_s + hop.compute_s)
+            self.timings[hop.peer, hop.span] = hop
 
     def renew_deadline(self) -> None:
         """Something was heard of it, or is asked for from now on."""
@@ -154,6 +181,25 @@ class Sessions:
     """The one that was installed last."""
     last_hops: tuple[HopTiming, ...] = ()
     """Of the step that was answered last."""
+    observer: Observer | None = None
+
+
+class Observer(Protocol):
+    """Is told what happens to sessions, in the network's loop, and returns at once."""
+
+    def acted(self, session: SessionId, action: Action) -> None:
+        """A session's core decided this, and it is about to be done."""
+        ...
+
+    def answered(
+        self, session: SessionId, step: PendingStep, hops: Sequence[Hop], timings: Sequence[tuple[float, float]]
+    ) -> None:
+        """`hops` ran the step; `timings`: the seconds of queue and compute that they claim, perhaps not all of them."""
+        ...
+
+    def lost(self, peer: PeerId) -> None:
+        """A hop failed."""
+        ...
 
 
 class Driver(Protocol):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
+from peers.tally import STEP_POSITIONS
+
 SILENCE_S_MIN = 2.0
 PATIENCE = 3.0
 """Times the usual time."""
-STEP_POSITIONS = 16
-"""Up to so many, a step takes about as long as for one."""
 SLOW = 3.0
 """Times the best that steps took, from which on another route is thought of."""
 _SMOOTHING = 0.3

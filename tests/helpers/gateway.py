@@ -30,8 +30,8 @@ TEMPLATE = (
 )
 
 
-def save_talker(folder: Path, family: str = "llama") -> Any:
-    """A random checkpoint whose tokens are bytes, and the whole model. Greedily it writes printable ones for ever."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Its tokens are bytes, but for the special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: at for at, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -41,6 +41,13 @@ def save_talker(folder: Path, family: str = "llama") -> Any:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<|im_end|>"
     )
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    return fast
+
+
+def save_talker(folder: Path, family: str = "llama") -> Any:
+    """A random checkpoint whose tokens are bytes, and the whole model. Greedily it writes printable ones for ever."""
+    fast = byte_tokenizer()
+    vocabulary = fast.convert_ids_to_tokens(range(len(fast)))
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
     config = FAMILIES[family].config()

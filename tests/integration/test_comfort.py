@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,7 @@ def test_outside_its_hours_a_peer_says_that_it_is_paused_and_counts_for_nothing(
     LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path)
     hours = str(hours_without_now())
     comfort = ("--schedule", hours, "--nice", "5", "--pause-on-load", "90", "--max-bandwidth", "2MB/s")
-    guest = swarm.add_peer((0, 2), *comfort, "--cache-tokens", "256", model=tmp_path)
+    guest = swarm.add_peer((0, 2), *comfort, "--cache-tokens", "256", "--metrics-port", "0", model=tmp_path)
     try:
         paused = guest.wait_for("paused", timeout_s=20)
         assert (paused["reason"], paused["schedule"]) == ("schedule", hours)
@@ -37,6 +38,8 @@ def test_outside_its_hours_a_peer_says_that_it_is_paused_and_counts_for_nothing(
         family = [psutil.Process(guest.pid), *psutil.Process(guest.pid).children(recursive=True)]
         assert len(family) > 1, "the libp2p daemon is one of them"
         assert {process.nice() for process in family} == {5}
+        with urllib.request.urlopen(guest.wait_for("metrics")["url"], timeout=20) as metrics:
+            assert b'hiveswarm_peer_state{state="paused"} 1.0' in metrics.read()
         assert guest.terminate() == 0
     finally:
         swarm.peers.remove(guest)

@@ -6,11 +6,13 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from swarm.answers import encode_chat
 from swarm.testing import LocalSwarm
+from tests.helpers.traces import check_trace
 from tests.integration.conftest import MODEL, SPANS, Greedy, Observer, Swarm
 
 QUESTION = "What is the capital of France?"
@@ -40,10 +42,11 @@ def test_status_of_a_model_that_nobody_announces_names_those_announced(command: 
 
 
 def test_generate_gives_text_ids_route_and_timings(
-    command: Swarm, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy
+    command: Swarm, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy, tmp_path: Path
 ) -> None:
     common = (MODEL, "--initial-peers", *swarm.initial_peers, "--dtype", "float32", "--max-new-tokens", "8")
-    done = command("generate", *common, "--json", stdin=QUESTION)
+    trace = tmp_path / "trace.json"
+    done = command("generate", *common, "--json", "--trace", str(trace), stdin=QUESTION)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     prompt = tuple(encode_chat(tokenizer, [{"role": "user", "content": QUESTION}]))
@@ -56,6 +59,11 @@ def test_generate_gives_text_ids_route_and_timings(
     assert (timings["prompt_tokens"], timings["new_tokens"]) == (len(prompt), len(result["token_ids"]))
     assert 0 < timings["time_to_first_token_s"] < timings["total_s"]
     assert timings["tokens_per_s"] > 0
+    tracks = check_trace(json.loads(trace.read_text()))
+    assert sum(event["name"] == "forward" for event in tracks["client"]) == len(result["token_ids"])
+    for peer in swarm.peers:
+        assert any(event["name"] == "compute" for event in tracks[f"{peer.span} …{peer.peer_id[-8:]}"])
+    assert QUESTION.split()[-1] not in trace.read_text()
 
 
 def test_generate_raw_continues_the_prompt_as_it_is(

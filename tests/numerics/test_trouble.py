@@ -5,6 +5,7 @@ Virtual wires, real engines and drivers. The real processes' version of these is
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,12 @@ from transformers import StoppingCriteria
 
 from peers.transport import links
 from peers.wire.messages import Urgency
-from routing.errors import NoRoute, Unavailable
+from routing.errors import CallerError, NoRoute, Unavailable
 from routing.router import Route, RouteRequest
+from swarm.models.tracing import traced
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
+from tests.helpers.traces import check_trace
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
 
@@ -92,6 +95,37 @@ def test_a_hop_that_dies_is_replaced_and_the_ids_stay_the_same(
     assert torch.equal(actual, generate(local, ids, num_beams=beams))
     assert model._remote_layers.remote.traffic.rebuilds >= 1
     assert used[dies] not in [hop.peer_id for hop in model._remote_layers.remote.route.hops]
+
+
+def test_a_trace_shows_every_step_at_every_hop_and_the_failover(
+    make_swarm: Callable[..., MemorySwarm], local: Any, tmp_path: Path
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    swarm.add_peer(2, NUM_BLOCKS)
+    model, file, ids = swarm.model(), tmp_path / "trace.json", prompt(1)
+
+    def die() -> None:
+        swarm.kill_peer(model.route.hops[1].peer_id)
+
+    with traced(model, file):
+        actual = generate(model, ids, stopping_criteria=[AtToken(5, die)])
+    assert torch.equal(actual, generate(local, ids))
+    trace = json.loads(file.read_text())
+    tracks = check_trace(trace)
+
+    def count(track: str, name: str) -> int:
+        return sum(event["name"] == name for event in tracks[track])
+
+    assert [count("client", name) for name in ("forward", "embed", "peers", "head", "sample")] == [16] * 5
+    assert [count("route", name) for name in ("plan", "open")] == [2, 2]
+    assert count("steps", "decode") >= 16
+    at_hops = {name: events for name, events in tracks.items() if "…" in name}
+    assert sorted(name.partition(" ")[0] for name in at_hops) == ["0:2", f"2:{NUM_BLOCKS}", f"2:{NUM_BLOCKS}"]
+    computed = [event for events in at_hops.values() for event in events if event["name"] == "compute"]
+    assert sum(event["dur"] for event in computed) > 0
+    assert any(event["ph"] == "i" and event["name"].startswith("lost …") for event in trace["traceEvents"])
+    with pytest.raises(CallerError, match="written"), traced(model, tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("pauses", [0, 1])

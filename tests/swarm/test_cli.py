@@ -228,6 +228,7 @@ def test_every_event_of_a_node_has_words() -> None:
             "probed": "now",
             "probe_disturbed": True,
         },
+        "metrics": {"url": "http://127.0.0.1:9100/metrics"},
         "reachable": {"addresses": [ADDRESS]},
         "unreachable": {"problems": {ADDRESS: "no answer"}, "hint": "forward the port"},
         "reachability_unknown": {"reason": "nobody answers", "hint": "wait"},

@@ -8,8 +8,10 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,7 +19,14 @@ import jsonschema_rs
 import openai
 import pytest
 import torch
+import yaml
+from langchain_core.messages import ToolMessage
+from langchain_openai import ChatOpenAI
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
 
+from peers.exposition import told
+from routing.ids import BlockSpan
 from swarm.gateway.engine import Ask
 from swarm.gateway.kept import KeptLimits
 from swarm.gateway.keys import Account, hash_key
@@ -25,6 +34,7 @@ from swarm.gateway.sampling import Sampling
 from tests.helpers.gateway import GatewayWorld, serving
 
 KEYS = ["a-key-that-belongs-to-alice", "a-key-that-belongs-to-bobby"]
+MONITORING = Path(__file__).parents[3] / "scripts" / "monitoring"
 PROMPT = "Once upon a time there was a hive"
 MODEL = "talker"
 
@@ -118,6 +128,85 @@ def test_probabilities_are_those_of_local_transformers(world: GatewayWorld, clie
     assert (len(plain.tokens), [len(top) for top in plain.top_logprobs]) == (12, [3] * 12)
 
 
+def test_a_stream_tells_the_way_of_every_token_to_who_asks(
+    url: str, world: GatewayWorld, client: openai.OpenAI
+) -> None:
+    """Once for the prompt, once a token, in this order; other streams have no such field."""
+    described = httpx2.get(f"{url}/openapi.json").json()
+    answers = described["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    schema = answers["text/event-stream"]["schema"]["properties"]["swarm"]
+    peers = [peer._key.peer_id for peer in world.swarm.peers]
+    for ask in (chat, complete):
+        chunks = list(ask(client, "Which way?", stream=True, extra_body={"swarm": {"route": True}}))
+        told = [chunk.model_extra["swarm"] for chunk in chunks if "swarm" in chunk.model_extra]
+        for each in told:
+            jsonschema_rs.validate(schema, each)
+        steps = [step for each in told for step in each["steps"]]
+        assert [step["positions"] for step in steps[1:]] == [1] * 11
+        assert steps[0]["positions"] > 1
+        for step in steps:
+            assert [(hop["peer_id"], hop["blocks"]) for hop in step["hops"]] == [(peers[0], [0, 2]), (peers[1], [2, 4])]
+            assert 0 < sum(hop["queue_s"] + hop["compute_s"] for hop in step["hops"]) <= step["total_s"]
+        assert all("swarm" not in chunk.model_extra for chunk in ask(client, "Which way?", stream=True))
+    with pytest.raises(openai.BadRequestError, match=r"swarm\.route is for stream"):
+        chat(client, "Which way?", extra_body={"swarm": {"route": True}})
+
+
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_an_echo_has_the_probabilities_of_the_prompt(world: GatewayWorld, client: openai.OpenAI, tokens: int) -> None:
+    prompt = PROMPT * 4  # more than one piece of it is scored
+    ids = world.tokenizer(prompt).input_ids
+    expected_TV = world.local(torch.tensor([ids + world.greedy(ids, 4)])).logits[0].log_softmax(-1).detach()
+    whole = complete(client, prompt, echo=True, logprobs=2, max_tokens=tokens, n=2)
+    said = prompt + world.text(prompt, 4)[:tokens]
+    assert [choice.text for choice in whole.choices] == [said] * 2
+    for choice in whole.choices:
+        scores = choice.logprobs
+        assert "".join(scores.tokens) == choice.text
+        assert [choice.text[at] for at in scores.text_offset] == scores.tokens
+        assert (scores.token_logprobs[0], scores.top_logprobs[0]) == (None, None)
+        assert len(scores.token_logprobs) == len(ids) + tokens
+        for at, (token, logprob) in enumerate(zip(ids[1:], scores.token_logprobs[1:], strict=False)):
+            assert logprob == pytest.approx(float(expected_TV[at, token]), abs=1e-3)
+        best_TK = expected_TV[: len(ids) - 1 + tokens].topk(2).values.tolist()
+        assert [sorted(top.values(), reverse=True) for top in scores.top_logprobs[1:]] == [
+            pytest.approx(best, abs=1e-3) for best in best_TK
+        ]
+    chunks = list(complete(client, prompt, echo=True, logprobs=2, max_tokens=tokens, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == said
+    streamed = [logprob for chunk in chunks for logprob in chunk.choices[0].logprobs.token_logprobs]
+    assert streamed[1:] == pytest.approx(whole.choices[0].logprobs.token_logprobs[1:], abs=1e-4)
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        complete(client, max_tokens=0)
+
+
+def test_what_the_checkpoint_forbids_is_not_said(
+    world: GatewayWorld, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text of the gateway equals that of `generate`, whatever `generation_config.json` adds."""
+    usual, eos = world.greedy(PROMPT, 6), world.tokenizer.eos_token_id
+    rules: list[dict[str, Any]] = [
+        {"suppress_tokens": [usual[1]]},
+        {"begin_suppress_tokens": [usual[0]]},
+        {"bad_words_ids": [[usual[2]], usual[3:5]]},
+        {"no_repeat_ngram_size": 1},
+        {"forced_bos_token_id": 9, "forced_eos_token_id": eos},
+        {"exponential_decay_length_penalty": (3, 3.0)},
+        {"exponential_decay_length_penalty": (3, 3.0), "min_length": len(PROMPT) + 15},
+        {"exponential_decay_length_penalty": (0, 9.0), "min_new_tokens": 6},
+    ]
+    monkeypatch.setattr(world.served, "_processes", True)
+    texts = set[str]()
+    for rule in rules:
+        with monkeypatch.context() as patch:
+            for config in (world.local.generation_config, world.served.model.generation_config):
+                for name, value in rule.items():
+                    patch.setattr(config, name, value)
+            texts.add(complete(client, max_tokens=24).choices[0].text)
+            assert complete(client, max_tokens=24).choices[0].text == world.text(PROMPT, 24), rule
+    assert len(texts | {world.text(PROMPT, 24)}) > 5
+
+
 def test_a_stop_sequence_is_found_across_tokens_and_never_shown(world: GatewayWorld, client: openai.OpenAI) -> None:
     text = world.text(PROMPT, 40)
     stop = text[20:24]
@@ -153,6 +242,24 @@ def test_bias_decides(client: openai.OpenAI, world: GatewayWorld) -> None:
     assert (ended.choices[0].text, ended.choices[0].finish_reason, ended.usage.completion_tokens) == ("", "stop", 1)
     going_on = complete(client, logit_bias={str(eos): 100}, extra_body={"ignore_eos": True})
     assert going_on.usage.completion_tokens == 12
+
+
+def test_health_names_the_blocks_that_nobody_serves(world: GatewayWorld, url: str) -> None:
+    (last,) = (peer for peer in world.swarm.peers if peer.handler.served.spans.covers(BlockSpan(2, 4)))
+
+    def health() -> tuple[str, list[list[int]]]:
+        world.swarm.thread.call(world.swarm.thread.client.discovery.refresh())
+        answer = httpx2.get(f"{url}/health")
+        assert answer.status_code == 200
+        return answer.json()["status"], answer.json()["models"][MODEL]["gaps"]
+
+    assert health() == ("ok", [])
+    world.swarm.pause_peer(last.links.transport.peer_id)
+    try:
+        assert eventually(lambda: health() == ("degraded", [[2, 4]]))
+    finally:
+        world.swarm.pause_peer(last.links.transport.peer_id, False)
+    assert eventually(lambda: health() == ("ok", []))
 
 
 # --- JSON and tools ---
@@ -198,6 +305,27 @@ def test_a_template_without_tools_gets_the_default_system_text(world: GatewayWor
     plain, told = chat(client, "Who?"), chat(client, "Who?", tools=[TOOL])
     assert told.usage.prompt_tokens - plain.usage.prompt_tokens > len(json.dumps(SCHEMA))
     assert chat(client, "Who?", tools=[TOOL], tool_choice="none").usage.prompt_tokens == plain.usage.prompt_tokens
+
+
+def test_another_client_library_is_at_home_here(world: GatewayWorld, url: str) -> None:
+    """LangChain's: it sends fields and reads chunks in its own ways."""
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "max_retries": 0, "stream_usage": True}
+    talker = ChatOpenAI(base_url=f"{url}/v1", api_key=KEYS[0], model=MODEL, **options)
+    expected = world.text("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n", 12)
+    whole = talker.invoke([("human", "Hello")])
+    assert (whole.content, whole.response_metadata["finish_reason"]) == (expected, "length")
+    assert whole.usage_metadata["output_tokens"] == 12
+    chunks = list(talker.stream([("system", "Be brief."), ("human", "Hello")]))
+    assert sum(chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata) == 12
+    assert len([chunk for chunk in chunks if chunk.content]) > 1
+    longer = talker.model_copy(update={"max_tokens": 200})
+    called = longer.bind_tools([TOOL], tool_choice="remember").invoke("Who?")
+    (call,) = called.tool_calls
+    assert (call["name"], jsonschema_rs.is_valid(SCHEMA, call["args"])) == ("remember", True)
+    turns = ["Who?", called, ToolMessage("done", tool_call_id=call["id"])]
+    assert longer.invoke(turns, max_tokens=4).content
+    person = longer.with_structured_output({"title": "person", **SCHEMA}, method="json_schema").invoke("Who?")
+    assert jsonschema_rs.is_valid(SCHEMA, person)
 
 
 # --- conversations ---
@@ -392,16 +520,67 @@ def test_the_page_that_describes_the_api_fetches_nothing_from_elsewhere(url: str
     assert not [link for link in re.findall(r'(?:src|href)="([^"]*)"', page) if not link.startswith("/")]
 
 
-def test_metrics_follow_prometheus_conventions(url: str, client: openai.OpenAI) -> None:
-    complete(client)
-    text = httpx2.get(f"{url}/metrics", headers={"authorization": f"Bearer {KEYS[0]}"}).text
-    for line in (
-        'swarm_gateway_generated_tokens_total{model="talker"}',
-        'swarm_gateway_time_to_first_token_seconds_count{model="talker"}',
-        'swarm_gateway_requests_total{path="/v1/completions",status="200"}',
-        'swarm_session_steps_total{model="talker"}',
-    ):
-        assert line in text
+def scraped(url: str, **headers: str) -> dict[str, float]:
+    """What Prometheus would read: each sample's name, and the sum over its labels."""
+    families = list(text_string_to_metric_families(httpx2.get(f"{url}", headers=headers).text))
+    names = [family.name for family in families]
+    assert len({*names}) == len(names)
+    for family in families:  # https://prometheus.io/docs/practices/naming
+        assert re.fullmatch("(hiveswarm_(peer|gateway|session)|process)_[a-z_]+", family.name)
+        assert family.documentation or family.name.startswith("process")
+        assert not family.name.endswith(("_ms", "_count", "_total"))
+    sums = Counter[str]()
+    for sample in (sample for family in families for sample in family.samples):
+        sums[sample.name] += sample.value
+    return dict(sums)
+
+
+def test_metrics_that_dashboards_and_alerts_name_are_told(world: GatewayWorld, url: str, client: openai.OpenAI) -> None:
+    peer = world.swarm.peers[0]
+    peer_metrics = world.swarm.thread.call(made(peer.metrics))
+    registry = CollectorRegistry()
+    registry.register(peer_metrics)
+    ProcessCollector(registry=registry)
+    authorization = f"Bearer {KEYS[0]}"
+    with told(registry, "127.0.0.1", 0) as peer_url:
+        before, users = scraped(peer_url), scraped(f"{url}/metrics", authorization=authorization)
+        complete(client, "A prompt that nobody has sent before", max_tokens=8)
+        after, users_after = scraped(peer_url), scraped(f"{url}/metrics", authorization=authorization)
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert more("hiveswarm_peer_tokens_total") == len("A prompt that nobody has sent before") + 7
+    assert more("hiveswarm_peer_step_seconds_count") == 8 * 3  # phases
+    assert more("hiveswarm_peer_outputs_total") == 8
+    assert more("hiveswarm_peer_opened_sessions_total") == 1
+    assert more("hiveswarm_peer_sent_bytes_total") > more("hiveswarm_peer_tokens_total") * 4
+    assert after["hiveswarm_peer_cache_pages"] == 16384 // 16
+    assert after["hiveswarm_peer_state"] == after["hiveswarm_peer_info"] == 1
+    assert (
+        users_after["hiveswarm_gateway_generated_tokens_total"] - users["hiveswarm_gateway_generated_tokens_total"] == 8
+    )
+    assert users_after["hiveswarm_gateway_missing_blocks"] == 0
+    told_names = {*after, *users_after, "up"}
+    dashboard = json.loads((MONITORING / "grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"][0]["rules"]
+    queries += [rule["expr"] for rule in rules]
+    assert all(rule["annotations"]["summary"] for rule in rules)
+    named = {name for query in queries for name in re.findall(r"\b(?:hiveswarm|process)_\w+|\bup\b", query)}
+    assert len(named) > 30
+    # families with labels that only failures bring have no sample yet
+    assert {name for name in named if name not in told_names} <= {
+        f"hiveswarm_{part}_rpc_errors_total" for part in ("peer", "session")
+    }
+    scrapes = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    assert scrapes["rule_files"] == ["alerts.yml"]
+    assert all(re.fullmatch("hiveswarm-.*", job["job_name"]) for job in scrapes["scrape_configs"])
+
+
+async def made(make: Callable[[], Any]) -> Any:
+    """In the event loop that runs this."""
+    return make()
 
 
 # --- the end ---

@@ -1,0 +1,215 @@
+"""The chat page in a real browser: a real gateway, real peers in memory, a tiny model that writes without end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from swarm.gateway.keys import Account, hash_key
+from tests.helpers.browser import chromium, visit
+from tests.helpers.gateway import GatewayWorld, serving
+
+KEY = "a-key-for-the-page-only"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[GatewayWorld]:
+    world = GatewayWorld(tmp_path_factory.mktemp("gateway"))
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def url(world: GatewayWorld) -> Iterator[str]:
+    with serving(world.served) as gateway:
+        yield gateway.url
+
+
+def say(page: Page, text: str) -> None:
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_enabled()
+    page.get_by_label("Your message").fill(text)
+    page.keyboard.press("Enter")
+
+
+def settings(page: Page, **values: str) -> None:
+    page.get_by_role("button", name="Settings").click()
+    for label, value in values.items():
+        page.get_by_label(label.replace("_", " "), exact=True).fill(value)
+    page.get_by_role("button", name="Save").click()
+
+
+def endless(page: Page) -> None:
+    """Greedily the model never ends by itself."""
+    settings(page, Temperature="0")
+
+
+def told(page: Page) -> list[dict[str, Any]]:
+    """The messages of the newest conversation, as the browser keeps them."""
+    kept = page.evaluate("Object.entries(localStorage).filter(([key]) => key.startsWith('hiveswarm.chat.'))")
+    conversations = [json.loads(value) for _, value in kept]
+    return list(max(conversations, key=lambda each: each["at"])["messages"])
+
+
+def ended(page: Page) -> None:
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+
+
+def test_an_answer_streams_shows_its_route_stops_and_is_kept(browser: Browser, url: str, world: GatewayWorld) -> None:
+    with visit(browser, url) as page:
+        expect(page.get_by_label("Your message")).to_be_focused()
+        endless(page)
+        say(page, "Tell me everything")
+        answer = page.get_by_label("The model")
+        expect(answer).to_contain_text("tokens/s")
+        for peer in world.swarm.peers:
+            expect(page.locator("#route")).to_contain_text(peer._key.peer_id[-8:])
+        expect(page.locator("#route")).to_contain_text("Where the time went")
+        expect(page.locator("#columns")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(answer).to_contain_text("Stopped.")
+        expect(page.locator("#announcer")).to_contain_text("Stopped.")
+        ended(page)
+        whole = told(page)[1]["content"]
+        assert whole
+
+        page.keyboard.press("Control+k")
+        expect(page.get_by_role("heading", name="Ask the swarm")).to_be_visible()
+        page.reload()
+        page.get_by_role("button", name="Tell me everything", exact=True).click()
+        expect(answer).to_contain_text("Stopped.")
+        assert told(page)[1]["content"] == whole
+        page.once("dialog", lambda dialog: dialog.accept())
+        page.get_by_role("button", name="Delete").click()
+        expect(page.get_by_role("button", name="Tell me everything", exact=True)).to_have_count(0)
+
+
+def test_a_message_is_changed_and_an_answer_asked_for_again(browser: Browser, url: str, world: GatewayWorld) -> None:
+    def expected(text: str) -> str:
+        turns = f"<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        return world.text(turns, 12)
+
+    with visit(browser, url) as page:
+        settings(page, System_prompt_of_this_conversation="Be brief", Temperature="0", Most_tokens="12")
+        say(page, "Hello")
+        expect(page.get_by_label("The model")).to_contain_text("Ended at the limit of tokens.")
+        assert [message["content"] for message in told(page)] == ["Hello", expected("Hello")]
+
+        page.get_by_role("button", name="Answer again").click()
+        ended(page)
+        expect(page.get_by_label("The model")).to_contain_text("12 tokens")
+        assert [message["content"] for message in told(page)] == ["Hello", expected("Hello")]
+
+        page.get_by_label("Your message").focus()
+        page.keyboard.press("ArrowUp")
+        page.keyboard.type(" there")
+        page.keyboard.press("Shift+Enter")
+        page.keyboard.type("you")
+        page.keyboard.press("Enter")
+        ended(page)
+        expect(page.get_by_label("You", exact=True)).to_contain_text("you")
+        expect(page.get_by_label("The model")).to_contain_text("12 tokens")
+        changed = "Hello there\nyou"
+        assert [message["content"] for message in told(page)] == [changed, expected(changed)]
+
+
+def test_what_a_model_writes_is_shown_and_does_nothing(browser: Browser, url: str) -> None:
+    written = """
+<img src=x onerror="document.title='owned'"> <script>document.title='owned'</script>
+
+![a picture](https://elsewhere.example/p.png) [bad](javascript:alert(1)) [good](https://elsewhere.example/)
+
+| a | b |
+|---|---|
+| **1** | <b style="color:red">2</b> |
+
+```html
+<p>code</p>
+```
+"""
+    with visit(browser, url) as page:
+        page.evaluate(
+            """async (text) => {
+                const { show } = await import("./assets/chat/markdown.js");
+                const element = document.createElement("div");
+                element.id = "written";
+                document.body.append(element);
+                for (let end = 1; end <= text.length; end += 7) show(element, text.slice(0, end));
+                show(element, text);
+            }""",
+            written,
+        )
+        shown = page.locator("#written")
+        expect(shown).to_contain_text("<img src=x onerror=")
+        expect(shown).to_contain_text("<p>code</p>")
+        assert shown.locator("img, script, [style], [onerror]").count() == 0
+        assert shown.locator("td strong").count() == 1
+        links = shown.locator("a")
+        assert [links.nth(at).get_attribute("href") for at in range(links.count())] == [
+            "https://elsewhere.example/p.png",
+            None,
+            "https://elsewhere.example/",
+        ]
+        assert "noopener" in str(links.last.get_attribute("rel"))
+        assert page.title() == "Chat – hiveswarm"
+
+
+def test_what_is_refused_is_said_in_words(browser: Browser, world: GatewayWorld) -> None:
+    account = Account(name="somebody", digest=hash_key(KEY), requests_per_minute=2)
+    with ExitStack() as visiting:
+        with serving(world.served, accounts=[account]) as gateway:
+            page = visiting.enter_context(visit(browser, gateway.url, refused=True))
+            expect(page.get_by_role("alert")).to_contain_text("needs an API key")
+            settings(page, API_key=KEY, Most_tokens="4")
+            for count, text in enumerate(("One", "Two"), 1):
+                say(page, text)
+                expect(page.get_by_label("The model")).to_have_count(count)
+                ended(page)
+            say(page, "Three")
+            expect(page.get_by_role("alert")).to_contain_text("asked too often")
+            expect(page.get_by_role("alert")).to_contain_text("wait")
+        page.get_by_role("button", name="Try again").click()
+        expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+
+
+def test_an_answer_that_breaks_off_can_be_asked_for_again(browser: Browser, world: GatewayWorld) -> None:
+    with ExitStack() as visiting:
+        with serving(world.served, drain_s=0.1) as gateway:
+            page = visiting.enter_context(visit(browser, gateway.url, refused=True))
+            endless(page)
+            say(page, "Go on until the end")
+            expect(page.get_by_label("The model")).to_contain_text("tokens/s")
+        expect(page.get_by_role("alert")).to_contain_text("The answer broke off")
+        expect(page.get_by_role("button", name="Try again")).to_be_enabled()
+        assert told(page)[1]["content"]
+
+
+def test_the_description_of_the_api_is_a_page_too(browser: Browser, url: str) -> None:
+    with visit(browser, f"{url}/docs") as page:
+        expect(page.get_by_text("/v1/chat/completions").first).to_be_visible()
+
+
+def test_a_phone_shows_all_of_it(browser: Browser, url: str) -> None:
+    with visit(browser, url, width=390, height=844) as page:
+        endless(page)
+        say(page, "Hello")
+        expect(page.get_by_label("The model")).to_contain_text("tokens/s")
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("button", name="Route of the tokens").click()
+        expect(page.get_by_role("heading", name="Where the time went")).to_be_visible()
+        page.keyboard.press("Escape")
+        page.get_by_role("button", name="Conversations").click()
+        expect(page.get_by_role("button", name="New chat")).to_be_visible()
+        page.get_by_role("button", name="New chat").click()
+        expect(page.get_by_role("heading", name="Ask the swarm")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
