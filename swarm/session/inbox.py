@@ -22,6 +22,9 @@ from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
 
 logger = logging.getLogger(__name__)
 
+STANDBY_REST_S = 10.0
+"""A peer that could not stand by is asked for nothing as long as others can."""
+
 
 class Inbox:
     """Handles the messages of one client's links, for the sessions of one model."""
@@ -38,18 +41,19 @@ class Inbox:
         links.keep(self._needed_links)
 
     def _session_of(self, link: Link, session: bytes, peer: str | None = None) -> LiveSession | None:
-        """The session that a message names, if the sender is on its route."""
+        """The session that a message names, if the sender is on its route or stands by."""
         known = self._sessions.by_id.get(SessionId(session))
         if known is None or known.core is None or known.core.route is None:
             return None
-        hops = [hop.peer_id for hop in known.core.route.hops]
+        hops = [hop.peer_id for hop in (*known.core.route.hops, *known.core.standby_hops)]
         return known if link.remote in hops and (peer is None or peer in hops) else None
 
     async def _opened(self, link: Link, message: Opened, _: memoryview) -> None:
         session = self._session_of(link, message.session)
         if session is None or session.core is None or message.epoch != session.core.epoch:
             return
-        if message.held > session.offered:
+        standby = session.core.standby_at(link.remote, message.start)
+        if message.held > session.offered and not standby:
             error = ProtocolError(f"{link.remote} holds {message.held} positions, more than it was asked for")
             self._driver.lose(session, link.remote, error)
             return
@@ -63,6 +67,7 @@ class Inbox:
         core, route = session.core, session.core.route
         step = core.sent(StepId(message.step), message.epoch)
         if step is None:
+            self._driver.perform(session, core.fed(link.remote, StepId(message.step), message.epoch))
             return
         hops = route.hops[step.hop : step.until]
         if link.remote != hops[-1].peer_id or message.hidden != self._sessions.model.hidden_size:
@@ -91,11 +96,22 @@ class Inbox:
             return
         core, route, peer, epoch = session.core, session.core.route, PeerId(message.peer), message.epoch
         at = _hop_at(route, peer, message.block)
-        if epoch != core.epoch or at is None:
+        standby = core.standby_at(peer, message.block)
+        fed = None if message.step is None or not core.feeds(StepId(message.step), epoch) else StepId(message.step)
+        if epoch != core.epoch or (at is None and not standby):
             return  # of a route that was replaced
         logger.info("session %s: %s answers %s: %s", core.session, peer, message.code, message.message)
         text = f"{peer}: {message.message}"
         now_s = self._sessions.client.discovery.now_s()
+        if (standby or fed is not None) and message.code not in (Code.PAUSED, Code.DRAINING):
+            if standby:
+                self._sessions.client.router.on_busy(peer, max(message.retry_after_s, STANDBY_REST_S), now_s)
+                actions = core.standby_lost(peer, epoch)
+            else:
+                assert fed is not None
+                actions = core.feed_failed(fed, epoch, busy=message.code == Code.BUSY)
+            self._driver.perform(session, actions)
+            return
         match message.code:
             case Code.BUSY | Code.PREEMPTED:
                 self._sessions.client.router.on_busy(peer, message.retry_after_s, now_s)
@@ -126,7 +142,7 @@ class Inbox:
                 self._sessions.traffic.replays += 1
                 actions = core.behind_window(epoch, Refused(text, code=message.code))
             case Code.MALFORMED:
-                if at == 0:
+                if not at:
                     actions = core.give_up(ProtocolError(text, hint="the values given to the model are not usable"))
                 else:  # what the hop before it sent is not usable
                     self._driver.lose(session, route.hops[at - 1].peer_id, ProtocolError(text))
@@ -160,7 +176,7 @@ class Inbox:
         affected = [
             (session, session.core)
             for session in self._sessions.by_id.values()
-            if session.core is not None and session.core.uses(link.remote)
+            if session.core is not None and (session.core.uses(link.remote) or session.core.standby_at(link.remote))
         ]
         if affected:
             self._driver.blame(link.remote, str(error))
@@ -171,7 +187,7 @@ class Inbox:
         """Those to every hop of every session: a hop between two others hears nothing from us while it works."""
         for session in self._sessions.by_id.values():
             if session.core is not None and session.core.route is not None:
-                for hop in session.core.route.hops:
+                for hop in (*session.core.route.hops, *session.core.standby_hops):
                     if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
                         yield link
 

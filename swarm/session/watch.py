@@ -19,6 +19,8 @@ from swarm.session.live import Driver, LiveSession, Sessions
 IDLE_LOOKS = 3
 """Looks at which every hop is alive and none computes, after which the step is taken for lost."""
 WATCH_S = 0.1
+STANDBY_PATIENCE_S = 30.0
+"""A standby works when nobody else wants to: only one that does nothing for so long is let go of."""
 
 
 class Watch:
@@ -35,10 +37,17 @@ class Watch:
             await asyncio.sleep(WATCH_S)
             now_s = asyncio.get_running_loop().time()
             for session_id, session in tuple(self._sessions.by_id.items()):
+                if session.core is not None and session.core.standby_hops:
+                    self._let_go_of_silent(session, session.core, now_s)
                 overdue = session.core is not None and session.core.outstanding and now_s > session.deadline_s
                 if overdue and session_id not in self._investigating:
                     self._investigating.add(session_id)
                     self._tasks.spawn(self._investigate(session_id, session), name=f"investigate {session_id}")
+
+    def _let_go_of_silent(self, session: LiveSession, core: SessionCore, now_s: float) -> None:
+        for peer in core.owing:
+            if now_s - session.asked_at_s[peer] > STANDBY_PATIENCE_S:
+                self._driver.perform(session, core.standby_lost(peer, core.epoch))
 
     async def _investigate(self, session_id: SessionId, session: LiveSession) -> None:
         """Ask every hop of an overdue session. Half of the silence that is tolerated has passed; the other half is the

@@ -30,6 +30,7 @@ from tests.numerics.test_trouble import AtToken, generate, prompt
 
 SPANS = [(0, 1), (1, 2), (2, NUM_BLOCKS)]
 PROMPT = prompt(length=100)
+CONFIG = SessionConfig(chunk_positions=32)
 TOKENS = 16
 
 
@@ -46,8 +47,7 @@ def local(folder: Path) -> Any:
 class Scene:
     """A swarm with a spare peer for each hop, and what every peer computed."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
-        config = SessionConfig(chunk_positions=32)
+    def __init__(self, folder: Path, cache: Path, *, config: SessionConfig = CONFIG) -> None:
         self.swarm = MemorySwarm(folder, SPANS, cache=cache, session_config=config, cache_tokens=4096)
         self.model = self.swarm.model()
         self.remote = self.model._remote_layers.remote
