@@ -63,7 +63,7 @@ class Kill:
 
 def run(notebook: Notebook) -> None:
     with pairs_network(notebook) as network, LabSwarm(network, MODEL, PEERS) as swarm:
-        user = swarm.add_user("user")
+        user = swarm.add_user("user", resilience=notebook.resilience)
         prompt_s = warm_up(notebook, user)
         for number in range(notebook.runs):
             one_run(notebook, swarm, user, number, prompt_s)
@@ -74,9 +74,10 @@ def run(notebook: Notebook) -> None:
     notebook.at_most("median stall, s", median(stalls), 1.5)
     notebook.at_most("worst stall, s", max(stalls), 5.0)
     during = [row for row in notebook.rows if "uplink" in row]
-    if uplinks := [row["uplink"] for row in during if 0 not in row["hops"]]:
+    fed = notebook.resilience == "standby"  # then the client goes on feeding the first hop's
+    if uplinks := [row["uplink"] for row in during if 0 not in row["hops"] and not fed]:
         notebook.at_most("client's uplink beyond the pending step, worst, bytes", max(uplinks), 2048)
-    if during:
+    if during and not fed:
         resent = max(row["into_healthy"] for row in during) / (PROMPT * HIDDEN_BYTES)
         notebook.at_most("sent to healthy hops during a stall / the whole prompt, worst", resent, 0.1)
 
@@ -101,7 +102,7 @@ def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt
         elif timer is None and count == at_token:
             kill.strike()
 
-    rebuilds = user.remote.traffic.rebuilds
+    rebuilds, switches = user.remote.traffic.rebuilds, user.remote.traffic.switches
     if timer is not None:
         timer.start()
     error = ""
@@ -112,7 +113,9 @@ def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt
         error = f"{type(failed).__name__}: {failed}"
     if timer is not None:
         timer.join()
-    about = {"run": number, "when": when, "hops": hops, "rebuilds": user.remote.traffic.rebuilds - rebuilds}
+    traffic = user.remote.traffic
+    about = {"run": number, "when": when, "hops": hops, "rebuilds": traffic.rebuilds - rebuilds}
+    about["switches"] = traffic.switches - switches
     if error:
         notebook.row(**about, identical=False, stall_s=math.inf, error=error)
         return
