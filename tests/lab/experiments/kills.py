@@ -43,13 +43,16 @@ class Kill:
     hops: tuple[int, ...]
     looks: list[Look] = field(default_factory=list)
     survivors: list[LabPeer] = field(default_factory=list)
+    strikes: list[threading.Thread] = field(default_factory=list)
+    """Killing ends when the victim is gone, and nobody who reads an answer waits for that."""
 
     def strike(self) -> None:
         route = self.swarm.serving(self.user)
         self.survivors = [peer for hop, peer in enumerate(route) if hop not in self.hops]
         self.look()
         for hop in self.hops:
-            route[hop].kill()
+            self.strikes.append(threading.Thread(target=route[hop].kill))
+            self.strikes[-1].start()
 
     def look(self) -> None:
         counts = self.swarm.network.counts()
@@ -113,6 +116,8 @@ def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt
         error = f"{type(failed).__name__}: {failed}"
     if timer is not None:
         timer.join()
+    for strike in kill.strikes:
+        strike.join()
     traffic = user.remote.traffic
     about = {"run": number, "when": when, "hops": hops, "rebuilds": traffic.rebuilds - rebuilds}
     about["switches"] = traffic.switches - switches
