@@ -15,13 +15,13 @@ stalls or forgets. The driver performs the actions and reports what happened.
     ready     submit                             ready     SendStep
     ready     result                             ready     StepDone, SendStep (window moves)
     ready     busy                               pausing   Wait; what is not answered is sent again afterwards
-    ready     busy once too often                waiting   Release, Wait
-    opening   busy                               waiting   Release, Wait
-    ready     preempted                          waiting   Release, Wait: no session waits while it holds pages
     pausing   submit                             pausing
     pausing   result                             pausing   StepDone
-    pausing   preempted                          waiting   Release
     pausing   timer                              ready     SendStep
+    on route  no room: preempted, or busy when   routing   Release of that hop, NeedRoute; idle when nothing is pending
+              opened or once too often
+    routing   route_ready, over that hop again   waiting   Wait, once and not for long: others hold what they hold
+    on route  no room again, or too many hops    waiting   Release, Wait: nobody waits for long while it holds pages
     waiting   timer                              routing   NeedRoute
     ready     behind window                      opening   OpenHops (next epoch) of the same route
     ready     hop leaves, steps under way        ready     until the last of them is answered: no further one is sent
@@ -46,7 +46,7 @@ Steps of different entries may be under way together where no hop runs both, as 
 A pause keeps the session's pages, and nobody waits for them. "busy" to a step never means that pages are missing, that
 is "preempted": it means a full queue of works, too many bytes in flight, or for a fork a full table of sessions. The
 first two empty by themselves, because every work that is queued either runs or is preempted at once; the third is
-given up, pages and all, after `max_busy_repeats`. Meanwhile a hop takes the pages of a paused session for an older one
+done without after `max_busy_repeats`. Meanwhile a hop takes the pages of a paused session for an older one
 without asking: the pause, or the step after it, then ends as "preempted".
 """
 
@@ -54,7 +54,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -87,6 +87,10 @@ class SessionConfig:
     """Routes tried without one result in between, replays not counted, before the session fails."""
     busy_patience_s: float = 300.0
     """How long "busy" and "preempted" are waited out without one result in between, replays not counted."""
+    max_hold_s: float = 2.0
+    """Of a wait for one hop's room while others hold the session's pages."""
+    max_full: int = 3
+    """Hops without room that are replaced between two results, before the session lets go of everything and waits."""
     max_wait_s: float = 30.0
     """Of one wait, whatever the hop asked for: by then another may have room."""
     window: int = 4
@@ -284,6 +288,8 @@ class SessionCore:
         self._end = 0
         """Where the last submitted step ends."""
         self._waited_s = 0.0
+        self._full: dict[PeerId, float] = {}
+        """Peers that had no room since the last result, and how long they asked to be left alone; 0: that is over."""
         self._busy_repeats = 0
         self._behind_busy: set[StepId | None] = set()
         """Steps that may have met a gap once, because a hop had no room for one before them. They are sent again."""
@@ -394,6 +400,10 @@ class SessionCore:
             return []
         if not self._pending:
             return self._idle()
+        if delay_s := max((self._full.get(hop.peer_id, 0.0) for hop in route.hops), default=0.0):
+            self._full = dict.fromkeys(self._full, 0.0)
+            self.state = State.WAITING
+            return [Wait(delay_s)]
         self.epoch += 1
         self.route = route
         self.state = State.OPENING
@@ -460,6 +470,7 @@ class SessionCore:
             self.attempts = 0
             self._trusts = True
             self._waited_s = 0.0
+            self._full.clear()
             self._pending.remove(next(p for p in self._pending if p.step == step))
             actions.append(StepDone(answered))
             self._standbys.answered()
@@ -530,15 +541,14 @@ class SessionCore:
         self._avoid.add(peer)
         return self._lose_standbys(peer) + self._rebuild(error)
 
-    def busy(self, epoch: int, retry_after_s: float, error: SwarmError, *, preempted: bool) -> list[Action]:
+    def busy(
+        self, peer: PeerId, epoch: int, retry_after_s: float, error: SwarmError, *, preempted: bool
+    ) -> list[Action]:
         """A healthy hop has no room now."""
-        if epoch != self.epoch or not self._on_route(None):
+        if epoch != self.epoch or not self._on_route(peer):
             return []
-        if self.state is State.PAUSING:
-            if not preempted:
-                return []
-            self.state = State.WAITING  # the timer that runs already ends this wait too
-            return self._release()
+        if self.state is State.PAUSING and not preempted:
+            return []
         delay_s = min(max(0.05, retry_after_s) * 2 ** min(5, self._busy_repeats), self.config.max_wait_s)
         self._busy_repeats += 1
         self._behind_busy.update(self._sent)
@@ -548,6 +558,16 @@ class SessionCore:
         if self.state is State.READY and not preempted and self._busy_repeats <= self.config.max_busy_repeats:
             self.state = State.PAUSING
             return [Wait(delay_s)]
+        if not self._pending or (
+            self._sure_until()
+            and delay_s <= self.config.max_hold_s
+            and peer not in self._full
+            and len(self._full) < self.config.max_full
+        ):
+            if self._pending:
+                self._full[peer] = delay_s
+            return self._do_without({peer})
+        self._full.clear()
         actions = self._release()
         self.state = State.WAITING
         return [*actions, Wait(delay_s)]
@@ -770,11 +790,13 @@ class SessionCore:
             self.state = State.ROUTING
             return actions + self.route_ready(route)
         if self._pending and not self._sure_until():
-            actions = self._release()
-        else:
-            self._end_route()
-            gone = self._lost | self._avoid
-            actions = self._let_go(hop for hop in self._installed if hop.peer_id in gone)
+            return self._release() + self._need_route()
+        return self._do_without(self._lost | self._avoid)
+
+    def _do_without(self, gone: Set[PeerId]) -> list[Action]:
+        """The other hops keep what they hold, and others take the place of these."""
+        self._end_route()
+        actions = self._let_go(hop for hop in self._installed if hop.peer_id in gone)
         return actions + (self._need_route() if self._pending else self._idle())
 
     def _fail(self, error: SwarmError) -> list[Action]:

@@ -117,7 +117,7 @@ class Inbox:
                 self._sessions.client.router.on_busy(peer, message.retry_after_s, now_s)
                 error = Busy(text, retry_after_s=message.retry_after_s)
                 preempted = message.code == Code.PREEMPTED
-                actions = core.busy(epoch, message.retry_after_s, error, preempted=preempted)
+                actions = core.busy(peer, epoch, message.retry_after_s, error, preempted=preempted)
             case Code.PAUSED | Code.DRAINING:
                 farewell: SwarmError
                 if message.code == Code.PAUSED:

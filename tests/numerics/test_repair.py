@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from peers.errors import Preempted
 from peers.host import ServerPeer
 from peers.runtime.engine import Done, Work
 from peers.serving.journal import Journal
@@ -268,6 +269,26 @@ def test_a_step_that_is_lost_between_two_hops_is_sent_again_from_where_it_came_l
     assert scene.route == used
     assert scene.remote.traffic.replayed_positions == 1
     assert [scene.positions(peer) for peer in used] == [LENGTH] * 3
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_session_whose_pages_one_hop_takes_is_rebuilt_there_alone(scene: Scene, local: Any, elsewhere: bool) -> None:
+    """At another peer, or where none is known at the same one, after a wait."""
+    used = scene.warm_up()
+
+    async def preempt() -> None:
+        if elsewhere:
+            await scene.swarm.thread.client.discovery.refresh()
+        handler = next(peer for peer in scene.swarm.peers if peer._key.peer_id == used[1]).handler
+        (entry,) = handler.ledger.entries()
+        handler._let_go(entry.place, Preempted("an older one needs the pages", retry_after_s=0.1))
+
+    act = AtToken(8, lambda: scene.swarm.thread.call(preempt()))
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[act]), generate(local, PROMPT))
+    assert (scene.route[1] == used[1]) != elsewhere
+    assert [scene.positions(peer) for peer in (used[0], used[2])] == [LENGTH] * 2, "nothing twice"
+    assert scene.remote.traffic.replayed_positions > 0
+    assert scene.swarm.eventually_settled()
 
 
 def test_a_hop_that_becomes_slow_is_left_between_two_steps_for_a_faster_one_and_blamed_by_nobody(

@@ -151,11 +151,11 @@ def test_a_busy_step_is_sent_again_under_its_id_and_so_is_what_came_behind_it() 
     core = ready()
     step, _ = core.submit(1, 1, 0)
     behind, _ = core.submit(2, 1, 0)
-    assert core.busy(1, 0.5, FULL, preempted=False) == [Wait(0.5)]
+    assert core.busy(Q, 1, 0.5, FULL, preempted=False) == [Wait(0.5)]
     assert (core.state, core.outstanding) == (State.PAUSING, False)
     during, actions = core.submit(3, 1, 0)
     assert actions == []
-    assert core.busy(1, 0.5, FULL, preempted=False) == [], "one wait is enough"
+    assert core.busy(Q, 1, 0.5, FULL, preempted=False) == [], "one wait is enough"
     assert [step.step for step in sent(core.timer())] == [step, behind, during]
     assert core.timer() == []
 
@@ -163,7 +163,7 @@ def test_a_busy_step_is_sent_again_under_its_id_and_so_is_what_came_behind_it() 
 def test_the_gaps_behind_a_busy_step_are_its_shadow_whenever_they_arrive() -> None:
     core = ready()
     steps = [core.submit(first, 1, 0)[0] for first in (1, 2, 3)]
-    core.busy(1, 0.5, FULL, preempted=False)
+    core.busy(Q, 1, 0.5, FULL, preempted=False)
     assert core.forgotten(1, FORGOT, gap_at=steps[1]) == []
     core.timer()
     assert core.forgotten(1, FORGOT, gap_at=steps[2]) == []
@@ -173,7 +173,7 @@ def test_the_gaps_behind_a_busy_step_are_its_shadow_whenever_they_arrive() -> No
 def test_a_hop_that_forgot_the_session_is_believed_also_during_a_pause() -> None:
     core = ready()
     core.submit(1, 1, 0)
-    core.busy(1, 0.5, FULL, preempted=False)
+    core.busy(Q, 1, 0.5, FULL, preempted=False)
     assert kinds(core.forgotten(1, FORGOT)) == [NeedRoute]
     assert core.timer() == []
 
@@ -181,49 +181,71 @@ def test_a_hop_that_forgot_the_session_is_believed_also_during_a_pause() -> None
 def test_a_result_during_a_pause_is_taken_and_not_asked_for_again() -> None:
     core = ready()
     (one, _), (two, _) = core.submit(1, 1, 0), core.submit(2, 1, 0)
-    core.busy(1, 0.5, FULL, preempted=False)
+    core.busy(Q, 1, 0.5, FULL, preempted=False)
     assert kinds(core.result(one, 1)) == [StepDone]
     assert [step.step for step in sent(core.timer())] == [two]
 
 
-def test_a_session_that_is_busy_too_often_lets_go_of_its_pages() -> None:
+def test_a_hop_that_is_busy_too_often_is_done_without() -> None:
     core = ready(SessionConfig(max_busy_repeats=2))
     core.submit(1, 1, 0)
     for _ in range(2):
-        assert kinds(core.busy(1, 0.5, FULL, preempted=False)) == [Wait]
+        assert kinds(core.busy(Q, 1, 0.1, FULL, preempted=False)) == [Wait]
         core.timer()
-    assert kinds(core.busy(1, 0.5, FULL, preempted=False)) == [Release, Wait]
-    assert core.state is State.WAITING
-    assert kinds(core.timer()) == [NeedRoute]
+    assert core.busy(Q, 1, 0.1, FULL, preempted=False) == [
+        Release(route(P, Q).hops[1:]),
+        NeedRoute(frozenset(), route(P).hops),
+    ]
 
 
-def test_a_busy_hop_at_opening_is_released_and_asked_again_later() -> None:
-    core = SessionCore(SESSION, SessionConfig())
-    core.submit(0, 1, 0)
-    core.route_ready(route(P, Q))
-    assert core.busy(1, 0.5, FULL, preempted=False) == [Release(route(P, Q).hops), Wait(0.5)]
-    assert core.opened(Q, 1, 1) == []
-    assert kinds(core.timer()) == [NeedRoute]
-
-
-@pytest.mark.parametrize("pausing", [False, True])
-def test_a_preempted_session_waits_without_pages(pausing: bool) -> None:
+@pytest.mark.parametrize("preempted", [False, True])
+def test_a_hop_without_room_is_replaced_and_the_others_keep_what_they_hold(preempted: bool) -> None:
+    """As one that died is; it takes the session back if nobody else does, after one wait."""
     core = ready(positions=4)
     core.submit(4, 1, 0)
-    waits = [Wait(0.5)]
-    if pausing:
-        core.busy(1, 0.5, FULL, preempted=False)
-        waits = []  # a timer runs already
-    assert core.busy(1, 0.5, FULL, preempted=True) == [Release(route(P, Q).hops), *waits]
-    assert core.state is State.WAITING
-    assert kinds(core.timer()) == [NeedRoute]
+    if not preempted:
+        core.hop_lost(Q, LOST)
+        core.route_ready(route(P, R))
+    peer = core.route.hops[1].peer_id if core.route is not None else Q
+    released, need = core.busy(peer, core.epoch, 0.5, FULL, preempted=preempted)
+    assert isinstance(released, Release)
+    assert [hop.peer_id for hop in released.hops] == [peer]
+    assert need == NeedRoute(frozenset(), route(P).hops)
+    assert core.route_ready(route(P, peer)) == [Wait(0.5)]
+    assert (core.state, core.uses(P)) == (State.WAITING, True)
+    assert core.timer() == [need]
+    assert keeping(core.route_ready(route(P, peer))) == (5, 0)
+    core.opened(P, 0, core.epoch, 4, 0)
+    assert [(s.first, s.hop) for s in sent(core.opened(peer, 1, core.epoch))] == [(0, 1)]
+
+
+def test_a_session_that_finds_no_room_again_or_must_wait_long_lets_go_of_its_pages() -> None:
+    core = ready(positions=4)
+    core.submit(4, 1, 0)
+    core.busy(Q, 1, 0.5, FULL, preempted=True)
+    core.route_ready(route(P, Q))
+    core.timer()
+    core.route_ready(route(P, Q))
+    assert core.busy(Q, 2, 0.5, FULL, preempted=False) == [Release(route(P, Q).hops), Wait(1.0)]
+    core.timer()
+    core.route_ready(route(P, Q))
+    assert core.busy(Q, 3, 5.0, FULL, preempted=False) == [Release(route(P, Q).hops), Wait(20.0)]
+    core.timer()
     core.route_ready(route(P, Q))
     assert [(s.first, s.count, s.replay) for s in sent(opened(core))] == [(0, 4, True), (4, 1, False)]
 
 
+def test_a_preemption_during_a_pause_ends_it() -> None:
+    core = ready(positions=4)
+    core.submit(4, 1, 0)
+    core.busy(Q, 1, 0.5, FULL, preempted=False)
+    assert kinds(core.busy(Q, 1, 0.5, FULL, preempted=True)) == [Release, NeedRoute]
+    assert core.timer() == []
+
+
 def test_a_preempted_session_without_a_pending_step_goes_idle() -> None:
     core = ready()
-    core.busy(1, 0.5, FULL, preempted=True)
+    assert core.busy(Q, 1, 0.5, FULL, preempted=True) == [Release(route(P, Q).hops[1:])]
     assert (core.timer(), core.state) == ([], State.IDLE)
 
 
@@ -231,12 +253,12 @@ def test_one_wait_is_bounded_whatever_a_hop_asks_for_and_all_together_by_patienc
     core = ready(SessionConfig(busy_patience_s=100.0, max_wait_s=30.0))
     core.submit(1, 1, 0)
     for _ in range(3):
-        actions = core.busy(core.epoch, 1e9, FULL, preempted=True)
+        actions = core.busy(Q, core.epoch, 1e9, FULL, preempted=True)
         assert actions[-1] == Wait(30.0)
         core.timer()
         core.route_ready(route(P, Q))
         opened(core)
-    assert core.busy(core.epoch, 1e9, FULL, preempted=True) == [Release(route(P, Q).hops), Fail(FULL)]
+    assert core.busy(Q, core.epoch, 1e9, FULL, preempted=True) == [Release(route(P, Q).hops), Fail(FULL)]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +281,7 @@ def test_whatever_breaks_a_route_leads_to_another_one(
     if state is not State.OPENING:
         opened(core)
     if state is State.PAUSING:
-        core.busy(1, 0.5, FULL, preempted=False)
+        core.busy(Q, 1, 0.5, FULL, preempted=False)
     actions = happens(core)
     lost = core._lost | core._avoid
     assert kinds(actions) == ([Release, NeedRoute] if lost else [NeedRoute])
@@ -295,7 +317,7 @@ def test_a_hop_that_leaves_is_let_go_of_at_once_where_nothing_is_under_way(busy:
     core = ready(positions=4)
     if busy:
         core.submit(4, 1, 0)
-        core.busy(1, 0.5, FULL, preempted=False)
+        core.busy(Q, 1, 0.5, FULL, preempted=False)
     assert kinds(core.hop_leaves(P, 1, LOST, answers=True)) == ([Release, NeedRoute] if busy else [Release])
     assert core.hop_leaves(Q, 1, LOST, answers=True) == [Release(route(P, Q).hops[1:])]
     assert not core.uses(Q)
@@ -312,7 +334,7 @@ def test_a_peer_that_declined_is_avoided_from_then_on_and_a_stranger_does_not_ma
     core = ready()
     core.submit(1, 1, 0)
     assert core.refused(R, 1, LOST) == core.hop_lost(R, LOST) == core.refused(Q, 0, LOST) == []
-    assert core.forgotten(0, FORGOT) == core.busy(0, 1.0, FULL, preempted=True) == []
+    assert core.forgotten(0, FORGOT) == core.busy(Q, 0, 1.0, FULL, preempted=True) == []
     assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}), route(P).hops)
 
 
@@ -370,7 +392,7 @@ def test_the_first_step_of_a_fork_names_its_parent_and_travels_alone() -> None:
     assert [(s.step, s.parent) for s in sent(actions)] == [(step, SESSION)]
     following, actions = child.submit(5, 1, 0)
     assert actions == []
-    child.busy(1, 0.5, FULL, preempted=False)
+    child.busy(Q, 1, 0.5, FULL, preempted=False)
     assert [(s.step, s.parent) for s in sent(child.timer())] == [(step, SESSION)]
     actions = child.result(step, 1)
     assert [(s.step, s.parent) for s in sent(actions)] == [(following, None)]
@@ -393,7 +415,7 @@ def test_a_step_that_rolls_back_travels_alone() -> None:
     assert kinds(actions) == [SendStep]
     following, actions = core.submit(6, 2, 0)
     assert actions == []
-    core.busy(1, 0.5, FULL, preempted=False)
+    core.busy(Q, 1, 0.5, FULL, preempted=False)
     assert [step.step for step in sent(core.timer())] == [back]
     assert [step.step for step in sent(core.result(back, 1))] == [following]
     back, actions = core.submit(7, 2, 0)
@@ -849,7 +871,7 @@ class World:
                     owner.flying.clear()
                     owner.routes_without_answer += 1
                     owner.flying.clear()
-                    assert owner.routes_without_answer <= CONFIG.max_attempts + 1 + 60 / 0.05
+                    assert owner.routes_without_answer <= CONFIG.max_attempts + 1 + (1 + CONFIG.max_full) * 60 / 0.05
                     for index, hop in enumerate(route.hops):
                         following = route.hops[index + 1].peer_id if index + 1 < len(route.hops) else None
                         if hop.peer_id in self.dead:
@@ -1093,7 +1115,7 @@ class World:
                 self._perform(owner, core.refused(peer, epoch, FORGOT))
             case "busy" | "preempted":
                 preempted = message.kind == "preempted"
-                self._perform(owner, core.busy(epoch, 0.5, FULL, preempted=preempted))
+                self._perform(owner, core.busy(peer, epoch, 0.5, FULL, preempted=preempted))
             case "result":
                 self._result(owner, message)
 
