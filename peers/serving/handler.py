@@ -364,10 +364,14 @@ class Handler:
 
     async def _traced(self, link: Link, entry: Entry[Delivery, Link], message: Trace) -> None:
         try:
-            reaches = await self.pusher.reaches(entry, timeout_s=min(message.patience_s, MAX_PATIENCE_S))
+            patience_s = min(message.patience_s, MAX_PATIENCE_S)
+            reaches, arrived = await asyncio.gather(
+                self.pusher.reaches(entry, timeout_s=patience_s), self.pusher.arrived(entry, timeout_s=patience_s)
+            )
             running = self._works.running(entry.place)
+            traced = Traced(nonce=message.nonce, running=running, next_silent=not reaches, moving=not arrived)
             with suppress(PeerError):  # nobody is there to hear it
-                await link.send(Traced(nonce=message.nonce, running=running, next_silent=not reaches))
+                await link.send(traced)
         finally:
             self._tracing.discard(entry.place)
 

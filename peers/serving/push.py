@@ -81,6 +81,10 @@ class Pusher:
             return False
         return True
 
+    async def arrived(self, entry: Entry[Delivery, Link], *, timeout_s: float) -> bool:
+        """Whether all that was pushed to the successor has come there."""
+        return entry.next is None or await self._links.arrived(entry.next, timeout_s=timeout_s)
+
     async def deliver(self, entry: Entry[Delivery, Link], delivery: Delivery) -> None:
         """Send one output on its way. A client that is gone is no error here: its link's end releases its sessions."""
         message = delivery.message

@@ -274,6 +274,8 @@ class Traced(Message, tag="traced", frozen=True, kw_only=True):
     """Steps of the session that wait for the computation here, or are computed."""
     next_silent: bool = False
     """The successor did not answer over the link that outputs take. From now on they go through the client."""
+    moving: bool = False
+    """Large outputs are still on their way to the successor."""
 
 
 class DialBack(Message, tag="dial_back", frozen=True, kw_only=True):

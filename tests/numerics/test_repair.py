@@ -21,7 +21,7 @@ from peers.serving.journal import Journal
 from peers.serving.push import Delivery
 from peers.transport.links import Link
 from peers.transport.memory import MemoryStream
-from peers.wire.messages import Code, Failed
+from peers.wire.messages import Code, Failed, Step
 from routing.ids import PeerId
 from swarm.session import driver
 from swarm.session.core import SessionConfig
@@ -250,24 +250,25 @@ def test_a_link_between_two_hops_that_falls_silent_is_gone_round_and_nobody_is_b
     assert scene.swarm.eventually_settled()
 
 
+@pytest.mark.parametrize(("first", "count"), [(PROMPT.shape[1] + 8, 1), (64, 36)], ids=["token", "end of the prompt"])
 def test_a_step_that_is_lost_between_two_hops_is_sent_again_from_where_it_came_last(
-    scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch, first: int, count: int
 ) -> None:
     used = scene.warm_up()
     pusher = next(peer for peer in scene.swarm.peers if peer._key.peer_id == used[1]).handler.pusher
     deliver, lost = pusher.deliver, []
 
     async def lose(entry: Any, delivery: Delivery) -> None:
-        if delivery.message.first == PROMPT.shape[1] + 8 and not lost:
-            lost.append(delivery)
+        step = delivery.message
+        if isinstance(step, Step) and first <= step.first < first + count and step.step not in lost:
+            lost.append(step.step)
         else:
             await deliver(entry, delivery)
 
     monkeypatch.setattr(pusher, "deliver", lose)
     assert torch.equal(generate(scene.model, PROMPT), generate(local, PROMPT))
-    assert len(lost) == 1
     assert scene.route == used
-    assert scene.remote.traffic.replayed_positions == 1
+    assert scene.remote.traffic.replayed_positions == count
     assert [scene.positions(peer) for peer in used] == [LENGTH] * 3
 
 
