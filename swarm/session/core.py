@@ -295,6 +295,8 @@ class SessionCore:
         """Steps that may have met a gap once, because a hop had no room for one before them. They are sent again."""
         self._parent: SessionId | None = None
         self._standbys = Standbys(config.standby_rest)
+        self.standby_lag = config.standby_lag
+        """Fewer where steps take long: a standby that hears nothing forgets the session."""
         self._reaches: dict[tuple[PeerId, int], int] = {}
         """Of hops that were standbys and are opened on the route for the first time: up to where to believe them."""
 
@@ -728,8 +730,7 @@ class SessionCore:
         if lacking := self._standbys.lacking(self.route.hops):
             actions.append(NeedStandbys(lacking, frozenset(self._avoid)))
         answered = self._answered_until()
-        lag = self.config.standby_lag
-        lagging = [s for s in self._standbys if s.open and s.feed is None and answered - s.held >= lag]
+        lagging = [s for s in self._standbys if s.open and s.feed is None and answered - s.held >= self.standby_lag]
         return actions + [self._feed(standby, answered) for standby in lagging]
 
     def _feed(self, standby: Standby, answered: int) -> Feed:

@@ -697,8 +697,11 @@ class SwarmRemote:
 
 def _switches(before: Route | None, action: OpenHops) -> int:
     """How many hops of the route were standbys until now."""
-    known = () if before is None else before.hops
-    return sum(keep > 0 and hop not in known for hop, keep in zip(action.route.hops, action.keep, strict=True))
+    if before is None:  # a fork's first route of its own
+        return 0
+    known = {(hop.peer_id, hop.span) for hop in before.hops}
+    hops = zip(action.route.hops, action.keep, strict=True)
+    return sum(keep > 0 and (hop.peer_id, hop.span) not in known for hop, keep in hops)
 
 
 def _stop(route: Route, step: PendingStep) -> int:

@@ -22,6 +22,8 @@ from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
 
 logger = logging.getLogger(__name__)
 
+STANDBY_FED_EVERY_S = 20.0
+"""At least, while the session goes on: well within a lease."""
 STANDBY_REST_S = 10.0
 """A peer that could not stand by is asked for nothing as long as others can."""
 
@@ -86,6 +88,8 @@ class Inbox:
         self._sessions.traffic.bytes_received += len(payload)
         self._learn(hops, message, step.count)
         session.answered(step.count)
+        if (usual_s := session.pace.usual_s(1)) > 0:
+            core.standby_lag = max(1, min(core.config.standby_lag, int(STANDBY_FED_EVERY_S / usual_s)))
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
         if session.pace.slowed:
             self._driver.reconsider(session)
