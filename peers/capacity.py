@@ -30,6 +30,9 @@ PROCESS_BYTES = 700_000_000
 """What a peer's process needs besides weights and KV pool, a forward of FORWARD_BYTES included."""
 FORWARD_BYTES = 200_000_000
 """What is set aside for the largest forward before it was measured, and at least."""
+JOURNAL_SHARE = 1 / 16
+"""Of what a peer may use beyond its process, the most for its journal (`serving.journal`); JOURNAL_BYTES at most."""
+JOURNAL_BYTES = 256 << 20
 MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -51,6 +54,8 @@ class Plan:
     """What came of it."""
     forwards: int = 1
     """That may run on one device at the same time: every span has an engine of its own."""
+    journal_bytes: int = JOURNAL_BYTES
+    """Of host memory, for what sessions sent on."""
 
     @property
     def max_blocks(self) -> int:
@@ -138,13 +143,20 @@ def plan_capacity(
         * scale
     )
     forwards = 1 if blocks is None else len(blocks.parts)
+    limits_bytes = tuple(_limit_bytes(one, devices, max_memory_bytes) for one in devices)
+    on_host = devices[0].type != "cuda"
+    spare_bytes = max(0, sum(limits_bytes) - len(devices) * PROCESS_BYTES)
+    journal_bytes = min(JOURNAL_BYTES, int(JOURNAL_SHARE * spare_bytes)) if on_host else JOURNAL_BYTES
     request = Request(
-        limits_bytes=tuple(_limit_bytes(one, devices, max_memory_bytes) for one in devices),
+        limits_bytes=limits_bytes,
         sizes=Sizes(
             block_bytes=bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization),
             token_bytes=max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize,
             # with quantization, each block stands here whole for a moment
-            process_bytes=PROCESS_BYTES - FORWARD_BYTES + (whole_block_bytes if quantization != NONE else 0),
+            process_bytes=PROCESS_BYTES
+            - FORWARD_BYTES
+            + (whole_block_bytes if quantization != NONE else 0)
+            + (journal_bytes // len(devices) if on_host else 0),
             forward_bytes=forwards * FORWARD_BYTES,
         ),
         num_blocks=total_blocks,
@@ -162,6 +174,7 @@ def plan_capacity(
         request=request,
         share=_share(request),
         forwards=forwards,
+        journal_bytes=journal_bytes,
     )
 
 

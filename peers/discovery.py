@@ -53,6 +53,11 @@ class Discovery:
         self._tasks = Tasks()
         self._reading: asyncio.Task[None] | None = None
 
+    @property
+    def peer_id(self) -> PeerId:
+        """Of this node."""
+        return self._links.transport.peer_id
+
     def watch(self, model: ModelId) -> None:
         """Follow this model's peers from the next look on."""
         self._watched.add(model)

@@ -40,6 +40,7 @@ from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.announce import Announcer
 from peers.serving.comfort import Comfort, Reason, Schedule, clock_time
 from peers.serving.handler import Handler, Served
+from peers.serving.joining import settle
 from peers.serving.journal import Journal, JournalLimits
 from peers.serving.ledger import Ledger, LedgerLimits
 from peers.serving.metrics import PeerMetrics
@@ -57,7 +58,7 @@ from peers.wire.messages import PROTOCOL_VERSION
 from routing.errors import SwarmError, Unavailable
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans
-from routing.placement import Move, choose_span
+from routing.placement import Move, before_me, choose_span
 from routing.records import (
     CLOCK_SLACK_S,
     MAX_MODEL_NAME_CHARS,
@@ -235,7 +236,10 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             probe = recall(file, time.time())  # of fewer blocks, where it is about those that fit beside such a forward
         peer.discovery.watch(checkpoint.model_id)
         spans = config.blocks or await peer.choose_span(
-            checkpoint, plan, None if probe is None or config.num_blocks else probe.decode_s_per_block
+            checkpoint,
+            plan,
+            None if probe is None or config.num_blocks else probe.decode_s_per_block,
+            alone=not config.initial_peers,
         )
         max_blocks = plan.max_blocks
         if spans.num_blocks < max_blocks:
@@ -334,6 +338,9 @@ class ServerPeer:
         self._journal_disk_bytes = journal_disk_bytes
         self._status: StatusReport
         self._describe_static: Announcement | None = None
+        self._announcing: asyncio.Task[None] | None = None
+        """While it is not served yet: that it will be."""
+        self._loaded = False
         self._intent: BlockSpan | None = None
         self._engine_closer = AsyncExitStack()
         self._watching: asyncio.Task[None] | None = None
@@ -343,19 +350,61 @@ class ServerPeer:
         )
         DialBackService(self.links)
 
-    async def choose_span(self, checkpoint: Checkpoint, plan: Plan, decode_s_per_block: float | None) -> BlockSpans:
-        """The least-covered span that fits and that is fair at this speed. Looks around for a moment first."""
+    async def choose_span(
+        self, checkpoint: Checkpoint, plan: Plan, decode_s_per_block: float | None, *, alone: bool = False
+    ) -> BlockSpans:
+        """The least-covered span that fits and that is fair at this speed. Looks around for a moment first, and unless
+        it is `alone` announces its choice, which others that join at the same time go round or before."""
         self.discovery.watch(checkpoint.model_id)
         deadline_s = time.monotonic() + LOOK_AROUND_S
         while True:
             await self.discovery.refresh()
             others = self.router.snapshot(self.discovery.now_s()).of_model(checkpoint.model_id)
             if others or time.monotonic() >= deadline_s:
-                now_s = self.discovery.now_s()
-                return BlockSpans.of(
-                    choose_span(others, plan.num_blocks, plan.max_blocks, now_s, decode_s_per_block=decode_s_per_block)
-                )
+                break
             await asyncio.sleep(0.5)
+
+        def choose(others: list[Announcement]) -> BlockSpan:
+            counted, now_s = before_me(others, self._key.peer_id), self.discovery.now_s()
+            return choose_span(counted, plan.num_blocks, plan.max_blocks, now_s, decode_s_per_block=decode_s_per_block)
+
+        async def announce(span: BlockSpan) -> None:
+            self._describe_static = self._static(checkpoint, BlockSpans.of(span), plan, decode_s_per_block or 0.0, 0.0)
+            await self._intend(span)
+
+        if alone:
+            return BlockSpans.of(choose(list(others)))
+        span = await settle(self.discovery, checkpoint.model_id, choose, announce, rng=random.Random())
+        self._describe_static = replace(self._present(), spans=BlockSpans.of(span))
+        self._intent = None
+        self._announcing = self.tasks.spawn(self._announcer.run(), name="announce that it joins")
+        return BlockSpans.of(span)
+
+    def _static(
+        self, checkpoint: Checkpoint, spans: BlockSpans, plan: Plan, decode_s: float, prefill_s: float
+    ) -> Announcement:
+        """What does not change while these blocks are served."""
+        return Announcement(
+            peer_id=self._transport.peer_id,
+            model=checkpoint.model_id,
+            model_name=checkpoint.name[-MAX_MODEL_NAME_CHARS:],
+            num_blocks=plan.num_blocks,
+            spans=spans,
+            state=self.state,
+            dtype=plan.dtype_name,
+            quantization=plan.quantization,
+            version=VERSION,
+            protocol=PROTOCOL_VERSION,
+            name=self._name,
+            addresses=(),
+            decode_s_per_block=decode_s,
+            prefill_s_per_token_block=prefill_s,
+            cache_tokens=self.cache_tokens,
+            free_tokens=self.cache_tokens,
+            max_bytes_per_s=self._max_bytes_per_s or 0,
+            sequence=0,
+            expires_at_s=0.0,
+        )
 
     async def load(
         self,
@@ -432,14 +481,14 @@ class ServerPeer:
             )
         )
         served = Served(model=checkpoint.model_id, spans=spans, hidden_size=model.hidden_size)
-        if self._describe_static is None:
+        if not self._loaded:
             self.handler = Handler(
                 links=self.links,
                 engine=self.engine,
                 served=served,
                 ledger=ledger,
                 admission=Admission(AdmissionLimits()),
-                journal=self._journal(),
+                journal=self._journal(plan.journal_bytes),
             )
             self._status = self.links.status = StatusReport(
                 self.handler,
@@ -466,41 +515,27 @@ class ServerPeer:
             )
 
         self._reload = reload
-        self._describe_static = Announcement(
-            peer_id=self._transport.peer_id,
-            model=checkpoint.model_id,
-            model_name=checkpoint.name[-MAX_MODEL_NAME_CHARS:],
-            num_blocks=plan.num_blocks,
-            spans=spans,
-            state=self.state,
-            dtype=plan.dtype_name,
-            quantization=plan.quantization,
-            version=VERSION,
-            protocol=PROTOCOL_VERSION,
-            name=self._name,
-            addresses=(),
-            decode_s_per_block=self.probe.decode_s_per_block,
-            prefill_s_per_token_block=self.probe.prefill_s_per_token_block,
-            cache_tokens=self.cache_tokens,
-            free_tokens=self.cache_tokens,
-            max_bytes_per_s=self._max_bytes_per_s or 0,
-            max_blocks=most if movable else 0,
-            sequence=0,
-            expires_at_s=0.0,
+        self._loaded = True
+        static = self._static(
+            checkpoint, spans, plan, self.probe.decode_s_per_block, self.probe.prefill_s_per_token_block
         )
+        self._describe_static = replace(static, max_blocks=most if movable else 0)
 
-    def _journal(self) -> Journal:
+    def _journal(self, max_bytes: int) -> Journal:
+        limits = JournalLimits(max_bytes=max_bytes, max_bytes_per_peer=max_bytes // 2)
         if not self._journal_disk_bytes:
-            return Journal(JournalLimits())
+            return Journal(limits)
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        return Journal(JournalLimits(), Disk(folder, self._journal_disk_bytes))
+        return Journal(limits, Disk(folder, self._journal_disk_bytes))
 
     async def serve(self) -> None:
         """Accept sessions and announce until cancelled; raises what no part expected."""
         await self.links.serve()
         self.state = PeerState.PAUSED if self.handler.paused else PeerState.ONLINE
         self._watching = self.tasks.spawn(self.engine.broken(), name="engine")
+        if self._announcing is not None:
+            self._announcing.cancel()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.handler.run(), name="handler")
@@ -607,8 +642,8 @@ class ServerPeer:
             state=self.state,
             addresses=self._transport.addresses[:4],
             free_tokens=0 if self.state is PeerState.JOINING else self.engine.stats().room_tokens,
-            queue_s=self.handler.queue_s,
-            sessions=len(self.handler.ledger),
+            queue_s=self.handler.queue_s if self._loaded else 0.0,
+            sessions=len(self.handler.ledger) if self._loaded else 0,
             place=self.router.here,
             intent=self._intent,
             sequence=sequence,

@@ -73,7 +73,9 @@ def choose_span(
             replication[block] += not any(block in span for span in a.spans)
     length = min(max_blocks, num_blocks)
     if decode_s_per_block and counted:
-        usual_s = statistics.median(len(a.spans.parts[0]) * a.decode_s_per_block for a in counted)
+        usual_s = statistics.median(
+            len(a.spans.parts[0]) * (a.decode_s_per_block or decode_s_per_block) for a in counted
+        )
         missing = max(map(len, gaps(chain.from_iterable(a.spans for a in counted), num_blocks)), default=0)
         length = min(length, max(1, missing, int(FAIR_HOP * usual_s / decode_s_per_block)))
 
@@ -87,6 +89,11 @@ def choose_span(
         if found < best:
             best, best_start = found, start
     return BlockSpan(best_start, best_start + length)
+
+
+def before_me(announcements: Iterable[Announcement], me: PeerId) -> list[Announcement]:
+    """Those by which `me`, who joins, chooses: of the others that have not settled yet, only smaller peer ids count."""
+    return [a for a in announcements if a.state is not PeerState.JOINING or a.intent is None or a.peer_id < me]
 
 
 def choose_move(

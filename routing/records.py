@@ -111,7 +111,8 @@ class Announcement:
     max_blocks: int = 0
     """So many blocks fit here, and it may be asked to serve others than now; 0: what it serves was chosen for it."""
     intent: BlockSpan | None = None
-    """It is about to serve these blocks instead, unless a peer with a smaller id intends the same."""
+    """It is about to serve these blocks instead, or where it joins at all, unless a peer with a smaller id intends the
+    same."""
     sequence: int
     """Grows with every record of this peer; the highest wins."""
     expires_at_s: float

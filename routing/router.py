@@ -215,6 +215,24 @@ class Router:
                 self._estimates.on_planned(view.by_peer[peer])
         return self._route(view, hops)
 
+    def standby(self, request: RouteRequest, hop: Hop, avoid: Set[PeerId], now_s: float) -> Hop | None:
+        """Another peer for `hop` of `request.previous`: the one with which that route costs least, of those that are on
+        neither it nor in `avoid`, are not busy and have room for the session; None where there is none."""
+        view, hops = self._view(request, now_s), _hops_of(request.previous)
+        if not view.whole:
+            return None
+        at = hops.index((hop.peer_id, hop.span))
+        able = [
+            a.peer_id
+            for a in view.allowed
+            if a.spans.covers(hop.span) and a.peer_id not in view.settled | avoid and not view.last_resort(a)
+        ]
+
+        def route_s(peer: PeerId) -> tuple[float, PeerId]:
+            return view.route_s((*hops[:at], (peer, hop.span), *hops[at + 1 :])), peer
+
+        return None if not able else _hop(view.by_peer[min(able, key=route_s)], hop.span)
+
     def explain(self, request: RouteRequest, now_s: float) -> Explanation:
         """The route of `plan`, and what every other peer would have made of it. Raises NoRoute."""
         route = self.plan(replace(request, spread=None), now_s)
@@ -278,7 +296,7 @@ class Router:
             and a.peer_id not in excluded
             and a.peer_id not in imprecise
         ]
-        known = self._estimates.measured | busy | settled
+        known = self._estimates.measured | busy | settled | {hop.peer_id for hop in request.keep}
         usable = _without_slow_strangers(allowed, request, self._estimates, known=known)
         return _View(
             request=request,

@@ -63,6 +63,8 @@ MAX_PATIENCE_S = 10.0
 MAX_BACKLOG_S = 5.0
 """Where bandwidth is bounded: a peer with more than this waiting in memory to go out takes no further steps; with more
 than this waiting to be read, no further sessions."""
+SPARE_SHARE = 0.25
+"""Of the cache: while less is free, standbys do not grow; once half as little is, they go."""
 MAX_PAYLOAD_BYTES = MAX_FRAME_BYTES - OVERHEAD_BYTES
 """What came in must also go out, under a header that has grown."""
 
@@ -209,6 +211,7 @@ class Handler:
         try:
             self._check_open(message)
             self._check_comfort(self._links.upload, self._links.download)
+            self._make_room(standby=message.standby)
             entry = self.ledger.resume(link.remote, link, message, self._clock())
             if entry is not None:
                 self.counts.resumed += 1
@@ -256,6 +259,8 @@ class Handler:
             if payload_bytes > MAX_PAYLOAD_BYTES or len(message.hops) >= MAX_HOPS:
                 raise ProtocolError("a step too large, or with too many hops behind it, to be passed on from here")
             rows = tensors.unpack(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
+            known = self.ledger.get(Place(SessionId(message.session), message.block))
+            self._make_room(standby=known is not None and known.standby)
             self.admission.admit(link.remote, payload_bytes)
             try:
                 entry, verdict = self.ledger.step(link.remote, message, self._clock())
@@ -345,8 +350,23 @@ class Handler:
             urgency=message.urgency,
             stop=message.stop,
         )
-        work = self._send_again(link.remote, entry, Delivery(step, kept[1], step.bulk))
+        delivery = Delivery(step, kept[1], step.bulk)
+        if message.to is None:
+            work = self._send_again(link.remote, entry, delivery)
+        else:
+            work = self._feed(link, entry, delivery, message)
         self._tasks.spawn(work, name=f"replay {entry.place}")
+
+    async def _feed(self, link: Link, entry: Entry[Delivery, Link], delivery: Delivery, message: Replay) -> None:
+        """One at a time for each standby, as its client waits for the answer; so nothing need be put in order."""
+        assert message.to is not None
+        try:
+            await self.pusher.feed(entry, delivery, PeerId(message.to), message.to_addresses)
+        except (Busy, PeerError, Unavailable) as error:
+            refused = error if isinstance(error, Busy) else Refused(str(error), code=Code.UNREACHABLE)
+            await _tell(link, self._failure(refused, message.session, message.block, message.epoch, message.step))
+        finally:
+            self.admission.finish(link.remote, len(delivery.payload))
 
     async def _send_again(self, owner: PeerId, entry: Entry[Delivery, Link], delivery: Delivery) -> None:
         try:
@@ -364,7 +384,8 @@ class Handler:
 
     async def _forward_failure(self, link: Link, message: Failed, _: memoryview) -> None:
         entry = self.ledger.before(Place(SessionId(message.session), message.block))
-        if entry is not None and entry.next == link.remote == message.peer and entry.epoch == message.epoch:
+        follows = entry is not None and link.remote in (entry.next, entry.feeds) and link.remote == message.peer
+        if entry is not None and follows and entry.epoch == message.epoch:
             await _tell(entry.owner_link, message)
 
     async def _trace(self, link: Link, message: Trace, _: memoryview) -> None:
@@ -377,10 +398,14 @@ class Handler:
 
     async def _traced(self, link: Link, entry: Entry[Delivery, Link], message: Trace) -> None:
         try:
-            reaches = await self.pusher.reaches(entry, timeout_s=min(message.patience_s, MAX_PATIENCE_S))
+            patience_s = min(message.patience_s, MAX_PATIENCE_S)
+            reaches, arrived = await asyncio.gather(
+                self.pusher.reaches(entry, timeout_s=patience_s), self.pusher.arrived(entry, timeout_s=patience_s)
+            )
             running = self._works.running(entry.place)
+            traced = Traced(nonce=message.nonce, running=running, next_silent=not reaches, moving=not arrived)
             with suppress(PeerError):  # nobody is there to hear it
-                await link.send(Traced(nonce=message.nonce, running=running, next_silent=not reaches))
+                await link.send(traced)
         finally:
             self._tracing.discard(entry.place)
 
@@ -417,6 +442,23 @@ class Handler:
         backlog_s = max((pacer.backlog_s for pacer in pacers if pacer is not None), default=0.0)
         if backlog_s > MAX_BACKLOG_S:
             raise Busy(f"{backlog_s:.0f} s of frames wait for bandwidth here", retry_after_s=backlog_s)
+
+    def _make_room(self, *, standby: bool) -> None:
+        """Standbys take of the spare room only, and go while there is still some. Raises Busy for one of them."""
+        if not (standby or self.ledger.standbys) or self._vacant:
+            return
+        stats = self._engine.stats()
+        if standby and stats.free_tokens < SPARE_SHARE * stats.total_tokens:
+            raise Busy("no spare room for a standby here", retry_after_s=PAUSED_RETRY_S)
+        if not standby and stats.free_tokens < SPARE_SHARE / 2 * stats.total_tokens:
+            for place in tuple(self.ledger.standbys):
+                self._let_go(place, Preempted("a standby gives way", retry_after_s=PAUSED_RETRY_S))
+
+    def _let_go(self, place: Place, reason: SwarmError) -> None:
+        entry = self.ledger.drop(place)
+        self.release(place)
+        farewell = self._failure(reason, place.session.raw, place.block, entry.epoch)
+        self._tasks.spawn(_tell(entry.owner_link, farewell), name=f"let go {place}")
 
     @staticmethod
     def _paused() -> Paused:

@@ -99,6 +99,10 @@ class Entry(Generic[Answer, OwnerLink]):
     lease_expires_at_s: float
     relay_until_s: float = 0.0
     """Until then outputs go through the client without trying `next` again."""
+    standby: bool = False
+    """It is held ready only, and the first to go."""
+    feeds: PeerId | None = None
+    """The standby for `next` that was sent something last."""
     positions: int = 0
     """Positions held once every accepted step has run; to begin with, those of a prefix that was kept."""
     born: bool = True
@@ -128,6 +132,8 @@ class Ledger(Generic[Answer, OwnerLink]):
         self._entries: dict[Place, Entry[Answer, OwnerLink]] = {}
         self._places_of: dict[PeerId, set[Place]] = {}
         self._answers_bytes = 0
+        self.standbys: set[Place] = set()
+        """Sessions that are only held ready."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -142,6 +148,12 @@ class Ledger(Generic[Answer, OwnerLink]):
 
     def entries(self) -> tuple[Entry[Answer, OwnerLink], ...]:
         return tuple(self._entries.values())
+
+    def drop(self, place: Place) -> Entry[Answer, OwnerLink]:
+        """Forget an installed session for the sake of others; returns it."""
+        entry = self._entries[place]
+        self._remove(place)
+        return entry
 
     def owner_links(self) -> set[OwnerLink]:
         """The links whose end would end a session."""
@@ -173,6 +185,7 @@ class Ledger(Generic[Answer, OwnerLink]):
             next=None if message.next is None else PeerId(message.next),
             next_addresses=message.next_addresses,
             lease_expires_at_s=now_s + self.limits.lease_s,
+            standby=message.standby,
         )
         self._install(entry)
         return entry
@@ -198,7 +211,8 @@ class Ledger(Generic[Answer, OwnerLink]):
         following = None if message.next is None else PeerId(message.next)
         if entry.next != following:
             entry.next, entry.relay_until_s = following, 0.0
-        entry.next_addresses = message.next_addresses
+        entry.next_addresses, entry.standby = message.next_addresses, message.standby
+        self._mark(entry)
         entry.lease_expires_at_s = now_s + self.limits.lease_s
         return entry
 
@@ -213,8 +227,12 @@ class Ledger(Generic[Answer, OwnerLink]):
         if message.epoch != entry.epoch:
             raise Refused(f"epoch {message.epoch}, this route is epoch {entry.epoch}", code=Code.STALE_EPOCH)
         end = message.first + message.count
+        if message.to is not None and (not message.stop or message.to == sender):
+            raise Refused("what is sent to a standby ends there", code=Code.MALFORMED)
         if entry.next is None or not message.count or message.want_from > message.count or end > entry.positions:
             raise Refused(f"positions {message.first} to {end} were not sent from here", code=Code.NOT_JOURNALLED)
+        if message.to is not None:
+            entry.feeds = PeerId(message.to)
         entry.lease_expires_at_s = now_s + self.limits.lease_s
         return entry
 
@@ -365,9 +383,14 @@ class Ledger(Generic[Answer, OwnerLink]):
             self._undo(replaced, beyond=0)
         self._entries[entry.place] = entry
         self._places_of.setdefault(entry.owner, set()).add(entry.place)
+        self._mark(entry)
+
+    def _mark(self, entry: Entry[Answer, OwnerLink]) -> None:
+        (self.standbys.add if entry.standby else self.standbys.discard)(entry.place)
 
     def _remove(self, place: Place) -> bool:
         entry = self._entries.pop(place)
+        self.standbys.discard(place)
         self._undo(entry, beyond=0)
         owned = self._places_of[entry.owner]
         owned.discard(place)

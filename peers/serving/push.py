@@ -81,6 +81,10 @@ class Pusher:
             return False
         return True
 
+    async def arrived(self, entry: Entry[Delivery, Link], *, timeout_s: float) -> bool:
+        """Whether all that was pushed to the successor has come there."""
+        return entry.next is None or await self._links.arrived(entry.next, timeout_s=timeout_s)
+
     async def deliver(self, entry: Entry[Delivery, Link], delivery: Delivery) -> None:
         """Send one output on its way. A client that is gone is no error here: its link's end releases its sessions."""
         message = delivery.message
@@ -104,18 +108,28 @@ class Pusher:
         if await self._to_client(entry, relay, delivery):
             self.counts.relayed += 1
 
+    async def feed(
+        self, entry: Entry[Delivery, Link], delivery: Delivery, to: PeerId, addresses: Sequence[str]
+    ) -> None:
+        """Send a step to a standby for the successor, never through the client. Raises as `_successor` does."""
+        link = await self._link(entry.owner, to, addresses)
+        await link.send(delivery.message, delivery.payload, bulk=delivery.bulk)
+
     async def _successor(self, entry: Entry[Delivery, Link]) -> Link:
         """The link to the next hop. Raises PeerError, Unavailable, and Busy when too many are being dialled already."""
         assert entry.next is not None
-        if self._links.known(entry.next) is not None:
-            return await self._links.to(entry.next)
-        dial = (entry.owner, entry.next)
-        mine = sum(owner == entry.owner for owner, _ in self._dials)
+        return await self._link(entry.owner, entry.next, entry.next_addresses)
+
+    async def _link(self, owner: PeerId, peer: PeerId, addresses: Sequence[str]) -> Link:
+        if self._links.known(peer) is not None:
+            return await self._links.to(peer)
+        dial = (owner, peer)
+        mine = sum(other == owner for other, _ in self._dials)
         if dial not in self._dials and (mine >= MAX_DIALS_PER_OWNER or len(self._dials) >= MAX_DIALS):
-            raise Busy(f"{mine} peers are dialled for {entry.owner}, {len(self._dials)} in all", retry_after_s=1.0)
+            raise Busy(f"{mine} peers are dialled for {owner}, {len(self._dials)} in all", retry_after_s=1.0)
         self._dials[dial] += 1
         try:
-            return await self._links.to(entry.next, self._dialable(entry.next_addresses), timeout_s=DIAL_TIMEOUT_S)
+            return await self._links.to(peer, self._dialable(addresses), timeout_s=DIAL_TIMEOUT_S)
         finally:
             self._dials[dial] -= 1
             self._dials = +self._dials

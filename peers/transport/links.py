@@ -302,6 +302,20 @@ class Links:
         """The link dialled to `peer`, if it is up."""
         return self._outbound.get(peer)
 
+    async def arrived(self, peer: PeerId, *, timeout_s: float) -> bool:
+        """Whether everything large that was sent over the link that this node dialled to `peer` has been read there.
+
+        A ping behind it, in the same lane, tells. True where there is no such link, False where it ends meanwhile.
+        """
+        link = self._outbound.get(peer)
+        if link is None or not link.has(BULK):
+            return True
+        try:
+            await self.request(link, lambda nonce: Ping(nonce=nonce), timeout_s=timeout_s, bulk=True)
+        except PeerError:
+            return False
+        return True
+
     async def ping(
         self, peer: PeerId, addresses: Sequence[str] = (), *, timeout_s: float = 5.0, detail: bool = False
     ) -> tuple[float, Pong]:
@@ -324,7 +338,7 @@ class Links:
                 link.retire()
 
     async def request(
-        self, link: Link, build: Callable[[int], Ping | Trace | DialBack], *, timeout_s: float
+        self, link: Link, build: Callable[[int], Ping | Trace | DialBack], *, timeout_s: float, bulk: bool = False
     ) -> Pong | Traced | DialBackReply:
         """Send a message with a fresh nonce and wait for its reply. Raises PeerUnreachable on silence, StreamClosed."""
         nonce = next(self._nonces)
@@ -332,7 +346,7 @@ class Links:
         self._requests[nonce] = (link, future)
         try:
             async with asyncio.timeout(timeout_s):
-                await link.send(build(nonce))
+                await link.send(build(nonce), bulk=bulk)
                 reply = await future
         except TimeoutError as error:
             raise PeerUnreachable(f"{link.remote} did not answer within {timeout_s:.1f} s") from error

@@ -1,4 +1,4 @@
-"""The messages of protocol version 2: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
+"""The messages of protocol version 3: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
 
 A frame carries one message and, for `Step`, `Relay` and `Result`, the raw rows of one tensor (`peers.wire.codec`).
 
@@ -21,6 +21,9 @@ its journal to the replacement, and the client sends no positions at all:
       │ Replay ───────────────►│ Step ─────────►│ Step ─────────►│      the step that was under way
       │ ◄──────────────────────────────────────────────── Result │
 
+A standby is opened as the hop that it stands for is, and fed with `Replay (to)` while the route works: should that hop
+die, the next epoch keeps what the standby holds.
+
 Field bounds are part of the type: a message outside them cannot be decoded, and so never reaches a session.
 """
 
@@ -34,7 +37,7 @@ from msgspec import Meta
 
 from routing.ids import MAX_SPANS
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_POSITIONS = 1 << 24
 MAX_HOPS = 64
 MAX_CLOSED_SESSIONS = 512
@@ -74,6 +77,7 @@ class Code:
     GAP = "gap"  # the step starts behind the positions held: replay
     REPLAY = "replay"  # it goes back to where layers with a window hold too little: open again, send from position 0
     NOT_JOURNALLED = "not_journalled"  # what was sent for these positions is not kept any more: replay one hop up
+    UNREACHABLE = "unreachable"  # the standby that a replay is for cannot be reached from here
     FORBIDDEN = "forbidden"  # the sender is not the predecessor that the client named
     WRONG_MODEL = "wrong_model"  # this peer serves other weights or other blocks
     TOO_LONG = "too_long"  # more positions than the model or the whole pool has
@@ -125,6 +129,8 @@ class Open(Message, tag="open", frozen=True, kw_only=True):
     next_addresses: Addresses = ()
     prefix: PrefixKeys = ()
     keep: Count = 0
+    standby: bool = False
+    """Only held ready, should another peer's hop be lost: nobody gives way for it, and it is the first to go."""
 
 
 class Opened(Message, tag="opened", frozen=True, kw_only=True):
@@ -181,7 +187,8 @@ class Step(Message, tag="step", frozen=True, kw_only=True):
 class Replay(Message, tag="replay", frozen=True, kw_only=True):
     """From the client: send your successor again what you sent for `count` positions from `first` on, as this step.
 
-    Fields as in `Step`. The answer is the step's, or `Failed` with `NOT_JOURNALLED`.
+    Fields as in `Step`. The answer is the step's, or `Failed` with `NOT_JOURNALLED`. With `to`, send it not to the
+    successor but to that peer, which was opened as a standby for it; where it cannot be reached: `UNREACHABLE`.
     """
 
     session: Bytes16
@@ -196,6 +203,8 @@ class Replay(Message, tag="replay", frozen=True, kw_only=True):
     bulk: bool = False
     urgency: Urgency = Urgency.INTERACTIVE
     stop: Block = 0
+    to: PeerText | None = None
+    to_addresses: Addresses = ()
 
 
 class Relay(Message, tag="relay", frozen=True, kw_only=True):
@@ -329,6 +338,8 @@ class Traced(Message, tag="traced", frozen=True, kw_only=True):
     """Steps of the session that wait for the computation here, or are computed."""
     next_silent: bool = False
     """The successor did not answer over the link that outputs take. From now on they go through the client."""
+    moving: bool = False
+    """Large outputs are still on their way to the successor."""
 
 
 class DialBack(Message, tag="dial_back", frozen=True, kw_only=True):

@@ -105,6 +105,14 @@ MinPrecision = Annotated[
         show_default=False,
     ),
 ]
+Resilience = Annotated[
+    Literal["replay", "standby"],
+    typer.Option(
+        "--resilience",
+        help="When a peer is lost, compute again elsewhere what it held (about a second), or keep a second peer filled "
+        "for every hop meanwhile, where the swarm has any to spare.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output: JSON on stdout.")]
 Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, help="Say more on stderr; -vv: everything.", show_default=False)
@@ -384,6 +392,7 @@ def generate(
     seed: Seed = None,
     dtype: Dtype = "auto",
     min_precision: MinPrecision = None,
+    resilience: Resilience = "replay",
     background: Annotated[
         bool, typer.Option("--background", help="Give way to everybody who waits for an answer.")
     ] = False,
@@ -423,6 +432,7 @@ def generate(
             token=token,
             min_precision=min_precision,
             background=background,
+            resilience=resilience,
         )
         sampling = Sampling(
             temperature=temperature,
@@ -459,6 +469,7 @@ def chat(
     seed: Seed = None,
     dtype: Dtype = "auto",
     min_precision: MinPrecision = None,
+    resilience: Resilience = "replay",
     network: Network = None,
     token: Token = None,
     verbose: Verbose = 0,
@@ -475,7 +486,12 @@ def chat(
         from swarm.cli import conversation
 
         connection = conversation.Connection(
-            model=model, entrance=entrance, dtype=dtype, token=token, min_precision=min_precision
+            model=model,
+            entrance=entrance,
+            dtype=dtype,
+            token=token,
+            min_precision=min_precision,
+            resilience=resilience,
         )
         sampling = Sampling(
             temperature=temperature,
@@ -559,6 +575,7 @@ def gateway(
     ] = 30.0,
     dtype: Dtype = "auto",
     min_precision: MinPrecision = None,
+    resilience: Resilience = "replay",
     network: Network = None,
     token: Token = None,
     as_json: Json = False,
@@ -601,6 +618,7 @@ def gateway(
             dtype=dtype,
             token=token,
             min_precision=min_precision,
+            resilience=resilience,
         )
         view.run(config, as_json=as_json)
 

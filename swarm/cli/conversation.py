@@ -23,6 +23,7 @@ from swarm.cli.output import Bars, print_error, say, write
 from swarm.errors import ContextTooLong
 from swarm.models.tracing import traced
 from swarm.network import Entrance
+from swarm.session.remote import Resilience
 
 HELP = "/reset begins a new conversation · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
 
@@ -37,6 +38,7 @@ class Connection:
     token: str | None
     min_precision: str | None
     background: bool = False
+    resilience: Resilience = "replay"
 
     def open(self) -> tuple[Any, Checkpoint]:
         """The remote model (close it) and its checkpoint. Raises SwarmError."""
@@ -50,6 +52,7 @@ class Connection:
                 progress=bars,
                 min_precision=self.min_precision,
                 background=self.background,
+                resilience=self.resilience,
             )
         return model, checkpoint
 

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from swarm.dashboard.core import Core
 from swarm.dashboard.schemas import State
 
-PREFIX = "swarm_dashboard"
+PREFIX = "hiveswarm_dashboard"
 
 
 class CoreMetrics(Collector):

@@ -26,6 +26,7 @@ from swarm.gateway.keys import Account, Keys
 from swarm.gateway.served import Served
 from swarm.models import SwarmModelForCausalLM
 from swarm.network import Entrance
+from swarm.session.remote import Resilience
 from swarm.web.server import Server, listen, make_server, url
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class GatewayConfig:
     dtype: str = "auto"
     token: str | None = None
     min_precision: str | None = None
+    resilience: Resilience = "replay"
 
     def __post_init__(self) -> None:
         if not self.models or len({*self.models}) < len(self.models):
@@ -128,6 +130,7 @@ def _load_one(name: str, config: GatewayConfig, progress: Progress | None) -> Se
         dtype=config.dtype,
         progress=progress,
         min_precision=config.min_precision,
+        resilience=config.resilience,
     )
     served = Served(name, model, tokenizer, max_answers=config.max_streams, kept=config.keep)
     try:

@@ -16,7 +16,7 @@ from routing.router import Route
 from swarm.errors import SessionClosed, UnsupportedOutput, WeightsAreRemote
 from swarm.models.generation import Session, current_session, generation
 from swarm.models.layers import RemoteLayers
-from swarm.session.remote import Remote
+from swarm.session.remote import Remote, Resilience, check_resilience
 
 
 class SwarmModel:
@@ -40,9 +40,14 @@ class SwarmModel:
                 call.caches.discard(cache)
             return result
 
-    def session(self) -> Session:
-        """Keep what the peers hold from one `generate` to the next: `with model.session(): …`."""
-        return Session(self._remote_layers, self._remote(), self.generate)
+    def session(self, *, resilience: Resilience | None = None) -> Session:
+        """Keep what the peers hold from one `generate` to the next: `with model.session(): …`.
+
+        `resilience`: as of `from_pretrained`, for this session only. Raises CallerError.
+        """
+        if resilience is not None:
+            check_resilience(resilience)
+        return Session(self._remote_layers, self._remote(), self.generate, resilience)
 
     @property
     def route(self) -> Route | None:

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from swarm.errors import SessionClosed, UnsupportedCache
 from swarm.models.layout import Layout
 from swarm.models.rows import UNKNOWN_TOKEN, Extension, Row, Strand, extend
-from swarm.session.remote import Remote
+from swarm.session.remote import Remote, Resilience
 
 
 class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
@@ -28,7 +28,14 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
     Columns are what `generate` counts, padding included; only a row's tokens travel.
     """
 
-    def __init__(self, remote: Remote, num_layers: int, held: list[Strand] | None = None) -> None:
+    def __init__(
+        self,
+        remote: Remote,
+        num_layers: int,
+        held: list[Strand] | None = None,
+        *,
+        resilience: Resilience | None = None,
+    ) -> None:
         """Rows may start from the strands in `held`; those that they do start from are taken out of the list."""
         super().__init__(layers=[])
         self.remote = remote
@@ -37,6 +44,7 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """The columns that are tokens; None when all are."""
         self._closed = False
         self._num_layers = num_layers
+        self._resilience = resilience
         self._columns = 0
         self._held = held if held is not None else []
         self._strands: set[Strand] = set()
@@ -104,6 +112,7 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
             regime_length=layout.regime_length,
             regime=regime,
             held=self._held,
+            resilience=self._resilience,
         )
         self._replace_rows(rows)
         self._columns = layout.past + layout.width

@@ -19,7 +19,7 @@ from typing import Any, Self
 from swarm.errors import SessionClosed
 from swarm.models.cache import SwarmCache
 from swarm.models.rows import Strand
-from swarm.session.remote import Remote
+from swarm.session.remote import Remote, Resilience
 
 _generations: ContextVar[tuple[Generation, ...]] = ContextVar("generations", default=())
 _sessions: ContextVar[tuple[Session, ...]] = ContextVar("sessions", default=())
@@ -34,6 +34,8 @@ class Generation:
     """What its session holds from earlier calls."""
     caches: MutableSet[SwarmCache] = field(default_factory=weakref.WeakSet)
     """The caches it made and nobody dropped yet."""
+    resilience: Resilience | None = None
+    """Of its session, where that says something else than the model."""
 
 
 @contextmanager
@@ -71,8 +73,11 @@ class Session:
     Calls from other threads are made through the session (`session.generate`) and wait for each other.
     """
 
-    def __init__(self, owner: object, remote: Remote, generate: Callable[..., Any]) -> None:
+    def __init__(
+        self, owner: object, remote: Remote, generate: Callable[..., Any], resilience: Resilience | None = None
+    ) -> None:
         self.owner = owner
+        self._resilience = resilience
         self._remote = remote
         self._generate = generate
         self._strands: list[Strand] = []
@@ -99,7 +104,7 @@ class Session:
         with self._lock:
             if self._closed:
                 raise SessionClosed("this session was closed")
-            call = Generation(self.owner, self._strands, set())
+            call = Generation(self.owner, self._strands, set(), self._resilience)
             with _pushed(call):
                 try:
                     yield call

@@ -95,7 +95,7 @@ class RemoteLayers:
         generation = current_generation(self)
         if generation is None:
             return SwarmCache(self.remote, self.num_blocks)
-        cache = SwarmCache(self.remote, self.num_blocks, generation.held)
+        cache = SwarmCache(self.remote, self.num_blocks, generation.held, resilience=generation.resilience)
         generation.caches.add(cache)
         return cache
 

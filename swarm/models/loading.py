@@ -28,7 +28,7 @@ from swarm.models.layers import RemoteLayers, asked_of_model
 from swarm.network import DEFAULT_NETWORK, Entrance
 from swarm.session import driver
 from swarm.session.live import RemoteModel
-from swarm.session.remote import Embed, Remote
+from swarm.session.remote import Embed, Remote, Resilience, check_resilience
 
 IGNORED_LABEL = -100
 """What transformers' losses leave out."""
@@ -54,6 +54,7 @@ class SwarmModelForCausalLM(SwarmModel):
         background: bool = False,
         min_precision: str | None = None,
         prefix_secret: bytes | None = None,
+        resilience: Resilience = "replay",
     ) -> Any:
         """Load the ends of `model` (a folder, hub id, built-in name or Checkpoint) and enter a network for its layers.
 
@@ -63,11 +64,15 @@ class SwarmModelForCausalLM(SwarmModel):
         that; `dtype` and `device` are those of the ends. A model in the `background` gives way to everybody who waits
         for an answer, as befits long evaluations. Models with the same `prefix_secret` (16 to 64 bytes; by default one
         of their own), also of different users, may begin with what peers hold of each other's prompts, at peers that
-        `--share-prefixes`. The parameters are frozen. Raises SwarmError.
+        `--share-prefixes`. Where a peer is lost, what it held is computed again elsewhere, within about a second; with
+        `resilience="standby"` a second peer for each hop holds it already, as far as the swarm has any to spare: twice
+        the cache and the computation, and this client sends everything twice. The parameters are frozen. Raises
+        SwarmError.
         """
         own_dtype = _dtype(dtype)
         if min_precision is not None:
             check_precision(min_precision)
+        check_resilience(resilience)
         if prefix_secret is not None and not 16 <= len(prefix_secret) <= 64:
             raise CallerError(
                 f"a prefix secret has 16 to 64 bytes, not {len(prefix_secret)}",
@@ -82,6 +87,7 @@ class SwarmModelForCausalLM(SwarmModel):
                 entrance,
                 prefix_secret=prefix_secret,
                 urgency=Urgency.BACKGROUND if background else Urgency.INTERACTIVE,
+                resilience=resilience,
             )
         else:
             connect = functools.partial(_given, remote)

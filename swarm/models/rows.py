@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from swarm.session.remote import Remote, RemoteSession, RowStep
+from swarm.session.remote import Remote, RemoteSession, Resilience, RowStep
 
 UNKNOWN_TOKEN = -1
 """Stands in `Strand.tokens` for an embedding that came from no token; equal to nothing, itself included."""
@@ -80,6 +80,7 @@ def extend(
     regime_length: int,
     regime: Hashable,
     held: Sequence[Strand] = (),
+    resilience: Resilience | None = None,
 ) -> tuple[list[Row], list[Tensor | None]]:
     """Run what the rows add; return the rows as they then are and each one's wanted outputs, `[T − want_from, D]`.
 
@@ -113,7 +114,7 @@ def extend(
             del needed[strand]
             strand.truncate(row.length)
         else:
-            strand = _fork(remote, row)
+            strand = _fork(remote, row, resilience)
             opened.append(strand.session)
         if not row.length:
             strand.offset = extension.first_position
@@ -147,9 +148,9 @@ def extend(
     )
 
 
-def _fork(remote: Remote, row: Row) -> Strand:
+def _fork(remote: Remote, row: Row, resilience: Resilience | None) -> Strand:
     if row.strand is None or not row.length:
-        return Strand(remote.open())
+        return Strand(remote.open(resilience=resilience))
     parent = row.strand
     session = remote.open(parent.session, row.length)
     return Strand(session, parent.tokens[: row.length], parent.offset, set(parent.regimes))

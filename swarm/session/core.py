@@ -15,13 +15,13 @@ stalls or forgets. The driver performs the actions and reports what happened.
     ready     submit                             ready     SendStep
     ready     result                             ready     StepDone, SendStep (window moves)
     ready     busy                               pausing   Wait; what is not answered is sent again afterwards
-    ready     busy once too often                waiting   Release, Wait
-    opening   busy                               waiting   Release, Wait
-    ready     preempted                          waiting   Release, Wait: no session waits while it holds pages
     pausing   submit                             pausing
     pausing   result                             pausing   StepDone
-    pausing   preempted                          waiting   Release
     pausing   timer                              ready     SendStep
+    on route  no room: preempted, or busy when   routing   Release of that hop, NeedRoute; idle when nothing is pending
+              opened or once too often
+    routing   route_ready, over that hop again   waiting   Wait, once and not for long: others hold what they hold
+    on route  no room again, or too many hops    waiting   Release, Wait: nobody waits for long while it holds pages
     waiting   timer                              routing   NeedRoute
     ready     behind window                      opening   OpenHops (next epoch) of the same route
     ready     hop leaves, steps under way        ready     until the last of them is answered: no further one is sent
@@ -31,9 +31,9 @@ stalls or forgets. The driver performs the actions and reports what happened.
     any live  too many attempts without progress failed    Release, Fail
     any       close                              closed    Release
 
-On route are opening, ready and pausing. Every step is answered once: results of an older epoch or of an unknown step
-are ignored. Attempts and waiting are counted between two results that the caller asked for, so a session ends within
-its budget or makes progress.
+On route are opening, ready and pausing. Standbys have a table of their own (`standby`). Every step is answered once:
+results of an older epoch or of an unknown step are ignored. Attempts and waiting are counted between two results that
+the caller asked for, so a session ends within its budget or makes progress.
 
 *Repair.* A hop that fails is let go of, and only its blocks are planned anew. The others are opened again under the
 next epoch and keep what they hold, as far as no pending step undoes it (`_sure_until`). Each says what it holds and how
@@ -46,7 +46,7 @@ Steps of different entries may be under way together where no hop runs both, as 
 A pause keeps the session's pages, and nobody waits for them. "busy" to a step never means that pages are missing, that
 is "preempted": it means a full queue of works, too many bytes in flight, or for a fork a full table of sessions. The
 first two empty by themselves, because every work that is queued either runs or is preempted at once; the third is
-given up, pages and all, after `max_busy_repeats`. Meanwhile a hop takes the pages of a paused session for an older one
+done without after `max_busy_repeats`. Meanwhile a hop takes the pages of a paused session for an older one
 without asking: the pause, or the step after it, then ends as "preempted".
 """
 
@@ -54,7 +54,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -62,6 +62,7 @@ from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.router import Hop, Route
 from swarm.session import repair
+from swarm.session.standby import Standby, Standbys
 
 
 class State(enum.Enum):
@@ -86,12 +87,22 @@ class SessionConfig:
     """Routes tried without one result in between, replays not counted, before the session fails."""
     busy_patience_s: float = 300.0
     """How long "busy" and "preempted" are waited out without one result in between, replays not counted."""
+    max_hold_s: float = 2.0
+    """Of a wait for one hop's room while others hold the session's pages."""
+    max_full: int = 3
+    """Hops without room that are replaced between two results, before the session lets go of everything and waits."""
     max_wait_s: float = 30.0
     """Of one wait, whatever the hop asked for: by then another may have room."""
     window: int = 4
     """Steps sent and not yet answered: enough to keep every hop of a short route at work during a long prompt."""
     chunk_positions: int = 256
     """Positions per step of a replay, and of a prompt, at most."""
+    standby: bool = False
+    """Keep a second peer filled for every hop."""
+    standby_lag: int = 32
+    """Positions that a standby may lack: one short forward at a switch, and as long a one for each so many steps."""
+    standby_rest: int = 16
+    """Steps before another standby is looked for where one was lost; twice as many each time."""
     max_busy_repeats: int = 4
     """How often a busy step is repeated in place, before its session lets go of its pages and starts over."""
 
@@ -199,7 +210,36 @@ class Fail:
     error: SwarmError
 
 
-Action = NeedRoute | OpenHops | Skip | SendStep | StepDone | Release | Wait | Fail
+@dataclass(frozen=True, slots=True)
+class NeedStandbys:
+    """Find for each of `hops`, if possible, another peer with the same blocks that is none of the route nor in `avoid`,
+    and answer with `standbys_found`."""
+
+    hops: tuple[Hop, ...]
+    avoid: frozenset[PeerId]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStandby:
+    """Install `hop` under `epoch` between the neighbours of the hop with the same blocks; answer with `opened` or
+    `standby_lost`. `offer` and `keep` as in `OpenHops`."""
+
+    hop: Hop
+    epoch: int
+    offer: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Have `step` sent to a standby, in the background: by the hop before it or, where `step.hop` is 0, from here."""
+
+    to: Hop
+    step: PendingStep
+    epoch: int
+
+
+Action = NeedRoute | OpenHops | Skip | SendStep | StepDone | Release | Wait | Fail | NeedStandbys | OpenStandby | Feed
 
 
 class SessionCore:
@@ -248,10 +288,17 @@ class SessionCore:
         self._end = 0
         """Where the last submitted step ends."""
         self._waited_s = 0.0
+        self._full: dict[PeerId, float] = {}
+        """Peers that had no room since the last result, and how long they asked to be left alone; 0: that is over."""
         self._busy_repeats = 0
         self._behind_busy: set[StepId | None] = set()
         """Steps that may have met a gap once, because a hop had no room for one before them. They are sent again."""
         self._parent: SessionId | None = None
+        self._standbys = Standbys(config.standby_rest)
+        self.standby_lag = config.standby_lag
+        """Fewer where steps take long: a standby that hears nothing forgets the session."""
+        self._reaches: dict[tuple[PeerId, int], int] = {}
+        """Of hops that were standbys and are opened on the route for the first time: up to where to believe them."""
 
     # --- questions ---
 
@@ -277,6 +324,23 @@ class SessionCore:
     def uses(self, peer: PeerId) -> bool:
         """Whether `peer` was opened for this session and not released."""
         return any(hop.peer_id == peer for hop in self._installed)
+
+    def standby_at(self, peer: PeerId, start: int | None = None) -> bool:
+        """Whether `peer` stands by, for the hop that begins with `start` or for any."""
+        return self._standbys.uses(peer) if start is None else self._standbys.at(peer, start) is not None
+
+    @property
+    def standby_hops(self) -> tuple[Hop, ...]:
+        return tuple(standby.hop for standby in self._standbys)
+
+    @property
+    def owing(self) -> set[PeerId]:
+        """Standbys that were asked for something and have not answered."""
+        return {s.hop.peer_id for s in self._standbys if s.feed is not None or not s.open}
+
+    def feeds(self, step: StepId, epoch: int) -> bool:
+        """Whether a step of this epoch only fills a standby, and is not answered yet."""
+        return epoch == self.epoch and self._standbys.fed_by(step) is not None
 
     @property
     def pending(self) -> tuple[PendingStep, ...]:
@@ -312,6 +376,8 @@ class SessionCore:
         assert 0 <= want_from <= count
         assert count > 0
         rolls_back, self._end = first < self._end, first + count
+        if rolls_back:
+            self._standbys.rolled_back(first)
         step = PendingStep(step=self._new_id(), first=first, count=count, want_from=want_from, alone=rolls_back)
         self._pending.append(step)
         if self.state is State.IDLE:
@@ -336,19 +402,35 @@ class SessionCore:
             return []
         if not self._pending:
             return self._idle()
+        if delay_s := max((self._full.get(hop.peer_id, 0.0) for hop in route.hops), default=0.0):
+            self._full = dict.fromkeys(self._full, 0.0)
+            self.state = State.WAITING
+            return [Wait(delay_s)]
         self.epoch += 1
         self.route = route
         self.state = State.OPENING
         self._sent.clear()
         peers = {hop.peer_id for hop in route.hops}
         known = {(hop.peer_id, hop.span) for hop in self._installed}
-        actions = self._let_go(hop for hop in self._installed if hop.peer_id not in peers)
+        spans = {hop.span for hop in route.hops}
+        for hop in route.hops:
+            if (standby := self._standbys.take(hop)) is not None:
+                known.add((hop.peer_id, hop.span))
+                self._reaches[hop.peer_id, hop.span.start] = standby.reach
+        unused = [standby.hop for standby in self._standbys if standby.hop.span not in spans]
+        actions = self._let_go(hop for hop in (*self._installed, *unused) if hop.peer_id not in peers)
+        for hop in unused:
+            self._standbys.forget(hop)
         self._installed = route.hops
         self._missing = {(hop.peer_id, hop.span.start) for hop in route.hops}
         self._offer, sure = self._settled_until() if self._offers else 0, self._sure_until()
-        self._keep = tuple(sure if (hop.peer_id, hop.span) in known else 0 for hop in route.hops)
+        self._keep = tuple(
+            min(sure, self._reaches.get((hop.peer_id, hop.span.start), sure)) if (hop.peer_id, hop.span) in known else 0
+            for hop in route.hops
+        )
         self._holds, self._journals = [0] * len(route.hops), [0] * len(route.hops)
-        return [*actions, OpenHops(route, self.epoch, self._offer, self._keep, self._forgot)]
+        actions.append(OpenHops(route, self.epoch, self._offer, self._keep, self._forgot))
+        return actions + [self._open_standby(standby, min(sure, standby.reach)) for standby in self._standbys]
 
     def no_route(self, error: SwarmError) -> list[Action]:
         return self._fail(error) if self.state is State.ROUTING else []
@@ -356,6 +438,9 @@ class SessionCore:
     def opened(self, peer: PeerId, start: int, epoch: int, held: int = 0, journal: int = 0) -> list[Action]:
         """The hop at `peer` that begins with block `start` holds the first `held` positions of what it was offered or
         told to keep, and can send again what it sent from `journal` on."""
+        if epoch == self.epoch and (standby := self._standbys.at(peer, start)) is not None:
+            self._standbys.opened(standby, held)
+            return self._tend()
         if self.state is not State.OPENING or epoch != self.epoch or (peer, start) not in self._missing:
             return []
         assert self.route is not None
@@ -367,6 +452,7 @@ class SessionCore:
             return []
         self.state = State.READY
         self._lost.clear()
+        self._reaches.clear()
         self._forgot = False
         self._held = min(self._holds)
         actions = self._skip()
@@ -386,30 +472,35 @@ class SessionCore:
             self.attempts = 0
             self._trusts = True
             self._waited_s = 0.0
+            self._full.clear()
             self._pending.remove(next(p for p in self._pending if p.step == step))
             actions.append(StepDone(answered))
-        return actions + (self._go_on() if self.state is State.READY else [])
+            self._standbys.answered()
+        return actions + ([*self._go_on(), *self._tend()] if self.state is State.READY else [])
 
     def hop_lost(self, peer: PeerId, error: SwarmError) -> list[Action]:
         """The connection to `peer` ended, could not be made, or the peer is silent."""
         if self.uses(peer):
             self._lost.add(peer)
-        return self._rebuild(error) if self._on_route(peer) else []
+        return self._lose_standbys(peer) + (self._rebuild(error) if self._on_route(peer) else [])
 
     def hop_leaves(self, peer: PeerId, epoch: int, error: SwarmError, *, answers: bool = False) -> list[Action]:
         """A healthy hop gives the session up, for its owner or because it drains: others take its blocks.
 
         Where it `answers` what is under way, that is waited for, so that nothing is sent twice.
         """
-        if epoch != self.epoch or not self.uses(peer):
+        if epoch != self.epoch:
             return []
+        actions = self._lose_standbys(peer)
+        if not self.uses(peer):
+            return actions
         self._lost.add(peer)
         self._farewell = error
         if self.state is State.READY and answers:
-            return self._go_on()
+            return actions + self._go_on()
         if self._on_route(peer):
-            return self._rebuild(error)
-        return self._let_go(hop for hop in self._installed if hop.peer_id == peer)
+            return actions + self._rebuild(error)
+        return actions + self._let_go(hop for hop in self._installed if hop.peer_id == peer)
 
     def forgotten(self, epoch: int, error: SwarmError, *, gap_at: StepId | None = None) -> list[Action]:
         """A healthy hop does not hold what the session thinks (lease over, restart), or found a gap before a step."""
@@ -450,17 +541,16 @@ class SessionCore:
         if epoch != self.epoch or not self._on_route(peer):
             return []
         self._avoid.add(peer)
-        return self._rebuild(error)
+        return self._lose_standbys(peer) + self._rebuild(error)
 
-    def busy(self, epoch: int, retry_after_s: float, error: SwarmError, *, preempted: bool) -> list[Action]:
+    def busy(
+        self, peer: PeerId, epoch: int, retry_after_s: float, error: SwarmError, *, preempted: bool
+    ) -> list[Action]:
         """A healthy hop has no room now."""
-        if epoch != self.epoch or not self._on_route(None):
+        if epoch != self.epoch or not self._on_route(peer):
             return []
-        if self.state is State.PAUSING:
-            if not preempted:
-                return []
-            self.state = State.WAITING  # the timer that runs already ends this wait too
-            return self._release()
+        if self.state is State.PAUSING and not preempted:
+            return []
         delay_s = min(max(0.05, retry_after_s) * 2 ** min(5, self._busy_repeats), self.config.max_wait_s)
         self._busy_repeats += 1
         self._behind_busy.update(self._sent)
@@ -470,6 +560,16 @@ class SessionCore:
         if self.state is State.READY and not preempted and self._busy_repeats <= self.config.max_busy_repeats:
             self.state = State.PAUSING
             return [Wait(delay_s)]
+        if not self._pending or (
+            self._sure_until()
+            and delay_s <= self.config.max_hold_s
+            and peer not in self._full
+            and len(self._full) < self.config.max_full
+        ):
+            if self._pending:
+                self._full[peer] = delay_s
+            return self._do_without({peer})
+        self._full.clear()
         actions = self._release()
         self.state = State.WAITING
         return [*actions, Wait(delay_s)]
@@ -483,6 +583,38 @@ class SessionCore:
             return self._go_on()
         if self.state is State.WAITING:
             return self._need_route() if self._pending else self._idle()
+        return []
+
+    def standbys_found(self, epoch: int, hops: Sequence[Hop]) -> list[Action]:
+        """Of those that were asked for; the others have none for now."""
+        if epoch != self.epoch or self.route is None or self.state not in (State.READY, State.PAUSING):
+            hops = ()
+        route = () if self.route is None else self.route.hops
+        spans, peers = {hop.span for hop in route}, {hop.peer_id for hop in route}
+        new = self._standbys.found(hop for hop in hops if hop.span in spans and hop.peer_id not in peers)
+        return [self._open_standby(standby, 0) for standby in new]
+
+    def standby_lost(self, peer: PeerId, epoch: int) -> list[Action]:
+        """A standby at `peer` failed, refused or has no room: the session goes on without it."""
+        return self._lose_standbys(peer) if epoch == self.epoch else []
+
+    def fed(self, peer: PeerId, step: StepId, epoch: int) -> list[Action]:
+        """The standby at `peer` answered `step`."""
+        standby = self._standbys.fed_by(step) if epoch == self.epoch else None
+        if standby is None or standby.hop.peer_id != peer:
+            return []
+        self._standbys.fed(standby)
+        return self._tend()
+
+    def feed_failed(self, step: StepId, epoch: int, *, busy: bool) -> list[Action]:
+        """The hop before a standby did not send it `step`. Where it was only `busy`, or the session rolled back
+        meanwhile, it will send what is right then."""
+        standby = self._standbys.fed_by(step) if epoch == self.epoch else None
+        if standby is None:
+            return []
+        if not busy and standby.reach >= standby.feed_end:
+            return self._lose_standbys(standby.hop.peer_id)
+        standby.feed = None
         return []
 
     # --- inside ---
@@ -575,12 +707,58 @@ class SessionCore:
         self.route = None
         self._end_route()
         self._sent.clear()
-        return self._let_go(self._installed)
+        return self._let_go((*self._installed, *self.standby_hops))
 
     def _let_go(self, hops: Iterable[Hop]) -> list[Action]:
         gone = tuple(hops)
         self._installed = tuple(hop for hop in self._installed if hop not in gone)
+        self._standbys.drop({hop.peer_id for hop in gone})  # whoever is told to forget the session forgets all of it
         return [Release(gone)] if gone else []
+
+    # --- standbys ---
+
+    def _answered_until(self) -> int:
+        """Every hop has run these positions, and no pending step undoes them."""
+        return min((step.first for step in self._pending), default=self._end)
+
+    def _tend(self) -> list[Action]:
+        """Look for standbys and fill them, where the route works."""
+        if not self.config.standby or self.state is not State.READY or self._lost or self.unborn:
+            return []
+        assert self.route is not None
+        actions: list[Action] = []
+        if lacking := self._standbys.lacking(self.route.hops):
+            actions.append(NeedStandbys(lacking, frozenset(self._avoid)))
+        answered = self._answered_until()
+        lagging = [s for s in self._standbys if s.open and s.feed is None and answered - s.held >= self.standby_lag]
+        return actions + [self._feed(standby, answered) for standby in lagging]
+
+    def _feed(self, standby: Standby, answered: int) -> Feed:
+        assert self.route is not None
+        first = standby.held
+        ends = [cut for cut in self._cuts(answered) if cut > first]
+        end = min(answered, first + self.config.chunk_positions, *ends)
+        hop = next(at for at, hop in enumerate(self.route.hops) if hop.span == standby.hop.span)
+        count = end - first
+        step = PendingStep(
+            step=self._new_id(), first=first, count=count, want_from=count, replay=True, hop=hop, until=hop + 1
+        )
+        self._standbys.feeds(standby, step.step, end)
+        return Feed(standby.hop, step, self.epoch)
+
+    def _open_standby(self, standby: Standby, keep: int) -> OpenStandby:
+        standby.open, standby.feed = False, None
+        offer = 0 if keep or not self._offers else self._answered_until()
+        standby.offered = max(keep, offer)
+        return OpenStandby(standby.hop, self.epoch, offer, keep)
+
+    def _lose_standbys(self, peer: PeerId) -> list[Action]:
+        gone = [standby.hop for standby in self._standbys if standby.hop.peer_id == peer]
+        if not gone:
+            return []
+        self._standbys.rest()
+        self._standbys.drop({peer})
+        return [] if self.uses(peer) else [Release(tuple(gone))]
 
     def _end_route(self) -> None:
         """Nothing more is sent over it. Its last answers may still come."""
@@ -596,7 +774,10 @@ class SessionCore:
     def _need_route(self) -> list[Action]:
         self.state = State.ROUTING
         gone = self._lost | self._avoid
-        return [NeedRoute(frozenset(self._avoid), tuple(hop for hop in self._installed if hop.peer_id not in gone))]
+        kept = [hop for hop in self._installed if hop.peer_id not in gone]
+        taken = {hop.span.start for hop in kept}
+        kept += [hop for hop in self.standby_hops if hop.span.start not in taken]
+        return [NeedRoute(frozenset(self._avoid), tuple(sorted(kept, key=lambda hop: hop.span.start)))]
 
     def _rebuild(self, error: SwarmError, route: Route | None = None) -> list[Action]:
         """With `route`, over the same hops, which forget the session when it is opened there again."""
@@ -606,14 +787,17 @@ class SessionCore:
         if route is not None and self._pending:
             self._end_route()
             self._installed = ()  # so that nothing is kept
+            actions = self._let_go(self.standby_hops)
             self.state = State.ROUTING
-            return self.route_ready(route)
+            return actions + self.route_ready(route)
         if self._pending and not self._sure_until():
-            actions = self._release()
-        else:
-            self._end_route()
-            gone = self._lost | self._avoid
-            actions = self._let_go(hop for hop in self._installed if hop.peer_id in gone)
+            return self._release() + self._need_route()
+        return self._do_without(self._lost | self._avoid)
+
+    def _do_without(self, gone: Set[PeerId]) -> list[Action]:
+        """The other hops keep what they hold, and others take the place of these."""
+        self._end_route()
+        actions = self._let_go(hop for hop in self._installed if hop.peer_id in gone)
         return actions + (self._need_route() if self._pending else self._idle())
 
     def _fail(self, error: SwarmError) -> list[Action]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from msgspec.structs import replace as replace_fields
 
 from peers.errors import PeerUnreachable
 from peers.transport.links import BULK_BYTES
@@ -31,8 +32,11 @@ from swarm.network import ClientNode, Entrance, NetworkThread, enter
 from swarm.session.core import (
     Action,
     Fail,
+    Feed,
     NeedRoute,
+    NeedStandbys,
     OpenHops,
+    OpenStandby,
     PendingStep,
     Release,
     SendStep,
@@ -47,7 +51,7 @@ from swarm.session.history import Segment
 from swarm.session.inbox import Inbox
 from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
 from swarm.session.prefix import describe_blocks, prefix_keys
-from swarm.session.remote import Embed, RemoteSession, RowStep
+from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
 from swarm.session.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -58,6 +62,7 @@ CLEAR_GAIN = 2.0
 """How much faster another route promises to be than the present one is, to be worth a replay."""
 LOOK_TIMEOUT_S = 2.0
 """How long somebody who only looks waits for the network's thread."""
+_NOTHING = memoryview(b"")
 GOODBYE_TIMEOUT_S = 2.0
 """How long closing waits for "close" messages to leave; a hop that misses one frees its pages with the link."""
 
@@ -103,11 +108,20 @@ class SwarmRemote:
     # --- the Remote protocol: any thread ---
 
     def open(
-        self, parent: RemoteSession | None = None, position: int = 0, *, prefix_secret: bytes | None = None
+        self,
+        parent: RemoteSession | None = None,
+        position: int = 0,
+        *,
+        resilience: Resilience | None = None,
+        prefix_secret: bytes | None = None,
     ) -> RemoteSession:
         """`prefix_secret`: 16 to 64 bytes in place of this remote's own, for one of several users behind it."""
         assert parent is None or isinstance(parent, LiveSession)
-        return LiveSession(None if parent is None else (parent, position), prefix_secret or self._prefix_secret)
+        standby = self._config.standby if parent is None else parent.standby
+        if resilience is not None:
+            standby = resilience == "standby"
+        fork = None if parent is None else (parent, position)
+        return LiveSession(fork, prefix_secret or self._prefix_secret, standby=standby)
 
     def run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._closed:
@@ -267,7 +281,7 @@ class SwarmRemote:
             if source.core is not None and source.core.alive and step.start == position:
                 session.core = source.core.fork(session_id, cuts)
         if session.core is None or not session.core.alive:
-            session.core = SessionCore(session_id, self._config, cuts)
+            session.core = SessionCore(session_id, replace(self._config, standby=session.standby), cuts)
         self._sessions.by_id[session_id] = session
 
     async def _row(self, step: RowStep) -> torch.Tensor:
@@ -276,6 +290,7 @@ class SwarmRemote:
         assert session.core is not None
         hidden_TD = step.hidden_TD.detach().to("cpu")
         token_ids_T = None if step.token_ids_T is None else step.token_ids_T.to("cpu")
+        session.dtype = tensors.NAMES[hidden_TD.dtype]
         count, want_from = len(hidden_TD), step.want_from
         session.timings.clear()
         futures = []
@@ -355,6 +370,7 @@ class SwarmRemote:
                     session.outbox.clear()
                     self._tasks.spawn(self._plan(session, action), name=f"plan {core.session}")
                 case OpenHops():
+                    self.traffic.switches += _switches(session.route, action)
                     self.traffic.rebuilds += action.epoch > 1 and action.route is not session.route
                     self._sessions.last_route = action.route
                     session.begin(action.route)
@@ -372,16 +388,25 @@ class SwarmRemote:
                     self._tasks.spawn(self._wait(session, delay_s), name=f"wait {core.session}")
                 case Fail():
                     self._forget(session, action.error)
+                case NeedStandbys():
+                    found = self._find_standbys(session, action)
+                    self.perform(session, core.standbys_found(core.epoch, found))
+                case OpenStandby():
+                    session.asked_at_s[action.hop.peer_id] = asyncio.get_running_loop().time()
+                    self._tasks.spawn(self._open_standby(session, action), name=f"open standby {core.session}")
+                case Feed():
+                    session.asked_at_s[action.to.peer_id] = asyncio.get_running_loop().time()
+                    self._tasks.spawn(self._feed(session, action), name=f"feed {core.session}")
         if session.outbox and not session.pumping and not defer_sending:
             self._tasks.spawn(self._pump(session), name=f"send {core.session}")
 
     def _offer(self, session: LiveSession, action: OpenHops) -> list[tuple[bytes, ...]]:
         """The keys to offer, for each hop of the route."""
         assert session.core is not None
-        hops, (rows_TD, _) = action.route.hops, session.rows[session.core.pending[0].step]
+        hops = action.route.hops
         blocks = describe_blocks(session.history.between(0, action.offer), self.model.regime_key)
         session.offered = max(len(blocks) * PREFIX_POSITIONS, *action.keep)
-        start = (session.prefix_secret, self.model.model, tensors.NAMES[rows_TD.dtype])
+        start = (session.prefix_secret, self.model.model, session.dtype)
         return [
             prefix_keys(*start, hops[:index], blocks) if action.forgot or not keep else ()
             for index, keep in enumerate(action.keep)
@@ -452,19 +477,7 @@ class SwarmRemote:
         core, route, epoch = session.core, action.route, action.epoch
         assert core is not None
         hop = route.hops[index]
-        following = route.hops[index + 1] if index + 1 < len(route.hops) else None
-        message = Open(
-            session=core.session.raw,
-            epoch=epoch,
-            model=self.model.model.digest,
-            start=hop.span.start,
-            end=hop.span.end,
-            previous=route.hops[index - 1].peer_id if index else None,
-            next=None if following is None else following.peer_id,
-            next_addresses=() if following is None else following.addresses,
-            prefix=prefix,
-            keep=action.keep[index],
-        )
+        message = self._opening(core.session, route, index, epoch, prefix=prefix, keep=action.keep[index])
         try:
             link = await self._client.links.to(hop.peer_id, hop.addresses)
             if core.epoch == epoch and core.route is route:  # else it was released meanwhile
@@ -473,6 +486,122 @@ class SwarmRemote:
             self.lose(session, hop.peer_id, error)
         except Unavailable as error:  # of this client's own node: no other route helps
             self.perform(session, core.give_up(error))
+
+    def _opening(
+        self,
+        session: SessionId,
+        route: Route,
+        index: int,
+        epoch: int,
+        *,
+        prefix: tuple[bytes, ...],
+        keep: int,
+        standby: bool = False,
+    ) -> Open:
+        hop = route.hops[index]
+        following = route.hops[index + 1] if index + 1 < len(route.hops) else None
+        return Open(
+            session=session.raw,
+            epoch=epoch,
+            model=self.model.model.digest,
+            start=hop.span.start,
+            end=hop.span.end,
+            previous=route.hops[index - 1].peer_id if index else None,
+            next=None if following is None else following.peer_id,
+            next_addresses=() if following is None else following.addresses,
+            prefix=prefix,
+            keep=keep,
+            standby=standby,
+        )
+
+    # --- standbys: nothing here may harm the session ---
+
+    def _find_standbys(self, session: LiveSession, need: NeedStandbys) -> list[Hop]:
+        core = session.core
+        assert core is not None
+        assert core.route is not None
+        request, now_s = self._request(need.avoid, core.route, session.length), self._client.discovery.now_s()
+        hops = (self._client.router.standby(request, hop, need.avoid, now_s) for hop in need.hops)
+        return [hop for hop in hops if hop is not None]
+
+    async def _open_standby(self, session: LiveSession, action: OpenStandby) -> None:
+        core, hop = session.core, action.hop
+        assert core is not None
+        route = core.route
+        if route is None or core.epoch != action.epoch:
+            return
+        index = next(at for at, other in enumerate(route.hops) if other.span == hop.span)
+        prefix: tuple[bytes, ...] = ()
+        if action.offer:
+            blocks = describe_blocks(session.history.between(0, action.offer), self.model.regime_key)
+            prefix = prefix_keys(session.prefix_secret, self.model.model, session.dtype, route.hops[:index], blocks)
+        standing = replace(route, hops=(*route.hops[:index], hop, *route.hops[index + 1 :]))
+        message = self._opening(
+            core.session, standing, index, action.epoch, prefix=prefix, keep=action.keep, standby=True
+        )
+        await self._send_to_standby(session, hop, hop, action.epoch, message)
+
+    async def _feed(self, session: LiveSession, action: Feed) -> None:
+        core, step, to = session.core, action.step, action.to
+        assert core is not None
+        if core.route is None or not core.feeds(step.step, action.epoch):
+            return
+        if len(session.history) < step.first + step.count:  # rolled back meanwhile
+            self.perform(session, core.feed_failed(step.step, action.epoch, busy=True))
+            return
+        self.traffic.standby_positions += step.count
+        if step.hop:
+            message = replace_fields(
+                self._replay(session, step, core.route, action.epoch),
+                bulk=step.count * self.model.hidden_size * 2 >= BULK_BYTES,
+                urgency=Urgency.BACKGROUND,
+                to=to.peer_id,
+                to_addresses=to.addresses,
+            )
+            await self._send_to_standby(session, to, core.route.hops[step.hop - 1], action.epoch, message)
+            return
+        rows_TD, regime_length = await self._rows_again(session, step)
+        dtype = tensors.NAMES[rows_TD.dtype]
+        payload = tensors.pack(rows_TD, dtype)
+        whole = Step(
+            session=core.session.raw,
+            block=to.span.start,
+            epoch=action.epoch,
+            step=step.step,
+            first=step.first,
+            count=step.count,
+            want_from=step.want_from,
+            regime_length=regime_length,
+            dtype=dtype,
+            hidden=self.model.hidden_size,
+            bulk=len(payload) >= BULK_BYTES,
+            urgency=Urgency.BACKGROUND,
+            stop=to.span.end,
+        )
+        await self._send_to_standby(session, to, to, action.epoch, whole, payload)
+
+    async def _send_to_standby(
+        self,
+        session: LiveSession,
+        standby: Hop,
+        hop: Hop,
+        epoch: int,
+        message: Open | Replay | Step,
+        payload: memoryview = _NOTHING,
+    ) -> None:
+        """What concerns `standby`, to it or to the `hop` before it."""
+        core = session.core
+        assert core is not None
+        try:
+            link = await self._client.links.to(hop.peer_id, hop.addresses)
+            if core.epoch == epoch and core.standby_at(standby.peer_id, standby.span.start):
+                await link.send(message, payload, bulk=isinstance(message, Step) and message.bulk)
+                self.traffic.bytes_sent += len(payload)
+        except (PeerError, Unavailable) as error:
+            logger.info("session %s: no standby at %s: %s", core.session, standby.peer_id, error)
+            if hop is standby:
+                self.blame(standby.peer_id, str(error))
+            self.perform(session, core.standby_lost(standby.peer_id, epoch))
 
     def _close_hops(self, hops: Sequence[Hop], session: SessionId) -> None:
         for peer in dict.fromkeys(hop.peer_id for hop in hops):
@@ -512,9 +641,7 @@ class SwarmRemote:
             return
         known = session.rows.get(step.step)
         if known is None:
-            segments = session.history.between(step.first, step.first + step.count)
-            regime_length = max(segment.regime_length for segment in segments)
-            rows_TD = await asyncio.to_thread(self._embed_again, segments)
+            rows_TD, regime_length = await self._rows_again(session, step)
         else:
             rows_TD, regime_length = known
             if len(rows_TD) > step.count:
@@ -546,13 +673,18 @@ class SwarmRemote:
 
     async def _have_replayed(self, session: LiveSession, step: PendingStep, route: Route, epoch: int) -> None:
         """The hop before the step's first one sends it, from its journal."""
+        hop = route.hops[step.hop - 1]
+        self.traffic.replayed_positions += step.count
+        message = self._replay(session, step, route, epoch)
+        await self.send_to(session, hop.peer_id, hop.addresses, message, memoryview(b""))
+
+    def _replay(self, session: LiveSession, step: PendingStep, route: Route, epoch: int) -> Replay:
         core = session.core
         assert core is not None
         segments = session.history.between(step.first, step.first + step.count)
-        hop = route.hops[step.hop - 1]
-        message = Replay(
+        return Replay(
             session=core.session.raw,
-            block=hop.span.start,
+            block=route.hops[step.hop - 1].span.start,
             epoch=epoch,
             step=step.step,
             first=step.first,
@@ -563,8 +695,6 @@ class SwarmRemote:
             urgency=self._urgency,
             stop=_stop(route, step),
         )
-        self.traffic.replayed_positions += step.count
-        await self.send_to(session, hop.peer_id, hop.addresses, message, memoryview(b""))
 
     async def send_to(
         self, session: LiveSession, peer: PeerId, addresses: Sequence[str], message: Step | Replay, payload: memoryview
@@ -580,6 +710,11 @@ class SwarmRemote:
         else:
             self.traffic.steps += 1
             self.traffic.bytes_sent += len(payload)
+
+    async def _rows_again(self, session: LiveSession, step: PendingStep) -> tuple[torch.Tensor, int]:
+        segments = session.history.between(step.first, step.first + step.count)
+        rows_TD = await asyncio.to_thread(self._embed_again, segments)
+        return rows_TD, max(segment.regime_length for segment in segments)
 
     def _embed_again(self, segments: Sequence[Segment]) -> torch.Tensor:
         return torch.cat([segment.rows(self._embed).detach().to("cpu") for segment in segments])
@@ -600,6 +735,15 @@ class SwarmRemote:
         self._client.router.on_failure(peer, self._client.discovery.now_s(), reason)
 
 
+def _switches(before: Route | None, action: OpenHops) -> int:
+    """How many hops of the route were standbys until now."""
+    if before is None:  # a fork's first route of its own
+        return 0
+    known = {(hop.peer_id, hop.span) for hop in before.hops}
+    hops = zip(action.route.hops, action.keep, strict=True)
+    return sum(keep > 0 and (hop.peer_id, hop.span) not in known for hop, keep in hops)
+
+
 def _stop(route: Route, step: PendingStep) -> int:
     return 0 if step.until is None else route.hops[step.until - 1].span.end
 
@@ -611,11 +755,13 @@ def connect(
     *,
     prefix_secret: bytes | None = None,
     urgency: Urgency = Urgency.INTERACTIVE,
+    resilience: Resilience = "replay",
 ) -> SwarmRemote:
     """Enter a network in a thread of its own and drive one model through it. Raises SwarmError."""
     network = NetworkThread(lambda: enter(entrance))
     try:
-        return SwarmRemote(network, model, embed, prefix_secret=prefix_secret, urgency=urgency)
+        config = SessionConfig(standby=resilience == "standby")
+        return SwarmRemote(network, model, embed, config=config, prefix_secret=prefix_secret, urgency=urgency)
     except BaseException:  # also an interrupt: the thread must not stay behind
         network.close()
         raise

@@ -22,6 +22,11 @@ from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
 
 logger = logging.getLogger(__name__)
 
+STANDBY_FED_EVERY_S = 20.0
+"""At least, while the session goes on: well within a lease."""
+STANDBY_REST_S = 10.0
+"""A peer that could not stand by is asked for nothing as long as others can."""
+
 
 class Inbox:
     """Handles the messages of one client's links, for the sessions of one model."""
@@ -38,18 +43,19 @@ class Inbox:
         links.keep(self._needed_links)
 
     def _session_of(self, link: Link, session: bytes, peer: str | None = None) -> LiveSession | None:
-        """The session that a message names, if the sender is on its route."""
+        """The session that a message names, if the sender is on its route or stands by."""
         known = self._sessions.by_id.get(SessionId(session))
         if known is None or known.core is None or known.core.route is None:
             return None
-        hops = [hop.peer_id for hop in known.core.route.hops]
+        hops = [hop.peer_id for hop in (*known.core.route.hops, *known.core.standby_hops)]
         return known if link.remote in hops and (peer is None or peer in hops) else None
 
     async def _opened(self, link: Link, message: Opened, _: memoryview) -> None:
         session = self._session_of(link, message.session)
         if session is None or session.core is None or message.epoch != session.core.epoch:
             return
-        if message.held > session.offered:
+        standby = session.core.standby_at(link.remote, message.start)
+        if message.held > session.offered and not standby:
             error = ProtocolError(f"{link.remote} holds {message.held} positions, more than it was asked for")
             self._driver.lose(session, link.remote, error)
             return
@@ -63,6 +69,7 @@ class Inbox:
         core, route = session.core, session.core.route
         step = core.sent(StepId(message.step), message.epoch)
         if step is None:
+            self._driver.perform(session, core.fed(link.remote, StepId(message.step), message.epoch))
             return
         hops = route.hops[step.hop : step.until]
         if link.remote != hops[-1].peer_id or message.hidden != self._sessions.model.hidden_size:
@@ -81,6 +88,8 @@ class Inbox:
         self._sessions.traffic.bytes_received += len(payload)
         self._learn(session, hops, message, step.count)
         self._sessions.traffic.answered(step.count, message.hops, session.answered(step.count))
+        if (usual_s := session.pace.usual_s(1)) > 0:
+            core.standby_lag = max(1, min(core.config.standby_lag, int(STANDBY_FED_EVERY_S / usual_s)))
         if self._sessions.observer is not None:
             self._sessions.observer.answered(core.session, step, hops, message.hops)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
@@ -93,18 +102,29 @@ class Inbox:
             return
         core, route, peer, epoch = session.core, session.core.route, PeerId(message.peer), message.epoch
         at = _hop_at(route, peer, message.block)
-        if epoch != core.epoch or at is None:
+        standby = core.standby_at(peer, message.block)
+        fed = None if message.step is None or not core.feeds(StepId(message.step), epoch) else StepId(message.step)
+        if epoch != core.epoch or (at is None and not standby):
             return  # of a route that was replaced
         logger.info("session %s: %s answers %s: %s", core.session, peer, message.code, message.message)
         self._sessions.traffic.failures[message.code if message.code in CODES else "other"] += 1
         text = f"{peer}: {message.message}"
         now_s = self._sessions.client.discovery.now_s()
+        if (standby or fed is not None) and message.code not in (Code.PAUSED, Code.DRAINING):
+            if standby:
+                self._sessions.client.router.on_busy(peer, max(message.retry_after_s, STANDBY_REST_S), now_s)
+                actions = core.standby_lost(peer, epoch)
+            else:
+                assert fed is not None
+                actions = core.feed_failed(fed, epoch, busy=message.code == Code.BUSY)
+            self._driver.perform(session, actions)
+            return
         match message.code:
             case Code.BUSY | Code.PREEMPTED:
                 self._sessions.client.router.on_busy(peer, message.retry_after_s, now_s)
                 error = Busy(text, retry_after_s=message.retry_after_s)
                 preempted = message.code == Code.PREEMPTED
-                actions = core.busy(epoch, message.retry_after_s, error, preempted=preempted)
+                actions = core.busy(peer, epoch, message.retry_after_s, error, preempted=preempted)
             case Code.PAUSED | Code.DRAINING:
                 farewell: SwarmError
                 if message.code == Code.PAUSED:
@@ -129,7 +149,7 @@ class Inbox:
                 self._sessions.traffic.replays += 1
                 actions = core.behind_window(epoch, Refused(text, code=message.code))
             case Code.MALFORMED:
-                if at == 0:
+                if not at:
                     actions = core.give_up(ProtocolError(text, hint="the values given to the model are not usable"))
                 else:  # what the hop before it sent is not usable
                     self._driver.lose(session, route.hops[at - 1].peer_id, ProtocolError(text))
@@ -163,7 +183,7 @@ class Inbox:
         affected = [
             (session, session.core)
             for session in self._sessions.by_id.values()
-            if session.core is not None and session.core.uses(link.remote)
+            if session.core is not None and (session.core.uses(link.remote) or session.core.standby_at(link.remote))
         ]
         if affected:
             self._driver.blame(link.remote, str(error))
@@ -174,7 +194,7 @@ class Inbox:
         """Those to every hop of every session: a hop between two others hears nothing from us while it works."""
         for session in self._sessions.by_id.values():
             if session.core is not None and session.core.route is not None:
-                for hop in session.core.route.hops:
+                for hop in (*session.core.route.hops, *session.core.standby_hops):
                     if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
                         yield link
 

@@ -53,6 +53,10 @@ class Traffic:
     """Positions not sent, because every hop of a route held them already when it was opened."""
     replayed_positions: int = 0
     """Positions that a hop sent again from its journal, so that this client did not."""
+    standby_positions: int = 0
+    """Sent to standbys, most of them by hops."""
+    switches: int = 0
+    """Hops whose place a standby took."""
     bytes_sent: int = 0
     bytes_received: int = 0
     failures: Counter[str] = field(default_factory=Counter)
@@ -84,8 +88,10 @@ class LiveSession(RemoteSession):
     """One sequence."""
 
     __slots__ = (
+        "asked_at_s",
         "core",
         "deadline_s",
+        "dtype",
         "futures",
         "heard_at_s",
         "history",
@@ -100,12 +106,15 @@ class LiveSession(RemoteSession):
         "route",
         "rows",
         "silence_s",
+        "standby",
         "timings",
         "waiting",
     )
 
-    def __init__(self, parent: tuple[LiveSession, int] | None, prefix_secret: bytes) -> None:
+    def __init__(self, parent: tuple[LiveSession, int] | None, prefix_secret: bytes, *, standby: bool) -> None:
         super().__init__(0 if parent is None else parent[1])
+        self.standby = standby
+        """Whether a second peer is kept filled for every hop."""
         self.parent = parent
         self.prefix_secret = prefix_secret
         """Only sessions with the same one begin with what peers hold of each other's prompts."""
@@ -117,6 +126,8 @@ class LiveSession(RemoteSession):
         self.pumping = False
         self.route: Route | None = None
         """The last one that was planned for this session."""
+        self.dtype = ""
+        """In which its rows travel."""
         self.offered = 0
         """Positions that the hops of the present route were asked for."""
         self.timings: dict[tuple[PeerId, BlockSpan], HopTiming] = {}
@@ -127,6 +138,8 @@ class LiveSession(RemoteSession):
         """When somebody should have been heard: half of `silence_s` before it is given up."""
         self.silence_s = 0.0
         self.idle_looks = 0
+        self.asked_at_s: dict[PeerId, float] = {}
+        """When each standby was asked for something last."""
         self.reconsider_at_s = 0.0
         """Until then nobody asks whether another route is better."""
         self.waiting = False

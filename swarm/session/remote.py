@@ -10,11 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
+from routing.errors import CallerError
 from routing.router import Route
+
+Resilience = Literal["replay", "standby"]
+"""How a session outlives a peer: what that held is computed again elsewhere, or another peer holds it already."""
+
+
+def check_resilience(resilience: str) -> None:
+    """Raises CallerError."""
+    if resilience not in get_args(Resilience):
+        raise CallerError(f"{resilience!r} is no resilience", hint=f"one of {', '.join(get_args(Resilience))}")
 
 
 class RemoteSession:
@@ -61,8 +71,12 @@ class Embed(Protocol):
 class Remote(Protocol):
     """The remote layers. Every method may be called from any thread, `release` from a garbage collector too."""
 
-    def open(self, parent: RemoteSession | None = None, position: int = 0) -> RemoteSession:
+    def open(
+        self, parent: RemoteSession | None = None, position: int = 0, *, resilience: Resilience | None = None
+    ) -> RemoteSession:
         """A new sequence, empty or sharing the first `position` positions of `parent`. Instant, without I/O.
+
+        `resilience` None: as its parent, or as this remote was set up.
 
         The fork happens with the child's first step, which starts at `position`; until that step has returned, the
         caller neither releases the parent nor lets it truncate below `position`. The parent may grow in the same `run`.

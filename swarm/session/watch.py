@@ -7,18 +7,19 @@ from __future__ import annotations
 import asyncio
 
 from peers.errors import PeerUnreachable, ProtocolError
-from peers.transport.links import BULK_BYTES
 from peers.transport.tasks import Tasks
 from peers.wire.messages import Trace, Traced
 from routing.errors import PeerError, Unavailable
 from routing.ids import SessionId
 from routing.router import Hop
-from swarm.session.core import SessionCore, State
+from swarm.session.core import SessionCore
 from swarm.session.live import Driver, LiveSession, Sessions
 
 IDLE_LOOKS = 3
-"""Looks at which every hop is alive and none computes, after which the step is taken for lost."""
+"""Looks at which all hops live, none computes and nothing is on its way, after which the step is taken for lost."""
 WATCH_S = 0.1
+STANDBY_PATIENCE_S = 30.0
+"""A standby works when nobody else wants to: only one that does nothing for so long is let go of."""
 
 
 class Watch:
@@ -35,10 +36,17 @@ class Watch:
             await asyncio.sleep(WATCH_S)
             now_s = asyncio.get_running_loop().time()
             for session_id, session in tuple(self._sessions.by_id.items()):
+                if session.core is not None and session.core.standby_hops:
+                    self._let_go_of_silent(session, session.core, now_s)
                 overdue = session.core is not None and session.core.outstanding and now_s > session.deadline_s
                 if overdue and session_id not in self._investigating:
                     self._investigating.add(session_id)
                     self._tasks.spawn(self._investigate(session_id, session), name=f"investigate {session_id}")
+
+    def _let_go_of_silent(self, session: LiveSession, core: SessionCore, now_s: float) -> None:
+        for peer in core.owing:
+            if now_s - session.asked_at_s[peer] > STANDBY_PATIENCE_S:
+                self._driver.perform(session, core.standby_lost(peer, core.epoch))
 
     async def _investigate(self, session_id: SessionId, session: LiveSession) -> None:
         """Ask every hop of an overdue session. Half of the silence that is tolerated has passed; the other half is the
@@ -49,13 +57,12 @@ class Watch:
             epoch, route = core.epoch, core.route
             if route is None:
                 return
-            answers = await asyncio.gather(
-                *(self._trace(session_id, hop, timeout_s=session.silence_s / 2) for hop in route.hops),
-                return_exceptions=True,
-            )
+            first = self._sessions.client.links.arrived(route.hops[0].peer_id, timeout_s=session.silence_s / 4)
+            traces = (self._trace(session_id, hop, timeout_s=session.silence_s / 2) for hop in route.hops)
+            arrived, answers = await asyncio.gather(first, asyncio.gather(*traces, return_exceptions=True))
             if core.epoch != epoch or not core.outstanding:
                 return
-            running = 0
+            busy = not arrived
             cut: Hop | None = None
             for hop, answer in zip(route.hops, answers, strict=True):
                 if isinstance(answer, PeerError):
@@ -68,26 +75,20 @@ class Watch:
                     return
                 if isinstance(answer, BaseException):
                     raise answer
-                running += answer.running
+                busy = busy or answer.running > 0 or answer.moving
                 cut = hop if answer.next_silent else cut
             if cut is not None:
                 error = PeerUnreachable(f"{cut.peer_id} does not reach the hop behind it, although both are alive")
                 self._driver.perform(session, core.stalled(error))
                 return
-            session.idle_looks = 0 if running else session.idle_looks + 1
+            session.idle_looks = 0 if busy else session.idle_looks + 1
             if session.idle_looks >= IDLE_LOOKS:
                 error = PeerUnreachable("a step was lost although every hop of its route is alive")
                 self._driver.perform(session, core.stalled(error))
                 return
-            session.look_again(soon=not running and self._small(core))
+            session.look_again(soon=not busy)
         finally:
             self._investigating.discard(session_id)
-
-    def _small(self, core: SessionCore) -> bool:
-        """Whether what is under way travels in the lane of small frames, and so before the questions of the hops. What
-        is larger may be on its way for long where a link is slow."""
-        most = BULK_BYTES // (4 * self._sessions.model.hidden_size)
-        return core.state is State.READY and not core.crowded and all(step.count < most for step in core.pending)
 
     async def _trace(self, session: SessionId, hop: Hop, *, timeout_s: float) -> Traced:
         """Raises PeerError, and Unavailable where this client's own node cannot dial."""

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache
 
 from peers.model.support import examine
 from swarm.models import SwarmModelForCausalLM
-from swarm.session.remote import RemoteSession, RowStep
+from swarm.session.remote import RemoteSession, Resilience, RowStep
 from tests.helpers.families import FAMILIES, random_model
 
 
@@ -84,7 +84,9 @@ class LocalRemote:
     def assert_clean(self) -> None:
         assert not self.open_sessions, f"{len(self.open_sessions)} of {self.opened} sessions were never released"
 
-    def open(self, parent: RemoteSession | None = None, position: int = 0) -> RemoteSession:
+    def open(
+        self, parent: RemoteSession | None = None, position: int = 0, *, resilience: Resilience | None = None
+    ) -> RemoteSession:
         with self._lock:
             assert not self.closed
             if parent is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
@@ -218,10 +218,14 @@ class MemorySwarm:
 
     def eventually_settled(self, timeout_s: float = 10.0) -> bool:
         """`settled`, once the goodbyes under way have arrived."""
+        return self.eventually(self.settled, timeout_s)
+
+    def eventually(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+        """Wait until something is true of this swarm. Raises TimeoutError."""
 
         async def wait() -> bool:
             async with asyncio.timeout(timeout_s):
-                while not self.settled():  # noqa: ASYNC110  # several engines; no one event tells
+                while not condition():  # noqa: ASYNC110  # several engines; no one event tells
                     await asyncio.sleep(0.01)
             return True
 

@@ -96,6 +96,27 @@ def test_killed_peers_are_replaced_without_changing_a_token(
         assert traffic.replayed_positions >= len(prompt)
 
 
+def test_a_standby_takes_the_place_of_a_killed_peer(
+    client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy
+) -> None:
+    traffic, killed = driver(client).traffic, list[LocalPeer]()
+
+    def kill() -> None:
+        (session,) = driver(client)._sessions.by_id.values()
+        assert session.core is not None
+        deadline_s = time.monotonic() + 20.0
+        while time.monotonic() < deadline_s and not all(standby.held >= 32 for standby in session.core._standbys):
+            time.sleep(0.02)
+        killed.append(middle(client, failing))
+        killed[0].kill()
+
+    generate(client, prompt, 2)
+    with client.session(resilience="standby"):
+        assert generate(client, prompt, 64, streamer=At(48, kill)) == greedy(prompt, 64)
+    assert (traffic.switches, traffic.rebuilds) == (1, 1)
+    assert traffic.replayed_positions < len(prompt) + 48
+
+
 def test_a_peer_killed_after_a_prefix_hit_is_replaced_without_changing_a_token(
     client: Any, failing: LocalSwarm, prompt: tuple[int, ...], greedy: Greedy
 ) -> None:

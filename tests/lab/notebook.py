@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 import torch
 from transformers import AutoModelForCausalLM
 
+from swarm.session.remote import Resilience
 from swarm.testing import model_folder
 from tests.lab.network import ROOT, Network
 from tests.lab.swarms import generate
@@ -61,6 +62,8 @@ class Notebook:
     bars: list[Bar] = field(default_factory=list)
     network: dict[str, Any] = field(default_factory=dict)
     started_s: float = field(default_factory=time.monotonic)
+    resilience: Resilience = "replay"
+    """Of users, where an experiment looks at it."""
     rng: random.Random = field(init=False)
     commit: str = field(init=False)
     """The code that is measured; empty outside a git checkout."""
@@ -111,6 +114,7 @@ class Notebook:
             "seed": self.seed,
             "runs": self.runs,
             "short": self.short,
+            "resilience": self.resilience,
             "commit": self.commit,
             "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "load": os.getloadavg()},
             "model": MODEL,

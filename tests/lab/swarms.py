@@ -24,6 +24,7 @@ import torch
 
 from swarm import SwarmModelForCausalLM
 from swarm.session.driver import SwarmRemote
+from swarm.session.remote import Resilience
 from swarm.testing import LocalNode, LocalPeer
 from tests.lab import namespaces
 from tests.lab.network import Host, Network
@@ -125,11 +126,11 @@ class Answer:
 class User:
     """A client on a host of its own."""
 
-    def __init__(self, host: Host, model: str, initial_peers: Sequence[str]) -> None:
+    def __init__(self, host: Host, model: str, initial_peers: Sequence[str], resilience: Resilience) -> None:
         self.host = host
         with host.entered():
             self.model: Any = SwarmModelForCausalLM.from_pretrained(
-                model, initial_peers=initial_peers, dtype=torch.float32
+                model, initial_peers=initial_peers, dtype=torch.float32, resilience=resilience
             )
 
     @property
@@ -225,8 +226,8 @@ class LabSwarm:
             peer.wait_for("ready")
         return peer
 
-    def add_user(self, host: str) -> User:
-        user = User(self.network[host], self.model, self.initial_peers)
+    def add_user(self, host: str, *, resilience: Resilience = "replay") -> User:
+        user = User(self.network[host], self.model, self.initial_peers, resilience)
         self.users.append(user)
         namespaces.note_sockets(user.host.namespace, self.network.folder)
         return user

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from peers.errors import Preempted
 from peers.host import ServerPeer
 from peers.runtime.engine import Done, Work
 from peers.serving.journal import Journal
 from peers.serving.push import Delivery
 from peers.transport.links import Link
 from peers.transport.memory import MemoryStream
-from peers.wire.messages import Code, Failed
+from peers.wire.messages import Code, Failed, Step
 from routing.ids import PeerId
 from swarm.session import driver
 from swarm.session.core import SessionConfig
@@ -30,6 +31,7 @@ from tests.numerics.test_trouble import AtToken, generate, prompt
 
 SPANS = [(0, 1), (1, 2), (2, NUM_BLOCKS)]
 PROMPT = prompt(length=100)
+CONFIG = SessionConfig(chunk_positions=32)
 TOKENS = 16
 
 
@@ -46,8 +48,7 @@ def local(folder: Path) -> Any:
 class Scene:
     """A swarm with a spare peer for each hop, and what every peer computed."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
-        config = SessionConfig(chunk_positions=32)
+    def __init__(self, folder: Path, cache: Path, *, config: SessionConfig = CONFIG) -> None:
         self.swarm = MemorySwarm(folder, SPANS, cache=cache, session_config=config, cache_tokens=4096)
         self.model = self.swarm.model()
         self.remote = self.model._remote_layers.remote
@@ -249,25 +250,46 @@ def test_a_link_between_two_hops_that_falls_silent_is_gone_round_and_nobody_is_b
     assert scene.swarm.eventually_settled()
 
 
+@pytest.mark.parametrize(("first", "count"), [(PROMPT.shape[1] + 8, 1), (64, 36)], ids=["token", "end of the prompt"])
 def test_a_step_that_is_lost_between_two_hops_is_sent_again_from_where_it_came_last(
-    scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch, first: int, count: int
 ) -> None:
     used = scene.warm_up()
     pusher = next(peer for peer in scene.swarm.peers if peer._key.peer_id == used[1]).handler.pusher
     deliver, lost = pusher.deliver, []
 
     async def lose(entry: Any, delivery: Delivery) -> None:
-        if delivery.message.first == PROMPT.shape[1] + 8 and not lost:
-            lost.append(delivery)
+        step = delivery.message
+        if isinstance(step, Step) and first <= step.first < first + count and step.step not in lost:
+            lost.append(step.step)
         else:
             await deliver(entry, delivery)
 
     monkeypatch.setattr(pusher, "deliver", lose)
     assert torch.equal(generate(scene.model, PROMPT), generate(local, PROMPT))
-    assert len(lost) == 1
     assert scene.route == used
-    assert scene.remote.traffic.replayed_positions == 1
+    assert scene.remote.traffic.replayed_positions == count
     assert [scene.positions(peer) for peer in used] == [LENGTH] * 3
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_session_whose_pages_one_hop_takes_is_rebuilt_there_alone(scene: Scene, local: Any, elsewhere: bool) -> None:
+    """At another peer, or where none is known at the same one, after a wait."""
+    used = scene.warm_up()
+
+    async def preempt() -> None:
+        if elsewhere:
+            await scene.swarm.thread.client.discovery.refresh()
+        handler = next(peer for peer in scene.swarm.peers if peer._key.peer_id == used[1]).handler
+        (entry,) = handler.ledger.entries()
+        handler._let_go(entry.place, Preempted("an older one needs the pages", retry_after_s=0.1))
+
+    act = AtToken(8, lambda: scene.swarm.thread.call(preempt()))
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[act]), generate(local, PROMPT))
+    assert (scene.route[1] == used[1]) != elsewhere
+    assert [scene.positions(peer) for peer in (used[0], used[2])] == [LENGTH] * 2, "nothing twice"
+    assert scene.remote.traffic.replayed_positions > 0
+    assert scene.swarm.eventually_settled()
 
 
 def test_a_hop_that_becomes_slow_is_left_between_two_steps_for_a_faster_one_and_blamed_by_nobody(

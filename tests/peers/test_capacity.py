@@ -49,6 +49,17 @@ def test_by_default_a_part_of_what_is_free_now_is_taken_and_never_more_than_is_f
     assert pool_bytes(4 << 30, max_memory_bytes=64 << 30) <= (4 << 30) - PROCESS_BYTES
 
 
+def test_the_journal_counts_and_takes_little_where_there_is_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (
+        plan_capacity(CONFIG, device="cpu", max_memory_bytes=limit)
+        for limit in (PROCESS_BYTES + (16 << 20), PROCESS_BYTES + (8 << 30))
+    )
+    assert (small.journal_bytes, large.journal_bytes) == (1 << 20, capacity.JOURNAL_BYTES)
+    monkeypatch.setattr(capacity, "JOURNAL_SHARE", 0.0)
+    without = plan_capacity(CONFIG, device="cpu", max_memory_bytes=PROCESS_BYTES + (16 << 20))
+    assert without.request.sizes.process_bytes == small.request.sizes.process_bytes - small.journal_bytes
+
+
 def test_in_a_container_what_it_has_left_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "_CONTAINER", tmp_path)
     unlimited = capacity._free_bytes(torch.device("cpu"))

@@ -69,6 +69,23 @@ def test_a_success_ends_the_back_off() -> None:
     assert len(router.plan(REQUEST, NOW_S).hops) == 3
 
 
+def test_a_peer_that_failed_again_and_again_or_was_slow_is_used_again_in_time() -> None:
+    def middle_at(router: Router, now_s: float) -> str:
+        """After everybody renewed its announcement."""
+        records = (*THREE, announcement(peer(3), 10, 20, decode_s_per_block=0.01))
+        router.on_announcements([replace(a, sequence=int(now_s), expires_at_s=now_s + 20) for a in records], now_s)
+        return peers_of(router.plan(REQUEST, now_s))[1]
+
+    failed, slow = Router(), Router()
+    assert middle_at(failed, NOW_S) == middle_at(slow, NOW_S) == peer(1)
+    for second in (0, 5, 15):
+        failed.on_failure(peer(1), NOW_S + second, "stream closed")
+    assert [middle_at(failed, NOW_S + 15 + age_s) for age_s in (1, 12)] == [peer(3), peer(1)]
+    for _ in range(20):
+        slow.on_step(peer(1), 10, 1, 1.0, 0.0, NOW_S)
+    assert [middle_at(slow, NOW_S + age_s) for age_s in (1, 300, 1800)] == [peer(3), peer(3), peer(1)]
+
+
 def test_a_measured_slow_peer_loses_to_one_that_promised_less() -> None:
     boaster = announcement(peer(1), 10, 20, decode_s_per_block=0.0)
     honest = announcement(peer(3), 10, 20, decode_s_per_block=0.005)

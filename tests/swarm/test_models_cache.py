@@ -16,7 +16,7 @@ from swarm.errors import SessionClosed, UnsupportedCache
 from swarm.models.cache import SwarmCache
 from swarm.models.layout import PositionRules, lay_out
 from swarm.models.rows import Strand
-from swarm.session.remote import RemoteSession, RowStep
+from swarm.session.remote import RemoteSession, Resilience, RowStep
 
 RULES = PositionRules(takes_position_ids=True, counts_kept=True, max_positions=None, window=None)
 
@@ -41,7 +41,9 @@ class SummingRemote:
         """Children before their parents, or after them: both must be right."""
         self.route = None
 
-    def open(self, parent: RemoteSession | None = None, position: int = 0) -> RemoteSession:
+    def open(
+        self, parent: RemoteSession | None = None, position: int = 0, *, resilience: Resilience | None = None
+    ) -> RemoteSession:
         assert parent is None or parent in self.open_sessions
         session = SummingSession(None if parent is None else (parent, position))  # type: ignore[arg-type]
         self.open_sessions.add(session)

@@ -11,7 +11,7 @@ import os
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import settings
@@ -26,8 +26,11 @@ from routing.router import Hop, Route
 from swarm.session.core import (
     Action,
     Fail,
+    Feed,
     NeedRoute,
+    NeedStandbys,
     OpenHops,
+    OpenStandby,
     PendingStep,
     Release,
     SendStep,
@@ -148,11 +151,11 @@ def test_a_busy_step_is_sent_again_under_its_id_and_so_is_what_came_behind_it() 
     core = ready()
     step, _ = core.submit(1, 1, 0)
     behind, _ = core.submit(2, 1, 0)
-    assert core.busy(1, 0.5, FULL, preempted=False) == [Wait(0.5)]
+    assert core.busy(Q, 1, 0.5, FULL, preempted=False) == [Wait(0.5)]
     assert (core.state, core.outstanding) == (State.PAUSING, False)
     during, actions = core.submit(3, 1, 0)
     assert actions == []
-    assert core.busy(1, 0.5, FULL, preempted=False) == [], "one wait is enough"
+    assert core.busy(Q, 1, 0.5, FULL, preempted=False) == [], "one wait is enough"
     assert [step.step for step in sent(core.timer())] == [step, behind, during]
     assert core.timer() == []
 
@@ -160,7 +163,7 @@ def test_a_busy_step_is_sent_again_under_its_id_and_so_is_what_came_behind_it() 
 def test_the_gaps_behind_a_busy_step_are_its_shadow_whenever_they_arrive() -> None:
     core = ready()
     steps = [core.submit(first, 1, 0)[0] for first in (1, 2, 3)]
-    core.busy(1, 0.5, FULL, preempted=False)
+    core.busy(Q, 1, 0.5, FULL, preempted=False)
     assert core.forgotten(1, FORGOT, gap_at=steps[1]) == []
     core.timer()
     assert core.forgotten(1, FORGOT, gap_at=steps[2]) == []
@@ -170,7 +173,7 @@ def test_the_gaps_behind_a_busy_step_are_its_shadow_whenever_they_arrive() -> No
 def test_a_hop_that_forgot_the_session_is_believed_also_during_a_pause() -> None:
     core = ready()
     core.submit(1, 1, 0)
-    core.busy(1, 0.5, FULL, preempted=False)
+    core.busy(Q, 1, 0.5, FULL, preempted=False)
     assert kinds(core.forgotten(1, FORGOT)) == [NeedRoute]
     assert core.timer() == []
 
@@ -178,49 +181,71 @@ def test_a_hop_that_forgot_the_session_is_believed_also_during_a_pause() -> None
 def test_a_result_during_a_pause_is_taken_and_not_asked_for_again() -> None:
     core = ready()
     (one, _), (two, _) = core.submit(1, 1, 0), core.submit(2, 1, 0)
-    core.busy(1, 0.5, FULL, preempted=False)
+    core.busy(Q, 1, 0.5, FULL, preempted=False)
     assert kinds(core.result(one, 1)) == [StepDone]
     assert [step.step for step in sent(core.timer())] == [two]
 
 
-def test_a_session_that_is_busy_too_often_lets_go_of_its_pages() -> None:
+def test_a_hop_that_is_busy_too_often_is_done_without() -> None:
     core = ready(SessionConfig(max_busy_repeats=2))
     core.submit(1, 1, 0)
     for _ in range(2):
-        assert kinds(core.busy(1, 0.5, FULL, preempted=False)) == [Wait]
+        assert kinds(core.busy(Q, 1, 0.1, FULL, preempted=False)) == [Wait]
         core.timer()
-    assert kinds(core.busy(1, 0.5, FULL, preempted=False)) == [Release, Wait]
-    assert core.state is State.WAITING
-    assert kinds(core.timer()) == [NeedRoute]
+    assert core.busy(Q, 1, 0.1, FULL, preempted=False) == [
+        Release(route(P, Q).hops[1:]),
+        NeedRoute(frozenset(), route(P).hops),
+    ]
 
 
-def test_a_busy_hop_at_opening_is_released_and_asked_again_later() -> None:
-    core = SessionCore(SESSION, SessionConfig())
-    core.submit(0, 1, 0)
-    core.route_ready(route(P, Q))
-    assert core.busy(1, 0.5, FULL, preempted=False) == [Release(route(P, Q).hops), Wait(0.5)]
-    assert core.opened(Q, 1, 1) == []
-    assert kinds(core.timer()) == [NeedRoute]
-
-
-@pytest.mark.parametrize("pausing", [False, True])
-def test_a_preempted_session_waits_without_pages(pausing: bool) -> None:
+@pytest.mark.parametrize("preempted", [False, True])
+def test_a_hop_without_room_is_replaced_and_the_others_keep_what_they_hold(preempted: bool) -> None:
+    """As one that died is; it takes the session back if nobody else does, after one wait."""
     core = ready(positions=4)
     core.submit(4, 1, 0)
-    waits = [Wait(0.5)]
-    if pausing:
-        core.busy(1, 0.5, FULL, preempted=False)
-        waits = []  # a timer runs already
-    assert core.busy(1, 0.5, FULL, preempted=True) == [Release(route(P, Q).hops), *waits]
-    assert core.state is State.WAITING
-    assert kinds(core.timer()) == [NeedRoute]
+    if not preempted:
+        core.hop_lost(Q, LOST)
+        core.route_ready(route(P, R))
+    peer = core.route.hops[1].peer_id if core.route is not None else Q
+    released, need = core.busy(peer, core.epoch, 0.5, FULL, preempted=preempted)
+    assert isinstance(released, Release)
+    assert [hop.peer_id for hop in released.hops] == [peer]
+    assert need == NeedRoute(frozenset(), route(P).hops)
+    assert core.route_ready(route(P, peer)) == [Wait(0.5)]
+    assert (core.state, core.uses(P)) == (State.WAITING, True)
+    assert core.timer() == [need]
+    assert keeping(core.route_ready(route(P, peer))) == (5, 0)
+    core.opened(P, 0, core.epoch, 4, 0)
+    assert [(s.first, s.hop) for s in sent(core.opened(peer, 1, core.epoch))] == [(0, 1)]
+
+
+def test_a_session_that_finds_no_room_again_or_must_wait_long_lets_go_of_its_pages() -> None:
+    core = ready(positions=4)
+    core.submit(4, 1, 0)
+    core.busy(Q, 1, 0.5, FULL, preempted=True)
+    core.route_ready(route(P, Q))
+    core.timer()
+    core.route_ready(route(P, Q))
+    assert core.busy(Q, 2, 0.5, FULL, preempted=False) == [Release(route(P, Q).hops), Wait(1.0)]
+    core.timer()
+    core.route_ready(route(P, Q))
+    assert core.busy(Q, 3, 5.0, FULL, preempted=False) == [Release(route(P, Q).hops), Wait(20.0)]
+    core.timer()
     core.route_ready(route(P, Q))
     assert [(s.first, s.count, s.replay) for s in sent(opened(core))] == [(0, 4, True), (4, 1, False)]
 
 
+def test_a_preemption_during_a_pause_ends_it() -> None:
+    core = ready(positions=4)
+    core.submit(4, 1, 0)
+    core.busy(Q, 1, 0.5, FULL, preempted=False)
+    assert kinds(core.busy(Q, 1, 0.5, FULL, preempted=True)) == [Release, NeedRoute]
+    assert core.timer() == []
+
+
 def test_a_preempted_session_without_a_pending_step_goes_idle() -> None:
     core = ready()
-    core.busy(1, 0.5, FULL, preempted=True)
+    assert core.busy(Q, 1, 0.5, FULL, preempted=True) == [Release(route(P, Q).hops[1:])]
     assert (core.timer(), core.state) == ([], State.IDLE)
 
 
@@ -228,12 +253,12 @@ def test_one_wait_is_bounded_whatever_a_hop_asks_for_and_all_together_by_patienc
     core = ready(SessionConfig(busy_patience_s=100.0, max_wait_s=30.0))
     core.submit(1, 1, 0)
     for _ in range(3):
-        actions = core.busy(core.epoch, 1e9, FULL, preempted=True)
+        actions = core.busy(Q, core.epoch, 1e9, FULL, preempted=True)
         assert actions[-1] == Wait(30.0)
         core.timer()
         core.route_ready(route(P, Q))
         opened(core)
-    assert core.busy(core.epoch, 1e9, FULL, preempted=True) == [Release(route(P, Q).hops), Fail(FULL)]
+    assert core.busy(Q, core.epoch, 1e9, FULL, preempted=True) == [Release(route(P, Q).hops), Fail(FULL)]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +281,7 @@ def test_whatever_breaks_a_route_leads_to_another_one(
     if state is not State.OPENING:
         opened(core)
     if state is State.PAUSING:
-        core.busy(1, 0.5, FULL, preempted=False)
+        core.busy(Q, 1, 0.5, FULL, preempted=False)
     actions = happens(core)
     lost = core._lost | core._avoid
     assert kinds(actions) == ([Release, NeedRoute] if lost else [NeedRoute])
@@ -292,7 +317,7 @@ def test_a_hop_that_leaves_is_let_go_of_at_once_where_nothing_is_under_way(busy:
     core = ready(positions=4)
     if busy:
         core.submit(4, 1, 0)
-        core.busy(1, 0.5, FULL, preempted=False)
+        core.busy(Q, 1, 0.5, FULL, preempted=False)
     assert kinds(core.hop_leaves(P, 1, LOST, answers=True)) == ([Release, NeedRoute] if busy else [Release])
     assert core.hop_leaves(Q, 1, LOST, answers=True) == [Release(route(P, Q).hops[1:])]
     assert not core.uses(Q)
@@ -309,7 +334,7 @@ def test_a_peer_that_declined_is_avoided_from_then_on_and_a_stranger_does_not_ma
     core = ready()
     core.submit(1, 1, 0)
     assert core.refused(R, 1, LOST) == core.hop_lost(R, LOST) == core.refused(Q, 0, LOST) == []
-    assert core.forgotten(0, FORGOT) == core.busy(0, 1.0, FULL, preempted=True) == []
+    assert core.forgotten(0, FORGOT) == core.busy(Q, 0, 1.0, FULL, preempted=True) == []
     assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}), route(P).hops)
 
 
@@ -367,7 +392,7 @@ def test_the_first_step_of_a_fork_names_its_parent_and_travels_alone() -> None:
     assert [(s.step, s.parent) for s in sent(actions)] == [(step, SESSION)]
     following, actions = child.submit(5, 1, 0)
     assert actions == []
-    child.busy(1, 0.5, FULL, preempted=False)
+    child.busy(Q, 1, 0.5, FULL, preempted=False)
     assert [(s.step, s.parent) for s in sent(child.timer())] == [(step, SESSION)]
     actions = child.result(step, 1)
     assert [(s.step, s.parent) for s in sent(actions)] == [(following, None)]
@@ -390,7 +415,7 @@ def test_a_step_that_rolls_back_travels_alone() -> None:
     assert kinds(actions) == [SendStep]
     following, actions = core.submit(6, 2, 0)
     assert actions == []
-    core.busy(1, 0.5, FULL, preempted=False)
+    core.busy(Q, 1, 0.5, FULL, preempted=False)
     assert [step.step for step in sent(core.timer())] == [back]
     assert [step.step for step in sent(core.result(back, 1))] == [following]
     back, actions = core.submit(7, 2, 0)
@@ -516,6 +541,7 @@ def test_a_parent_whose_route_is_not_settled_does_not_lend_it() -> None:
 CLIENT = PeerId("client")
 PEERS = tuple(PeerId(f"{span}{copy}") for span in "ABC" for copy in "123")
 CONFIG = SessionConfig(max_attempts=6, busy_patience_s=60.0, window=3, chunk_positions=4, max_busy_repeats=2)
+STANDBY = replace(CONFIG, standby=True, standby_lag=2, standby_rest=2)
 KEEP_ANSWERS = 3
 SLACK = 2
 """How far steps may go back at hops whose layers slide: the third of each span."""
@@ -555,6 +581,8 @@ class Message:
     tokens: tuple[int, ...] = ()
     digests: tuple[int, ...] = ()
     next: PeerId | None = None
+    to: PeerId | None = None
+    """The standby that is to hear it."""
     held: int = 0
     """With an "opened", and of what a hop is told to keep with an "open"."""
     journal: int = 0
@@ -571,8 +599,12 @@ class Owner:
     rows: dict[StepId, tuple[int, ...]] = field(default_factory=dict)
     expected: dict[StepId, int] = field(default_factory=dict)
     """Digest of the whole sequence behind each unanswered step, in order of submission."""
+    hops: tuple[PeerId, ...] = ()
+    """Of the last route."""
     flying: set[StepId] = field(default_factory=set)
     keep: tuple[PeerId, ...] = ()
+    lacking: tuple[int, tuple[Hop, ...]] = (0, ())
+    """In which epoch a standby was asked for, for which hops."""
     routes_without_answer: int = 0
     waited_s: float = 0.0
     failure: SwarmError | None = None
@@ -596,7 +628,8 @@ class World:
 
     TICK_S = 0.05
 
-    def __init__(self) -> None:
+    def __init__(self, config: SessionConfig = CONFIG) -> None:
+        self.config = config
         self.hops: dict[PeerId, dict[SessionId, Held]] = {peer: {} for peer in PEERS}
         self.kept: dict[PeerId, dict[tuple[int, ...], list[int]]] = {peer: {} for peer in PEERS}
         """Under what a client said it would send, what it did send."""
@@ -605,6 +638,9 @@ class World:
         self.replayed = 0
         """Positions that came from a journal."""
         self.now_s = 0.0
+        self.fed = 0
+        self.switched = 0
+        """Standbys that took a hop's place."""
         self.given_up = 0
         """Sessions that lost a hop by its silence."""
         self.dead: set[PeerId] = set()
@@ -627,7 +663,7 @@ class World:
     # The caller.
 
     def open(self) -> Owner:
-        return self._adopt(lambda session: SessionCore(session, CONFIG), [], None)
+        return self._adopt(lambda session: SessionCore(session, self.config), [], None)
 
     def fork(self, parent: Owner, position: int) -> Owner:
         return self._adopt(parent.core.fork, parent.history[:position], parent)
@@ -800,16 +836,42 @@ class World:
         owner.waiting = core.outstanding
         for action in actions:
             match action:
+                case NeedStandbys(hops, _):
+                    owner.lacking = (core.epoch, hops)
+                    self.deferred.append(("standbys", core.session, None))
+                case OpenStandby(hop, epoch, offer, keep):
+                    assert core.route is not None
+                    following = core.route.hops[hop.span.end].peer_id if hop.span.end < 3 else None
+                    if hop.peer_id in self.dead:
+                        self.deferred.append(("lost", core.session, hop.peer_id))
+                    offered = tuple(owner.history[:offer])
+                    message = Message("open", core.session, epoch, CLIENT, tokens=offered, next=following, held=keep)
+                    self._post(CLIENT, hop.peer_id, message, "control")
+                case Feed(to, step, epoch):
+                    assert core.route is not None
+                    assert step.until == step.hop + 1 == to.span.end
+                    self.fed += step.count
+                    tokens = tuple(owner.history[step.first : step.first + step.count])
+                    if step.hop:
+                        message = Message("replay", core.session, epoch, CLIENT, step, to=to.peer_id)
+                        self._post(CLIENT, core.route.hops[step.hop - 1].peer_id, message, ("feed", epoch))
+                    else:
+                        message = Message("step", core.session, epoch, CLIENT, step, tokens)
+                        self._post(CLIENT, to.peer_id, message, ("feed", epoch))
                 case NeedRoute(_, keep):
                     owner.keep = tuple(hop.peer_id for hop in keep)
                     self.deferred.append(("plan", core.session, None))
                 case OpenHops(route, epoch, offer, keep, _):
                     assert offer <= len(owner.history)
+                    self.switched += sum(
+                        k > 0 and h.peer_id not in owner.hops for h, k in zip(route.hops, keep, strict=True)
+                    )
+                    owner.hops = tuple(hop.peer_id for hop in route.hops)
                     offered = tuple(owner.history[:offer])
                     owner.flying.clear()
                     owner.routes_without_answer += 1
                     owner.flying.clear()
-                    assert owner.routes_without_answer <= CONFIG.max_attempts + 1 + 60 / 0.05
+                    assert owner.routes_without_answer <= CONFIG.max_attempts + 1 + (1 + CONFIG.max_full) * 60 / 0.05
                     for index, hop in enumerate(route.hops):
                         following = route.hops[index + 1].peer_id if index + 1 < len(route.hops) else None
                         if hop.peer_id in self.dead:
@@ -867,12 +929,26 @@ class World:
         if kind == "plan":
             self._routes += 1
             self._perform(owner, self._plan(owner, owner.keep))
+        elif kind == "standbys":
+            epoch, hops = owner.lacking
+            self._perform(owner, owner.core.standbys_found(epoch, self._second(owner, hops)))
         elif kind == "timer":
             if owner.core.state is State.PAUSING:
                 owner.flying.clear()
             self._perform(owner, owner.core.timer())
         elif peer is not None:
             self._perform(owner, owner.core.hop_lost(peer, LOST))
+
+    def _second(self, owner: Owner, hops: Sequence[Hop]) -> list[Hop]:
+        """For each hop another peer, which may have died since anybody heard of it."""
+        found = []
+        for hop in hops:
+            span = "ABC"[hop.span.start]
+            others = [peer for peer in PEERS if peer[0] == span and peer not in self.leaving | {*owner.hops}]
+            if others:
+                self._routes += 1
+                found.append(replace(hop, peer_id=others[self._routes % len(others)]))
+        return found
 
     def _plan(self, owner: Owner, keep: tuple[PeerId, ...]) -> list[Action]:
         hops = []
@@ -963,7 +1039,8 @@ class World:
             self.replays += 1
             answer("replay")
         else:
-            if not (owner.core.uses(peer) and message.epoch == owner.core.epoch):
+            known = owner.core.uses(peer) or owner.core.standby_at(peer)
+            if not (known and message.epoch == owner.core.epoch):
                 self.resurrected.add(message.session)
             sessions[message.session] = held
             del held.tokens[step.first :]
@@ -993,7 +1070,8 @@ class World:
         else:
             assert held.next is not None
             tokens = tuple(held.tokens[step.first : end])
-            self._post(peer, held.next, Message("step", message.session, held.epoch, peer, step, tokens), held.epoch)
+            to = message.to or held.next
+            self._post(peer, to, Message("step", message.session, held.epoch, peer, step, tokens), held.epoch)
 
     def _pass_on(self, peer: PeerId, held: Held, output: Message) -> None:
         assert output.step is not None
@@ -1006,10 +1084,21 @@ class World:
 
     def _at_client(self, message: Message) -> None:
         owner, epoch, peer = self.owners[message.session], message.epoch, message.sender
-        core = owner.core
+        core, start = owner.core, "ABC".index(peer[0])
+        if message.step is not None and core.feeds(message.step.step, epoch) and message.kind != "leaves":
+            fed = message.step.step
+            if message.kind == "result":
+                self._perform(owner, core.fed(peer, fed, epoch))
+            elif core.standby_at(peer, start):
+                self._perform(owner, core.standby_lost(peer, epoch))
+            else:
+                self._perform(owner, core.feed_failed(fed, epoch, busy=message.kind == "busy"))
+            return
+        if core.standby_at(peer, start) and message.kind not in ("opened", "leaves", "result"):
+            self._perform(owner, core.standby_lost(peer, epoch))
+            return
         match message.kind:
             case "opened":
-                start = "ABC".index(peer[0])
                 self._perform(owner, core.opened(peer, start, epoch, message.held, message.journal))
             case "evicted":
                 self._perform(owner, core.journal_lost(peer, epoch, FORGOT))
@@ -1026,7 +1115,7 @@ class World:
                 self._perform(owner, core.refused(peer, epoch, FORGOT))
             case "busy" | "preempted":
                 preempted = message.kind == "preempted"
-                self._perform(owner, core.busy(epoch, 0.5, FULL, preempted=preempted))
+                self._perform(owner, core.busy(peer, epoch, 0.5, FULL, preempted=preempted))
             case "result":
                 self._result(owner, message)
 
@@ -1051,7 +1140,8 @@ class World:
 
 def simulate(seed: int) -> World:
     """A random history of one world."""
-    rng, world = random.Random(seed), World()
+    rng = random.Random(seed)
+    world = World(rng.choice([CONFIG, STANDBY]))
     world.open()
     fault_rate = rng.choice([0.0, 0.05, 0.2, 0.4])
     for _ in range(rng.randrange(20, 90)):
@@ -1094,6 +1184,14 @@ def act(rng: random.Random, world: World, live: list[Owner]) -> None:
 
 def fault(rng: random.Random, world: World) -> None:
     peer = rng.choice(PEERS)
+    stood_for = [  # hops in whose place a standby could go on
+        owner.core.route.hops[standby.span.start].peer_id
+        for owner in world.owners.values()
+        for standby in owner.core.standby_hops
+        if owner.core.route is not None
+    ]
+    if stood_for and rng.random() < 0.3:
+        peer = rng.choice(stood_for)
     keys = list(world.channels)
     match rng.choice(
         [
@@ -1141,7 +1239,7 @@ SEEDS = [int(os.environ["SEED"])] if "SEED" in os.environ else range(int(os.envi
 
 
 def test_every_seed_answers_every_step_once_and_leaves_nothing_open() -> None:
-    failed = answered = skipped = replays = replayed = given_up = 0
+    failed = answered = skipped = replays = replayed = given_up = fed = switched = 0
     for seed in SEEDS:
         try:
             world = simulate(seed)
@@ -1153,8 +1251,10 @@ def test_every_seed_answers_every_step_once_and_leaves_nothing_open() -> None:
         replays += world.replays
         replayed += world.replayed
         given_up += world.given_up
+        fed += world.fed
+        switched += world.switched
     assert answered > failed, "the world is so bad that it proves nothing"
-    assert (skipped and replays and replayed and given_up) or len(SEEDS) == 1
+    assert (skipped and replays and replayed and given_up and fed and switched) or len(SEEDS) == 1
 
 
 def test_the_same_seed_tells_the_same_story() -> None:
@@ -1168,7 +1268,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = World(STANDBY)
         self.world.open()
 
     def live(self, *, idle: bool = False) -> list[Owner]:

@@ -23,6 +23,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from peers.errors import PeerUnreachable
 from peers.transport.hivemind_p2p.daemon import Daemon, translated
 from peers.transport.hivemind_p2p.dht import DhtStore, RecordProtocol, create_dht
+from peers.transport.hivemind_p2p.probe import listening
 from peers.transport.hivemind_p2p.streams import HivemindTransport
 from routing.addresses import peer_id_in, validate_multiaddr
 from routing.errors import CallerError, InvalidAddress, PeerError, Unavailable
@@ -37,7 +38,6 @@ KEEP_INTERVAL_S: Final = 2.0
 """How often a node makes sure that it still knows its initial peers; one look into a table when it does."""
 TRUSTED_ASKED: Final = 2
 MAX_ACQUAINTANCES: Final = 32
-_PROBE_TIMEOUT_S: Final = 3.0
 _DESCRIPTORS: Final = 65_536
 
 
@@ -231,7 +231,7 @@ class HivemindNode:
 
     async def _greet(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Connect, ping, and enter each other's routing table. Raises PeerError."""
-        await self._daemon.connect(peer, await _listening(peer, addresses), timeout_s=JOIN_TIMEOUT_S)
+        await self._daemon.connect(peer, await listening(peer, addresses), timeout_s=JOIN_TIMEOUT_S)
         try:
             skew_s = await self._protocol.greet(PeerID.from_base58(peer))
         except PeerError:
@@ -266,35 +266,6 @@ class HivemindNode:
         known = self._protocol.routing_table.peer_id_to_uid
         answering = [peer for peer in map(PeerID.from_base58, self._initial_peers) if peer in known]
         return random.sample(answering, min(TRUSTED_ASKED, len(answering)))
-
-
-async def _listening(peer: PeerId, addresses: Sequence[str]) -> list[str]:
-    """Those addresses where something accepts connections, and those that are not plain TCP. Raises PeerUnreachable.
-
-    libp2p waits longer and longer, up to five minutes, before it dials an address again that has failed; so a peer that
-    was away for a while would be found late. This probe fails for free.
-    """
-    failures: list[OSError] = []
-
-    async def probe(address: str) -> bool:
-        _, family, host, protocol, port, *_ = address.split("/")
-        if protocol != "tcp" or "/p2p-circuit" in address or not family.startswith(("ip", "dns")):
-            return True
-        try:
-            async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                _, writer = await asyncio.open_connection(host, int(port))
-        except OSError as error:  # TimeoutError too
-            failures.append(error)
-            return False
-        writer.close()
-        return True
-
-    async with asyncio.TaskGroup() as group:
-        probes = {address: group.create_task(probe(address)) for address in addresses}
-    alive = [address for address, task in probes.items() if task.result()]
-    if addresses and not alive:
-        raise PeerUnreachable(f"nothing listens at {', '.join(addresses)}: {failures[0] or 'timeout'}") from failures[0]
-    return alive
 
 
 def _raise_descriptor_limit() -> None:

@@ -16,10 +16,11 @@ from hivemind.p2p import PeerID
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from peers.errors import Refused, StreamClosed
+from peers.errors import PeerUnreachable, Refused, StreamClosed
 from peers.transport.base import MAX_STREAMS_PER_PEER, Handler
 from peers.transport.framing import FramedStream
 from peers.transport.hivemind_p2p.daemon import Daemon, address_text, peer_id_from, translated
+from peers.transport.hivemind_p2p.probe import listening
 from routing.addresses import peer_id_in, validate_multiaddr
 from routing.errors import CallerError, InvalidAddress, SwarmError
 from routing.ids import PeerId
@@ -28,6 +29,7 @@ from routing.records import MAX_ADDRESSES
 logger = logging.getLogger(__name__)
 
 _GREETING_TIMEOUT_S: Final = 10.0
+_MAX_GONE: Final = 1024
 
 
 class HivemindTransport:
@@ -43,6 +45,8 @@ class HivemindTransport:
         self._tasks: set[asyncio.Task[None]] = set()
         self._incoming: dict[PeerId, set[FramedStream]] = {}
         self._outgoing: dict[PeerId, set[FramedStream]] = {}
+        self._gone: dict[PeerId, None] = {}
+        """Peers whose streams ended, or that were not reached, since they were reached last. They may have died."""
 
     @property
     def peer_id(self) -> PeerId:
@@ -72,13 +76,25 @@ class HivemindTransport:
         for address in addresses:
             if peer_id_in(validate_multiaddr(address, need_peer_id=True)) != peer:
                 raise InvalidAddress(f"{address} is not an address of peer {peer}")
-        with translated(peer):
-            async with asyncio.timeout(timeout_s):
-                if addresses:
-                    await self._daemon.connect(peer, addresses, timeout_s=timeout_s)
-                stream = await self._daemon.open_stream(peer, self._protocol_id(protocol), timeout_s=timeout_s)
+        try:
+            with translated(peer):
+                async with asyncio.timeout(timeout_s):
+                    if addresses:
+                        if peer in self._gone:
+                            addresses = await listening(peer, addresses)
+                        await self._daemon.connect(peer, addresses, timeout_s=timeout_s)
+                    stream = await self._daemon.open_stream(peer, self._protocol_id(protocol), timeout_s=timeout_s)
+        except PeerUnreachable:
+            self._note_gone(peer)
+            raise
+        self._gone.pop(peer, None)
         self._keep(self._outgoing, stream)
         return stream
+
+    def _note_gone(self, peer: PeerId) -> None:
+        if peer not in self._gone and len(self._gone) >= _MAX_GONE:
+            del self._gone[next(iter(self._gone))]
+        self._gone[peer] = None
 
     async def serve(self, protocol: str, handler: Handler) -> None:
         protocol_id = self._protocol_id(protocol)
@@ -142,8 +158,7 @@ class HivemindTransport:
         elif error is not None:
             logger.error("the handler of an incoming stream failed", exc_info=error)
 
-    @staticmethod
-    def _keep(open_streams: dict[PeerId, set[FramedStream]], stream: FramedStream) -> None:
+    def _keep(self, open_streams: dict[PeerId, set[FramedStream]], stream: FramedStream) -> None:
         open_streams.setdefault(stream.remote, set()).add(stream)
 
         def forget() -> None:
@@ -151,6 +166,7 @@ class HivemindTransport:
             streams.remove(stream)
             if not streams:
                 del open_streams[stream.remote]
+                self._note_gone(stream.remote)
 
         stream.on_lost(forget)
 

@@ -43,13 +43,16 @@ class Kill:
     hops: tuple[int, ...]
     looks: list[Look] = field(default_factory=list)
     survivors: list[LabPeer] = field(default_factory=list)
+    strikes: list[threading.Thread] = field(default_factory=list)
+    """Killing ends when the victim is gone, and nobody who reads an answer waits for that."""
 
     def strike(self) -> None:
         route = self.swarm.serving(self.user)
         self.survivors = [peer for hop, peer in enumerate(route) if hop not in self.hops]
         self.look()
         for hop in self.hops:
-            route[hop].kill()
+            self.strikes.append(threading.Thread(target=route[hop].kill))
+            self.strikes[-1].start()
 
     def look(self) -> None:
         counts = self.swarm.network.counts()
@@ -63,7 +66,7 @@ class Kill:
 
 def run(notebook: Notebook) -> None:
     with pairs_network(notebook) as network, LabSwarm(network, MODEL, PEERS) as swarm:
-        user = swarm.add_user("user")
+        user = swarm.add_user("user", resilience=notebook.resilience)
         prompt_s = warm_up(notebook, user)
         for number in range(notebook.runs):
             one_run(notebook, swarm, user, number, prompt_s)
@@ -74,9 +77,10 @@ def run(notebook: Notebook) -> None:
     notebook.at_most("median stall, s", median(stalls), 1.5)
     notebook.at_most("worst stall, s", max(stalls), 5.0)
     during = [row for row in notebook.rows if "uplink" in row]
-    if uplinks := [row["uplink"] for row in during if 0 not in row["hops"]]:
+    fed = notebook.resilience == "standby"  # then the client goes on feeding the first hop's
+    if uplinks := [row["uplink"] for row in during if 0 not in row["hops"] and not fed]:
         notebook.at_most("client's uplink beyond the pending step, worst, bytes", max(uplinks), 2048)
-    if during:
+    if during and not fed:
         resent = max(row["into_healthy"] for row in during) / (PROMPT * HIDDEN_BYTES)
         notebook.at_most("sent to healthy hops during a stall / the whole prompt, worst", resent, 0.1)
 
@@ -101,7 +105,7 @@ def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt
         elif timer is None and count == at_token:
             kill.strike()
 
-    rebuilds = user.remote.traffic.rebuilds
+    rebuilds, switches = user.remote.traffic.rebuilds, user.remote.traffic.switches
     if timer is not None:
         timer.start()
     error = ""
@@ -112,7 +116,11 @@ def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt
         error = f"{type(failed).__name__}: {failed}"
     if timer is not None:
         timer.join()
-    about = {"run": number, "when": when, "hops": hops, "rebuilds": user.remote.traffic.rebuilds - rebuilds}
+    for strike in kill.strikes:
+        strike.join()
+    traffic = user.remote.traffic
+    about = {"run": number, "when": when, "hops": hops, "rebuilds": traffic.rebuilds - rebuilds}
+    about["switches"] = traffic.switches - switches
     if error:
         notebook.row(**about, identical=False, stall_s=math.inf, error=error)
         return

@@ -58,6 +58,7 @@ class ToyEngine:
         self.opened: list[tuple[SessionKey, PeerId, BlockSpan, tuple[bytes, ...]]] = []
         self.kept = 0
         """With how many positions the next sessions begin."""
+        self.free_tokens = 42
         self.compute_s = 0.005
         self.errors: list[Exception] = []
         """Raised by the next works, one each."""
@@ -102,7 +103,7 @@ class ToyEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             total_tokens=100,
-            free_tokens=42,
+            free_tokens=self.free_tokens,
             longest_tokens=100,
             room_tokens=42,
             queued_tokens=7,

@@ -276,6 +276,26 @@ async def test_a_swarm_heals_when_its_only_bootstrap_returns(swarm: Swarm, monke
     assert await reader.store.get(KEYS) == [renewed]
 
 
+async def test_a_peer_that_returns_is_dialled_again_at_once_however_often_it_was_missed(swarm: Swarm) -> None:
+    """libp2p alone would not dial its address for at least five seconds, and longer with every failure."""
+    here, config = await swarm.node(1), NodeConfig(network=NETWORK, signing_key=signing_key(2))
+    listen = "/ip4/127.0.0.1/tcp/0"
+    for life in range(2):
+        async with await HivemindNode.create(replace(config, listen=(listen,))) as there:
+            listen = f"/ip4/127.0.0.1/tcp/{port_of(there)}"
+            peer, addresses, heard = there.transport.peer_id, there.transport.addresses, asyncio.Event()
+
+            async def listening(stream: Stream, heard: asyncio.Event = heard) -> None:
+                heard.set()
+
+            await there.transport.serve("hello", listening)
+            await here.transport.open_stream(peer, addresses, "hello", timeout_s=5)
+            await heard.wait()
+        for _ in range(0 if life else 3):
+            with pytest.raises(PeerUnreachable):
+                await here.transport.open_stream(peer, addresses, "hello", timeout_s=5)
+
+
 async def test_a_reader_that_lost_everybody_finds_them_again(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "KEEP_INTERVAL_S", 0.1)
     bootstrap, reader = await swarm.node(1), await swarm.node(2, client_mode=True)

@@ -727,3 +727,16 @@ async def test_when_full_the_idlest_that_nobody_needs_makes_room(world: World, m
         await dialled[1].links.ping(OTHER)
     for node in (*dialled, third):
         await node.close()
+
+
+async def test_whether_large_frames_arrived_is_told_by_a_ping_behind_them(world: World) -> None:
+    assert await world.one.links.arrived(OTHER, timeout_s=1), "there is no link"
+    link = await world.dial()
+    assert await world.one.links.arrived(OTHER, timeout_s=1), "nothing large was sent"
+    world.other.gate.clear()
+    await link.send(*step(1, 100), bulk=True)
+    assert not await world.one.links.arrived(OTHER, timeout_s=5)
+    await world.one.links.ping(OTHER, timeout_s=1)
+    world.other.gate.set()
+    assert await world.one.links.arrived(OTHER, timeout_s=1)
+    assert world.other.numbers() == [1]

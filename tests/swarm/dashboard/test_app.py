@@ -133,9 +133,9 @@ def test_nothing_loads_from_elsewhere_and_nobody_frames_it(http: httpx2.Client) 
 def test_health_and_metrics_speak_of_the_view(http: httpx2.Client) -> None:
     assert http.get("/health").json()["status"] == "ok"
     text = http.get("/metrics").text
-    assert f'swarm_dashboard_peers{{model="{NAME}",model_id="{MODEL.hex[:12]}",state="online"}}' in text
+    assert f'hiveswarm_dashboard_peers{{model="{NAME}",model_id="{MODEL.hex[:12]}",state="online"}}' in text
     assert 'model="<b>other</b>/model & co"' in text
-    assert "swarm_dashboard_replication" in text
+    assert "hiveswarm_dashboard_replication" in text
 
 
 # --- the stream ---

@@ -1,0 +1,68 @@
+"""A second peer is kept filled for every hop, and takes its place without a replay worth the name.
+
+Virtual wires, real engines and drivers, as in `test_repair`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from routing.ids import PeerId
+from swarm.session.core import SessionConfig
+from tests.helpers.families import FAMILIES, save_checkpoint
+from tests.numerics.test_repair import LENGTH, PROMPT, Scene
+from tests.numerics.test_trouble import AtToken, generate
+
+LAG = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> Any:
+    return save_checkpoint(FAMILIES["llama"], folder)
+
+
+@pytest.fixture
+def scene(folder: Path, local: Any, tmp_path: Path) -> Iterator[Scene]:
+    scene = Scene(folder, tmp_path, config=SessionConfig(chunk_positions=32, standby=True, standby_lag=LAG))
+    scene.swarm.thread.call(scene.swarm.thread.client.discovery.refresh())
+    yield scene
+    scene.swarm.close()
+
+
+class Standing:
+    """Waits until every hop's standby holds the prompt, and lets some hops die."""
+
+    def __init__(self, scene: Scene, dies: tuple[int, ...]) -> None:
+        self.scene, self.dies = scene, dies
+        self.used: list[PeerId] = []
+        self.standbys: list[PeerId] = []
+
+    def __call__(self) -> None:
+        scene, self.used = self.scene, self.scene.route
+        pairs = [{peer._key.peer_id for peer in scene.swarm.peers[hop::3]} for hop in range(3)]
+        self.standbys = [(pair - {peer}).pop() for pair, peer in zip(pairs, self.used, strict=True)]
+        scene.swarm.eventually(lambda: all(scene.positions(peer) >= PROMPT.shape[1] for peer in self.standbys))
+        scene.kill(*self.dies)
+
+
+@pytest.mark.parametrize("dies", [(0,), (1, 2), (0, 1, 2)])
+def test_a_standby_holds_all_but_the_last_positions_and_goes_on(
+    scene: Scene, local: Any, dies: tuple[int, ...]
+) -> None:
+    standing = Standing(scene, dies)
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[AtToken(8, standing)]), generate(local, PROMPT))
+    assert scene.route == [standing.standbys[hop] if hop in dies else standing.used[hop] for hop in range(3)]
+    assert scene.remote.traffic.switches == len(dies)
+    assert scene.remote.traffic.replayed_positions <= len(dies) * (LAG + 1)
+    assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3, "nobody computed anything twice"
+    assert scene.swarm.eventually_settled()
