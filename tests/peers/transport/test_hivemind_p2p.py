@@ -289,8 +289,10 @@ async def test_a_peer_that_returns_is_dialled_again_at_once_however_often_it_was
                 heard.set()
 
             await there.transport.serve("hello", listening)
-            await here.transport.open_stream(peer, addresses, "hello", timeout_s=5)
+            stream = await here.transport.open_stream(peer, addresses, "hello", timeout_s=5)
             await heard.wait()
+        with pytest.raises(StreamClosed):
+            await stream.receive()
         for _ in range(0 if life else 3):
             with pytest.raises(PeerUnreachable):
                 await here.transport.open_stream(peer, addresses, "hello", timeout_s=5)

@@ -11,7 +11,7 @@ import pytest
 
 from peers.transport.links import Links
 from peers.transport.memory import MemoryNetwork
-from peers.wire.messages import Pong, Status
+from peers.wire.messages import PROTOCOL_VERSION, Pong, Status
 from routing.errors import Unavailable
 from routing.identity import SigningKey
 from routing.records import PeerState, index_key, sign_record
@@ -69,7 +69,7 @@ class World:
         record = replace(
             announcement(key, expires_at_s=round(time.time() + 20, 3), sequence=self.sequence),
             addresses=transport.addresses,
-            protocol=2,
+            protocol=PROTOCOL_VERSION,
             state=state,
         )
         under = index_key("test", key.peer_id)

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from peers.wire.messages import Opinion, Pong, RoundTrip, Status
+from peers.wire.messages import PROTOCOL_VERSION, Opinion, Pong, RoundTrip, Status
 from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.records import Announcement, PeerState
 from routing.router import Router
@@ -36,7 +36,7 @@ class Watch:
 
     def record(self, number: int, start: int = 0, end: int = 10, **changes: Any) -> Announcement:
         self.sequence += 1
-        fields = {"protocol": 2, "sequence": self.sequence, "expires_at_s": self.now_s + 20.0} | changes
+        fields = {"protocol": PROTOCOL_VERSION, "sequence": self.sequence, "expires_at_s": self.now_s + 20.0} | changes
         return announcement(peer(number), start, end, **fields)
 
     def see(self, *records: Announcement) -> list[Event]:
