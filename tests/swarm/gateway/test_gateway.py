@@ -380,7 +380,8 @@ def test_a_reader_that_leaves_frees_its_places_and_pages(world: GatewayWorld, ur
     with httpx2.Client(timeout=60) as http:
         if stream:
             with http.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()  # kept: the end of the iterator ends the connection
+                next(lines)
                 assert eventually(lambda: world.served.engine.counts().active == 3)
         else:
             with pytest.raises(httpx2.ReadTimeout):
