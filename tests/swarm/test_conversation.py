@@ -55,6 +55,7 @@ def test_a_command_resolves_its_model_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HIVESWARM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(swarm.models.loading, "resolve", lambda *_, **__: pytest.fail("resolved again"))
     monkeypatch.setattr(swarm.models.loading.driver, "connect", nobody)
+    monkeypatch.setattr(swarm.models.loading, "pool_for", lambda *_: None)  # nothing is compiled for this cache
     save_checkpoint(FAMILIES["llama"], tmp_path / "model")
     with pytest.raises(PeerUnreachable, match="nobody is there"):
         connection(tmp_path / "model").open()
