@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ Greedy = Callable[..., list[int]]
 Swarm = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.hookimpl(wrapper=True)  # before xdist, which reads the groups in this hook, whoever of us was registered first
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
@@ -39,7 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, N
             item.add_marker(pytest.mark.integration)
             item.add_marker(pytest.mark.xdist_group("the shared swarm" if shared else item.path.stem))
             item.add_marker(pytest.mark.timeout(600))
-    return (yield)
 
 
 @pytest.fixture(scope="session")
