@@ -561,23 +561,8 @@ class SwarmRemote:
             await self._send_to_standby(session, to, core.route.hops[step.hop - 1], action.epoch, message)
             return
         rows_TD, regime_length = await self._rows_again(session, step)
-        dtype = tensors.NAMES[rows_TD.dtype]
-        payload = tensors.pack(rows_TD, dtype)
-        whole = Step(
-            session=core.session.raw,
-            block=to.span.start,
-            epoch=action.epoch,
-            step=step.step,
-            first=step.first,
-            count=step.count,
-            want_from=step.want_from,
-            regime_length=regime_length,
-            dtype=dtype,
-            hidden=self.model.hidden_size,
-            bulk=len(payload) >= BULK_BYTES,
-            urgency=Urgency.BACKGROUND,
-            stop=to.span.end,
-        )
+        carried, payload = self._step(core, to, step, action.epoch, rows_TD, regime_length)
+        whole = replace_fields(carried, bulk=len(payload) >= BULK_BYTES, urgency=Urgency.BACKGROUND, stop=to.span.end)
         await self._send_to_standby(session, to, to, action.epoch, whole, payload)
 
     async def _send_to_standby(
@@ -648,14 +633,21 @@ class SwarmRemote:
                 rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
         if not core.due(step.step, action.epoch):
             return
+        hop = core.route.hops[0]
+        message, payload = self._step(core, hop, step, action.epoch, rows_TD, regime_length)
+        await self.send_to(session, hop.peer_id, hop.addresses, message, payload)
+
+    def _step(
+        self, core: SessionCore, hop: Hop, step: PendingStep, epoch: int, rows_TD: torch.Tensor, regime_length: int
+    ) -> tuple[Step, memoryview]:
+        """`step` for `hop`, the first of the route or one in its place, with what goes with it."""
+        assert core.route is not None
         dtype = tensors.NAMES[rows_TD.dtype]
         payload = tensors.pack(rows_TD, dtype)
-        route = core.route
-        hop = route.hops[0]
         message = Step(
             session=core.session.raw,
             block=hop.span.start,
-            epoch=action.epoch,
+            epoch=epoch,
             step=step.step,
             first=step.first,
             count=step.count,
@@ -667,9 +659,9 @@ class SwarmRemote:
             # steps under way together share a lane, also a short one behind long ones: they must stay in order
             bulk=len(payload) >= BULK_BYTES or core.crowded,
             urgency=self._urgency,
-            stop=_stop(route, step),
+            stop=_stop(core.route, step),
         )
-        await self.send_to(session, hop.peer_id, hop.addresses, message, payload)
+        return message, payload
 
     async def _have_replayed(self, session: LiveSession, step: PendingStep, route: Route, epoch: int) -> None:
         """The hop before the step's first one sends it, from its journal."""
