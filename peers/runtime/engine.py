@@ -179,10 +179,6 @@ class EngineCounts:
 
     works: int
     """Queued or running."""
-    used_pages: int
-    kept_pages: int
-    """Free but for a prefix."""
-    free_pages: int
     preemptions: int
     batch_works: Tally
     """Works in each forward."""
@@ -396,12 +392,8 @@ class Engine:
 
     def counts(self) -> EngineCounts:
         with self._wake:
-            free, kept = self._pages.free_pages, self._pages.idle_pages
             return EngineCounts(
                 works=len(self._tickets),
-                used_pages=self._pages.num_pages - free - kept,
-                kept_pages=kept,
-                free_pages=free,
                 preemptions=self._preemptions,
                 batch_works=Tally.of([self._batch_works]),
                 batch_tokens=Tally.of([self._batch_tokens]),

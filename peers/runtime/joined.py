@@ -155,9 +155,6 @@ class JoinedEngine:
         all_counts = [engine.counts() for engine in self._engines]
         return EngineCounts(
             works=sum(counts.works for counts in all_counts),
-            used_pages=sum(counts.used_pages for counts in all_counts),
-            kept_pages=sum(counts.kept_pages for counts in all_counts),
-            free_pages=sum(counts.free_pages for counts in all_counts),
             preemptions=sum(counts.preemptions for counts in all_counts),
             batch_works=Tally.of(counts.batch_works for counts in all_counts),
             batch_tokens=Tally.of(counts.batch_tokens for counts in all_counts),

@@ -110,7 +110,11 @@ class PeerMetrics(Collector):
         if (engine := handler.engine) is None:
             return metrics
         stats, done = engine.stats(), engine.counts()
-        pages = {"used": done.used_pages, "kept": done.kept_pages, "free": done.free_pages}
+        pages = {
+            "used": stats.pages - stats.free_pages,
+            "kept": stats.kept_pages,
+            "free": stats.free_pages - stats.kept_pages,
+        }
         return [
             *metrics,
             gauge("hiveswarm_peer_queued_tokens", "Positions that wait for the engine.", {(): stats.queued_tokens}),
