@@ -259,8 +259,8 @@ class Handler:
             if payload_bytes > MAX_PAYLOAD_BYTES or len(message.hops) >= MAX_HOPS:
                 raise ProtocolError("a step too large, or with too many hops behind it, to be passed on from here")
             rows = tensors.unpack(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
-            known = self.ledger.get(Place(SessionId(message.session), message.block))
-            self._make_room(standby=known is not None and known.standby)
+            if self.ledger.standbys:
+                self._make_room(standby=Place(SessionId(message.session), message.block) in self.ledger.standbys)
             self.admission.admit(link.remote, payload_bytes)
             try:
                 entry, verdict = self.ledger.step(link.remote, message, self._clock())
