@@ -9,8 +9,8 @@ import typer
 from swarm.cli import signals
 from swarm.cli.output import say
 from swarm.dashboard import host
-from swarm.dashboard.app import is_exposed
 from swarm.dashboard.host import DashboardConfig, RunningDashboard
+from swarm.web.server import is_exposed
 
 
 def run(config: DashboardConfig, *, as_json: bool) -> None:

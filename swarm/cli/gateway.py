@@ -10,7 +10,7 @@ from swarm.cli import signals
 from swarm.cli.output import Bars, say
 from swarm.gateway import host
 from swarm.gateway.host import GatewayConfig, RunningGateway
-from swarm.web.server import LOOPBACK
+from swarm.web.server import is_exposed
 
 
 def run(config: GatewayConfig, *, as_json: bool) -> None:
@@ -24,7 +24,7 @@ def run(config: GatewayConfig, *, as_json: bool) -> None:
             return
         typer.echo(f"{', '.join(config.models)}: OpenAI's API at {gateway.url}/v1, described at {gateway.url}/docs")
         typer.echo(f"chat in a browser at {gateway.url}")
-        if not config.accounts and config.host not in LOOPBACK:
+        if not config.accounts and is_exposed(config.host):
             say("warning: everybody who can reach this port may ask; --api-keys FILE lets in only whom you know")
 
     def stop() -> bool:

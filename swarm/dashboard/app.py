@@ -57,7 +57,6 @@ from swarm.dashboard.schemas import History as HistoryAnswer
 from swarm.web.bodies import BoundedBodies
 from swarm.web.headers import OwnPagesOnly
 from swarm.web.pages import add_page
-from swarm.web.server import LOOPBACK
 
 logger = logging.getLogger(__name__)
 
@@ -348,11 +347,6 @@ def _asked_for(dashboard: Dashboard, body: ReachabilityRequest) -> tuple[PeerId,
             hint="ask at a dashboard of your own: swarm dashboard",
         )
     return peer_id, (address,)
-
-
-def is_exposed(host: str) -> bool:
-    """Whether others than this machine can ask a server that listens there."""
-    return host not in LOOPBACK
 
 
 def _problem(status: int, error: str, hint: str = "", headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from peers.transport.links import Links
 from routing.router import Router
-from swarm.dashboard.app import Dashboard, is_exposed, make_app
+from swarm.dashboard.app import Dashboard, make_app
 from swarm.dashboard.collector import Collector, entering
 from swarm.dashboard.core import Core
 from swarm.dashboard.feed import Feed
 from swarm.dashboard.history import History
 from swarm.network import Entrance, enter
-from swarm.web.server import listen, make_server, url
+from swarm.web.server import is_exposed, listen, make_server, url
 
 CLOSE_S = 2.0
 """What answers under way have, once the dashboard was told to end."""

@@ -17,6 +17,11 @@ from routing.errors import CallerError
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+def is_exposed(host: str) -> bool:
+    """Whether others than this machine can ask a server that listens there."""
+    return host not in LOOPBACK
+
+
 class Server(uvicorn.Server):
     """uvicorn's, without its signal handlers: whoever runs `serve` ends it by `should_exit`."""
 

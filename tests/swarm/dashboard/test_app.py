@@ -15,9 +15,10 @@ import pytest
 from routing.invites import parse
 from swarm.dashboard import app as module
 from swarm.dashboard import badge
-from swarm.dashboard.app import ASKS_PER_MINUTE, Asks, is_exposed
+from swarm.dashboard.app import ASKS_PER_MINUTE, Asks
 from swarm.dashboard.join import join
 from swarm.dashboard.schemas import Delta, PeerDetail, Snapshot
+from swarm.web.server import is_exposed
 from tests.helpers.crowd import ENTRY, HOSTILE, MODEL, OTHER_MODEL, Crowd, CrowdServer, serving
 
 T0 = 1_750_000_000.0
