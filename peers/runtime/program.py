@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -140,7 +142,9 @@ _library.impl(  # type: ignore[no-untyped-call]
 def _record(forward: Forward, like_H: Tensor, tokens: int) -> Recording:
     recorder = _active.recorder = Recording()
     try:
-        with _recording, torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
+        # one fake mode for all: make_fx would make one for every tensor, and that walks the stack
+        context = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+        with _recording, context, torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
             run = make_fx(lambda hidden, positions: forward(hidden, positions, recorder), tracing_mode="real")
             module = run(*_example(like_H, tokens, 0))
     except Exception as error:  # whatever an architecture's own code does not bear: it runs as it is

@@ -1,6 +1,7 @@
 """Client and peers of every family equal the whole local model, through real engines, handlers and drivers.
 
-One process, memory transport, spans of unequal size, two rows of unequal length in one batch.
+One process, memory transport, spans of unequal size, two rows of unequal length in one batch. Every forward is the
+model's own: that recorded ones say the same is seen in `tests/peers/runtime`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peers.runtime.cache import PagedCache
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 
@@ -26,7 +28,10 @@ def ragged_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_through_peers_equals_the_local_model(family: str, tmp_path: Path) -> None:
+def test_a_family_through_peers_equals_the_local_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PagedCache, "prepare", lambda _: iter(()))
     local = save_checkpoint(FAMILIES[family], tmp_path / "model")
     ids, mask = ragged_batch()
     greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}

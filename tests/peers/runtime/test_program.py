@@ -1,4 +1,4 @@
-"""Recorded forwards equal the model's own, whatever the architecture; what cannot be recorded says why."""
+"""What can be recorded runs at any number of positions; what cannot says why. For the families, see `test_tape`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peers.model.kernels import Pool, accelerate, linear
-from peers.runtime.cache import PagedCache, open_cache
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
-from routing.ids import BlockSpan
-from tests.helpers.families import FAMILIES
-from tests.peers.runtime.spans import Local
-
-NOT_FLAT = {"llama-dynamic", "biogpt", "jetmoe"}
-"""Families whose Python looks at values: at the longest position, at the mask, at how many rows each expert has."""
 
 
 class NoAttention:
@@ -36,18 +28,6 @@ def recorded(forward: Any) -> Programs:
             programs = end.value
             assert isinstance(programs, Programs)
             return programs
-
-
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.pluggable])
-def test_a_family_has_a_program_that_says_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
-    model, library = Local(family, BlockSpan(1, 3)).cut(), Pool(1)
-    accelerate(model.module, library)
-    cache, _ = open_cache(model, 8, 4, library)
-    assert isinstance(cache, PagedCache)
-    for _ in cache.prepare():
-        pass
-    assert (cache._programs is None) == (family in NOT_FLAT)
 
 
 def test_what_is_linear_in_the_number_of_positions_runs_at_any() -> None:

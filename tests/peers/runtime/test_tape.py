@@ -1,4 +1,4 @@
-"""Tapes say what programs say, for any mixture of sessions; families without one still run."""
+"""Programs say what forwards say, and tapes what programs say, for any mixture of sessions, whatever the family."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES
 from tests.peers.runtime.spans import Local
 
+NOT_FLAT = {"llama-dynamic", "biogpt", "jetmoe"}
+"""Families whose Python looks at values: at the longest position, at the mask, at how many rows each expert has."""
 WITHOUT = {
-    *("llama-dynamic", "biogpt", "jetmoe"),  # no program either
+    *NOT_FLAT,  # no program either
     "phi3-longrope",  # writes into what is not its own
     "gpt-oss",  # torch does not say beforehand what its experts' products look like
 }
@@ -70,8 +72,9 @@ def assert_same_with_and_without(cache: PagedCache, dtype: torch.dtype, seed: in
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.pluggable])
-def test_a_family_has_a_tape_that_says_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_has_a_program_and_a_tape_that_say_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = opened(family, torch.float32, monkeypatch)
+    assert (cache._programs is None) == (family in NOT_FLAT)
     assert (cache._tapes is None) == (family in WITHOUT)
     if cache._tapes is not None:
         assert_same_with_and_without(cache, torch.float32, seed=0)
