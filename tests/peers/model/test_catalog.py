@@ -154,14 +154,15 @@ def test_an_index_cannot_name_files_elsewhere_or_of_another_kind(tiny: Path, cac
         resolve(str(tiny), cache=cache)
 
 
-UNREADABLE = [b"", b"{", b"[]", b"\xff", b"[" * 100_000]
+UNREADABLE = {"nothing": b"", "half": b"{", "a list": b"[]", "not text": b"\xff", "too deep": b"[" * 100_000}
+NO_INDEX = UNREADABLE | {"empty": b"{}", "no names": b'{"weight_map": {"a": 1}}'}
 
 
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        *[("config.json", text) for text in UNREADABLE],
-        *[(INDEX, text) for text in [*UNREADABLE, b"{}", b'{"weight_map": {"a": 1}}']],
+        *[pytest.param("config.json", text, id=f"configuration, {what}") for what, text in UNREADABLE.items()],
+        *[pytest.param(INDEX, text, id=f"index, {what}") for what, text in NO_INDEX.items()],
     ],
 )
 def test_json_that_cannot_be_read_is_refused(tiny: Path, cache: Path, file: str, text: bytes) -> None:
