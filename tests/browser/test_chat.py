@@ -182,16 +182,29 @@ def test_what_is_refused_is_said_in_words(browser: Browser, world: GatewayWorld)
         expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
 
 
-def test_an_answer_that_breaks_off_can_be_asked_for_again(browser: Browser, world: GatewayWorld) -> None:
+def test_an_answer_that_breaks_off_can_be_asked_for_again_when_the_gateway_is_back(
+    browser: Browser, world: GatewayWorld
+) -> None:
+    """The page says that it reconnects, and notices by itself that the gateway is there again."""
     with ExitStack() as visiting:
         with serving(world.served, drain_s=0.1) as gateway:
-            page = visiting.enter_context(visit(browser, gateway.url, refused=True))
+            page = visiting.enter_context(visit(browser, gateway.url, width=390, refused=True))
             endless(page)
             say(page, "Go on until the end")
             expect(page.get_by_label("The model")).to_contain_text("tokens/s")
         expect(page.get_by_role("alert")).to_contain_text("The answer broke off")
         expect(page.get_by_role("button", name="Try again")).to_be_enabled()
+        expect(page.get_by_role("status")).to_contain_text("reconnecting")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
         assert told(page)[1]["content"]
+        with serving(world.served, drain_s=0.1, port=int(gateway.url.rpartition(":")[2])):
+            expect(page.get_by_role("status")).to_have_text("")
+            expect(page.locator("#announcer")).to_contain_text("The gateway is back.")
+            page.get_by_role("button", name="Try again").click()
+            expect(page.get_by_label("The model")).to_contain_text("tokens/s")
+            expect(page.get_by_role("alert")).to_have_count(0)
+            page.get_by_role("button", name="Stop").click()
+            ended(page)
 
 
 def test_the_description_of_the_api_is_a_page_too(browser: Browser, url: str) -> None:

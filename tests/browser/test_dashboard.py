@@ -150,10 +150,20 @@ def test_the_map_has_a_place_for_every_peer(page: Page) -> None:
             assert view["items"] <= 90
 
 
-def test_a_view_that_is_not_fresh_says_since_when(browser: Browser) -> None:
+def test_a_page_survives_the_restart_of_its_dashboard(browser: Browser) -> None:
+    """It says that it reconnects, shows what it knew meanwhile, and is live again by itself, with another's view."""
     with ExitStack() as visiting:
-        with serving(20) as crowd:
-            page = visiting.enter_context(visit(browser, crowd.url, refused=True))
-            expect(page.locator(".fresh")).to_contain_text("live")
-        expect(page.locator(".fresh")).to_contain_text("stale since")
-        expect(page.locator(".strip")).to_be_visible()  # what was known is still shown
+        with serving(20, seed=1) as crowd:
+            page = visiting.enter_context(visit(browser, crowd.url, width=390, refused=True))
+            expect(page.locator(".fresh")).to_have_text("●live")
+            go(page, "Peers")
+            expect(page.get_by_text("20 peers")).to_be_visible()
+        expect(page.locator(".fresh")).to_contain_text("reconnecting, last heard at")
+        expect(page.get_by_text("20 peers")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        with serving(30, seed=2, port=int(crowd.url.rpartition(":")[2])) as crowd:
+            expect(page.locator(".fresh")).to_have_text("●live")
+            expect(page.get_by_text("30 peers")).to_be_visible()
+            (new,) = crowd.do("join")
+            page.get_by_placeholder("Name or id").fill(new)
+            expect(page.locator(".body .row")).to_have_count(1)

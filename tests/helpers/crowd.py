@@ -351,9 +351,9 @@ class CrowdServer:
 
 
 @contextmanager
-def serving(peers: int = 1000, *, churn: float = 0.0, seed: int = 0) -> Iterator[CrowdServer]:
+def serving(peers: int = 1000, *, port: int = 0, churn: float = 0.0, seed: int = 0) -> Iterator[CrowdServer]:
     """A crowd's server in a thread."""
-    server = CrowdServer(peers, churn=churn, seed=seed)
+    server = CrowdServer(peers, port=port, churn=churn, seed=seed)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     server.up.wait(10)
@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument("--churn", type=float, default=0.0, help="things that happen per second")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with serving(options.peers, churn=options.churn, seed=options.seed) as server:
+    with serving(options.peers, port=options.port, churn=options.churn, seed=options.seed) as server:
         sys.stdout.write(json.dumps({"url": server.url}) + "\n")
         sys.stdout.flush()
         for line in sys.stdin:

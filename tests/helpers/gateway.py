@@ -96,11 +96,11 @@ class GatewayWorld:
 
 @contextmanager
 def serving(
-    served: Served, *, accounts: Sequence[Account] = (), drain_s: float = 5.0, **options: Any
+    served: Served, *, accounts: Sequence[Account] = (), drain_s: float = 5.0, port: int = 0, **options: Any
 ) -> Iterator[RunningGateway]:
-    """A real server on a port of its own, in a thread."""
+    """A real server, on a port of its own unless one is named, in a thread."""
     app = make_app({served.name: served}, Keys(accounts), **options)
-    running = RunningGateway({served.name: served}, listen("127.0.0.1", 0), app, drain_s=drain_s)
+    running = RunningGateway({served.name: served}, listen("127.0.0.1", port), app, drain_s=drain_s)
     begun: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
 
     async def serve() -> None:

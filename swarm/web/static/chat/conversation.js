@@ -6,11 +6,13 @@ import * as store from "./store.js";
 import { answer, models, Trouble } from "./stream.js";
 
 const KEEP_EVERY_MS = 1000;
+const RECONNECT_MS = 2000;
 let tell = () => {};
 
 export const state = {
   models: null,
   trouble: null, // why there are no models
+  reconnecting: false, // the gateway was there, or should be, and is asked for until it is back
   key: store.apiKey(),
   settings: store.settings(),
   chats: store.conversations(),
@@ -83,10 +85,26 @@ export async function loadModels() {
     state.models = await models(state.key);
     state.trouble = null;
     if (state.chat) state.chat.model = chosenModel(state.chat.model);
+    if (state.reconnecting) announce("The gateway is back.");
+    state.reconnecting = false;
   } catch (trouble) {
-    state.trouble = trouble;
+    if (isAway(trouble)) reconnect();
+    else state.reconnecting = false;
+    if (!state.models || !state.reconnecting) state.trouble = trouble;
   }
   changed();
+}
+
+const isAway = ({ kind }) => kind === "lost" || kind === "down";
+
+/** Ask until the gateway is back. An answer that broke off is not asked for again: only its reader knows whether. */
+async function reconnect() {
+  if (state.reconnecting) return;
+  state.reconnecting = true;
+  while (state.reconnecting) {
+    await new Promise((resolve) => setTimeout(resolve, RECONNECT_MS));
+    await loadModels();
+  }
 }
 
 export function send(text) {
@@ -153,6 +171,7 @@ async function run() {
     } else if (error instanceof Trouble) {
       message.error = { kind: error.kind, text: error.message, retryAfterS: error.retryAfterS };
       announce(error.message);
+      if (isAway(error)) loadModels(); // is it the gateway, or only what it asked?
     } else throw error;
   } finally {
     message.stats = stats(running);

@@ -278,6 +278,9 @@ function composer() {
   };
   return html`<form class="composer" @submit=${submit}>
     ${state.full ? html`<p class="notice warn small">This browser has no room left: delete a conversation to keep this one.</p>` : nothing}
+    <div role="status">
+      ${state.reconnecting ? html`<p class="notice bad small">The gateway cannot be reached: reconnecting…</p>` : nothing}
+    </div>
     ${strip()}
     <div class="box">
       <label for="draft" class="hidden">Your message</label>

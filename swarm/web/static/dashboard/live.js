@@ -32,12 +32,12 @@ export class Live {
     return atS === null || atS === undefined ? null : Math.max(0, this.nowS - atS);
   }
 
-  /** What a reader has to know about how fresh this is: {state: connecting, live, stale; since}. */
+  /** What a reader has to know about how fresh this is: {state: connecting, live, reconnecting, stale; since}. */
   get freshness() {
     if (this.heardAtMs === null) return { state: "connecting" };
+    if (!this.connected) return { state: "reconnecting", since: this.heardAt };
     const quiet = performance.now() - this.heardAtMs > QUIET_S * 1000;
-    if (this.connected && !quiet) return { state: "live" };
-    return { state: "stale", since: this.heardAt };
+    return quiet ? { state: "stale", since: this.heardAt } : { state: "live" };
   }
 
   #open(lastId) {

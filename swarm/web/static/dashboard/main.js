@@ -231,7 +231,8 @@ function freshness() {
   const { state: now, since } = live.freshness;
   if (now === "connecting") return html`<span class="pill"><span aria-hidden="true">◌</span>connecting</span>`;
   if (now === "live") return html`<span class="pill good"><span aria-hidden="true">●</span>live</span>`;
-  return html`<span class="pill bad"><span aria-hidden="true">✕</span>stale since ${since.toLocaleTimeString()}</span>`;
+  const words = now === "reconnecting" ? "reconnecting, last heard at" : "stale since";
+  return html`<span class="pill bad"><span aria-hidden="true">✕</span>${words} ${since.toLocaleTimeString()}</span>`;
 }
 
 function shell() {
