@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from swarm.gateway.keys import Account, hash_key
+from tests.helpers.accessibility import violations, violations_in_both_themes
 from tests.helpers.browser import chromium, visit
 from tests.helpers.gateway import GatewayWorld, serving
 
@@ -162,6 +163,35 @@ def test_what_a_model_writes_is_shown_and_does_nothing(browser: Browser, url: st
         ]
         assert "noopener" in str(links.last.get_attribute("rel"))
         assert page.title() == "Chat – hiveswarm"
+
+
+def test_the_page_is_for_everybody(browser: Browser, url: str) -> None:
+    """Nothing that axe-core knows to be against WCAG 2 A or AA, dark and light; and narrow, with the same colours."""
+    with visit(browser, url) as page:
+        expect(page.get_by_role("heading", name="Ask the swarm")).to_be_visible()
+        found = violations_in_both_themes(page)
+        page.get_by_role("button", name="Settings").click()
+        found += violations_in_both_themes(page)
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_role("button", name="Save").click()
+        say(page, "Hello")
+        expect(page.get_by_role("heading", name="Where the time went")).to_be_visible()
+        found += violations(page)
+        page.get_by_role("button", name="Stop").click()
+        ended(page)
+        found += violations_in_both_themes(page)
+        page.set_viewport_size({"width": 390, "height": 800})
+        found += violations(page)
+        page.get_by_role("button", name="Route of the tokens").click()
+        expect(page.get_by_role("heading", name="Where the time went")).to_be_visible()
+        found += violations(page)
+        page.keyboard.press("Escape")
+        page.get_by_role("button", name="Conversations").click()
+        found += violations(page)
+        page.keyboard.press("Escape")
+        page.get_by_role("button", name="Edit this message").click()
+        found += violations(page)
+        assert found == []
 
 
 def test_what_is_refused_is_said_in_words(browser: Browser, world: GatewayWorld) -> None:

@@ -10,6 +10,7 @@ import httpx2
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tests.helpers.accessibility import violations, violations_in_both_themes
 from tests.helpers.browser import chromium, visit
 from tests.helpers.crowd import HOSTILE, CrowdServer, serving
 
@@ -69,6 +70,29 @@ def test_every_page_shows_what_strangers_wrote_and_obeys_none_of_it(page: Page, 
         assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.locator("#app :is(script, img[src=x], svg[onload], b, i, u)").count() == 0
     assert page.title() == "Peers – hiveswarm"
+
+
+def test_every_page_is_for_everybody(browser: Browser) -> None:
+    """Nothing that axe-core knows to be against WCAG 2 A or AA, dark and light; and narrow, where colours are the same."""
+    with serving(60) as crowd, visit(browser, crowd.url) as page:
+        for happens in ("leave", "kill", "join", "move", "gap"):
+            crowd.do(happens)
+        one = ask(crowd, "peers?limit=1")["peers"][0]["peer_id"]
+        found = list[str]()
+        for width, look in ((1280, violations_in_both_themes), (390, violations)):
+            page.set_viewport_size({"width": width, "height": 800})
+            for path, there in (
+                ("", page.get_by_text("Nobody holds blocks")),
+                ("peers", page.locator(".body .row").first),
+                ("topology", page.locator("#topology")),
+                ("events", page.locator(".event").first),
+                ("join", page.get_by_label("the invite", exact=True)),
+                (f"peers/{one}", page.get_by_role("heading", name="Time per block")),
+            ):
+                page.goto(f"{crowd.url}/#/{path}")
+                expect(there).to_be_visible()
+                found += look(page)
+        assert found == []
 
 
 def test_a_thousand_peers_are_a_table_of_what_is_in_sight(page: Page, crowd: CrowdServer) -> None:
