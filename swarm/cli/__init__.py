@@ -1,4 +1,4 @@
-"""The command line: `swarm bootstrap | join | generate | chat | gateway | status | demo`.
+"""The command line: `swarm COMMAND …`; `app` puts the commands together.
 
 Owns what people see and type: options, exit codes, signals, logging, progress bars. A command is parse → frozen config
 → run → exit code; the work itself is elsewhere. Nothing heavy is imported before a command needs it.

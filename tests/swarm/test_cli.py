@@ -28,7 +28,8 @@ from routing.records import Announcement, PeerState
 from routing.router import Router
 from swarm.cli import node, output, signals
 from swarm.cli import status as status_view
-from swarm.cli.app import _bytes, app, spread
+from swarm.cli.app import app, spread
+from swarm.cli.options import bytes_of
 from swarm.health import View, is_named
 
 ADDRESS = "/ip4/127.0.0.1/tcp/4001/p2p/" + SigningKey.from_seed(bytes(32)).peer_id
@@ -153,7 +154,7 @@ def test_several_addresses_may_follow_one_option(typed: str, parsed: str) -> Non
     [("4GB", 4 * 10**9), ("512MiB", 512 << 20), ("6g", 6 * 10**9), ("1000", 1000), ("1.5 GB", 1_500_000_000)],
 )
 def test_memory_is_read_with_its_unit(text: str, expected: int) -> None:
-    assert _bytes(text) == expected
+    assert bytes_of(text) == expected
 
 
 def test_a_bandwidth_may_be_written_per_second(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]) -> None:
@@ -185,7 +186,7 @@ def test_several_spans_and_shared_prefixes_reach_the_peer(
 @pytest.mark.parametrize("text", ["", "B", "GB", "-1GB", "0", "nan", "inf", "1PB", "12 apples"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
-        _bytes(text)
+        bytes_of(text)
 
 
 # --- errors, events, bars ---
