@@ -248,8 +248,16 @@ def test_a_phone_shows_all_of_it(browser: Browser, url: str) -> None:
         say(page, "Hello")
         expect(page.get_by_label("The model")).to_contain_text("tokens/s")
         page.get_by_role("button", name="Stop").click()
+        ended(page)
         page.get_by_role("button", name="Route of the tokens").click()
         expect(page.get_by_role("heading", name="Where the time went")).to_be_visible()
+        assert page.evaluate(  # also when nothing more comes
+            """new Promise((told) => requestAnimationFrame(() => requestAnimationFrame(() => {
+                const canvas = document.querySelector("#columns");
+                const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+                told(data.some(Boolean));
+            })))"""
+        )
         page.keyboard.press("Escape")
         page.get_by_role("button", name="Conversations").click()
         expect(page.get_by_role("button", name="New chat")).to_be_visible()

@@ -64,7 +64,7 @@ export function page() {
         ${state.following ? nothing : html`<button class="latest" @click=${follow}>Latest words ↓</button>`}
         ${composer()}
       </main>
-      <aside id="route-panel" popover aria-labelledby="route-title">
+      <aside id="route-panel" popover aria-labelledby="route-title" @toggle=${() => changed()}>
         <h2 id="route-title">Route</h2>
         <div id="route">${routeView(shownTrace(), { live: state.running !== null })}</div>
       </aside>
