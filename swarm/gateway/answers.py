@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from swarm.gateway.engine import Piece, TokenLogprob, Traversal
+from swarm.gateway.feed import Piece, TokenLogprob, Traversal
 from swarm.gateway.served import Served
 from swarm.gateway.tools import Reader, Style, make_reader
 

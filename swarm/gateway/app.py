@@ -27,8 +27,9 @@ from starlette.types import Receive, Scope, Send
 from routing.errors import CallerError, SwarmError
 from routing.version import VERSION
 from swarm.gateway.answers import ChatFormat, Format, TextFormat, event
-from swarm.gateway.engine import Ask, Feed
+from swarm.gateway.engine import Ask
 from swarm.gateway.errors import ApiError, from_swarm, from_validation
+from swarm.gateway.feed import Feed
 from swarm.gateway.keys import Account, Keys
 from swarm.gateway.metrics import Counted, Metrics
 from swarm.gateway.schemas import (

@@ -22,7 +22,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from routing.errors import CallerError, SwarmError, Unavailable
 from routing.health import ModelHealth
 from swarm.errors import SessionClosed
+from swarm.gateway.feed import Feed, Piece, TokenLogprob, Traversal, deliver_all
 from swarm.gateway.kept import MIN_SHARED, Kept, KeptLimits, Strand
 from swarm.gateway.sampling import Sampling, adjusted, choose
 from swarm.gateway.text import Decode, TextStream
@@ -39,8 +40,6 @@ from swarm.session.driver import SwarmRemote
 from swarm.session.live import HopTiming, Traffic
 from swarm.session.remote import RemoteSession, RowStep
 
-BACKLOG = 64
-"""Pieces that a reader may leave unread before its answers wait for it."""
 TOGETHER = 64
 """Answers in one product of the head: bounds its memory, V numbers each."""
 SWEEP_S = 5.0
@@ -72,45 +71,6 @@ class Grammar(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogprob:
-    """One token's probability, and those of the likeliest in its place; of the model's own distribution."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traversal:
-    """One way of an answer through the swarm, and where its time went."""
-
-    positions: int
-    """1 for a token; the new ones of a prompt, which may travel in several parts at once."""
-    total_s: float
-    """From when it was handed to the network until it was back. What `hops` leave of it was spent between them."""
-    hops: tuple[HopTiming, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """What is new in one answer."""
-
-    choice: int
-    text: str = ""
-    tokens: int = 0
-    """Generated since the last piece, an end token included."""
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish: str | None = None
-    """`stop` or `length`, with the last piece."""
-    cached: int = 0
-    """Of the prompt, with a request's first piece: positions that a kept sequence held already."""
-    traversals: tuple[Traversal, ...] = ()
-    """Where they were asked for: those since the last piece."""
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """With an answer's first piece, if they were asked for: of the prompt's tokens but the first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
     """One prompt, and how to answer it."""
 
@@ -135,39 +95,6 @@ class Ask:
     """Whether what the answer holds at peers is kept for requests that go on from it."""
     traversals: bool = False
     """Whether to tell how each token went through the swarm."""
-
-
-class Feed:
-    """Where one reader takes the pieces of its answers. Bounded: behind BACKLOG unread pieces the answers wait."""
-
-    def __init__(self, choices: int) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.put = 0  # written by the engine's thread only
-        self.taken = 0  # written by the reader's loop only
-        self.resume: Callable[[], None] | None = None
-        """Set while an answer waits for the reader."""
-        self._pieces: asyncio.Queue[Piece | SwarmError] = asyncio.Queue()  # bounded by `put − taken`
-        self._open = choices
-
-    @property
-    def full(self) -> bool:
-        return self.put - self.taken >= BACKLOG
-
-    def deliver(self, piece: Piece | SwarmError) -> None:
-        self._pieces.put_nowait(piece)
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        """All pieces, until every answer has ended. Raises the SwarmError that ended one."""
-        while self._open:
-            piece = await self._pieces.get()
-            self.taken += 1
-            if (resume := self.resume) is not None and not self.full:
-                self.resume = None
-                resume()
-            if isinstance(piece, SwarmError):
-                raise piece
-            self._open -= piece.finish is not None
-            yield piece
 
 
 @dataclass(slots=True, eq=False)
@@ -379,8 +306,7 @@ class Engine:
         regime = self._regime(len(ask.prompt))
         known = None if ask.scores_prompt else self._kept.match(ask.owner, ask.prompt, regime, self._now_s())
         if known is None:
-            secret = hashlib.blake2b(ask.owner.encode(), key=self._secret, digest_size=32).digest()
-            lead.strand = Strand(owner=ask.owner, session=self._remote.open(prefix_secret=secret))
+            lead.strand = Strand(owner=ask.owner, session=self._open(ask.owner))
         elif known.in_place:
             lead.strand = known.strand
         else:
@@ -390,13 +316,19 @@ class Engine:
         self._next.append((lead, ask.prompt[request.cached :], len(ask.prompt)))
 
     def _fork(self, answer: _Answer, parent: Strand, length: int) -> None:
-        secret = hashlib.blake2b(parent.owner.encode(), key=self._secret, digest_size=32).digest()
-        session = self._remote.open(parent.session, length, prefix_secret=secret)
         answer.strand = Strand(
-            owner=parent.owner, session=session, tokens=parent.tokens[:length], regimes=set(parent.regimes)
+            owner=parent.owner,
+            session=self._open(parent.owner, parent.session, length),
+            tokens=parent.tokens[:length],
+            regimes=set(parent.regimes),
         )
         answer.parent = parent
         parent.pins += 1
+
+    def _open(self, owner: str, parent: RemoteSession | None = None, length: int = 0) -> RemoteSession:
+        """What peers hold of a prompt serves its owner only."""
+        secret = hashlib.blake2b(owner.encode(), key=self._secret, digest_size=32).digest()
+        return self._remote.open(parent, length, prefix_secret=secret)
 
     def _start_next(self) -> None:
         """Embed what is to be sent, single tokens together, and send it."""
@@ -635,7 +567,7 @@ class Engine:
         said, self._said = self._said, {}
         for loop, pieces in said.items():
             with contextlib.suppress(RuntimeError):  # the loop has ended, and its readers with it
-                loop.call_soon_threadsafe(_deliver_all, pieces)
+                loop.call_soon_threadsafe(deliver_all, pieces)
 
     def _regime(self, length: int) -> Hashable:
         return self._layers.regime.key(length)  # type: ignore[no-any-return]
@@ -660,8 +592,3 @@ def _logprob(logits_V: Tensor, token_id: int, top: int) -> TokenLogprob:
         logprob=float(logprobs_V[token_id]),
         top=tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
     )
-
-
-def _deliver_all(pieces: Sequence[tuple[Feed, Piece | SwarmError]]) -> None:
-    for feed, piece in pieces:
-        feed.deliver(piece)

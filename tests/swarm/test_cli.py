@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -26,11 +27,12 @@ from routing.ids import BlockSpan, BlockSpans, ModelId
 from routing.invites import parse
 from routing.records import Announcement, PeerState
 from routing.router import Router
-from swarm.cli import node, output, signals
+from swarm.cli import dashboard, gateway, node, output, signals
 from swarm.cli import status as status_view
 from swarm.cli.app import app, spread
 from swarm.cli.options import bytes_of
 from swarm.health import View, is_named
+from swarm.web.server import is_exposed
 
 ADDRESS = "/ip4/127.0.0.1/tcp/4001/p2p/" + SigningKey.from_seed(bytes(32)).peer_id
 COMMANDS = ("bootstrap", "join", "generate", "chat", "gateway", "status", "dashboard", "top", "demo")
@@ -181,6 +183,21 @@ def test_several_spans_and_shared_prefixes_reach_the_peer(
         ("0:4,8:12", "owner"),
         ("None", "network"),
     ]
+
+
+def test_what_serves_http_listens_here_only_and_lets_nobody_else_in_unless_asked(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    configs: list[Any] = []
+    for view in (gateway, dashboard):
+        monkeypatch.setattr(view, "run", lambda config, as_json: configs.append(config))
+    entry, history = ("--initial-peers", ADDRESS), ("--history", str(tmp_path / "history"))
+    for arguments in (("gateway", "m", *entry), ("dashboard", *entry, *history)):
+        for asked in ((), ("--host", "0.0.0.0")):
+            assert run(*arguments, *asked).exit_code == 0
+    assert [config.host for config in configs] == ["127.0.0.1", "0.0.0.0"] * 2
+    assert [is_exposed(config.host) for config in configs] == [False, True] * 2
+    assert (configs[0].cors_origins, configs[0].accounts, configs[0].port) == ((), (), 8000)
 
 
 @pytest.mark.parametrize("text", ["", "B", "GB", "-1GB", "0", "nan", "inf", "1PB", "12 apples"])
