@@ -51,6 +51,8 @@ async def look(
         return _reached(peer, rtt_s, addresses, checks)
     if direct and all(problems):
         hint = _hint_of_dials(list(direct), problems)
+    elif addresses and all(address.startswith("/dns") and not is_relayed(address) for address in addresses):
+        hint = "does that name lead to its machine? Try its IP address; it may have stopped, too"
     return Reachability(
         peer_id=peer,
         reachable=False,
@@ -68,9 +70,9 @@ def _announced(record: Announcement | None, state: State | None) -> Check:
         return Check(what=what, ok=False, detail=detail)
     if state in GONE:
         return Check(what=what, ok=False, detail="not any more: its last record expired")
-    return Check(
-        what=what, ok=True, detail=f"yes, {state.value}, blocks {record.spans}, {len(record.addresses)} addresses"
-    )
+    count = len(record.addresses)
+    detail = f"yes, {state.value}, blocks {record.spans}, {count} address{'' if count == 1 else 'es'}"
+    return Check(what=what, ok=True, detail=detail)
 
 
 def _reached(peer: PeerId, rtt_s: float | None, addresses: Sequence[str], checks: list[Check]) -> Reachability:

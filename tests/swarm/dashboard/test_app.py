@@ -207,6 +207,9 @@ def test_who_asks_whether_a_peer_is_reachable_hears_what_is_wrong(server: CrowdS
     assert [check["ok"] for check in said["checks"]] == [True, False, False]
     assert "refused" in said["checks"][1]["detail"]
     assert "nothing listens there" in said["hint"]
+    assert said["checks"][0]["detail"].endswith("1 address")
+    named = http.post("/api/v1/reachability", json={"address": f"/dns4/nobody.invalid/tcp/1/p2p/{peer}"}).json()
+    assert (named["reachable"], named["hint"][:19]) == (False, "does that name lead")
     for body in ({}, {"peer_id": peer, "address": "x"}, {"address": "/unix/tmp/x"}, {"address": "/ip4/1.2.3.4/tcp/80"},
                  {"peer_id": "x" * 500}, {"peer": peer}):  # fmt: skip
         assert http.post("/api/v1/reachability", json=body).status_code == 400, body
