@@ -60,11 +60,17 @@ def from_swarm(error: SwarmError) -> ApiError:
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
-    """The first of what is wrong with a request; its value is not repeated."""
-    first = error.errors()[0]
-    # pydantic also names the alternative of a union that it tried, which is no field
-    place = [str(part) for part in first["loc"] if part != "body" and (isinstance(part, int) or part.isidentifier())]
+    """The first field that is wrong with a request; its value is not repeated."""
+    errors = error.errors()
+    first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['msg']}", code="invalid_json")
+    if first["loc"] == ("body",):
+        text = "the body is to be one JSON object, sent with Content-Type: application/json"
+        return ApiError(400, text, param="body", code=first["type"])
+    # of a union's alternatives, the one that fitted furthest is what was meant
+    meant = max((each for each in errors if each["loc"][:2] == first["loc"][:2]), key=lambda each: len(each["loc"]))
+    # pydantic also names the alternative of a union that it tried, which is no field
+    place = [str(part) for part in meant["loc"] if part != "body" and (isinstance(part, int) or part.isidentifier())]
     where = ".".join(place) or "body"
-    return ApiError(400, f"{where}: {first['msg']}", param=where, code=first["type"])
+    return ApiError(400, f"{where}: {meant['msg']}", param=where, code=meant["type"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import random
 import re
 import socket
 import threading
@@ -32,11 +34,14 @@ from swarm.gateway.kept import KeptLimits
 from swarm.gateway.keys import Account, hash_key
 from swarm.gateway.sampling import Sampling
 from tests.helpers.gateway import GatewayWorld, serving
+from tests.helpers.schemas import random_schema
 
 KEYS = ["a-key-that-belongs-to-alice", "a-key-that-belongs-to-bobby"]
 MONITORING = Path(__file__).parents[3] / "scripts" / "monitoring"
 PROMPT = "Once upon a time there was a hive"
 MODEL = "talker"
+SCHEMAS = int(os.environ.get("SCHEMAS", "12"))
+"""Random ones; more on request."""
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +287,24 @@ def test_an_answer_by_schema_is_valid_or_says_that_it_was_cut(client: openai.Ope
     assert chat(client, "Who?", response_format=form, max_tokens=3).choices[0].finish_reason == "length"
 
 
+def test_answers_by_random_schemas_are_valid_or_were_cut(client: openai.OpenAI) -> None:
+    """Whatever the model would rather say; at least 95 of 100 end by themselves."""
+    rngs = [random.Random(seed) for seed in range(SCHEMAS)]
+    schemas = [random_schema(rng) for rng in rngs]
+
+    def ask(seed: int) -> Any:
+        form = {"type": "json_schema", "json_schema": {"name": "random", "schema": schemas[seed]}}
+        return chat(client, "Answer", response_format=form, temperature=1, seed=seed, max_tokens=600).choices[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(SCHEMAS)))
+    ended = [answer.finish_reason == "stop" for answer in answers]
+    assert {answer.finish_reason for answer in answers} <= {"stop", "length"}
+    assert sum(ended) >= 0.95 * SCHEMAS
+    for schema, answer in zip(schemas, answers, strict=True):
+        assert answer.finish_reason == "length" or jsonschema_rs.is_valid(schema, json.loads(answer.message.content))
+
+
 def test_a_schema_that_cannot_be_used_is_the_callers_error(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
     with pytest.raises(openai.BadRequestError, match="schema"):
@@ -475,7 +498,14 @@ def test_no_key_no_answer_and_a_budget_is_a_budget(world: GatewayWorld, url: str
         ("chat/completions", {"model": MODEL}, 400, "messages"),
         ("chat/completions", {"model": "nope", "messages": [{"role": "user", "content": "x"}]}, 404, "model"),
         ("chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "topp": 1}, 400, "topp"),
+        (
+            "chat/completions",
+            {"model": MODEL, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            400,
+            "messages.0.content.0.type",
+        ),
         ("completions", {"model": MODEL, "prompt": "x", "temperature": 9}, 400, "temperature"),
+        ("completions", '"a text"', 400, "body"),
         ("completions", {"model": MODEL, "prompt": "x", "n": 0}, 400, "n"),
         ("completions", {"model": MODEL, "prompt": ""}, 400, None),
         ("completions", {"model": MODEL, "prompt": [999]}, 400, None),
