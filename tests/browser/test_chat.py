@@ -124,6 +124,17 @@ def test_a_message_is_changed_and_an_answer_asked_for_again(browser: Browser, ur
         assert [message["content"] for message in told(page)] == [changed, expected(changed)]
 
 
+def test_the_chosen_model_answers(browser: Browser, world: GatewayWorld) -> None:
+    asked: list[Any] = []
+    with serving(world.served, names=["one", "another"]) as gateway, visit(browser, gateway.url) as page:
+        page.on("request", lambda request: asked.append(request.post_data_json) if request.method == "POST" else None)
+        settings(page, Most_tokens="4")
+        page.get_by_label("Model", exact=True).select_option("another")
+        say(page, "Hello")
+        expect(page.get_by_label("The model")).to_contain_text("4 tokens")
+    assert [body["model"] for body in asked] == ["another"]
+
+
 def test_what_a_model_writes_is_shown_and_does_nothing(browser: Browser, url: str) -> None:
     written = """
 <img src=x onerror="document.title='owned'"> <script>document.title='owned'</script>

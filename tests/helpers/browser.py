@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright, expect, sync_playwright
 
 QUIET = [
     "--disable-gpu",
@@ -20,6 +20,8 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
 ]
+SEEN_MS = 30_000
+"""Until something must be there, on a busy machine."""
 SYSTEM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -40,6 +42,7 @@ def chromium() -> Iterator[Browser]:
         path = executable(playwright)
         if path is None:
             pytest.skip("there is no Chromium; `scripts/browser` installs one, or says how")
+        expect.set_options(timeout=SEEN_MS)
         root = ["--no-sandbox"] if os.getuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=path, args=[*QUIET, *root])
         try:
@@ -61,7 +64,7 @@ def visit(browser: Browser, url: str, *, width: int = 1280, height: int = 800, r
     context = browser.new_context(viewport={"width": width, "height": height})
     try:
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(SEEN_MS)
         page.on("console", said)
         page.on("pageerror", lambda error: strangers.append(f"uncaught: {error.message}"))
         page.on("request", lambda request: urlsplit(request.url).netloc == host or strangers.append(request.url))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -96,11 +97,20 @@ class GatewayWorld:
 
 @contextmanager
 def serving(
-    served: Served, *, accounts: Sequence[Account] = (), drain_s: float = 5.0, port: int = 0, **options: Any
+    served: Served,
+    *,
+    names: Sequence[str] = (),
+    accounts: Sequence[Account] = (),
+    drain_s: float = 5.0,
+    port: int = 0,
+    **options: Any,
 ) -> Iterator[RunningGateway]:
-    """A real server, on a port of its own unless one is named, in a thread."""
-    app = make_app({served.name: served}, Keys(accounts), **options)
-    running = RunningGateway({served.name: served}, listen("127.0.0.1", port), app, drain_s=drain_s)
+    """A real server, on a port of its own unless one is named, in a thread. `names`: of the model, in place of its own."""
+    models = {name: copy.copy(served) for name in names} or {served.name: served}
+    for name, model in models.items():
+        model.name = name
+    app = make_app(models, Keys(accounts), **options)
+    running = RunningGateway(models, listen("127.0.0.1", port), app, drain_s=drain_s)
     begun: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
 
     async def serve() -> None:

@@ -68,5 +68,6 @@ def aim(case: Case) -> None:
         case.body["model"] = "talker"
     limits = [name for name in ("max_tokens", "max_completion_tokens") if name in case.body]
     for name in limits or ["max_tokens"]:
-        if isinstance(case.body.get(name, MAX_TOKENS), int):
-            case.body[name] = min(case.body.get(name, MAX_TOKENS), MAX_TOKENS)
+        limit = case.body.get(name)
+        if limit is None or isinstance(limit, int):  # none: as far as the context goes
+            case.body[name] = MAX_TOKENS if limit is None else min(limit, MAX_TOKENS)
