@@ -74,7 +74,7 @@ def test_every_page_shows_what_strangers_wrote_and_obeys_none_of_it(page: Page, 
 
 def test_every_page_is_for_everybody(browser: Browser) -> None:
     """Nothing that axe-core knows to be against WCAG 2 A or AA, dark and light; and narrow, with the same colours."""
-    with serving(60) as crowd, visit(browser, crowd.url) as page:
+    with serving(20) as crowd, visit(browser, crowd.url) as page:
         for happens in ("leave", "kill", "join", "move", "gap"):
             crowd.do(happens)
         one = ask(crowd, "peers?limit=1")["peers"][0]["peer_id"]
