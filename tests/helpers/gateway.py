@@ -105,7 +105,7 @@ def serving(
     port: int = 0,
     **options: Any,
 ) -> Iterator[RunningGateway]:
-    """A real server in a thread, on a port of its own unless one is named. `names`: what the model is called instead."""
+    """A real server in a thread, on a port of its own unless one is named. `names`: what the model is called here."""
     models = {name: copy.copy(served) for name in names} or {served.name: served}
     for name, model in models.items():
         model.name = name
