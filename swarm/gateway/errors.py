@@ -65,7 +65,7 @@ def from_validation(error: RequestValidationError) -> ApiError:
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['msg']}", code="invalid_json")
-    if first["loc"] == ("body",):
+    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
         text = "the body is to be one JSON object, sent with Content-Type: application/json"
         return ApiError(400, text, param="body", code=first["type"])
     # of a union's alternatives, the one that fitted furthest is what was meant
