@@ -107,6 +107,10 @@ class Option:
     chosen: bool
     measured: bool
     """Else all of this is what the peer says, and what places predict."""
+    bytes_per_s: float
+    """From this node to the peer."""
+    bytes_measured: bool
+    """Else that is assumed."""
     note: str = ""
     """Why it is entered only where nobody else can be."""
 
@@ -140,17 +144,44 @@ class Router:
         """Verified announcements arrived, in any order, repeated or not."""
         self._directory.fold(announcements, now_s)
 
-    def on_rtt(self, peer: PeerId, rtt_s: float, now_s: float) -> None:
-        """A small message went to the peer and back."""
+    def on_rtt(self, peer: PeerId, rtt_s: float, now_s: float, *, needed: bool = False) -> None:
+        """A small message went to the peer and back. `needed`: it was sent because there is no route without it."""
+        self._reputation.on_answer(peer, now_s, needed=needed)
         self._estimates.on_rtt(peer, rtt_s, now_s, self._directory.place_of(peer))
 
     def on_step(self, peer: PeerId, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
         """The peer ran a step of `tokens` positions through `blocks` blocks."""
         self._estimates.on_step(peer, blocks, tokens, compute_s, queue_s, now_s)
 
-    def on_failure(self, peer: PeerId, now_s: float, reason: str) -> None:
-        """The peer erred, died or kept silent: leave it alone for a while, longer each time."""
-        self._reputation.on_failure(peer, now_s, reason)
+    def on_transfer(self, peer: PeerId, size: int, seconds: float, now_s: float) -> None:
+        """`size` bytes were sent to the peer, and `seconds` later this node knew that they had been read there."""
+        self._estimates.on_transfer(peer, size, seconds, now_s)
+
+    def on_trial(self, peer: PeerId, blocks: int, compute_s: float, now_s: float) -> None:
+        """The peer ran one position through `blocks` blocks, for no session: it takes so long now."""
+        self._estimates.on_trial(peer, blocks, compute_s, now_s)
+
+    def doubted(self, model: ModelId, now_s: float) -> list[Announcement]:
+        """Peers that were much slower than they say when they were measured last, some time ago, the longest first:
+        nobody uses them, so nobody would find out that they are fast again."""
+        backed_off, busy = self._reputation.backed_off(now_s), self._reputation.busy(now_s)
+        doubted = [
+            (age_s, a.peer_id, a)
+            for a in self._directory.snapshot(now_s).of_model(model)
+            if a.state is PeerState.ONLINE and a.peer_id not in backed_off and a.peer_id not in busy
+            if (age_s := self._estimates.doubted_for_s(a, now_s))
+        ]
+        return [a for _, _, a in sorted(doubted, key=lambda item: item[:2], reverse=True)]
+
+    def on_failure(self, peer: PeerId, now_s: float, reason: str, *, unreachable: bool = False) -> None:
+        """The peer erred, died or kept silent: leave it alone for a while, longer each time. Who was only `unreachable`
+        may be used sooner once it answers (`on_rtt`)."""
+        self._reputation.on_failure(peer, now_s, reason, unreachable=unreachable)
+
+    def silent(self, now_s: float) -> list[Announcement]:
+        """Peers that announce themselves and are left alone only because they did not answer this node."""
+        silent = self._reputation.silent(now_s)
+        return [a for a in self._directory.snapshot(now_s).peers if a.peer_id in silent] if silent else []
 
     def on_busy(self, peer: PeerId, retry_after_s: float, now_s: float) -> None:
         """The peer is healthy and has no room: prefer others for as long as it asks. Not a failure."""
@@ -215,6 +246,11 @@ class Router:
                 self._estimates.on_planned(view.by_peer[peer])
         return self._route(view, hops)
 
+    def route_s(self, request: RouteRequest, now_s: float) -> float | None:
+        """What a step takes over `request.previous`; None while one of its peers is not to be used."""
+        view = self._view(request, now_s)
+        return view.route_s(view.previous) if view.whole else None
+
     def standby(self, request: RouteRequest, hop: Hop, avoid: Set[PeerId], now_s: float) -> Hop | None:
         """Another peer for `hop` of `request.previous`: the one with which that route costs least, of those that are on
         neither it nor in `avoid`, are not busy and have room for the session; None where there is none."""
@@ -266,6 +302,8 @@ class Router:
             compute_s=len(span) * cost.per_block_s,
             chosen=peer == chosen,
             measured=peer in self._estimates.measured,
+            bytes_per_s=estimate.bytes_per_s,
+            bytes_measured=self._estimates.timed(peer),
             note=view.last_resort(announcement),
         )
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -52,6 +53,11 @@ logger = logging.getLogger(__name__)
 STREAM_PROTOCOL = "/hiveswarm/link"
 BULK_BYTES = 64 * 1024
 """Payloads from this size on travel in the bulk lane."""
+TIMED_BYTES = 128 * 1024
+"""Payloads from this size on are timed, where somebody wants to know how fast the way is."""
+TIMED_TIMEOUT_S = 60.0
+QUIET_S = 2.0
+"""What was sent longer ago than this has left the buffers on the way, and does not count for what is sent now."""
 JOINED_BYTES = 1 << 20
 """Messages share a frame up to this size; a larger one has a frame of its own."""
 HELLO_TIMEOUT_S = 10.0
@@ -88,6 +94,9 @@ class Link:
         self._owner = owner
         self._addresses = tuple(addresses)
         self._lanes: dict[str, Lane] = {}
+        self._bulk_at_s = -math.inf
+        """When the last bulk payload was sent."""
+        self._timing = False
         self._opening = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -109,14 +118,39 @@ class Link:
             lane = self._lanes.get(BULK if bulk else SMALL)
             if lane is None:
                 lane = await self._missing_lane()
+            began_s, before = asyncio.get_running_loop().time(), lane.queued_bytes
+            timed = bulk and self._worth_timing(_size(payload), began_s)
             async with asyncio.timeout(SEND_TIMEOUT_S):
                 await lane.send(message, payload)
+            if timed:
+                self._owner.tasks.spawn(self._time(lane, before, began_s), name=f"time {self.remote[-8:]}")
         except TimeoutError as error:
             await self.close()
             raise StreamClosed(f"{self.remote} read nothing for {SEND_TIMEOUT_S:.0f} s") from error
         except PeerError:
             await self.close()
             raise
+
+    def _worth_timing(self, size: int, now_s: float) -> bool:
+        quiet, self._bulk_at_s = now_s - self._bulk_at_s >= QUIET_S, now_s
+        wanted = self._owner.on_transfer is not None and self.outbound and not self._timing
+        return wanted and quiet and size >= TIMED_BYTES
+
+    async def _time(self, lane: Lane, before: int, began_s: float) -> None:
+        """Ask behind what has been sent since, in its lane, when it has been read."""
+        if self._timing or self.closed:
+            return
+        self._timing = True
+        size = lane.queued_bytes - before
+        try:
+            await self._owner.request(self, lambda nonce: Ping(nonce=nonce), timeout_s=TIMED_TIMEOUT_S, bulk=True)
+        except PeerError as error:
+            logger.debug("%r was not timed: %s", self, error)
+        else:
+            assert self._owner.on_transfer is not None
+            self._owner.on_transfer(self.remote, size, asyncio.get_running_loop().time() - began_s)
+        finally:
+            self._timing = False
 
     async def _missing_lane(self) -> Lane:
         if not self.outbound:
@@ -185,6 +219,8 @@ class Lane:
         self.stream = stream
         self._tasks = tasks
         self._volume = volume
+        self.queued_bytes = 0
+        """Handed over so far."""
         self._next: _Frame | None = None
 
     async def send(self, message: AnyMessage, payload: codec.Buffer) -> None:
@@ -197,6 +233,7 @@ class Lane:
             frame = self._next = _Frame(asyncio.get_running_loop().create_future())
             flush = self._tasks.spawn(self._flush(frame), name="send")  # after all who have something to send now
             flush.add_done_callback(frame.ended)
+        self.queued_bytes += size
         frame.parts += (head, payload)
         frame.size += size
         await asyncio.shield(frame.sent)
@@ -236,6 +273,9 @@ class Links:
         """Fills the answer to a ping; a peer replaces it to tell its load."""
         self.status: Callable[[], Status | None] = lambda: None
         """What a ping may ask for besides."""
+        self.on_transfer: Callable[[PeerId, int, float], None] | None = None
+        """Is told of large sends over links that this node dialled: to whom, how many bytes, and after how many seconds
+        it was known here that the other side had read them."""
         self._receivers: dict[type[Message], Receiver[Any]] = {}
         self._lost: list[Callable[[Link], None]] = []
         self._needed: list[Callable[[], Iterable[Link]]] = []

@@ -50,7 +50,16 @@ class Inbox:
         hops = [hop.peer_id for hop in (*known.core.route.hops, *known.core.standby_hops)]
         return known if link.remote in hops and (peer is None or peer in hops) else None
 
+    def _of_trial(self, link: Link, message: Opened | Result | Failed) -> bool:
+        """Whether it answers a trial; that is told."""
+        trial = self._sessions.trials.get(SessionId(message.session))
+        if trial is not None and trial[0] == link.remote and not trial[1].full():
+            trial[1].put_nowait(message)
+        return trial is not None
+
     async def _opened(self, link: Link, message: Opened, _: memoryview) -> None:
+        if self._of_trial(link, message):
+            return
         session = self._session_of(link, message.session)
         if session is None or session.core is None or message.epoch != session.core.epoch:
             return
@@ -63,6 +72,8 @@ class Inbox:
         self._driver.perform(session, actions)
 
     async def _result(self, link: Link, message: Result, payload: memoryview) -> None:
+        if self._of_trial(link, message):
+            return
         session = self._session_of(link, message.session)
         if session is None or session.core is None or session.core.route is None:
             return
@@ -93,10 +104,11 @@ class Inbox:
         if self._sessions.observer is not None:
             self._sessions.observer.answered(core.session, step, hops, message.hops)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
-        if session.pace.slowed:
-            self._driver.reconsider(session)
+        self._driver.reconsider(session)
 
     async def _failed(self, link: Link, message: Failed, _: memoryview) -> None:
+        if self._of_trial(link, message):
+            return
         session = self._session_of(link, message.session, message.peer)
         if session is None or session.core is None or session.core.route is None:
             return
@@ -186,7 +198,7 @@ class Inbox:
             if session.core is not None and (session.core.uses(link.remote) or session.core.standby_at(link.remote))
         ]
         if affected:
-            self._driver.blame(link.remote, str(error))
+            self._driver.blame(link.remote, error)
         for session, core in affected:
             self._driver.perform(session, core.hop_lost(link.remote, error))
 

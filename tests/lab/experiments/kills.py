@@ -132,7 +132,16 @@ def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt
         carried["uplink"] = after.sent - before.sent - step_bytes
         carried["uplink_packets"] = bytes_out_of(after.counts, "user") - bytes_out_of(before.counts, "user")
         carried["into_healthy"] = sum(bytes_into(after.counts, n) - bytes_into(before.counts, n) for n in names)
+        carried["into_by_link"] = by_link(before.counts, after.counts, names)
     notebook.row(**about, identical=ids == expected, stall_s=after.at_s - before.at_s, **carried)
+
+
+def by_link(before: dict[str, Any], after: dict[str, Any], into: list[str]) -> dict[str, int]:
+    """What each link into these hosts carried meanwhile, where that is more than nothing."""
+    links = (
+        (pair, link["carried_bytes"] - before["links"][pair]["carried_bytes"]) for pair, link in after["links"].items()
+    )
+    return {pair: carried for pair, carried in links if carried and pair.split()[1] in into}
 
 
 EXPERIMENTS: Final = (Experiment("kill", __doc__, run, runs=100, runs_short=9),)
