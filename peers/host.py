@@ -13,7 +13,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -526,7 +526,8 @@ class ServerPeer:
         if not self._journal_disk_bytes:
             return Journal(limits)
         folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # a full disk: the journal goes without, and says so
+            folder.mkdir(parents=True, exist_ok=True)
         return Journal(limits, Disk(folder, self._journal_disk_bytes))
 
     async def serve(self) -> None:
@@ -764,7 +765,8 @@ async def _start_node(config: NodeOptions, stack: AsyncExitStack) -> tuple[Hivem
         node, port = await HivemindNode.create(node_config(_free_port())), remembered
     stack.push_async_callback(node.close)
     if not config.listen and port != remembered:
-        port_file.write_text(port)
+        with suppress(OSError):  # the disk is full, or not ours: the next start takes another port
+            port_file.write_text(port)
     return node, key
 
 

@@ -36,6 +36,7 @@ DOUBT: Final = 1.5
 DOUBT_AFTER_S: Final = 15.0
 """once the last measurement is so old."""
 MAX_PEERS: Final = 20_000
+_BYTE_S_MIN: Final = 1e-11
 
 
 @dataclass(slots=True)
@@ -155,7 +156,7 @@ class Estimates:
         """It took so long until the peer had read `size` bytes and this node knew: a round trip, and the bytes."""
         rtt_s = self.rtt_s(peer, now_s) or 0.0
         if size > 0 and 0 < seconds < math.inf:
-            byte_s = max(seconds - rtt_s, (1 - LATENCY_SHARE_MAX) * seconds) / size
+            byte_s = max(_BYTE_S_MIN, max(seconds - rtt_s, (1 - LATENCY_SHARE_MAX) * seconds) / size)
             self._touch(peer).byte_s.add(byte_s, now_s)
             if 1 / byte_s >= self._fastest[0] or now_s - self._fastest[1] > HALF_LIFE_S:
                 self._fastest = (min(1 / byte_s, BANDWIDTH_BYTES_PER_S), now_s)
