@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from routing.coordinates import Coordinate, distance_s, moved
+from routing.detours import Detours
 from routing.flow import capacity
 from routing.ids import PeerId
 from routing.records import Announcement
@@ -140,6 +141,7 @@ class Estimates:
         """Sessions that this node sent to a peer since the record with this sequence, which does not count them."""
         self._fastest = (BANDWIDTH_BYTES_PER_S, -math.inf)
         """The best way out of here that was measured lately, and when."""
+        self.detours = Detours()
         self.here = Coordinate()
         """Of this node; what it announces."""
 

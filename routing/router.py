@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from routing.chain import Cell, Hops, cell_of, cheapest_chain, shortlist
 from routing.coordinates import Coordinate, distance_s
 from routing.cost import HopCost, block_s, hop_cost
+from routing.detours import HERE
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
 from routing.estimates import Estimates, PeerEstimate, RoundTrip
@@ -156,6 +157,22 @@ class Router:
     def on_transfer(self, peer: PeerId, size: int, seconds: float, now_s: float) -> None:
         """`size` bytes were sent to the peer, and `seconds` later this node knew that they had been read there."""
         self._estimates.on_transfer(peer, size, seconds, now_s)
+
+    def on_trips(self, hops: Sequence[Hop], trips_s: float, now_s: float) -> None:
+        """A step of one position went over `hops` and was answered here; `trips_s`: less what they queued and computed.
+
+        Of each way by itself this says nothing: see `detours`.
+        """
+        peers = [hop.peer_id for hop in hops]
+        rtts_s = [self._estimates.rtt_s(peer, now_s) for peer in peers]
+        if any(rtt_s is None for rtt_s in rtts_s):
+            return
+        known_s = [rtt_s for rtt_s in rtts_s if rtt_s is not None]
+        places = [self._directory.place_of(peer) for peer in peers]
+        halves_s = (known_s[0] + known_s[-1]) / 2
+        for (from_s, here), (to_s, there) in itertools.pairwise(zip(known_s, places, strict=True)):
+            halves_s += _half_trip_s(from_s, here, to_s, there)
+        self._estimates.detours.on_route(peers, trips_s - halves_s, now_s)
 
     def on_trial(self, peer: PeerId, blocks: int, compute_s: float, now_s: float) -> None:
         """The peer ran one position through `blocks` blocks, for no session: it takes so long now."""
@@ -354,7 +371,7 @@ class Router:
     def _over_links(self, view: _View, candidates: Sequence[Candidate], hops: Hops) -> Hops:
         """The cheapest hops when every trip between two peers has its own price, where any is known."""
         cells = (cell_of(a.place) for a in view.usable.values())
-        if all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
+        if not self._estimates.detours and all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
             return hops  # all at one place, or at none that is known
         keep = [peer for peer, _ in (*hops, *view.previous)]
         few = shortlist(candidates, lambda peer: cell_of(view.usable[peer].place), keep)
@@ -417,6 +434,8 @@ class _Known(NamedTuple):
     """What it is compared by: dearer for last resorts, cheaper for peers of the route that was."""
     trip_s: float
     """The part of `compared.enter_s` that goes from this node to the peer."""
+    way_s: float
+    """The same of `cost.enter_s`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -453,11 +472,11 @@ class _View:
     def entry_s(self, before: PeerId, peer: PeerId) -> float:
         """What `peer` costs to enter from `before` instead of from this node."""
         known = self._of(peer)
-        return known.cost.enter_s - known.estimate.rtt_s / 2 + self._trip_s(before, peer)
+        return known.cost.enter_s - known.way_s + self._trip_s(before, peer)
 
     def compared_entry_s(self, before: PeerId, peer: PeerId) -> float:
         known = self._of(peer)
-        scale = known.trip_s / (known.estimate.rtt_s / 2) if known.estimate.rtt_s else 1.0
+        scale = known.trip_s / known.way_s if known.way_s else 1.0
         return known.compared.enter_s - known.trip_s + scale * self._trip_s(before, peer)
 
     def route_s(self, hops: Hops) -> float:
@@ -484,14 +503,17 @@ class _View:
         if known is None:
             announcement, request = self.by_peer[peer], self.request
             estimate = self.estimates.of(announcement, self.now_s)
-            cost = compared = hop_cost(estimate, tokens=request.tokens, bytes_per_token=request.bytes_per_token)
-            trip_s = estimate.rtt_s / 2
+            cost = hop_cost(estimate, tokens=request.tokens, bytes_per_token=request.bytes_per_token)
+            half_s, detours = estimate.rtt_s / 2, self.estimates.detours
+            trip_s = way_s = half_s + max(-half_s, detours.of(HERE, peer, self.now_s))
+            back_s = max(-half_s, detours.of(peer, HERE, self.now_s))
+            cost = compared = cost._replace(enter_s=cost.enter_s - half_s + way_s, leave_s=cost.leave_s + back_s)
             if peer in self.settled and not self.whole:
                 compared = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
                 trip_s *= 1 - HYSTERESIS
             if self.last_resort(announcement):
                 compared = compared._replace(enter_s=compared.enter_s + _LAST_RESORT_S)
-            known = self._known[peer] = _Known(estimate, cost, compared, trip_s)
+            known = self._known[peer] = _Known(estimate, cost, compared, trip_s, way_s)
         return known
 
     def _trip_s(self, a: PeerId, b: PeerId) -> float:
@@ -500,10 +522,15 @@ class _View:
         Where a place is not known, as far as from this node to the second one.
         """
         from_s, to_s = self._of(a).estimate.rtt_s, self._of(b).estimate.rtt_s
-        here, there = self.by_peer[a].place, self.by_peer[b].place
-        if here is None or there is None or not (here.usable and there.usable):
-            return to_s / 2
-        return min(max(distance_s(here, there), abs(from_s - to_s)), from_s + to_s) / 2
+        half_s = _half_trip_s(from_s, self.by_peer[a].place, to_s, self.by_peer[b].place)
+        return half_s + max(-half_s, self.estimates.detours.of(a, b, self.now_s))
+
+
+def _half_trip_s(from_s: float, here: Coordinate | None, to_s: float, there: Coordinate | None) -> float:
+    """Half a round trip between two peers to which this node's own take `from_s` and `to_s`."""
+    if here is None or there is None or not (here.usable and there.usable):
+        return to_s / 2
+    return min(max(distance_s(here, there), abs(from_s - to_s)), from_s + to_s) / 2
 
 
 def _without_slow_strangers(

@@ -646,6 +646,8 @@ class SwarmRemote:
             return
         hop = core.route.hops[0]
         message, payload = self._step(core, hop, step, action.epoch, rows_TD, regime_length)
+        alone = step.count == 1 and step.until is None and not core.crowded
+        session.timed_step = (step.step, asyncio.get_running_loop().time()) if alone else None
         await self.send_to(session, hop.peer_id, hop.addresses, message, payload)
 
     def _step(

@@ -6,6 +6,7 @@ route, changes nothing.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,7 @@ from peers.wire.messages import CODES, Code, Failed, Opened, Relay, Result
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.router import Hop, Route
+from swarm.session.core import PendingStep
 from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
 
 logger = logging.getLogger(__name__)
@@ -97,7 +99,7 @@ class Inbox:
             return
         self._sessions.traffic.results += 1
         self._sessions.traffic.bytes_received += len(payload)
-        self._learn(session, hops, message, step.count)
+        self._learn(session, hops, message, step)
         self._sessions.traffic.answered(step.count, message.hops, session.answered(step.count))
         if (usual_s := session.pace.usual_s(1)) > 0:
             core.standby_lag = max(1, min(core.config.standby_lag, int(STANDBY_FED_EVERY_S / usual_s)))
@@ -184,6 +186,7 @@ class Inbox:
         following = route.hops[at]
         self._sessions.traffic.relays += 1
         session.renew_deadline()
+        session.timed_step = None  # it takes other ways than its route's
         step = replace_fields(message.step, epoch=session.core.epoch)
         if step == message.step and session.core.uses(following.peer_id):
             await self._driver.send_to(session, following.peer_id, following.addresses, step, payload)
@@ -210,7 +213,7 @@ class Inbox:
                     if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
                         yield link
 
-    def _learn(self, session: LiveSession, hops: Sequence[Hop], message: Result, tokens: int) -> None:
+    def _learn(self, session: LiveSession, hops: Sequence[Hop], message: Result, step: PendingStep) -> None:
         """Feed the router what the hops reported of their own time."""
         if len(message.hops) != len(hops):
             return  # a route with a relay in it may have lost count; nothing depends on it
@@ -218,8 +221,13 @@ class Inbox:
         timings = []
         for hop, (queue_s, compute_s) in zip(hops, message.hops, strict=True):
             timings.append(HopTiming(peer=hop.peer_id, span=hop.span, queue_s=queue_s, compute_s=compute_s))
-            self._sessions.client.router.on_step(hop.peer_id, len(hop.span), tokens, compute_s, queue_s, now_s)
+            self._sessions.client.router.on_step(hop.peer_id, len(hop.span), step.count, compute_s, queue_s, now_s)
             self._sessions.client.router.on_success(hop.peer_id, now_s)
+        timed, session.timed_step = session.timed_step, None
+        if timed is not None and timed[0] == step.step:
+            trips_s = asyncio.get_running_loop().time() - timed[1] - sum(map(sum, message.hops))
+            if trips_s >= 0:  # else somebody claims too much
+                self._sessions.client.router.on_trips(hops, trips_s, now_s)
         self._sessions.last_hops = tuple(timings)
         session.timed(timings)
 

@@ -110,6 +110,7 @@ class LiveSession(RemoteSession):
         "rows",
         "silence_s",
         "standby",
+        "timed_step",
         "timings",
         "waiting",
     )
@@ -135,6 +136,8 @@ class LiveSession(RemoteSession):
         """Positions that the hops of the present route were asked for."""
         self.timings: dict[tuple[PeerId, BlockSpan], HopTiming] = {}
         """What hops reported of the present call's steps, each its sum."""
+        self.timed_step: tuple[StepId, float] | None = None
+        """A step of one position that is under way by itself, and when it left."""
         self.pace = Pace()
         self.heard_at_s = 0.0
         self.deadline_s = 0.0

@@ -140,8 +140,9 @@ def run(notebook: Notebook) -> None:
         excess_s = max(row["stall_s"] - max(3 * row["step_s"], SILENCE_S) for row in rows)
         notebook.at_most(f"{name}: stall beyond max(3 × step, 2 s), worst, s", excess_s, RECOVERY_S)
         if name != "swizzled":
-            given_up_s = max(row["declared_s"] - max(3 * row["step_s"], SILENCE_S) for row in rows)
-            notebook.at_most(f"{name}: given up beyond max(3 × step, 2 s), worst, s", given_up_s, 0.1)
+            if name != SLOWED:
+                given_up_s = max(row["declared_s"] - max(3 * row["step_s"], SILENCE_S) for row in rows)
+                notebook.at_most(f"{name}: given up beyond max(3 × step, 2 s), worst, s", given_up_s, 0.1)
             limit_s = CHOSEN_AGAIN_S if name == SLOWED else 60
             notebook.at_most(f"{name}: until used again, worst, s", max(r["used_again_s"] for r in rows), limit_s)
     slowed = [row["step_after_s"] / row["step_s"] for row in notebook.rows if row["trouble"] == SLOWED]
