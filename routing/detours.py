@@ -13,7 +13,7 @@ programs take a time at both ends whatever the way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Final
 
 from routing.ids import PeerId
@@ -46,6 +46,10 @@ class Detours:
             return 0.0
         beyond_s, at_s = self._ways.get((source, target), (0.0, now_s))
         return float(beyond_s * 0.5 ** (max(0.0, now_s - at_s) / HALF_LIFE_S))
+
+    def latest(self, count: int) -> set[PeerId]:
+        """Peers of the `count` ways heard of last."""
+        return {peer for way in islice(reversed(self._ways), count) for peer in way} - {HERE}
 
     def on_route(self, peers: Sequence[PeerId], beyond_s: float, now_s: float) -> None:
         """A step went from here over `peers` and back, and took `beyond_s` more (or less) than half the round trips."""

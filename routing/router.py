@@ -34,6 +34,9 @@ SPREAD: Final = 0.1
 MAX_ALTERNATIVES: Final = 256
 """Looked at per hop, beginning at another one for each session."""
 
+MAX_DETOURED: Final = 16
+"""Peers that are priced in pairs because steps went over them lately."""
+
 FLOW_SAMPLE: Final = 2000
 """Peers from which the shares of all are computed: of more, every second one, every third one, and so on."""
 
@@ -373,7 +376,7 @@ class Router:
         cells = (cell_of(a.place) for a in view.usable.values())
         if not self._estimates.detours and all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
             return hops  # all at one place, or at none that is known
-        keep = [peer for peer, _ in (*hops, *view.previous)]
+        keep = {peer for peer, _ in (*hops, *view.previous)} | self._estimates.detours.latest(MAX_DETOURED)
         few = shortlist(candidates, lambda peer: cell_of(view.usable[peer].place), keep)
         chain = cheapest_chain(few, view.request.num_blocks, view.compared_entry_s)
         return min((other for other in (chain, hops) if other), key=view.compared_route_s)
@@ -504,10 +507,12 @@ class _View:
             announcement, request = self.by_peer[peer], self.request
             estimate = self.estimates.of(announcement, self.now_s)
             cost = hop_cost(estimate, tokens=request.tokens, bytes_per_token=request.bytes_per_token)
-            half_s, detours = estimate.rtt_s / 2, self.estimates.detours
-            trip_s = way_s = half_s + max(-half_s, detours.of(HERE, peer, self.now_s))
-            back_s = max(-half_s, detours.of(peer, HERE, self.now_s))
-            cost = compared = cost._replace(enter_s=cost.enter_s - half_s + way_s, leave_s=cost.leave_s + back_s)
+            half_s = trip_s = way_s = estimate.rtt_s / 2
+            if detours := self.estimates.detours:
+                trip_s = way_s = half_s + max(-half_s, detours.of(HERE, peer, self.now_s))
+                back_s = max(-half_s, detours.of(peer, HERE, self.now_s))
+                cost = HopCost(cost.enter_s - half_s + way_s, cost.per_block_s, cost.leave_s + back_s)
+            compared = cost
             if peer in self.settled and not self.whole:
                 compared = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
                 trip_s *= 1 - HYSTERESIS
