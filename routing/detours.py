@@ -12,6 +12,7 @@ programs take a time at both ends whatever the way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import islice, pairwise
 from typing import Final
@@ -20,10 +21,12 @@ from routing.ids import PeerId
 
 HERE: Final = PeerId("")
 """This node, at both ends of every route."""
-GAIN: Final = 1 / 16
-"""Of what a step says beyond what was known: dozens of them come for every answer."""
+GAIN: Final = 1 / 8
+"""Of what steps say beyond what was known."""
 HALF_LIFE_S: Final = 300.0
 MAX_WAYS: Final = 4096
+NO_MATTER_S: Final = 0.005
+"""So little is noise, and counts for nothing; of more, what goes beyond it."""
 _BEYOND_S_MAX: Final = 60.0
 """No honest sum lies further out."""
 
@@ -42,8 +45,11 @@ class Detours:
 
     def of(self, source: PeerId, target: PeerId, now_s: float) -> float:
         """Seconds more (or fewer) than half a round trip, beside what every way takes; 0 where nothing is known."""
-        if not self._ways:
-            return 0.0
+        beyond_s = self.learnt_s(source, target, now_s) if self._ways else 0.0
+        return math.copysign(max(0.0, abs(beyond_s) - NO_MATTER_S), beyond_s)
+
+    def learnt_s(self, source: PeerId, target: PeerId, now_s: float) -> float:
+        """The same with its noise."""
         beyond_s, at_s = self._ways.get((source, target), (0.0, now_s))
         return float(beyond_s * 0.5 ** (max(0.0, now_s - at_s) / HALF_LIFE_S))
 
@@ -52,11 +58,12 @@ class Detours:
         return {peer for way in islice(reversed(self._ways), count) for peer in way} - {HERE}
 
     def on_route(self, peers: Sequence[PeerId], beyond_s: float, now_s: float) -> None:
-        """A step went from here over `peers` and back, and took `beyond_s` more (or less) than half the round trips."""
+        """Steps went from here over `peers` and back, the quickest of some in `beyond_s` more (or less) than half the
+        round trips."""
         ways = list(pairwise((HERE, *peers, HERE)))
         if not peers or not -_BEYOND_S_MAX <= beyond_s <= _BEYOND_S_MAX:
             return
-        known = [self.of(*way, now_s) for way in ways]
+        known = [self.learnt_s(*way, now_s) for way in ways]
         each_s = (beyond_s - sum(known)) / len(ways)
         self._common_s = each_s if self._common_s is None else self._common_s + GAIN * (each_s - self._common_s)
         for way, known_s in zip(ways, known, strict=True):

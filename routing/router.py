@@ -162,7 +162,8 @@ class Router:
         self._estimates.on_transfer(peer, size, seconds, now_s)
 
     def on_trips(self, hops: Sequence[Hop], trips_s: float, now_s: float) -> None:
-        """A step of one position went over `hops` and was answered here; `trips_s`: less what they queued and computed.
+        """Steps of one position went over `hops` and were answered here, the quickest of some in `trips_s` beside what
+        hops queued and computed.
 
         Of each way by itself this says nothing: see `detours`.
         """

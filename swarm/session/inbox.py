@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 STANDBY_FED_EVERY_S = 20.0
 """At least, while the session goes on: well within a lease."""
+TRIPS = 16
+"""The quickest of so many steps tells how long the ways of a route are: whatever else there is only adds."""
 STANDBY_REST_S = 10.0
 """A peer that could not stand by is asked for nothing as long as others can."""
 
@@ -227,7 +229,10 @@ class Inbox:
         if timed is not None and timed[0] == step.step:
             trips_s = asyncio.get_running_loop().time() - timed[1] - sum(map(sum, message.hops))
             if trips_s >= 0:  # else somebody claims too much
-                self._sessions.client.router.on_trips(hops, trips_s, now_s)
+                session.trips_s.append(trips_s)
+            if len(session.trips_s) >= TRIPS:
+                self._sessions.client.router.on_trips(hops, min(session.trips_s), now_s)
+                session.trips_s.clear()
         self._sessions.last_hops = tuple(timings)
         session.timed(timings)
 

@@ -112,6 +112,7 @@ class LiveSession(RemoteSession):
         "standby",
         "timed_step",
         "timings",
+        "trips_s",
         "waiting",
     )
 
@@ -138,6 +139,8 @@ class LiveSession(RemoteSession):
         """What hops reported of the present call's steps, each its sum."""
         self.timed_step: tuple[StepId, float] | None = None
         """A step of one position that is under way by itself, and when it left."""
+        self.trips_s: list[float] = []
+        """Of the present route, not told yet."""
         self.pace = Pace()
         self.heard_at_s = 0.0
         self.deadline_s = 0.0
@@ -158,6 +161,7 @@ class LiveSession(RemoteSession):
     def begin(self, route: Route, *, review_in_s: float) -> None:
         """Another route: how fast it is, its answers will tell."""
         self.route, self.pace, self.looks = route, Pace(), 0
+        self.trips_s.clear()
         self.renew_deadline()
         self.began_s = self.reconsider_at_s = self.heard_at_s
         self.review_at_s = self.began_s + review_in_s
