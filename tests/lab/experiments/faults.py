@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from peers.model.storage import cache_folder
 from routing.errors import SwarmError
-from swarm.testing import model_folder
 from tests.lab.experiments.grey import until_used_again
 from tests.lab.experiments.pairs import PEERS, pairs_network
 from tests.lab.notebook import HIDDEN_BYTES, MODEL, Experiment, Notebook, ends
@@ -32,14 +32,12 @@ def disk(notebook: Notebook) -> None:
     """The last hop dies while the journals of the hops before it are on disk, and while nothing is left of the disk."""
     with pairs_network(notebook) as network:
         small = hooked(
-            LAB_SMALL_DISK=f"{DISK_BYTES}:{network.folder / 'disk'}",
+            LAB_SMALL_DISK=f"{DISK_BYTES}:{network.folder / 'disk'}:{cache_folder()}",
             LAB_JOURNAL_BYTES=str(JOURNAL_BYTES),
             HIVESWARM_CACHE=str(network.folder / "disk"),
         )
         options = ("--journal-disk", f"{DISK_BYTES >> 20}MiB")
-        with LabSwarm(
-            network, str(model_folder(MODEL)), PEERS, environment=lambda host: small, options=options
-        ) as swarm:
+        with LabSwarm(network, MODEL, PEERS, environment=lambda host: small, options=options) as swarm:
             user = swarm.add_user("user")
             user.generate(notebook.prompt(PROMPT), 8)
             for number in range(notebook.runs):

@@ -1,8 +1,9 @@
 """What a lab does to a node from within, before the node's own code begins; the environment says what.
 
-LAB_CLOCK=FILE            this process's clock is off by the seconds that the file holds, also when they change
-LAB_SMALL_DISK=N:FOLDER   a disk of N bytes lies under FOLDER, for this process and its children; it goes with them
-LAB_JOURNAL_BYTES=N       memory for the journal
+LAB_CLOCK=FILE          this process's clock is off by the seconds that the file holds, also when they change
+LAB_SMALL_DISK=N:A:B    a disk of N bytes lies under folder A, for this process and its children; it goes with them, and
+                        what lies in folder B can be reached from it
+LAB_JOURNAL_BYTES=N     memory for the journal
 
 Python imports a module of this name at its start, where it finds one.
 """
@@ -27,7 +28,7 @@ def set_clock(file: str) -> None:
     time.time = skewed
 
 
-def mount_disk(size: str, folder: str) -> None:
+def mount_disk(size: str, folder: str, other: str) -> None:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -41,12 +42,14 @@ def mount_disk(size: str, folder: str) -> None:
     must(libc.mount(b"none", b"/", None, ms_rec_private, None), "make mounts private")
     os.makedirs(folder, exist_ok=True)
     must(libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, f"size={size}".encode()), "mount")
+    for name in os.listdir(other):
+        os.symlink(os.path.join(other, name), os.path.join(folder, name))
 
 
 if clock := os.environ.get("LAB_CLOCK"):
     set_clock(clock)
 if disk := os.environ.get("LAB_SMALL_DISK"):
-    mount_disk(*disk.split(":", 1))
+    mount_disk(*disk.split(":"))
 if journal_bytes := os.environ.get("LAB_JOURNAL_BYTES"):
     import peers.capacity
 
