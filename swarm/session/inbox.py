@@ -24,8 +24,6 @@ from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
 
 logger = logging.getLogger(__name__)
 
-STANDBY_FED_EVERY_S = 20.0
-"""At least, while the session goes on: well within a lease."""
 TRIPS = 16
 """The quickest of so many steps tells how long the ways of a route are: whatever else there is only adds."""
 STANDBY_REST_S = 10.0
@@ -103,8 +101,7 @@ class Inbox:
         self._sessions.traffic.bytes_received += len(payload)
         self._learn(session, hops, message, step)
         self._sessions.traffic.answered(step.count, message.hops, session.answered(step.count))
-        if (usual_s := session.pace.usual_s(1)) > 0:
-            core.standby_lag = max(1, min(core.config.standby_lag, int(STANDBY_FED_EVERY_S / usual_s)))
+        core.paced(session.pace.usual_s(1))
         if self._sessions.observer is not None:
             self._sessions.observer.answered(core.session, step, hops, message.hops)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
