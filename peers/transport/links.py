@@ -18,7 +18,9 @@ import itertools
 import logging
 import math
 import secrets
+import statistics
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -64,6 +66,8 @@ HELLO_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 30.0
 """A peer that reads nothing for this long is given up; until then back-pressure holds the sender."""
 MAX_SKEW_S = 3.0
+SKEW_PEERS_MIN, SKEW_PEERS_MAX, SKEW_AGE_S = 2, 64, 60.0
+"""Clocks by which this node's own is judged."""
 MAX_INBOUND_LINKS_PER_PEER = 8
 MAX_INBOUND_LINKS = 512
 MAX_OUTBOUND_LINKS = 512
@@ -288,6 +292,8 @@ class Links:
         self.tasks = Tasks()
         self._closing_idle: asyncio.Task[None] | None = None
         self._skew_named: set[PeerId] = set()
+        self._skews: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()
+        """Of the peers that said hello last: their clock minus ours, and when they did."""
         self._closed = False
 
     def handle(self, kind: type[AMessage], receiver: Receiver[AMessage]) -> None:
@@ -537,6 +543,14 @@ class Links:
             raise ProtocolError(f"{stream.remote} began with {type(message).__name__} instead of hello alone")
         return message
 
+    @property
+    def clock_skew_s(self) -> float | None:
+        """This node's clock minus those of the peers that said hello within SKEW_AGE_S, by their median: one that is
+        wrong itself is not believed. None where too few did."""
+        since_s = asyncio.get_running_loop().time() - SKEW_AGE_S
+        lately = [skew_s for skew_s, at_s in self._skews.values() if at_s >= since_s]
+        return -statistics.median(lately) if len(lately) >= SKEW_PEERS_MIN else None
+
     def _check(self, hello: Hello, remote: PeerId) -> None:
         if hello.version != PROTOCOL_VERSION:
             raise VersionMismatch(
@@ -547,13 +561,18 @@ class Links:
         if hello.network != self._network:
             raise ProtocolError(f"{remote} belongs to network {hello.network!r}, this node to {self._network!r}")
         skew_s = hello.time_s - time.time()
+        if math.isfinite(skew_s):
+            self._skews[remote] = skew_s, asyncio.get_running_loop().time()
+            self._skews.move_to_end(remote)
+            if len(self._skews) > SKEW_PEERS_MAX:
+                self._skews.popitem(last=False)
         if abs(skew_s) > MAX_SKEW_S and remote not in self._skew_named and len(self._skew_named) < 1024:
             self._skew_named.add(remote)
             logger.warning(
-                "the clock of %s is %.1f s %s of this one; records may be refused: set both by NTP",
+                "the clock of %s is %.1f s %s this one; records may be refused: set both by NTP",
                 remote,
                 abs(skew_s),
-                "ahead" if skew_s > 0 else "behind",
+                "ahead of" if skew_s > 0 else "behind",
             )
 
 

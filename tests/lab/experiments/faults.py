@@ -149,7 +149,7 @@ def clock_run(
             asked += 1
             with contextlib.suppress(SwarmError):
                 served += len(ends(lambda: user.generate(notebook.prompt(4), 2)).ids) == 2
-            if any("clock" in str(event.get("reason", "")) for event in victim.events[heard - 1 :]):
+            if any(event["event"] == "clock_wrong" for event in victim.events[heard:]):
                 named_s = time.monotonic() - struck_s
             time.sleep(0.5)
         others = [

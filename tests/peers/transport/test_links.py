@@ -196,6 +196,24 @@ async def test_a_clock_that_is_off_is_named_once(
     assert all(said in warning and ONE in warning for warning in warnings)
 
 
+async def test_a_node_knows_by_most_of_the_others_that_its_own_clock_is_off(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: 1000.0))
+    strangers = [world.network.transport(signing_key(number).peer_id) for number in range(10, 15)]
+    links = world.other.links
+    for stranger, time_s in zip(strangers, (700.0, 701.0, 699.0, float("nan"), 5000.0), strict=True):
+        await world.raw(stranger, time_s=time_s)
+        await asyncio.sleep(0.1)
+        if stranger is strangers[0]:
+            assert links.clock_skew_s is None, "two clocks that differ: whose is wrong?"
+    assert links.clock_skew_s == pytest.approx(299.5, abs=1.0), "one that is wrong itself is not believed"
+    await asyncio.sleep(module.SKEW_AGE_S)
+    assert links.clock_skew_s is None
+    for stranger in strangers:
+        await stranger.close()
+
+
 @pytest.mark.parametrize("time_s", [float("nan"), float("inf"), -1e300])
 async def test_an_absurd_clock_harms_nobody(world: World, time_s: float) -> None:
     await world.raw(time_s=time_s)
