@@ -18,7 +18,6 @@ import itertools
 import logging
 import math
 import secrets
-import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -545,11 +544,11 @@ class Links:
 
     @property
     def clock_skew_s(self) -> float | None:
-        """This node's clock minus those of the peers that said hello within SKEW_AGE_S, by their median: one that is
-        wrong itself is not believed. None where too few did."""
+        """This node's clock minus those of the peers that said hello within SKEW_AGE_S, by the one in the middle: no
+        minority that is wrong itself is believed. None where too few did."""
         since_s = asyncio.get_running_loop().time() - SKEW_AGE_S
         lately = [skew_s for skew_s, at_s in self._skews.values() if at_s >= since_s]
-        return -statistics.median(lately) if len(lately) >= SKEW_PEERS_MIN else None
+        return -sorted(lately, key=abs)[(len(lately) - 1) // 2] if len(lately) >= SKEW_PEERS_MIN else None
 
     def _check(self, hello: Hello, remote: PeerId) -> None:
         if hello.version != PROTOCOL_VERSION:
