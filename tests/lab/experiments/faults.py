@@ -88,14 +88,23 @@ def disk_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, *, fu
 
 @contextmanager
 def filled(peer: LabPeer, folder: Path) -> Iterator[None]:
-    """Nothing is left of a peer's small disk, which only it sees."""
-    file = Path(f"/proc/{peer.pid}/root{folder}/filling")
-    with file.open("wb", buffering=0) as filling, contextlib.suppress(OSError):
-        while filling.write(b"\0" * (1 << 16)):
-            pass
+    """Nothing is left of a peer's small disk, which only it sees; what is freed there is taken, too."""
+    file, over = Path(f"/proc/{peer.pid}/root{folder}/filling"), threading.Event()
+
+    def fill() -> None:
+        with file.open("wb", buffering=0) as filling:
+            while not over.wait(0.02):
+                with contextlib.suppress(OSError):
+                    while filling.tell() < DISK_BYTES and filling.write(b"\0" * (1 << 16)):
+                        pass
+
+    filler = threading.Thread(target=fill, name=f"fill {peer.label}")
+    filler.start()
     try:
         yield
     finally:
+        over.set()
+        filler.join()
         with contextlib.suppress(FileNotFoundError):  # its disk went with it
             file.unlink()
 
