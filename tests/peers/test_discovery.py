@@ -142,7 +142,6 @@ async def test_a_peer_that_answers_again_is_used_at_once_where_nobody_else_holds
     await reader.announce(2, 0, 30)
     reader.discovery.watch(MODEL)
     await reader.discovery.refresh()
-    reader.store.silent = True
     router, now_s = reader.discovery.router, reader.discovery.now_s()
     for second in range(6):
         router.on_failure(PEER.peer_id, now_s + 20 * second, "silent", unreachable=True)
