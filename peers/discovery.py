@@ -27,6 +27,8 @@ NO_ROUTE_PATIENCE_S = 4.0
 """How long a client waits for missing blocks to be announced before it names them."""
 LOOK_AGAIN_S = 0.5
 PING_TIMEOUT_S = 3.0
+PING_AGAIN_TIMEOUT_S = 1.5
+"""Of peers that did not answer before, while somebody waits for them."""
 PING_EVERY_S = 30.0
 MAX_PINGS_PER_ROUND = 8
 
@@ -50,6 +52,10 @@ class Discovery:
         self._clock = clock
         self._watched: set[ModelId] = set()
         self._pinged_at_s: dict[PeerId, float] = {}
+        self._asked: set[PeerId] = set()
+        """Whether they answer again, because somebody needs them."""
+        self._answered = asyncio.Event()
+        """One of those did."""
         self._tasks = Tasks()
         self._reading: asyncio.Task[None] | None = None
 
@@ -102,33 +108,69 @@ class Discovery:
             await self._tasks.close()
 
     async def measure(self, peers: Iterable[Announcement]) -> None:
-        """Ping the peers whose round trip is unknown or old, a few at a time."""
+        """Ping the peers whose round trip is unknown or old, a few at a time; and those more often that did not answer,
+        so that they are used again soon after they do."""
         now_s = self._clock()
+        silent = {peer.peer_id for peer in self.router.silent(now_s)}
         due = [
             peer
             for peer in peers
             if peer.peer_id != self._links.transport.peer_id
-            and now_s - self._pinged_at_s.get(peer.peer_id, 0.0) >= PING_EVERY_S
+            and now_s - self._pinged_at_s.get(peer.peer_id, 0.0)
+            >= (RECORD_RENEW_S if peer.peer_id in silent else PING_EVERY_S)
         ]
         known = {peer.peer_id for peer in peers}
         self._pinged_at_s = {peer: at_s for peer, at_s in self._pinged_at_s.items() if peer in known}
         due.sort(key=lambda peer: self._pinged_at_s.get(peer.peer_id, 0.0))
         await asyncio.gather(*(self._ping(peer) for peer in due[:MAX_PINGS_PER_ROUND]))
 
-    async def _ping(self, peer: Announcement) -> None:
+    async def _ping(self, peer: Announcement, *, timeout_s: float = PING_TIMEOUT_S, needed: bool = False) -> None:
         self._pinged_at_s[peer.peer_id] = self._clock()
         try:
-            rtt_s, _ = await self._links.ping(peer.peer_id, peer.addresses, timeout_s=PING_TIMEOUT_S)
+            rtt_s, _ = await self._links.ping(peer.peer_id, peer.addresses, timeout_s=timeout_s)
         except Unavailable as error:  # of this node, out of descriptors for example: no fault of the peer's
             logger.warning("peer %s was not measured: %s", peer.peer_id, error)
         except PeerError as error:
             logger.info("peer %s: %s", peer.peer_id, error)
-            self.router.on_failure(peer.peer_id, self._clock(), "does not answer pings")
+            self.router.on_failure(peer.peer_id, self._clock(), "does not answer pings", unreachable=True)
         else:
-            self.router.on_rtt(peer.peer_id, rtt_s, self._clock())
+            self.router.on_rtt(peer.peer_id, rtt_s, self._clock(), needed=needed)
+
+    async def _look_again(self, model: ModelId, delay_s: float) -> None:
+        """Returns once the records were read again, after `delay_s`, or a peer answers that did not before."""
+        self._answered.clear()
+        for peer in self.router.silent(self._clock()):
+            if peer.model == model and peer.peer_id not in self._asked and len(self._asked) < MAX_PINGS_PER_ROUND:
+                self._asked.add(peer.peer_id)
+                self._tasks.spawn(self._ask_again(peer), name=f"ping {peer.peer_id[-8:]} again")
+
+        async def read() -> None:
+            await asyncio.sleep(delay_s)
+            await self.refresh()
+
+        waits = [asyncio.create_task(read()), asyncio.create_task(self._answered.wait())]
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in waits:
+                task.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _ask_again(self, peer: Announcement) -> None:
+        try:
+            await self._ping(peer, timeout_s=PING_AGAIN_TIMEOUT_S, needed=True)
+            if peer.peer_id not in {silent.peer_id for silent in self.router.silent(self._clock())}:
+                self._answered.set()
+        finally:
+            self._asked.discard(peer.peer_id)
 
     async def route(self, request: RouteRequest, *, patience_s: float = NO_ROUTE_PATIENCE_S) -> Route:
-        """A route now, or as soon as the missing blocks are announced. Raises NoRoute after `patience_s`."""
+        """A route now, or as soon as the missing blocks are announced, or a peer that has them answers again.
+
+        Raises NoRoute after `patience_s`.
+        """
         self.watch(request.model)
         clock_s = asyncio.get_running_loop().time
         deadline_s = clock_s() + patience_s
@@ -141,9 +183,7 @@ class Discovery:
                     raise
             with suppress(TimeoutError):  # a DHT that does not answer must not hide what is missing
                 async with asyncio.timeout_at(deadline_s):
-                    if looked:
-                        await asyncio.sleep(LOOK_AGAIN_S)
-                    await self.refresh()
+                    await self._look_again(request.model, LOOK_AGAIN_S if looked else 0.0)
             looked = True
 
 

@@ -13,7 +13,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,7 @@ logger = logging.getLogger(__name__)
 DRAIN_TIMEOUT_S = 20.0
 MOVE_DRAIN_TIMEOUT_S = 5.0
 """A step that takes longer is repeated elsewhere: somebody waits for the blocks to which this peer goes."""
+CLOCK_LOOK_S = 2.0
 LOOK_AROUND_S = 3.0
 """How long a joining peer without `--blocks` looks for others before it chooses."""
 
@@ -292,6 +293,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             peer.links, config.initial_peers, lambda verdict: emit(_reachability(verdict))
         )
         peer.tasks.spawn(reachability, name="reachability")
+        peer.tasks.spawn(_watch_clock(peer.links, emit), name="clock")
         peer.tasks.spawn(owner.watch(lambda: emit(_comfort(owner))), name="owner")
         peer.tasks.spawn(peer.discovery.run(), name="discovery")
         moving = peer.tasks.spawn(peer.rebalance(emit), name="rebalance")
@@ -526,7 +528,8 @@ class ServerPeer:
         if not self._journal_disk_bytes:
             return Journal(limits)
         folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # a full disk: the journal goes without, and says so
+            folder.mkdir(parents=True, exist_ok=True)
         return Journal(limits, Disk(folder, self._journal_disk_bytes))
 
     async def serve(self) -> None:
@@ -718,6 +721,23 @@ def _comfort(owner: Owner) -> Event:
             return Event("resumed")
 
 
+async def _watch_clock(links: Links, emit: Emit) -> None:
+    """Say when this machine's clock begins to differ from others' by more than records bear, and when that is over."""
+    wrong = False
+    while True:
+        await asyncio.sleep(CLOCK_LOOK_S)
+        skew_s = links.clock_skew_s
+        if skew_s is None or (abs(skew_s) > CLOCK_SLACK_S) == wrong:
+            continue
+        wrong = not wrong
+        if wrong:
+            hint = "set the clock, best by NTP; until then others refuse its records, and nobody new finds this node"
+            emit(Event("clock_wrong", {"skew_s": round(skew_s, 1), "hint": hint}))
+            logger.warning("this machine's clock is %.0f s %s", abs(skew_s), "ahead" if skew_s > 0 else "behind")
+        else:
+            emit(Event("clock_right"))
+
+
 async def _unless_ended(serving: asyncio.Task[None], event: Coroutine[Any, Any, object]) -> None:
     """Wait for `event`; raises what ended `serving`, should that come first."""
     waiting = asyncio.create_task(event)
@@ -764,7 +784,8 @@ async def _start_node(config: NodeOptions, stack: AsyncExitStack) -> tuple[Hivem
         node, port = await HivemindNode.create(node_config(_free_port())), remembered
     stack.push_async_callback(node.close)
     if not config.listen and port != remembered:
-        port_file.write_text(port)
+        with suppress(OSError):  # the disk is full, or not ours: the next start takes another port
+            port_file.write_text(port)
     return node, key
 
 

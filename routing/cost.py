@@ -1,8 +1,8 @@
 """Seconds per hop: latency + bytes / bandwidth + queue + blocks × per-block time.
 
-The bandwidth is assumed, and the same for every peer whose owner did not cap it below that. Nothing here could measure
-it honestly: a send is over when the buffers on the way have taken it, no hop says when a frame was whole, and between a
-step and its answer lie the links of all hops. So bytes speak for fewer hops, and for no peer but against capped ones.
+The bandwidth is that of the way from this node to the peer, where it sent something large and asked behind it when that
+had been read; and assumed elsewhere (`estimates`). It stands for the way to that peer from any other one, too: what is
+narrow is mostly the peer's own access link. Of the way back nothing is measured: a client is sent nothing large.
 
 Owns the formula of a hop that is entered from this node; what a trip from another peer takes instead is the router's to
 say, who knows the places of both.
@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from routing.estimates import PeerEstimate
+from routing.estimates import BANDWIDTH_BYTES_PER_S, PeerEstimate
 
-BANDWIDTH_BYTES_PER_S: Final = 12.5e6
-"""100 Mbit/s."""
 BYTES_PER_TOKEN: Final = 16_384
 """Of hidden state, assumed where a model's own is not known: 4,096 numbers of four bytes."""
 
@@ -38,12 +36,14 @@ def hop_cost(estimate: PeerEstimate, *, tokens: int, bytes_per_token: int) -> Ho
     carry the whole step. What a cap adds to that falls due twice: for what comes in, and for what goes out to whomever.
     """
     step_bytes = tokens * bytes_per_token
-    one_way_s = estimate.rtt_s / 2 + step_bytes / BANDWIDTH_BYTES_PER_S
+    enter_s, leave_s = (
+        estimate.rtt_s / 2 + step_bytes / rate for rate in (estimate.bytes_per_s, BANDWIDTH_BYTES_PER_S)
+    )
     capped_s = 0.0
-    if 0 < estimate.max_bytes_per_s < BANDWIDTH_BYTES_PER_S:
+    if 0 < estimate.max_bytes_per_s < min(estimate.bytes_per_s, BANDWIDTH_BYTES_PER_S):
         capped_s = 2 * (step_bytes / estimate.max_bytes_per_s - step_bytes / BANDWIDTH_BYTES_PER_S)
     per_block_s = block_s(estimate.decode_s_per_block, estimate.prefill_s_per_token_block, tokens)
-    return HopCost(one_way_s + capped_s + estimate.queue_s, per_block_s, one_way_s)
+    return HopCost(enter_s + capped_s + estimate.queue_s, per_block_s, leave_s)
 
 
 def block_s(decode_s_per_block: float, prefill_s_per_token_block: float, tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""What this node measured about its peers, smoothed and aged: round trip, step time, queue; and where it is itself.
+"""What this node measured about its peers, smoothed and aged: round trip, bandwidth, step time, queue; and where it is.
 
 Owns the smoothing. Measurements outrank what a peer announces, and fade back to it when they grow old. The round trip
 to a peer that was never measured is what network coordinates predict. Knows neither routes nor costs.
@@ -13,10 +13,15 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from routing.coordinates import Coordinate, distance_s, moved
+from routing.detours import Detours
 from routing.flow import capacity
 from routing.ids import PeerId
 from routing.records import Announcement
 
+BANDWIDTH_BYTES_PER_S: Final = 12.5e6
+"""100 Mbit/s: what is assumed of the way to a peer that was sent nothing large yet."""
+LATENCY_SHARE_MAX: Final = 0.75
+"""Of the time until something large had arrived: what the round trip may claim of it, so that a rate remains."""
 DEFAULT_RTT_S: Final = 0.1
 """For a peer of which neither a measurement nor a place is known: neither attractive nor out of the question."""
 
@@ -27,7 +32,12 @@ QUEUE_HALF_LIFE_S: Final = 10.0
 """A queue empties in seconds; last minute's says nothing."""
 CYCLE_S: Final = 0.5
 """From one step of a session to its next, when nobody waits."""
+DOUBT: Final = 1.5
+"""A peer that was measured to be so many times slower than it says is measured again,"""
+DOUBT_AFTER_S: Final = 15.0
+"""once the last measurement is so old."""
 MAX_PEERS: Final = 20_000
+_BYTE_S_MIN: Final = 1e-11
 
 
 @dataclass(slots=True)
@@ -61,6 +71,11 @@ class Smoothed:
         """Since the last sample; infinite without one."""
         return math.inf if self._updated_at_s is None else max(0.0, now_s - self._updated_at_s)
 
+    def replace(self, value: float, now_s: float) -> None:
+        """Know this and nothing of before; of values as of samples."""
+        self._updated_at_s = None
+        self.add(value, now_s)
+
     def value(self, prior: float, now_s: float) -> float:
         if self._updated_at_s is None:
             return prior
@@ -91,6 +106,8 @@ class StepEstimates:
 @dataclass(slots=True)
 class _Measured(StepEstimates):
     rtt_s: Smoothed = field(default_factory=Smoothed)
+    byte_s: Smoothed = field(default_factory=Smoothed)
+    """Seconds per byte on the way there."""
 
 
 class RoundTrip(NamedTuple):
@@ -110,6 +127,8 @@ class PeerEstimate(NamedTuple):
     prefill_s_per_token_block: float
     max_bytes_per_s: int = 0
     """As announced; 0 where no bound is."""
+    bytes_per_s: float = BANDWIDTH_BYTES_PER_S
+    """On the way there."""
 
 
 class Estimates:
@@ -120,6 +139,9 @@ class Estimates:
         self._measured: dict[PeerId, _Measured] = {}
         self._planned: dict[PeerId, tuple[int, int]] = {}
         """Sessions that this node sent to a peer since the record with this sequence, which does not count them."""
+        self._fastest = (BANDWIDTH_BYTES_PER_S, -math.inf)
+        """The best way out of here that was measured lately, and when."""
+        self.detours = Detours()
         self.here = Coordinate()
         """Of this node; what it announces."""
 
@@ -132,9 +154,29 @@ class Estimates:
         if place is not None:
             self.here = moved(self.here, place, rtt_s, salt=peer)
 
+    def on_transfer(self, peer: PeerId, size: int, seconds: float, now_s: float) -> None:
+        """It took so long until the peer had read `size` bytes and this node knew: a round trip, and the bytes."""
+        rtt_s = self.rtt_s(peer, now_s) or 0.0
+        if size > 0 and 0 < seconds < math.inf:
+            byte_s = max(_BYTE_S_MIN, max(seconds - rtt_s, (1 - LATENCY_SHARE_MAX) * seconds) / size)
+            self._touch(peer).byte_s.add(byte_s, now_s)
+            if 1 / byte_s >= self._fastest[0] or now_s - self._fastest[1] > HALF_LIFE_S:
+                self._fastest = (min(1 / byte_s, BANDWIDTH_BYTES_PER_S), now_s)
+
     def on_step(self, peer: PeerId, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
         """A peer ran `tokens` positions through `blocks` blocks in `compute_s`, after waiting `queue_s`."""
         self._touch(peer).add(blocks, tokens, compute_s, queue_s, now_s)
+
+    def on_trial(self, peer: PeerId, blocks: int, compute_s: float, now_s: float) -> None:
+        """A peer ran one position through `blocks` blocks only so that this is known: whatever was known is over."""
+        self._touch(peer).decode_s_per_block.replace(compute_s / blocks, now_s)
+
+    def doubted_for_s(self, announcement: Announcement, now_s: float) -> float:
+        """How long ago it was measured to be much slower than it says; 0 where that is no matter."""
+        measured, says_s = self._measured.get(announcement.peer_id, _NOTHING), announcement.decode_s_per_block
+        age_s = measured.decode_s_per_block.age_s(now_s)
+        slower = measured.decode_s_per_block.value(says_s, now_s) > DOUBT * says_s > 0
+        return age_s if slower and age_s >= DOUBT_AFTER_S else 0.0
 
     def rtt_s(self, peer: PeerId, now_s: float) -> float | None:
         """The smoothed round trip, or None when it was never measured."""
@@ -186,15 +228,22 @@ class Estimates:
         """Peers of which anything was ever measured; a live view."""
         return self._measured.keys()
 
+    def timed(self, peer: PeerId) -> bool:
+        """Whether the bandwidth to it was ever measured."""
+        return self._measured.get(peer, _NOTHING).byte_s.known
+
     def of(self, announcement: Announcement, now_s: float) -> PeerEstimate:
         """Measured where measured, announced or assumed where not."""
         measured = self._measured.get(announcement.peer_id, _NOTHING)
+        fastest, at_s = self._fastest
+        assumed = fastest if now_s - at_s <= HALF_LIFE_S else BANDWIDTH_BYTES_PER_S
         return PeerEstimate(
             measured.rtt_s.value(self.predicted_rtt_s(announcement), now_s),
             measured.queue_s.value(self.expected_queue_s(announcement), now_s),
             measured.decode_s_per_block.value(announcement.decode_s_per_block, now_s),
             measured.prefill_s_per_token_block.value(announcement.prefill_s_per_token_block, now_s),
             announcement.max_bytes_per_s,
+            1 / measured.byte_s.value(1 / assumed, now_s) if measured.byte_s.known else assumed,
         )
 
     def _touch(self, peer: PeerId) -> _Measured:

@@ -16,6 +16,8 @@ BACKOFF_S_MIN: Final = 2.0
 """After the first failure: shorter than a client waits for missing blocks, so that one blip of an only holder heals."""
 BACKOFF_S_MAX: Final = 300.0
 STRIKE_HALF_LIFE_S: Final = 300.0
+ANSWERING_BACKOFF_S_MAX: Final = 30.0
+"""Of a peer that did not answer and does again. Not at once: its link may come and go."""
 BUSY_S_MAX: Final = 30.0
 """A peer that asks for a longer pause than this gets this."""
 MAX_PEERS: Final = 20_000
@@ -41,6 +43,7 @@ class _Record:
     updated_at_s: float = 0.0
     backed_off_until_s: float = 0.0
     busy_until_s: float = 0.0
+    unreachable: bool = False
     reason: str = ""
 
     def strikes_at(self, now_s: float) -> float:
@@ -55,8 +58,9 @@ class Reputation:
         self._max_peers = max_peers
         self._records: dict[PeerId, _Record] = {}
 
-    def on_failure(self, peer: PeerId, now_s: float, reason: str) -> None:
-        """Back off from a peer that erred, died or kept silent; `reason` is for people.
+    def on_failure(self, peer: PeerId, now_s: float, reason: str, *, unreachable: bool = False) -> None:
+        """Back off from a peer that erred, died or kept silent; `reason` is for people, `unreachable` says that all
+        that stands against it is that it did not answer.
 
         What fails while the peer is left alone already (its other sessions, say) is the same failure.
         """
@@ -70,10 +74,23 @@ class Reputation:
             strikes=strikes,
             updated_at_s=now_s,
             backed_off_until_s=now_s + backoff_s,
+            unreachable=unreachable,
             # It may quote the peer, and ends up on somebody's terminal.
             reason="".join(c if c.isprintable() else "?" for c in reason[:200]),
         )
         self._put(peer, failed)
+
+    def on_answer(self, peer: PeerId, now_s: float, *, needed: bool = False) -> None:
+        """The peer answers a small message. Where it is left alone for not answering, that ends early, and at once when
+        nobody else has what is `needed`; its failures still count."""
+        known = self._records.get(peer, _CLEAN)
+        if known.unreachable and known.backed_off_until_s > now_s:
+            until_s = now_s if needed else known.updated_at_s + ANSWERING_BACKOFF_S_MAX
+            self._records[peer] = replace(known, backed_off_until_s=min(known.backed_off_until_s, until_s))
+
+    def silent(self, now_s: float) -> set[PeerId]:
+        """Peers that are left alone only because they did not answer."""
+        return {peer for peer, known in self._records.items() if known.unreachable and known.backed_off_until_s > now_s}
 
     def on_busy(self, peer: PeerId, retry_after_s: float, now_s: float) -> None:
         """A healthy peer without room asks to be left alone for a while."""

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from routing.chain import Cell, Hops, cell_of, cheapest_chain, shortlist
 from routing.coordinates import Coordinate, distance_s
 from routing.cost import HopCost, block_s, hop_cost
+from routing.detours import HERE
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
 from routing.estimates import Estimates, PeerEstimate, RoundTrip
@@ -32,6 +33,9 @@ SPREAD: Final = 0.1
 """A peer may serve a hop in place of the best one where that costs no more than this share of the whole route."""
 MAX_ALTERNATIVES: Final = 256
 """Looked at per hop, beginning at another one for each session."""
+
+MAX_DETOURED: Final = 16
+"""Peers that are priced in pairs because steps went over them lately."""
 
 FLOW_SAMPLE: Final = 2000
 """Peers from which the shares of all are computed: of more, every second one, every third one, and so on."""
@@ -107,6 +111,10 @@ class Option:
     chosen: bool
     measured: bool
     """Else all of this is what the peer says, and what places predict."""
+    bytes_per_s: float
+    """From this node to the peer."""
+    bytes_measured: bool
+    """Else that is assumed."""
     note: str = ""
     """Why it is entered only where nobody else can be."""
 
@@ -140,17 +148,61 @@ class Router:
         """Verified announcements arrived, in any order, repeated or not."""
         self._directory.fold(announcements, now_s)
 
-    def on_rtt(self, peer: PeerId, rtt_s: float, now_s: float) -> None:
-        """A small message went to the peer and back."""
+    def on_rtt(self, peer: PeerId, rtt_s: float, now_s: float, *, needed: bool = False) -> None:
+        """A small message went to the peer and back. `needed`: it was sent because there is no route without it."""
+        self._reputation.on_answer(peer, now_s, needed=needed)
         self._estimates.on_rtt(peer, rtt_s, now_s, self._directory.place_of(peer))
 
     def on_step(self, peer: PeerId, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
         """The peer ran a step of `tokens` positions through `blocks` blocks."""
         self._estimates.on_step(peer, blocks, tokens, compute_s, queue_s, now_s)
 
-    def on_failure(self, peer: PeerId, now_s: float, reason: str) -> None:
-        """The peer erred, died or kept silent: leave it alone for a while, longer each time."""
-        self._reputation.on_failure(peer, now_s, reason)
+    def on_transfer(self, peer: PeerId, size: int, seconds: float, now_s: float) -> None:
+        """`size` bytes were sent to the peer, and `seconds` later this node knew that they had been read there."""
+        self._estimates.on_transfer(peer, size, seconds, now_s)
+
+    def on_trips(self, hops: Sequence[Hop], trips_s: float, now_s: float) -> None:
+        """Steps of one position went over `hops` and were answered here, the quickest of some in `trips_s` beside what
+        hops queued and computed.
+
+        Of each way by itself this says nothing: see `detours`.
+        """
+        peers = [hop.peer_id for hop in hops]
+        rtts_s = [self._estimates.rtt_s(peer, now_s) for peer in peers]
+        if any(rtt_s is None for rtt_s in rtts_s):
+            return
+        known_s = [rtt_s for rtt_s in rtts_s if rtt_s is not None]
+        places = [self._directory.place_of(peer) for peer in peers]
+        halves_s = (known_s[0] + known_s[-1]) / 2
+        for (from_s, here), (to_s, there) in itertools.pairwise(zip(known_s, places, strict=True)):
+            halves_s += _half_trip_s(from_s, here, to_s, there)
+        self._estimates.detours.on_route(peers, trips_s - halves_s, now_s)
+
+    def on_trial(self, peer: PeerId, blocks: int, compute_s: float, now_s: float) -> None:
+        """The peer ran one position through `blocks` blocks, for no session: it takes so long now."""
+        self._estimates.on_trial(peer, blocks, compute_s, now_s)
+
+    def doubted(self, model: ModelId, now_s: float) -> list[Announcement]:
+        """Peers that were much slower than they say when they were measured last, some time ago, the longest first:
+        nobody uses them, so nobody would find out that they are fast again."""
+        backed_off, busy = self._reputation.backed_off(now_s), self._reputation.busy(now_s)
+        doubted = [
+            (age_s, a.peer_id, a)
+            for a in self._directory.snapshot(now_s).of_model(model)
+            if a.state is PeerState.ONLINE and a.peer_id not in backed_off and a.peer_id not in busy
+            if (age_s := self._estimates.doubted_for_s(a, now_s))
+        ]
+        return [a for _, _, a in sorted(doubted, key=lambda item: item[:2], reverse=True)]
+
+    def on_failure(self, peer: PeerId, now_s: float, reason: str, *, unreachable: bool = False) -> None:
+        """The peer erred, died or kept silent: leave it alone for a while, longer each time. Who was only `unreachable`
+        may be used sooner once it answers (`on_rtt`)."""
+        self._reputation.on_failure(peer, now_s, reason, unreachable=unreachable)
+
+    def silent(self, now_s: float) -> list[Announcement]:
+        """Peers that announce themselves and are left alone only because they did not answer this node."""
+        silent = self._reputation.silent(now_s)
+        return [a for a in self._directory.snapshot(now_s).peers if a.peer_id in silent] if silent else []
 
     def on_busy(self, peer: PeerId, retry_after_s: float, now_s: float) -> None:
         """The peer is healthy and has no room: prefer others for as long as it asks. Not a failure."""
@@ -215,6 +267,11 @@ class Router:
                 self._estimates.on_planned(view.by_peer[peer])
         return self._route(view, hops)
 
+    def route_s(self, request: RouteRequest, now_s: float) -> float | None:
+        """What a step takes over `request.previous`; None while one of its peers is not to be used."""
+        view = self._view(request, now_s)
+        return view.route_s(view.previous) if view.whole else None
+
     def standby(self, request: RouteRequest, hop: Hop, avoid: Set[PeerId], now_s: float) -> Hop | None:
         """Another peer for `hop` of `request.previous`: the one with which that route costs least, of those that are on
         neither it nor in `avoid`, are not busy and have room for the session; None where there is none."""
@@ -266,6 +323,8 @@ class Router:
             compute_s=len(span) * cost.per_block_s,
             chosen=peer == chosen,
             measured=peer in self._estimates.measured,
+            bytes_per_s=estimate.bytes_per_s,
+            bytes_measured=self._estimates.timed(peer),
             note=view.last_resort(announcement),
         )
 
@@ -316,9 +375,9 @@ class Router:
     def _over_links(self, view: _View, candidates: Sequence[Candidate], hops: Hops) -> Hops:
         """The cheapest hops when every trip between two peers has its own price, where any is known."""
         cells = (cell_of(a.place) for a in view.usable.values())
-        if all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
+        if not self._estimates.detours and all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
             return hops  # all at one place, or at none that is known
-        keep = [peer for peer, _ in (*hops, *view.previous)]
+        keep = {peer for peer, _ in (*hops, *view.previous)} | self._estimates.detours.latest(MAX_DETOURED)
         few = shortlist(candidates, lambda peer: cell_of(view.usable[peer].place), keep)
         chain = cheapest_chain(few, view.request.num_blocks, view.compared_entry_s)
         return min((other for other in (chain, hops) if other), key=view.compared_route_s)
@@ -379,6 +438,8 @@ class _Known(NamedTuple):
     """What it is compared by: dearer for last resorts, cheaper for peers of the route that was."""
     trip_s: float
     """The part of `compared.enter_s` that goes from this node to the peer."""
+    way_s: float
+    """The same of `cost.enter_s`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -415,11 +476,11 @@ class _View:
     def entry_s(self, before: PeerId, peer: PeerId) -> float:
         """What `peer` costs to enter from `before` instead of from this node."""
         known = self._of(peer)
-        return known.cost.enter_s - known.estimate.rtt_s / 2 + self._trip_s(before, peer)
+        return known.cost.enter_s - known.way_s + self._trip_s(before, peer)
 
     def compared_entry_s(self, before: PeerId, peer: PeerId) -> float:
         known = self._of(peer)
-        scale = known.trip_s / (known.estimate.rtt_s / 2) if known.estimate.rtt_s else 1.0
+        scale = known.trip_s / known.way_s if known.way_s else 1.0
         return known.compared.enter_s - known.trip_s + scale * self._trip_s(before, peer)
 
     def route_s(self, hops: Hops) -> float:
@@ -446,14 +507,19 @@ class _View:
         if known is None:
             announcement, request = self.by_peer[peer], self.request
             estimate = self.estimates.of(announcement, self.now_s)
-            cost = compared = hop_cost(estimate, tokens=request.tokens, bytes_per_token=request.bytes_per_token)
-            trip_s = estimate.rtt_s / 2
+            cost = hop_cost(estimate, tokens=request.tokens, bytes_per_token=request.bytes_per_token)
+            half_s = trip_s = way_s = estimate.rtt_s / 2
+            if detours := self.estimates.detours:
+                trip_s = way_s = half_s + max(-half_s, detours.of(HERE, peer, self.now_s))
+                back_s = max(-half_s, detours.of(peer, HERE, self.now_s))
+                cost = HopCost(cost.enter_s - half_s + way_s, cost.per_block_s, cost.leave_s + back_s)
+            compared = cost
             if peer in self.settled and not self.whole:
                 compared = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
                 trip_s *= 1 - HYSTERESIS
             if self.last_resort(announcement):
                 compared = compared._replace(enter_s=compared.enter_s + _LAST_RESORT_S)
-            known = self._known[peer] = _Known(estimate, cost, compared, trip_s)
+            known = self._known[peer] = _Known(estimate, cost, compared, trip_s, way_s)
         return known
 
     def _trip_s(self, a: PeerId, b: PeerId) -> float:
@@ -462,10 +528,15 @@ class _View:
         Where a place is not known, as far as from this node to the second one.
         """
         from_s, to_s = self._of(a).estimate.rtt_s, self._of(b).estimate.rtt_s
-        here, there = self.by_peer[a].place, self.by_peer[b].place
-        if here is None or there is None or not (here.usable and there.usable):
-            return to_s / 2
-        return min(max(distance_s(here, there), abs(from_s - to_s)), from_s + to_s) / 2
+        half_s = _half_trip_s(from_s, self.by_peer[a].place, to_s, self.by_peer[b].place)
+        return half_s + max(-half_s, self.estimates.detours.of(a, b, self.now_s))
+
+
+def _half_trip_s(from_s: float, here: Coordinate | None, to_s: float, there: Coordinate | None) -> float:
+    """Half a round trip between two peers to which this node's own take `from_s` and `to_s`."""
+    if here is None or there is None or not (here.usable and there.usable):
+        return to_s / 2
+    return min(max(distance_s(here, there), abs(from_s - to_s)), from_s + to_s) / 2
 
 
 def _without_slow_strangers(

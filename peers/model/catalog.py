@@ -24,7 +24,7 @@ from peers.model.identity import model_id
 from peers.model.layout import CONFIG, INDEX, SINGLE_FILE, is_companion, read_config, read_index, weight_files
 from peers.model.progress import Progress, Silent
 from peers.model.safetensors_header import TensorInfo, read_file_header
-from peers.model.storage import cache_folder
+from peers.model.storage import cache_folder, full_disk_named
 from routing.ids import ModelId
 
 __all__ = ["BUILT_IN", "Checkpoint", "Progress", "built_in_folder", "resolve"]
@@ -101,12 +101,13 @@ class Checkpoint:
         view = self._cache / "views" / f"{self.model_id}-{key}"
         if view.is_dir():
             return view
-        view.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=view.parent, prefix=".draft-"))
-        for name, path in links.items():
-            (draft / name).symlink_to(path)
         index = {"metadata": {"total_size": self.num_bytes(weight_map)}, "weight_map": dict(weight_map)}
-        (draft / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        with full_disk_named(self._cache):
+            view.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(dir=view.parent, prefix=".draft-"))
+            for name, path in links.items():
+                (draft / name).symlink_to(path)
+            (draft / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
         try:
             draft.rename(view)
         except OSError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -38,7 +39,8 @@ def sha256_of(path: Path, *, cache: Path, progress: Progress | None = None) -> s
         return remembered.sha256
     digest = _digest(path, progress or Silent())
     if _stamp(path) == stamp and time.time() - max(stamp[1:3]) / 1e9 > _RACY_S:
-        write_atomically(entry, msgspec.json.encode(_Remembered(stamp, digest)))
+        with suppress(OSError):  # the disk is full, or not ours: the next start hashes again
+            write_atomically(entry, msgspec.json.encode(_Remembered(stamp, digest)))
     return digest
 
 

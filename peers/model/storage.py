@@ -6,6 +6,7 @@ Knows nothing about what the files mean.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -38,6 +39,17 @@ def require_disk(folder: Path, needed_bytes: int, purpose: str) -> None:
             f"{purpose} needs {_gigabytes(needed_bytes)}, but {existing} has {_gigabytes(free_bytes)} free",
             hint="free some space, or put the cache elsewhere with HIVESWARM_CACHE=FOLDER",
         )
+
+
+@contextlib.contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Raises NotEnoughDisk where the body finds no room for what it writes in `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NotEnoughDisk(f"the disk that holds {folder} is full") from error
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ class Handler:
         self.served = served
         self.ledger = ledger
         self.admission = admission
-        self.journal = journal or Journal(JournalLimits())
+        self.journal = Journal(JournalLimits()) if journal is None else journal
         self.pusher = Pusher(links, clock)
         self.counts = HandlerCounts()
         self.paused = False

@@ -60,12 +60,14 @@ class Pusher:
 
     async def warm(self, entry: Entry[Delivery, Link]) -> None:
         """Dial the successor while the client is still opening the other hops."""
+        following = entry.next
         try:
             await self._successor(entry)
         except Busy as error:
             logger.debug("session %s: %s", entry.place, error)  # the first push dials too
         except (PeerError, Unavailable) as error:
-            self._relay_for_now(entry, error)
+            if entry.next == following:  # else that is about a successor of before
+                self._relay_for_now(entry, error)
 
     async def reaches(self, entry: Entry[Delivery, Link], *, timeout_s: float) -> bool:
         """Whether the successor answers over the link that outputs take; from a silent one on they go through the
@@ -77,7 +79,8 @@ class Pusher:
             await self._links.ping(link.remote, timeout_s=timeout_s)
         except PeerError as error:
             link.retire()  # who waits to send over it must not wait on
-            self._relay_for_now(entry, error)
+            if entry.next == link.remote:
+                self._relay_for_now(entry, error)
             return False
         return True
 
@@ -100,6 +103,8 @@ class Pusher:
             except Busy as error:
                 logger.info("session %s: relaying one step: %s", entry.place, error)
             except (PeerError, Unavailable) as error:  # Unavailable: out of descriptors, for example
+                if message.epoch != entry.epoch:  # the route was replaced meanwhile: the new successor is another one
+                    return
                 self._relay_for_now(entry, error)
             else:
                 self.counts.pushed += 1

@@ -81,7 +81,7 @@ class FramedStream(asyncio.BufferedProtocol):
                     transport.write(memoryview(part).cast("B"))
         if not self._writable.is_set():
             await self._writable.wait()
-            if self._end is not None:
+            if self._end is not None or self._closing:
                 raise self._closed()
 
     async def receive(self) -> bytearray:
@@ -110,6 +110,7 @@ class FramedStream(asyncio.BufferedProtocol):
             return
         if not self._closing:
             self._closing = True
+            self._writable.set()  # whoever waits for a peer that reads nothing waits no more
             self._wake_receiver()
             if self._end is None:
                 if self._paused:

@@ -16,8 +16,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -52,12 +54,19 @@ logger = logging.getLogger(__name__)
 STREAM_PROTOCOL = "/hiveswarm/link"
 BULK_BYTES = 64 * 1024
 """Payloads from this size on travel in the bulk lane."""
+TIMED_BYTES = 128 * 1024
+"""Payloads from this size on are timed, where somebody wants to know how fast the way is."""
+TIMED_TIMEOUT_S = 60.0
+QUIET_S = 2.0
+"""What was sent longer ago than this has left the buffers on the way, and does not count for what is sent now."""
 JOINED_BYTES = 1 << 20
 """Messages share a frame up to this size; a larger one has a frame of its own."""
 HELLO_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 30.0
 """A peer that reads nothing for this long is given up; until then back-pressure holds the sender."""
 MAX_SKEW_S = 3.0
+SKEW_PEERS_MIN, SKEW_PEERS_MAX, SKEW_AGE_S = 2, 64, 60.0
+"""Clocks by which this node's own is judged."""
 MAX_INBOUND_LINKS_PER_PEER = 8
 MAX_INBOUND_LINKS = 512
 MAX_OUTBOUND_LINKS = 512
@@ -88,6 +97,9 @@ class Link:
         self._owner = owner
         self._addresses = tuple(addresses)
         self._lanes: dict[str, Lane] = {}
+        self._bulk_at_s = -math.inf
+        """When the last bulk payload was sent."""
+        self._timing = False
         self._opening = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -109,14 +121,39 @@ class Link:
             lane = self._lanes.get(BULK if bulk else SMALL)
             if lane is None:
                 lane = await self._missing_lane()
+            began_s, before = asyncio.get_running_loop().time(), lane.queued_bytes
+            timed = bulk and self._worth_timing(_size(payload), began_s)
             async with asyncio.timeout(SEND_TIMEOUT_S):
                 await lane.send(message, payload)
+            if timed:
+                self._owner.tasks.spawn(self._time(lane, before, began_s), name=f"time {self.remote[-8:]}")
         except TimeoutError as error:
             await self.close()
             raise StreamClosed(f"{self.remote} read nothing for {SEND_TIMEOUT_S:.0f} s") from error
         except PeerError:
             await self.close()
             raise
+
+    def _worth_timing(self, size: int, now_s: float) -> bool:
+        quiet, self._bulk_at_s = now_s - self._bulk_at_s >= QUIET_S, now_s
+        wanted = self._owner.on_transfer is not None and self.outbound and not self._timing
+        return wanted and quiet and size >= TIMED_BYTES
+
+    async def _time(self, lane: Lane, before: int, began_s: float) -> None:
+        """Ask behind what has been sent since, in its lane, when it has been read."""
+        if self._timing or self.closed:
+            return
+        self._timing = True
+        size = lane.queued_bytes - before
+        try:
+            await self._owner.request(self, lambda nonce: Ping(nonce=nonce), timeout_s=TIMED_TIMEOUT_S, bulk=True)
+        except PeerError as error:
+            logger.debug("%r was not timed: %s", self, error)
+        else:
+            assert self._owner.on_transfer is not None
+            self._owner.on_transfer(self.remote, size, asyncio.get_running_loop().time() - began_s)
+        finally:
+            self._timing = False
 
     async def _missing_lane(self) -> Lane:
         if not self.outbound:
@@ -185,6 +222,8 @@ class Lane:
         self.stream = stream
         self._tasks = tasks
         self._volume = volume
+        self.queued_bytes = 0
+        """Handed over so far."""
         self._next: _Frame | None = None
 
     async def send(self, message: AnyMessage, payload: codec.Buffer) -> None:
@@ -197,6 +236,7 @@ class Lane:
             frame = self._next = _Frame(asyncio.get_running_loop().create_future())
             flush = self._tasks.spawn(self._flush(frame), name="send")  # after all who have something to send now
             flush.add_done_callback(frame.ended)
+        self.queued_bytes += size
         frame.parts += (head, payload)
         frame.size += size
         await asyncio.shield(frame.sent)
@@ -236,6 +276,9 @@ class Links:
         """Fills the answer to a ping; a peer replaces it to tell its load."""
         self.status: Callable[[], Status | None] = lambda: None
         """What a ping may ask for besides."""
+        self.on_transfer: Callable[[PeerId, int, float], None] | None = None
+        """Is told of large sends over links that this node dialled: to whom, how many bytes, and after how many seconds
+        it was known here that the other side had read them."""
         self._receivers: dict[type[Message], Receiver[Any]] = {}
         self._lost: list[Callable[[Link], None]] = []
         self._needed: list[Callable[[], Iterable[Link]]] = []
@@ -248,6 +291,8 @@ class Links:
         self.tasks = Tasks()
         self._closing_idle: asyncio.Task[None] | None = None
         self._skew_named: set[PeerId] = set()
+        self._skews: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()
+        """Of the peers that said hello last: their clock minus ours, and when they did."""
         self._closed = False
 
     def handle(self, kind: type[AMessage], receiver: Receiver[AMessage]) -> None:
@@ -497,6 +542,14 @@ class Links:
             raise ProtocolError(f"{stream.remote} began with {type(message).__name__} instead of hello alone")
         return message
 
+    @property
+    def clock_skew_s(self) -> float | None:
+        """This node's clock minus those of the peers that said hello within SKEW_AGE_S, by the one in the middle: no
+        minority that is wrong itself is believed. None where too few did."""
+        since_s = asyncio.get_running_loop().time() - SKEW_AGE_S
+        lately = [skew_s for skew_s, at_s in self._skews.values() if at_s >= since_s]
+        return -sorted(lately, key=abs)[(len(lately) - 1) // 2] if len(lately) >= SKEW_PEERS_MIN else None
+
     def _check(self, hello: Hello, remote: PeerId) -> None:
         if hello.version != PROTOCOL_VERSION:
             raise VersionMismatch(
@@ -507,13 +560,18 @@ class Links:
         if hello.network != self._network:
             raise ProtocolError(f"{remote} belongs to network {hello.network!r}, this node to {self._network!r}")
         skew_s = hello.time_s - time.time()
+        if math.isfinite(skew_s):
+            self._skews[remote] = skew_s, asyncio.get_running_loop().time()
+            self._skews.move_to_end(remote)
+            if len(self._skews) > SKEW_PEERS_MAX:
+                self._skews.popitem(last=False)
         if abs(skew_s) > MAX_SKEW_S and remote not in self._skew_named and len(self._skew_named) < 1024:
             self._skew_named.add(remote)
             logger.warning(
-                "the clock of %s is %.1f s %s of this one; records may be refused: set both by NTP",
+                "the clock of %s is %.1f s %s this one; records may be refused: set both by NTP",
                 remote,
                 abs(skew_s),
-                "ahead" if skew_s > 0 else "behind",
+                "ahead of" if skew_s > 0 else "behind",
             )
 
 

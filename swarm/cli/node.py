@@ -141,6 +141,13 @@ def describe(event: Event) -> str:
             return f"not known yet whether others reach this node: {fields['reason']}; {fields['hint']}"
         case "unannounced":
             return f"NOT announced, so nobody finds this node: {fields['reason']}\nwhat to do: {fields['hint']}"
+        case "clock_wrong":
+            skew_s = fields["skew_s"]
+            assert isinstance(skew_s, float)
+            side = "ahead of" if skew_s > 0 else "behind"
+            return f"this machine's clock is {abs(skew_s):.0f} s {side} others'\nwhat to do: {fields['hint']}"
+        case "clock_right":
+            return "this machine's clock agrees with others' again"
         case "announced":
             return "announced again: others find this node"
         case "moving":

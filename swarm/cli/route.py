@@ -79,6 +79,8 @@ def _plain(option: Option) -> dict[str, Any]:
         "queue_ms": _ms(option.queue_s),
         "compute_ms": _ms(option.compute_s),
         "measured": option.measured,
+        "mbit_per_s": round(option.bytes_per_s * 8e-6, 1),
+        "mbit_measured": option.bytes_measured,
         "note": option.note,
     }
 
@@ -95,7 +97,18 @@ def show(said: Explanation, *, explain: bool) -> None:
     for hop, options in zip(said.route.hops, said.options, strict=True):
         console.print(f"\nblocks {hop.span}: {len(options)} can serve them", markup=False)
         table = Table(
-            "", "peer", "serves", "route", "way", "queue", "compute", "known by", "why", box=None, padding=(0, 3, 0, 0)
+            "",
+            "peer",
+            "serves",
+            "route",
+            "way",
+            "queue",
+            "compute",
+            "Mbit/s",
+            "known by",
+            "why",
+            box=None,
+            padding=(0, 3, 0, 0),
         )
         best = next(option for option in options if option.chosen)
         for option in options[:MAX_OPTIONS]:
@@ -107,6 +120,7 @@ def show(said: Explanation, *, explain: bool) -> None:
                     f"{_ms(part_s):.1f} ms"
                     for part_s in (option.route_s, option.trip_s, option.queue_s, option.compute_s)
                 ),
+                f"{option.bytes_per_s * 8e-6:.0f}" + ("" if option.bytes_measured else " assumed"),
                 "measurement" if option.measured else "its word",
                 _why(option, best),
             )

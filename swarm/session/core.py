@@ -77,6 +77,8 @@ class State(enum.Enum):
 
 
 PIECE_POSITIONS_MIN = 32
+STANDBY_FED_EVERY_S = 20.0
+"""At least, while the session goes on: well within a lease."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,8 +297,7 @@ class SessionCore:
         """Steps that may have met a gap once, because a hop had no room for one before them. They are sent again."""
         self._parent: SessionId | None = None
         self._standbys = Standbys(config.standby_rest)
-        self.standby_lag = config.standby_lag
-        """Fewer where steps take long: a standby that hears nothing forgets the session."""
+        self._standby_lag = config.standby_lag
         self._reaches: dict[tuple[PeerId, int], int] = {}
         """Of hops that were standbys and are opened on the route for the first time: up to where to believe them."""
 
@@ -477,6 +478,12 @@ class SessionCore:
             actions.append(StepDone(answered))
             self._standbys.answered()
         return actions + ([*self._go_on(), *self._tend()] if self.state is State.READY else [])
+
+    def paced(self, step_s: float) -> None:
+        """Steps of one position usually take so long. Where that is long, standbys lag behind by fewer of them: one
+        that hears nothing forgets the session."""
+        if step_s > 0:
+            self._standby_lag = max(1, min(self.config.standby_lag, int(STANDBY_FED_EVERY_S / step_s)))
 
     def hop_lost(self, peer: PeerId, error: SwarmError) -> list[Action]:
         """The connection to `peer` ended, could not be made, or the peer is silent."""
@@ -730,7 +737,7 @@ class SessionCore:
         if lacking := self._standbys.lacking(self.route.hops):
             actions.append(NeedStandbys(lacking, frozenset(self._avoid)))
         answered = self._answered_until()
-        lagging = [s for s in self._standbys if s.open and s.feed is None and answered - s.held >= self.standby_lag]
+        lagging = [s for s in self._standbys if s.open and s.feed is None and answered - s.held >= self._standby_lag]
         return actions + [self._feed(standby, answered) for standby in lagging]
 
     def _feed(self, standby: Standby, answered: int) -> Feed:

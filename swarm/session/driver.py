@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import math
 import random
 import secrets
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from dataclasses import replace
 import torch
 from msgspec.structs import replace as replace_fields
 
-from peers.errors import PeerUnreachable
+from peers.errors import PeerUnreachable, StreamClosed
 from peers.transport.links import BULK_BYTES
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
@@ -52,12 +53,15 @@ from swarm.session.inbox import Inbox
 from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
 from swarm.session.prefix import describe_blocks, prefix_keys
 from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
+from swarm.session.trial import Trials
 from swarm.session.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-RECONSIDER_S = 5.0
-"""Between two looks for a better route for a session whose steps have become slow."""
+RECONSIDER_S_MIN, RECONSIDER_S = 0.5, 5.0
+"""Between two looks for a better route for a session whose steps have become slow: twice as long each time."""
+REVIEW_S_MAX = 60.0
+"""Between two looks at any other session, which may have been slow from the start; the first after RECONSIDER_S."""
 CLEAR_GAIN = 2.0
 """How much faster another route promises to be than the present one is, to be worth a replay."""
 LOOK_TIMEOUT_S = 2.0
@@ -206,6 +210,7 @@ class SwarmRemote:
         Inbox(self._sessions, self)
         self._client.discovery.watch(self.model.model)
         self._tasks.spawn(Watch(self._sessions, self, self._tasks).run(), name="watch sessions")
+        self._tasks.spawn(Trials(self._sessions).run(), name="try peers again")
         self._guard.spawn(self._end_with_network(), name="end with the network")
 
     async def _stop(self) -> None:
@@ -373,7 +378,7 @@ class SwarmRemote:
                     self.traffic.switches += _switches(session.route, action)
                     self.traffic.rebuilds += action.epoch > 1 and action.route is not session.route
                     self._sessions.last_route = action.route
-                    session.begin(action.route)
+                    session.begin(action.route, review_in_s=RECONSIDER_S)
                     for index, prefix in enumerate(self._offer(session, action)):
                         work = self._open_hop(session, action, index, prefix)
                         self._tasks.spawn(work, name=f"open {core.session}")
@@ -458,17 +463,23 @@ class SwarmRemote:
         core, loop_s, timings = session.core, asyncio.get_running_loop().time(), self._sessions.last_hops
         if core is None or core.route is None or core.state is not State.READY or not timings:
             return
-        if loop_s < session.reconsider_at_s:
+        if loop_s < (session.reconsider_at_s if session.pace.slowed else session.review_at_s):
             return
-        session.reconsider_at_s = loop_s + RECONSIDER_S
+        if session.pace.slowed:
+            session.reconsider_at_s = loop_s + min(RECONSIDER_S, RECONSIDER_S_MIN * 2.0 ** min(session.looks, 9))
+            session.looks += 1
+        session.review_at_s = loop_s + min(REVIEW_S_MAX, max(RECONSIDER_S, loop_s - session.began_s))
         slowest = max(timings, key=lambda hop: hop.queue_s + hop.compute_s).peer
         others = tuple(hop for hop in core.route.hops if hop.peer_id != slowest)
         request = replace(self._request(frozenset(), core.route, session.length), keep=others)
+        router, now_s, present_s = self._client.router, self._client.discovery.now_s(), session.pace.usual_s(1)
+        if not session.pace.slowed:  # other things take time as well, with any peers
+            present_s = min(present_s, router.route_s(request, now_s) or math.inf)
         try:
-            better = self._client.router.plan(request, self._client.discovery.now_s())
+            better = router.plan(request, now_s)
         except NoRoute:  # the records of the others ran out
             return
-        if better.cost_s * CLEAR_GAIN < session.pace.usual_s(1) and all(hop.peer_id != slowest for hop in better.hops):
+        if better.cost_s * CLEAR_GAIN < present_s and all(hop.peer_id != slowest for hop in better.hops):
             error = PeerUnreachable(f"{slowest} has become slow")
             logger.info("session %s: %s", core.session, error)
             self.perform(session, core.hop_leaves(slowest, core.epoch, error, answers=True))
@@ -585,7 +596,7 @@ class SwarmRemote:
         except (PeerError, Unavailable) as error:
             logger.info("session %s: no standby at %s: %s", core.session, standby.peer_id, error)
             if hop is standby:
-                self.blame(standby.peer_id, str(error))
+                self.blame(standby.peer_id, error)
             self.perform(session, core.standby_lost(standby.peer_id, epoch))
 
     def _close_hops(self, hops: Sequence[Hop], session: SessionId) -> None:
@@ -635,6 +646,8 @@ class SwarmRemote:
             return
         hop = core.route.hops[0]
         message, payload = self._step(core, hop, step, action.epoch, rows_TD, regime_length)
+        alone = step.count == 1 and step.until is None and not core.crowded
+        session.timed_step = (step.step, asyncio.get_running_loop().time()) if alone else None
         await self.send_to(session, hop.peer_id, hop.addresses, message, payload)
 
     def _step(
@@ -716,15 +729,17 @@ class SwarmRemote:
     def lose(self, session: LiveSession, peer: PeerId, error: SwarmError) -> None:
         """A hop of this session failed it."""
         assert session.core is not None
-        self.blame(peer, str(error))
+        self.blame(peer, error)
         self.perform(session, session.core.hop_lost(peer, error))
 
-    def blame(self, peer: PeerId, reason: str) -> None:
-        logger.warning("peer %s: %s", peer, reason)
+    def blame(self, peer: PeerId, error: SwarmError) -> None:
+        logger.warning("peer %s: %s", peer, error)
         self.traffic.failures["lost"] += 1
         if self._sessions.observer is not None:
             self._sessions.observer.lost(peer)
-        self._client.router.on_failure(peer, self._client.discovery.now_s(), reason)
+        unreachable = isinstance(error, PeerUnreachable | StreamClosed)
+        now_s = self._client.discovery.now_s()
+        self._client.router.on_failure(peer, now_s, str(error), unreachable=unreachable)
 
 
 def _switches(before: Route | None, action: OpenHops) -> int:

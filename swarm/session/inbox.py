@@ -6,6 +6,7 @@ route, changes nothing.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -18,12 +19,13 @@ from peers.wire.messages import CODES, Code, Failed, Opened, Relay, Result
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.router import Hop, Route
+from swarm.session.core import PendingStep
 from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
 
 logger = logging.getLogger(__name__)
 
-STANDBY_FED_EVERY_S = 20.0
-"""At least, while the session goes on: well within a lease."""
+TRIPS = 16
+"""The quickest of so many steps tells how long the ways of a route are: whatever else there is only adds."""
 STANDBY_REST_S = 10.0
 """A peer that could not stand by is asked for nothing as long as others can."""
 
@@ -50,7 +52,16 @@ class Inbox:
         hops = [hop.peer_id for hop in (*known.core.route.hops, *known.core.standby_hops)]
         return known if link.remote in hops and (peer is None or peer in hops) else None
 
+    def _of_trial(self, link: Link, message: Opened | Result | Failed) -> bool:
+        """Whether it answers a trial; that is told."""
+        trial = self._sessions.trials.get(SessionId(message.session))
+        if trial is not None and trial[0] == link.remote and not trial[1].full():
+            trial[1].put_nowait(message)
+        return trial is not None
+
     async def _opened(self, link: Link, message: Opened, _: memoryview) -> None:
+        if self._of_trial(link, message):
+            return
         session = self._session_of(link, message.session)
         if session is None or session.core is None or message.epoch != session.core.epoch:
             return
@@ -63,6 +74,8 @@ class Inbox:
         self._driver.perform(session, actions)
 
     async def _result(self, link: Link, message: Result, payload: memoryview) -> None:
+        if self._of_trial(link, message):
+            return
         session = self._session_of(link, message.session)
         if session is None or session.core is None or session.core.route is None:
             return
@@ -86,17 +99,17 @@ class Inbox:
             return
         self._sessions.traffic.results += 1
         self._sessions.traffic.bytes_received += len(payload)
-        self._learn(session, hops, message, step.count)
+        self._learn(session, hops, message, step)
         self._sessions.traffic.answered(step.count, message.hops, session.answered(step.count))
-        if (usual_s := session.pace.usual_s(1)) > 0:
-            core.standby_lag = max(1, min(core.config.standby_lag, int(STANDBY_FED_EVERY_S / usual_s)))
+        core.paced(session.pace.usual_s(1))
         if self._sessions.observer is not None:
             self._sessions.observer.answered(core.session, step, hops, message.hops)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
-        if session.pace.slowed:
-            self._driver.reconsider(session)
+        self._driver.reconsider(session)
 
     async def _failed(self, link: Link, message: Failed, _: memoryview) -> None:
+        if self._of_trial(link, message):
+            return
         session = self._session_of(link, message.session, message.peer)
         if session is None or session.core is None or session.core.route is None:
             return
@@ -172,6 +185,7 @@ class Inbox:
         following = route.hops[at]
         self._sessions.traffic.relays += 1
         session.renew_deadline()
+        session.timed_step = None  # it takes other ways than its route's
         step = replace_fields(message.step, epoch=session.core.epoch)
         if step == message.step and session.core.uses(following.peer_id):
             await self._driver.send_to(session, following.peer_id, following.addresses, step, payload)
@@ -186,7 +200,7 @@ class Inbox:
             if session.core is not None and (session.core.uses(link.remote) or session.core.standby_at(link.remote))
         ]
         if affected:
-            self._driver.blame(link.remote, str(error))
+            self._driver.blame(link.remote, error)
         for session, core in affected:
             self._driver.perform(session, core.hop_lost(link.remote, error))
 
@@ -198,7 +212,7 @@ class Inbox:
                     if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
                         yield link
 
-    def _learn(self, session: LiveSession, hops: Sequence[Hop], message: Result, tokens: int) -> None:
+    def _learn(self, session: LiveSession, hops: Sequence[Hop], message: Result, step: PendingStep) -> None:
         """Feed the router what the hops reported of their own time."""
         if len(message.hops) != len(hops):
             return  # a route with a relay in it may have lost count; nothing depends on it
@@ -206,8 +220,16 @@ class Inbox:
         timings = []
         for hop, (queue_s, compute_s) in zip(hops, message.hops, strict=True):
             timings.append(HopTiming(peer=hop.peer_id, span=hop.span, queue_s=queue_s, compute_s=compute_s))
-            self._sessions.client.router.on_step(hop.peer_id, len(hop.span), tokens, compute_s, queue_s, now_s)
+            self._sessions.client.router.on_step(hop.peer_id, len(hop.span), step.count, compute_s, queue_s, now_s)
             self._sessions.client.router.on_success(hop.peer_id, now_s)
+        timed, session.timed_step = session.timed_step, None
+        if timed is not None and timed[0] == step.step:
+            trips_s = asyncio.get_running_loop().time() - timed[1] - sum(map(sum, message.hops))
+            if trips_s >= 0:  # else somebody claims too much
+                session.trips_s.append(trips_s)
+            if len(session.trips_s) >= TRIPS:
+                self._sessions.client.router.on_trips(hops, min(session.trips_s), now_s)
+                session.trips_s.clear()
         self._sessions.last_hops = tuple(timings)
         session.timed(timings)
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from peers.tally import StepTimes
-from peers.wire.messages import Replay, Step
+from peers.wire.messages import Failed, Opened, Replay, Result, Step
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
 from routing.router import Hop, Route
@@ -89,6 +89,7 @@ class LiveSession(RemoteSession):
 
     __slots__ = (
         "asked_at_s",
+        "began_s",
         "core",
         "deadline_s",
         "dtype",
@@ -96,6 +97,7 @@ class LiveSession(RemoteSession):
         "heard_at_s",
         "history",
         "idle_looks",
+        "looks",
         "offered",
         "outbox",
         "pace",
@@ -103,11 +105,14 @@ class LiveSession(RemoteSession):
         "prefix_secret",
         "pumping",
         "reconsider_at_s",
+        "review_at_s",
         "route",
         "rows",
         "silence_s",
         "standby",
+        "timed_step",
         "timings",
+        "trips_s",
         "waiting",
     )
 
@@ -132,6 +137,10 @@ class LiveSession(RemoteSession):
         """Positions that the hops of the present route were asked for."""
         self.timings: dict[tuple[PeerId, BlockSpan], HopTiming] = {}
         """What hops reported of the present call's steps, each its sum."""
+        self.timed_step: tuple[StepId, float] | None = None
+        """A step of one position that is under way by itself, and when it left."""
+        self.trips_s: list[float] = []
+        """Of the present route, not told yet."""
         self.pace = Pace()
         self.heard_at_s = 0.0
         self.deadline_s = 0.0
@@ -140,15 +149,22 @@ class LiveSession(RemoteSession):
         self.idle_looks = 0
         self.asked_at_s: dict[PeerId, float] = {}
         """When each standby was asked for something last."""
-        self.reconsider_at_s = 0.0
-        """Until then nobody asks whether another route is better."""
+        self.reconsider_at_s = self.review_at_s = 0.0
+        """Until then nobody asks whether another route is better: where steps have become slow, and where not."""
+        self.looks = 0
+        """How often that was asked of the present route, as it had become slow."""
+        self.began_s = 0.0
+        """When that was opened."""
         self.waiting = False
         """Somebody should be heard."""
 
-    def begin(self, route: Route) -> None:
+    def begin(self, route: Route, *, review_in_s: float) -> None:
         """Another route: how fast it is, its answers will tell."""
-        self.route, self.pace = route, Pace()
+        self.route, self.pace, self.looks = route, Pace(), 0
+        self.trips_s.clear()
         self.renew_deadline()
+        self.began_s = self.reconsider_at_s = self.heard_at_s
+        self.review_at_s = self.began_s + review_in_s
 
     def answered(self, positions: int) -> float:
         """A step over so many positions was; returns the seconds since the last sign of life."""
@@ -195,6 +211,8 @@ class Sessions:
     last_hops: tuple[HopTiming, ...] = ()
     """Of the step that was answered last."""
     observer: Observer | None = None
+    trials: dict[SessionId, tuple[PeerId, asyncio.Queue[Opened | Result | Failed]]] = field(default_factory=dict)
+    """Of no user: who is tried, and where its answers go."""
 
 
 class Observer(Protocol):
@@ -227,10 +245,10 @@ class Driver(Protocol):
         ...
 
     def reconsider(self, session: LiveSession) -> None:
-        """Its route has become slow."""
+        """A step was answered: is its route still a good one?"""
         ...
 
-    def blame(self, peer: PeerId, reason: str) -> None:
+    def blame(self, peer: PeerId, error: SwarmError) -> None:
         """A peer failed somebody."""
         ...
 

@@ -57,19 +57,24 @@ class Watch:
             epoch, route = core.epoch, core.route
             if route is None:
                 return
-            first = self._sessions.client.links.arrived(route.hops[0].peer_id, timeout_s=session.silence_s / 4)
-            traces = (self._trace(session_id, hop, timeout_s=session.silence_s / 2) for hop in route.hops)
+            late_s = asyncio.get_running_loop().time() - session.deadline_s
+            patience_s = max(session.silence_s / 4, session.silence_s / 2 - late_s)
+            first = self._sessions.client.links.arrived(route.hops[0].peer_id, timeout_s=patience_s / 2)
+            traces = (self._trace(session_id, hop, timeout_s=patience_s) for hop in route.hops)
             arrived, answers = await asyncio.gather(first, asyncio.gather(*traces, return_exceptions=True))
             if core.epoch != epoch or not core.outstanding:
                 return
             busy = not arrived
             cut: Hop | None = None
-            for hop, answer in zip(route.hops, answers, strict=True):
-                if isinstance(answer, PeerError):
-                    self._driver.lose(session, hop.peer_id, answer)
-                    if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
-                        link.retire()  # who waits to send over it must not wait on
-                    return
+            replies = list(zip(route.hops, answers, strict=True))
+            silent = {hop.peer_id: answer for hop, answer in replies if isinstance(answer, PeerError)}
+            for peer, error in silent.items():  # all of them: another one, found out later, would cost as long again
+                self._driver.lose(session, peer, error)
+                if (link := self._sessions.client.links.known(peer)) is not None:
+                    link.retire()  # who waits to send over it must not wait on
+            if silent:
+                return
+            for hop, answer in replies:
                 if isinstance(answer, Unavailable):
                     self._driver.perform(session, core.give_up(answer))
                     return

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +27,9 @@ from swarm.session.driver import SwarmRemote
 from swarm.session.remote import Resilience
 from swarm.testing import LocalNode, LocalPeer
 from tests.lab import namespaces
-from tests.lab.network import Host, Network
+from tests.lab.network import ROOT, Host, Network
 
+HOOKS: Final = Path(__file__).parent / "hooks"
 PACE_S: Final = 0.05
 """One turn of running and standing still."""
 
@@ -36,9 +37,12 @@ PACE_S: Final = 0.05
 class LabNode(LocalNode):
     """A node on a host of the lab, at the host's address."""
 
-    def __init__(self, host: Host, command: Sequence[str], *, folder: Path) -> None:
+    def __init__(
+        self, host: Host, command: Sequence[str], *, folder: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.host = host
-        super().__init__(host.name, command, folder=folder, environment=os.environ | {"OMP_NUM_THREADS": "1"})
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {})
+        super().__init__(host.name, command, folder=folder, environment=environment)
 
     def kill(self) -> None:
         for process in self._family():
@@ -184,6 +188,11 @@ def generate(model: Any, prompt: Sequence[int], count: int, **options: Any) -> l
     return list(output_1T[0, len(prompt) :].tolist())
 
 
+def hooked(**settings: str) -> dict[str, str]:
+    """The environment of a node to which something is done from within: see `hooks/sitecustomize`."""
+    return settings | {"PYTHONPATH": os.pathsep.join((str(HOOKS), str(ROOT)))}
+
+
 class LabSwarm:
     """Bootstraps, peers and users on the hosts of a network that has one for each; ready when constructed.
 
@@ -191,10 +200,20 @@ class LabSwarm:
     """
 
     def __init__(
-        self, network: Network, model: str, peers: dict[str, tuple[int, int]], *, entries: Sequence[str] = ("entry",)
+        self,
+        network: Network,
+        model: str,
+        peers: dict[str, tuple[int, int]],
+        *,
+        entries: Sequence[str] = ("entry",),
+        options: Sequence[str] = (),
+        environment: Callable[[str], Mapping[str, str]] | None = None,
     ) -> None:
-        """`peers`: span by host. `entries`: the hosts of the bootstraps."""
+        """`peers`: span by host. `entries`: the hosts of the bootstraps. Peers get `options` and, by host,
+        `environment` besides."""
         self.network = network
+        self._options = options
+        self._environment = environment
         self.model = model
         self.entries: list[LabNode] = []
         self.peers: dict[str, LabPeer] = {}
@@ -221,7 +240,10 @@ class LabSwarm:
         blocks = [] if span is None else ["--blocks", f"{span[0]}:{span[1]}"]
         options = ["--dtype", "float32", "--device", "cpu", "--threads", "1", "--name", host]
         command = ["join", self.model, *self._dial(), *blocks, *options, *arguments]
-        peer = self.peers[host] = LabPeer(self.network[host], command, folder=self.network.folder)
+        command += self._options
+        environment = None if self._environment is None else self._environment(host)
+        peer = LabPeer(self.network[host], command, folder=self.network.folder, environment=environment)
+        self.peers[host] = peer
         if wait:
             peer.wait_for("ready")
         return peer

@@ -5,8 +5,8 @@ Virtual wires, real engines and drivers. Every peer of a swarm here has a spare 
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from peers.serving.push import Delivery
 from peers.transport.links import Link
 from peers.transport.memory import MemoryStream
 from peers.wire.messages import Code, Failed, Step
+from routing.estimates import DOUBT_AFTER_S
 from routing.ids import PeerId
-from swarm.session import driver
+from swarm.session import driver, trial
 from swarm.session.core import SessionConfig
+from swarm.session.pace import Pace
+from swarm.session.trial import TRIAL_STEPS, Trials
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 from tests.numerics.test_trouble import AtToken, generate, prompt
@@ -97,6 +100,15 @@ class Scene:
     def journal(self, hop: int) -> Journal:
         name = self.route[hop]
         return next(peer for peer in self.swarm.peers if peer._key.peer_id == name).handler.journal
+
+
+def _saying(run: Callable[[Work], Awaitable[Done]], peer: PeerId, slow: set[PeerId]) -> Callable[[Work], Any]:
+    """`run`, which says that it took no time in the queue, and much or little of compute."""
+
+    async def said(work: Work) -> Done:
+        return replace(await run(work), queue_s=0.0, compute_s=1000.0 if peer in slow else 1e-3)
+
+    return said
 
 
 @pytest.fixture
@@ -238,6 +250,18 @@ def test_peers_that_drain_hand_their_sessions_over_and_no_step_is_repeated(
     assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * len(used), "nothing twice"
 
 
+def test_two_hops_that_fall_silent_together_are_replaced_together(scene: Scene, local: Any) -> None:
+    used = scene.warm_up()
+    others = [peer._key.peer_id for peer in scene.swarm.peers if peer._key.peer_id not in used[1:]]
+    me, network = scene.swarm.thread.client.node.transport.peer_id, scene.swarm.network
+    silence = AtToken(8, lambda: scene.swarm.thread.post(network.partition, used[1:], [*others, me]))
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[silence]), generate(local, PROMPT))
+    assert scene.route[0] == used[0]
+    assert not set(used[1:]) & set(scene.route)
+    assert scene.remote.traffic.rebuilds == 1
+    scene.swarm.thread.post(network.partition)
+
+
 def test_a_link_between_two_hops_that_falls_silent_is_gone_round_and_nobody_is_blamed(scene: Scene, local: Any) -> None:
     used, network = scene.warm_up(), scene.swarm.network
     cut = AtToken(8, lambda: scene.swarm.thread.post(network.partition, used[:1], used[1:2]))
@@ -295,23 +319,26 @@ def test_a_session_whose_pages_one_hop_takes_is_rebuilt_there_alone(scene: Scene
 def test_a_hop_that_becomes_slow_is_left_between_two_steps_for_a_faster_one_and_blamed_by_nobody(
     scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "RECONSIDER_S", 0.0)
+    """All times are said, by peers and by the clock that the client has for its own: nothing is timed here."""
+    monkeypatch.setattr(driver, "RECONSIDER_S_MIN", 0.0)
+    monkeypatch.setattr(driver, "RECONSIDER_S", math.inf)
     discovery, used = scene.swarm.thread.client.discovery, []
+    slow: set[PeerId] = set()
+    answered = Pace.answered
+
+    def virtually(pace: Pace, positions: int, seconds: float) -> None:
+        answered(pace, positions, 1000.0 if slow & set(scene.route) else 1.0)
+
+    monkeypatch.setattr(Pace, "answered", virtually)
+    for peer in scene.swarm.peers:
+        monkeypatch.setattr(peer.engine, "run", _saying(peer.engine.run, peer._key.peer_id, slow))
     scene.swarm.thread.call(discovery.refresh())
     scene.swarm.thread.call(discovery.measure(discovery.router.snapshot(discovery.now_s()).peers))
     scene.warm_up()
 
     def slow_down() -> None:
         used.extend(scene.route)
-        engine = next(peer for peer in scene.swarm.peers if peer._key.peer_id == used[1]).engine
-        run = engine.run
-
-        async def slow(work: Work) -> Done:
-            done = await run(work)
-            await asyncio.sleep(1.0)
-            return replace(done, compute_s=done.compute_s + 1.0)
-
-        monkeypatch.setattr(engine, "run", slow)
+        slow.add(used[1])
 
     assert torch.equal(
         generate(scene.model, PROMPT, stopping_criteria=[AtToken(8, slow_down)]), generate(local, PROMPT)
@@ -320,3 +347,32 @@ def test_a_hop_that_becomes_slow_is_left_between_two_steps_for_a_faster_one_and_
     assert scene.swarm.thread.client.router._reputation.backed_off(discovery.now_s()) == {}
     assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3, "nothing twice"
     assert scene.swarm.eventually_settled()
+
+
+def test_a_peer_that_was_slow_is_tried_without_a_session_and_known_to_be_fast_again(scene: Scene) -> None:
+    client, route = scene.swarm.thread.client, scene.route
+    router, model = client.router, scene.remote.model.model
+    scene.swarm.thread.call(client.discovery.refresh())
+    now_s = client.discovery.now_s()
+    (spare,) = [peer for peer in scene.computed if peer not in route and len(scene.computed[peer]) == 0][:1]
+    for _ in range(20):
+        router.on_step(spare, 1, 1, compute_s=1000.0, queue_s=0.0, now_s=now_s - DOUBT_AFTER_S)
+    (doubted,) = router.doubted(model, now_s)
+    assert doubted.peer_id == spare
+    scene.swarm.thread.call(Trials(scene.remote._sessions).one(doubted))
+    assert scene.computed[spare] == [(at, at + 1) for at in range(TRIAL_STEPS)]
+    assert router._estimates.of(doubted, now_s).decode_s_per_block < 100.0, "so slow is no machine"
+    assert scene.remote._sessions.trials == {}
+    assert scene.swarm.eventually_settled()
+
+
+def test_a_peer_that_does_not_answer_a_trial_stays_what_it_was(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "TRIAL_TIMEOUT_S", 0.0)
+    client = scene.swarm.thread.client
+    scene.swarm.thread.call(client.discovery.refresh())
+    peer, now_s = scene.route[0], client.discovery.now_s()
+    (known,) = [a for a in client.router.snapshot(now_s).peers if a.peer_id == peer]
+    before = client.router._estimates.of(known, now_s)
+    scene.swarm.thread.call(Trials(scene.remote._sessions).one(known))
+    assert client.router._estimates.of(known, now_s) == before
+    assert scene.remote._sessions.trials == {}

@@ -138,6 +138,22 @@ async def test_peers_are_measured_and_the_silent_ones_are_left_alone(reader: Rea
     assert len(reader.network._streams) == streams, "not again within half a minute"
 
 
+async def test_a_peer_that_answers_again_is_used_at_once_where_nobody_else_holds_its_blocks(reader: Reader) -> None:
+    await reader.announce(2, 0, 30)
+    reader.discovery.watch(MODEL)
+    await reader.discovery.refresh()
+    router, now_s = reader.discovery.router, reader.discovery.now_s()
+    for second in range(6):
+        router.on_failure(PEER.peer_id, now_s + 20 * second, "silent", unreachable=True)
+    reader.network.cut(PEER.peer_id)
+    waiting = asyncio.create_task(reader.discovery.route(REQUEST, patience_s=60.0))
+    await reader.store.looks.get()
+    await reader.store.looks.get()
+    reader.network.heal(PEER.peer_id)
+    assert [hop.peer_id for hop in (await waiting).hops] == [PEER.peer_id]
+    await reader.discovery._tasks.close()
+
+
 async def test_a_node_that_cannot_dial_for_a_moment_blames_nobody_and_goes_on(
     reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -250,6 +251,18 @@ def test_a_wrong_clock_is_named_as_the_reason() -> None:
     assert "clock" in str(behind["hint"])
     assert right == unknown == {"reason": str(problem), "hint": problem.hint}
     assert host._outage(None, -60.0).kind == "announced"
+
+
+@pytest.mark.looptime
+async def test_a_clock_that_goes_wrong_is_told_once_and_again_when_it_is_right() -> None:
+    links, said = SimpleNamespace(clock_skew_s=None), list[Event]()
+    watching = asyncio.create_task(host._watch_clock(links, said.append))
+    for skew_s in (None, 3.0, -300.0, -299.0, None, -298.0, 1.0, 0.0):
+        links.clock_skew_s = skew_s
+        await asyncio.sleep(5 * host.CLOCK_LOOK_S)
+    watching.cancel()
+    assert [event.kind for event in said] == ["clock_wrong", "clock_right"]
+    assert said[0].fields["skew_s"] == -300.0
 
 
 async def test_a_peer_of_two_devices_is_one_peer(tmp_path: Path, tiny: Path) -> None:

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from routing.cost import hop_cost
 from routing.estimates import (
+    BANDWIDTH_BYTES_PER_S,
     DEFAULT_RTT_S,
+    DOUBT_AFTER_S,
     HALF_LIFE_S,
     SMOOTHING,
     Estimates,
@@ -122,3 +124,54 @@ def test_a_mean_is_lately_until_its_half_life_has_passed() -> None:
     smoothed.add(2.0, NOW_S)
     assert smoothed.lately(NOW_S + HALF_LIFE_S - 1) == 2.0
     assert smoothed.lately(NOW_S + HALF_LIFE_S) is None
+
+
+def test_a_peer_measured_to_be_slow_is_doubted_until_a_trial_says_how_fast_it_is_now() -> None:
+    estimates = Estimates()
+    for _ in range(50):
+        estimates.on_step(peer(1), blocks=10, tokens=1, compute_s=0.2, queue_s=0.0, now_s=NOW_S)
+    assert not estimates.doubted_for_s(SAID, NOW_S), "it is being used"
+    later_s = NOW_S + DOUBT_AFTER_S
+    assert estimates.doubted_for_s(SAID, later_s) == DOUBT_AFTER_S
+    estimates.on_trial(peer(1), blocks=10, compute_s=0.19, now_s=later_s)
+    assert estimates.of(SAID, later_s).decode_s_per_block == pytest.approx(0.019)
+    assert estimates.doubted_for_s(SAID, later_s + DOUBT_AFTER_S)
+    estimates.on_trial(peer(1), blocks=10, compute_s=0.021, now_s=later_s)
+    assert estimates.of(SAID, later_s).decode_s_per_block == pytest.approx(0.0021)
+    assert not estimates.doubted_for_s(SAID, later_s + DOUBT_AFTER_S)
+
+
+def test_nobody_is_doubted_who_was_never_measured_or_says_nothing() -> None:
+    estimates = Estimates()
+    assert not estimates.doubted_for_s(SAID, NOW_S)
+    silent = announcement(peer(2), decode_s_per_block=0.0)
+    estimates.on_step(peer(2), blocks=1, tokens=1, compute_s=5.0, queue_s=0.0, now_s=NOW_S)
+    assert not estimates.doubted_for_s(silent, NOW_S + DOUBT_AFTER_S)
+
+
+def test_bytes_take_as_long_as_they_did_beyond_the_round_trip() -> None:
+    estimates = Estimates()
+    estimates.on_rtt(peer(1), 0.1, NOW_S)
+    estimates.on_transfer(peer(1), 1_000_000, 1.1, NOW_S)
+    assert estimates.of(SAID, NOW_S).bytes_per_s == pytest.approx(1e6)
+    cost = hop_cost(estimates.of(SAID, NOW_S), tokens=1000, bytes_per_token=1000)
+    assert cost.enter_s == pytest.approx(0.05 + 1.0)
+
+
+def test_strangers_are_reached_no_faster_than_the_fastest_peer_was_and_never_faster_than_assumed() -> None:
+    estimates, stranger = Estimates(), announcement(peer(2))
+    assert estimates.of(stranger, NOW_S).bytes_per_s == BANDWIDTH_BYTES_PER_S
+    estimates.on_transfer(peer(1), 1_000_000, 1.0, NOW_S)
+    estimates.on_transfer(peer(3), 1_000_000, 0.5, NOW_S)
+    assert estimates.of(stranger, NOW_S).bytes_per_s == pytest.approx(2e6)
+    estimates.on_transfer(peer(4), 1_000_000, 1e-3, NOW_S)
+    assert estimates.of(stranger, NOW_S).bytes_per_s == BANDWIDTH_BYTES_PER_S
+    assert estimates.of(announcement(peer(4)), NOW_S).bytes_per_s > BANDWIDTH_BYTES_PER_S
+
+
+@given(st.floats(0, 1e12), st.floats(0, 1e6), st.floats(0, 10))
+def test_a_transfer_of_any_length_gives_a_bandwidth(size: float, seconds: float, rtt_s: float) -> None:
+    estimates = Estimates()
+    estimates.on_rtt(peer(1), rtt_s, NOW_S)
+    estimates.on_transfer(peer(1), int(size), seconds, NOW_S)
+    assert 0 < estimates.of(SAID, NOW_S).bytes_per_s < float("inf")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.reputation import BACKOFF_S_MAX, BACKOFF_S_MIN, BUSY_S_MAX, Reputation
+from routing.reputation import ANSWERING_BACKOFF_S_MAX, BACKOFF_S_MAX, BACKOFF_S_MIN, BUSY_S_MAX, Reputation
 from tests.routing.swarms import NOW_S, peer
 
 BAD = peer(1)
@@ -84,6 +84,30 @@ def test_success_ends_the_pause_and_forgives_half() -> None:
     assert not reputation.backed_off(now_s)
     reputation.on_failure(BAD, now_s, "died")
     assert backoff_s(reputation, now_s) < 4 * BACKOFF_S_MIN
+
+
+def test_a_peer_that_answers_again_is_used_soon_and_at_once_where_nobody_else_is() -> None:
+    reputation = Reputation()
+    for second in range(0, 280, 40):
+        reputation.on_failure(BAD, NOW_S + second, "silent", unreachable=True)
+    now_s = NOW_S + 240
+    assert backoff_s(reputation, now_s) > ANSWERING_BACKOFF_S_MAX
+    assert reputation.silent(now_s) == {BAD}
+    reputation.on_answer(BAD, now_s + 1)
+    assert backoff_s(reputation, now_s) == ANSWERING_BACKOFF_S_MAX
+    reputation.on_answer(BAD, now_s + 1, needed=True)
+    assert not reputation.backed_off(now_s + 1)
+    assert not reputation.silent(now_s + 1)
+    (told,) = reputation.opinions(now_s + 1, 1)
+    assert told.strikes > 1, "its failures still count"
+
+
+def test_an_answer_excuses_nobody_who_erred() -> None:
+    reputation = Reputation()
+    reputation.on_failure(BAD, NOW_S, "sent nonsense")
+    reputation.on_answer(BAD, NOW_S, needed=True)
+    assert backoff_s(reputation, NOW_S) == BACKOFF_S_MIN
+    assert not reputation.silent(NOW_S)
 
 
 def test_busy_is_not_a_failure() -> None:

@@ -527,3 +527,33 @@ def test_a_peer_with_two_spans_is_passed_twice_and_counts_for_every_block_it_hol
     assert health.healthy
     assert health.holders[0] == health.holders[11] == (peer(1),)
     assert str(choose_span([two], 12, 4, NOW_S)) == "4:8"
+
+
+def test_a_peer_with_a_long_way_that_round_trips_do_not_show_is_gone_round() -> None:
+    router = router_with(*THREE, announcement(peer(3), 10, 20))
+    for number in range(4):
+        router.on_rtt(peer(number), 0.200, NOW_S)
+    first = router.plan(REQUEST, NOW_S)
+    other = replace(first, hops=(first.hops[0], replace(first.hops[1], peer_id=peer(3)), first.hops[2]))
+    assert peers_of(first)[1] == peer(1)
+    for _ in range(200):
+        router.on_trips(first.hops, 0.400 + 0.080, NOW_S)
+        router.on_trips(other.hops, 0.400, NOW_S)
+    better = router.plan(REQUEST, NOW_S)
+    assert peers_of(better)[1] == peer(3)
+    (_, middle, _) = router.explain(REQUEST, NOW_S).options
+    assert middle[1].route_s - middle[0].route_s == pytest.approx(0.080, rel=0.3)
+
+
+def test_a_large_send_tells_how_fast_the_way_is_and_the_explanation_shows_it() -> None:
+    router = router_with(*THREE, announcement(peer(3), 0, 10))
+    for number in range(4):
+        router.on_rtt(peer(number), 0.010, NOW_S)
+    router.on_transfer(peer(0), 1_000_000, 8.01, NOW_S)
+    router.on_transfer(peer(3), 1_000_000, 0.09, NOW_S)
+    prompt = replace(REQUEST, tokens=500)
+    assert peers_of(router.plan(prompt, NOW_S))[0] == peer(3)
+    (first, _, _) = router.explain(prompt, NOW_S).options
+    assert [(round(one.bytes_per_s), one.bytes_measured) for one in first] == [(12_500_000, True), (125_000, True)]
+    (_, _, last) = router.explain(prompt, NOW_S).options
+    assert not last[0].bytes_measured

@@ -252,6 +252,8 @@ def test_every_event_of_a_node_has_words() -> None:
         "reachability_unknown": {"reason": "nobody answers", "hint": "wait"},
         "unannounced": {"reason": "clock skew", "hint": "set the clock"},
         "announced": {},
+        "clock_wrong": {"skew_s": -300.0, "hint": "set the clock"},
+        "clock_right": {},
         "paused": {"reason": "schedule", "schedule": "22:00-08:00", "resumes_at": "22:00"},
         "resumed": {},
         "moving": {"spans": [[4, 8]], "heals": True},
@@ -267,6 +269,7 @@ def test_every_event_of_a_node_has_words() -> None:
     assert "forward the port" in words["unreachable"]
     assert "nobody answers" in words["reachability_unknown"]
     assert "clock skew" in words["unannounced"]
+    assert "300 s behind" in words["clock_wrong"]
     assert words["moving"] == "moving to blocks 4:8, where blocks are missing"
     assert words["moved"] == "serving blocks 4:8"
     assert "outside 22:00-08:00; back at 22:00" in words["paused"]

@@ -6,7 +6,17 @@ from dataclasses import replace
 
 from routing.ids import BlockSpan, PeerId, StepId
 from routing.router import Hop
-from swarm.session.core import Feed, NeedRoute, NeedStandbys, OpenHops, OpenStandby, Release, SessionConfig, SessionCore
+from swarm.session.core import (
+    STANDBY_FED_EVERY_S,
+    Feed,
+    NeedRoute,
+    NeedStandbys,
+    OpenHops,
+    OpenStandby,
+    Release,
+    SessionConfig,
+    SessionCore,
+)
 from tests.swarm.test_session_core import LOST, SESSION, P, Q, R, kinds, opened, route, sent
 
 S = PeerId("S")
@@ -59,6 +69,15 @@ def test_a_standby_hears_the_next_positions_when_it_lags_and_nothing_while_it_wo
     assert isinstance(feed, Feed)
     assert (feed.step.first, feed.step.count) == (6, 6)
     assert core.fed(R, StepId(2), 1) == core.fed(Q, feed.step.step, 1) == core.fed(R, feed.step.step, 1) == []
+
+
+def test_a_standby_of_slow_steps_lags_by_fewer_so_that_it_does_not_forget() -> None:
+    core = standing()
+    for step_s in (0.0, 0.1):
+        core.paced(step_s)
+        assert Feed not in step(core, core._end), "four may lack"
+    core.paced(STANDBY_FED_EVERY_S)
+    assert Feed in step(core, core._end), "a single one may"
 
 
 def test_what_a_step_undoes_does_not_count_though_it_was_on_its_way_to_the_standby() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Final
 
 from routing.errors import SwarmError
+from routing.ids import PeerId, SessionId
+from routing.router import Hop
+from swarm.session.core import Action, NeedRoute, OpenHops, PendingStep, SendStep
 from tests.lab.experiments.pairs import PEERS, pairs_network, twin
 from tests.lab.network import Network
 from tests.lab.notebook import MODEL, SPANS, Experiment, Notebook, ends, median
@@ -24,9 +29,40 @@ SILENCE_S: Final = 2.0
 """A silent peer is given up after max(3 × usual step, this)."""
 RECOVERY_S: Final = 1.5
 SLOW: Final = 0.1
+SLOWED: Final = "10 × slow"
+CHOSEN_AGAIN_S: Final = 120.0
+"""Within which a peer that was slow is chosen again although others serve its blocks."""
 RETURN_TIMEOUT_S: Final = 90.0
+CHOSEN_TIMEOUT_S: Final = 240.0
 
 Trouble = Callable[[LabSwarm, LabPeer], AbstractContextManager[None]]
+
+
+@dataclass(slots=True)
+class Seen:
+    """When the user's sessions decided what: where the seconds of a stall go."""
+
+    acts: list[tuple[float, str]] = field(default_factory=list)
+
+    def acted(self, session: SessionId, action: Action) -> None:
+        self.acts.append((time.monotonic(), type(action).__name__))
+
+    def answered(
+        self, session: SessionId, step: PendingStep, hops: Sequence[Hop], timings: Sequence[tuple[float, float]]
+    ) -> None:
+        pass
+
+    def lost(self, peer: PeerId) -> None:
+        pass
+
+    def after(self, since_s: float) -> dict[str, float]:
+        """Seconds until the hop was given up, others were opened, and the first step was sent over them."""
+        found = {}
+        at_s = since_s
+        for name, kind in (("declared_s", NeedRoute), ("planned_s", OpenHops), ("opened_s", SendStep)):
+            at_s = next((then_s for then_s, act in self.acts if then_s >= at_s and act == kind.__name__), math.nan)
+            found[name] = at_s - since_s
+        return found
 
 
 @contextmanager
@@ -83,7 +119,7 @@ TROUBLES: Final[dict[str, Trouble]] = {
     "frozen": frozen,
     "half-open": half_open,
     "deaf": deaf,
-    "10 × slow": slow,
+    SLOWED: slow,
 }
 
 
@@ -104,9 +140,13 @@ def run(notebook: Notebook) -> None:
         excess_s = max(row["stall_s"] - max(3 * row["step_s"], SILENCE_S) for row in rows)
         notebook.at_most(f"{name}: stall beyond max(3 × step, 2 s), worst, s", excess_s, RECOVERY_S)
         if name != "swizzled":
-            notebook.at_most(f"{name}: until used again, worst, s", max(r["used_again_s"] for r in rows), 60)
-    slowed = [row["step_after_s"] / row["step_s"] for row in notebook.rows if row["trouble"] == "10 × slow"]
-    notebook.at_most("10 × slow: a late token / a usual one, median", median(slowed), 1.5)
+            if name != SLOWED:
+                given_up_s = max(row["declared_s"] - max(3 * row["step_s"], SILENCE_S) for row in rows)
+                notebook.at_most(f"{name}: given up beyond max(3 × step, 2 s), worst, s", given_up_s, 0.1)
+            limit_s = CHOSEN_AGAIN_S if name == SLOWED else 60
+            notebook.at_most(f"{name}: until used again, worst, s", max(r["used_again_s"] for r in rows), limit_s)
+    slowed = [row["step_after_s"] / row["step_s"] for row in notebook.rows if row["trouble"] == SLOWED]
+    notebook.at_most(f"{SLOWED}: a late token / a usual one, median", median(slowed), 1.5)
 
 
 def one_run(
@@ -116,6 +156,8 @@ def one_run(
     expected = notebook.local(prompt, COUNT)
     struck_s = 0.0
     victims: list[LabPeer] = []
+    seen = Seen()
+    user.remote.observe(seen)
     with contextlib.ExitStack() as troubles:
 
         def on_token(count: int) -> None:
@@ -126,6 +168,7 @@ def one_run(
                 troubles.enter_context(trouble(swarm, victims[0]))
 
         answer = ends(lambda: user.generate(prompt, COUNT, on_token=on_token))
+        user.remote.observe(None)
         time.sleep(max(0.0, struck_s + hold_s - time.monotonic()))
     (victim,) = victims
     notebook.row(
@@ -136,7 +179,8 @@ def one_run(
         step_s=median(answer.gaps_s[: AT_TOKEN - 1]),
         stall_s=answer.longest_gap_s(struck_s),
         step_after_s=median(answer.gaps_s[-16:]),
-        used_again_s=until_used_again(notebook, swarm, user, victim),
+        **seen.after(struck_s),
+        used_again_s=(until_chosen_again if name == SLOWED else until_used_again)(notebook, swarm, user, victim),
     )
 
 
@@ -154,6 +198,17 @@ def until_used_again(notebook: Notebook, swarm: LabSwarm, user: User, peer: LabP
         return float("inf")
     finally:
         swarm.network.refuse(twin(peer.label), on=False)
+
+
+def until_chosen_again(notebook: Notebook, swarm: LabSwarm, user: User, peer: LabPeer) -> float:
+    """Seconds from its recovery until a peer serves a new session although its twin would, too."""
+    began_s = time.monotonic()
+    while time.monotonic() < began_s + CHOSEN_TIMEOUT_S:
+        ends(lambda: user.generate(notebook.prompt(4), 2))
+        if peer in swarm.serving(user):
+            return time.monotonic() - began_s
+        time.sleep(1.0)
+    return float("inf")
 
 
 def swizzle(notebook: Notebook, swarm: LabSwarm, user: User, number: int) -> None:

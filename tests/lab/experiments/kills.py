@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from routing.errors import SwarmError
+from routing.records import RECORD_RENEW_S
 from tests.lab.experiments.pairs import PEERS, pairs_network
 from tests.lab.fabric import bytes_into, bytes_out_of
+from tests.lab.network import Network
 from tests.lab.notebook import HIDDEN_BYTES, MODEL, Experiment, Notebook, ends, median
 from tests.lab.swarms import LabPeer, LabSwarm, User
 
 PROMPT: Final = 480
 COUNT: Final = 40
+CALM_S: Final = 2 * RECORD_RENEW_S
 CASES: Final = (
     *(("token", (hop,)) for hop in range(3)),
     *(("prompt", (hop,)) for hop in range(3)),
@@ -64,12 +67,31 @@ class Kill:
         return max(itertools.pairwise(self.looks), key=lambda pair: pair[1].at_s - pair[0].at_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Calm:
+    """What hosts hear anyway, of records, round trips and the DHT, while no session is open."""
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    @classmethod
+    def of(cls, network: Network) -> Calm:
+        before = network.counts()
+        time.sleep(CALM_S)
+        return cls(before, network.counts())
+
+    def bytes_into(self, hosts: list[str], seconds: float) -> int:
+        """In so many of them."""
+        return round(sum(bytes_into(self.after, n) - bytes_into(self.before, n) for n in hosts) * seconds / CALM_S)
+
+
 def run(notebook: Notebook) -> None:
     with pairs_network(notebook) as network, LabSwarm(network, MODEL, PEERS) as swarm:
         user = swarm.add_user("user", resilience=notebook.resilience)
         prompt_s = warm_up(notebook, user)
+        calm = Calm.of(network)
         for number in range(notebook.runs):
-            one_run(notebook, swarm, user, number, prompt_s)
+            one_run(notebook, swarm, user, number, prompt_s, calm)
             swarm.revive()
         notebook.saw(network)
     stalls = [row["stall_s"] for row in notebook.rows]
@@ -81,8 +103,8 @@ def run(notebook: Notebook) -> None:
     if uplinks := [row["uplink"] for row in during if 0 not in row["hops"] and not fed]:
         notebook.at_most("client's uplink beyond the pending step, worst, bytes", max(uplinks), 2048)
     if during and not fed:
-        resent = max(row["into_healthy"] for row in during) / (PROMPT * HIDDEN_BYTES)
-        notebook.at_most("sent to healthy hops during a stall / the whole prompt, worst", resent, 0.1)
+        resent = max(row["into_healthy"] - row["anyway"] for row in during) / (PROMPT * HIDDEN_BYTES)
+        notebook.at_most("sent to healthy hops for a stall's sake / the whole prompt, worst", resent, 0.1)
 
 
 def warm_up(notebook: Notebook, user: User) -> float:
@@ -91,7 +113,7 @@ def warm_up(notebook: Notebook, user: User) -> float:
     return median(answer.times_s[0] - answer.started_s for answer in answers)
 
 
-def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt_s: float) -> None:
+def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt_s: float, calm: Calm) -> None:
     when, hops = CASES[number % len(CASES)]
     prompt = notebook.prompt(PROMPT)
     at_token, at_s = notebook.rng.randrange(2, COUNT - 5), notebook.rng.uniform(0.1, 0.9) * prompt_s
@@ -132,6 +154,7 @@ def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt
         carried["uplink"] = after.sent - before.sent - step_bytes
         carried["uplink_packets"] = bytes_out_of(after.counts, "user") - bytes_out_of(before.counts, "user")
         carried["into_healthy"] = sum(bytes_into(after.counts, n) - bytes_into(before.counts, n) for n in names)
+        carried["anyway"] = calm.bytes_into(names, after.at_s - before.at_s)
     notebook.row(**about, identical=ids == expected, stall_s=after.at_s - before.at_s, **carried)
 
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
+from peers.errors import NotEnoughDisk
 from peers.model import hashes
 from peers.model.hashes import sha256_of
+from peers.model.storage import full_disk_named
 
 
 class Readings:
@@ -76,3 +79,25 @@ def test_a_damaged_note_is_replaced(shard: Path, tmp_path: Path) -> None:
     note.write_text("{")
     assert sha256_of(shard, cache=tmp_path) == digest
     assert note.read_bytes() != b"{"
+
+
+def test_a_full_disk_costs_the_note_and_not_the_hash(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hashes, "write_atomically", full)
+    readings = Readings()
+    for _ in range(2):
+        assert sha256_of(shard, cache=tmp_path, progress=readings) == hashlib.sha256(shard.read_bytes()).hexdigest()
+    assert len(readings.labels) == 2
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, NotEnoughDisk), (errno.EIO, OSError)])
+def test_a_full_disk_is_named_and_another_failure_stays_what_it_is(
+    tmp_path: Path, number: int, error: type[Exception]
+) -> None:
+    with pytest.raises(error) as caught, full_disk_named(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert type(caught.value) is error

@@ -16,6 +16,7 @@ from torch import Tensor
 from peers.runtime.engine import Done, Engine, EngineStats, PositionGap, SessionKey, SessionReleased, Work
 from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.handler import Handler, Served
+from peers.serving.journal import Journal, JournalLimits
 from peers.serving.ledger import Ledger, LedgerLimits
 from peers.serving.push import Delivery
 from peers.transport.links import Link, Links
@@ -124,12 +125,14 @@ class Hop:
         self.engine = ToyEngine()
         self.ledger: Ledger[Delivery, Link] = Ledger(LedgerLimits(**{"max_positions": 1000} | limits))
         self.admission = Admission(AdmissionLimits(max_bytes_in_flight_per_peer=1 << 20))
+        self.journal = Journal(JournalLimits())
         self.handler = Handler(
             links=self.links,
             engine=cast(Engine, self.engine),
             served=Served(model=MODEL, spans=BlockSpans.of(self.span), hidden_size=HIDDEN),
             ledger=self.ledger,
             admission=self.admission,
+            journal=self.journal,
             clock=lambda: asyncio.get_running_loop().time(),
         )
         self.running: asyncio.Task[None] | None = None

@@ -132,6 +132,12 @@ async def test_a_wrong_open_is_refused_and_keeps_what_was_open(changes: dict[str
         await runs(client, hop, 2, 5)
 
 
+async def test_a_journal_that_holds_nothing_yet_is_used_all_the_same() -> None:
+    """It is false, as everything empty is."""
+    async with Alone() as route:
+        assert route.hop.handler.journal is route.hop.journal
+
+
 async def test_a_part_of_the_span_can_be_opened() -> None:
     async with Alone() as route:
         await route.client.open(route.hops, start=1, end=3)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from msgspec.structs import replace
 
-from peers.serving.push import DIAL_TIMEOUT_S, MAX_DIALS, MAX_DIALS_PER_OWNER, RETRY_PUSH_S
+from peers.errors import StreamClosed
+from peers.serving.push import DIAL_TIMEOUT_S, MAX_DIALS, MAX_DIALS_PER_OWNER, RETRY_PUSH_S, Delivery, Pusher
 from peers.wire.messages import Code, Failed, Opened, Relay, Result
 from routing.errors import Unavailable
 from routing.ids import PeerId
@@ -315,3 +317,26 @@ async def test_a_node_of_the_internet_dials_nothing_inside_its_network_for_a_str
         await route.client.next(Opened)
         await asyncio.sleep(0.1)
         assert dialled == [public] if own.startswith("/ip4/1.") else set(dialled) >= {public, *inside}
+
+
+async def test_a_link_that_ends_once_the_route_was_replaced_says_nothing_of_the_new_successor() -> None:
+    old, new, owner = peer_id(1), peer_id(2), peer_id(3)
+    entry: Any = SimpleNamespace(
+        next=old, next_addresses=(), owner=owner, owner_link=None, epoch=1, relay_until_s=0.0, place="p"
+    )
+
+    class Ending:
+        remote = old
+
+        async def send(self, *_: object, **__: object) -> None:
+            entry.next, entry.epoch = new, 2  # the client was quicker
+            raise StreamClosed("the stream was closed")
+
+    async def to(*_: object, **__: object) -> Ending:
+        return Ending()
+
+    pusher = Pusher(cast(Any, SimpleNamespace(known=lambda peer: True, to=to)), lambda: 0.0)
+    message, payload = SimpleNamespace(epoch=1), memoryview(b"")
+    await pusher.deliver(entry, Delivery(cast(Any, message), payload, False))
+    assert entry.relay_until_s == 0.0
+    assert pusher.counts.relayed == 0

@@ -196,6 +196,24 @@ async def test_a_clock_that_is_off_is_named_once(
     assert all(said in warning and ONE in warning for warning in warnings)
 
 
+async def test_a_node_knows_by_most_of_the_others_that_its_own_clock_is_off(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: 1000.0))
+    strangers = [world.network.transport(signing_key(number).peer_id) for number in range(10, 15)]
+    links = world.other.links
+    for stranger, time_s in zip(strangers, (700.0, 701.0, 699.0, float("nan"), 5000.0), strict=True):
+        await world.raw(stranger, time_s=time_s)
+        await asyncio.sleep(0.1)
+        if stranger is strangers[0]:
+            assert links.clock_skew_s is None, "two clocks that differ: whose is wrong?"
+    assert links.clock_skew_s == pytest.approx(299.5, abs=1.0), "one that is wrong itself is not believed"
+    await asyncio.sleep(module.SKEW_AGE_S)
+    assert links.clock_skew_s is None
+    for stranger in strangers:
+        await stranger.close()
+
+
 @pytest.mark.parametrize("time_s", [float("nan"), float("inf"), -1e300])
 async def test_an_absurd_clock_harms_nobody(world: World, time_s: float) -> None:
     await world.raw(time_s=time_s)
@@ -740,3 +758,42 @@ async def test_whether_large_frames_arrived_is_told_by_a_ping_behind_them(world:
     world.other.gate.set()
     assert await world.one.links.arrived(OTHER, timeout_s=1)
     assert world.other.numbers() == [1]
+
+
+async def test_large_sends_are_timed_until_they_were_read_on_the_other_side(world: World) -> None:
+    timed: list[tuple[PeerId, int, float]] = []
+    world.one.links.on_transfer = lambda *about: timed.append(about)
+    link = await world.dial()
+    await link.send(*step(0, module.TIMED_BYTES), bulk=True)  # opens the lane, which is not timed
+    await link.send(*step(1, module.TIMED_BYTES - 1), bulk=True)
+    await asyncio.sleep(module.QUIET_S)
+    world.other.gate.clear()
+    timed.clear()
+    await link.send(*step(2, module.TIMED_BYTES), bulk=True)
+    await link.send(*step(3, module.TIMED_BYTES), bulk=True)  # the way is not quiet any more
+    await asyncio.sleep(3.0)
+    assert timed == []
+    world.other.gate.set()
+    await asyncio.sleep(1.0)
+    ((peer, size, seconds),) = timed
+    assert peer == OTHER
+    assert module.TIMED_BYTES <= size <= 2 * module.TIMED_BYTES + 2000
+    assert seconds == pytest.approx(3.0 + 0.01, abs=0.02)
+
+
+async def test_nobody_asks_behind_small_sends_nor_where_nobody_wants_to_know(world: World) -> None:
+    pings: list[AnyMessage] = []
+    link = await world.dial()
+    request = world.one.links.request
+
+    async def watched(link: Link, build: Any, **options: Any) -> Any:
+        pings.append(build(0))
+        return await request(link, build, **options)
+
+    world.one.links.request = watched  # type: ignore[method-assign]
+    await link.send(*step(0, module.TIMED_BYTES), bulk=True)
+    world.one.links.on_transfer = lambda *_: None
+    await asyncio.sleep(module.QUIET_S)
+    await link.send(*step(1, module.TIMED_BYTES - 1), bulk=True)
+    await asyncio.sleep(1.0)
+    assert pings == []
