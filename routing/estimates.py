@@ -27,7 +27,7 @@ HALF_LIFE_S: Final = 300.0
 QUEUE_HALF_LIFE_S: Final = 10.0
 """A queue empties in seconds; last minute's says nothing."""
 CYCLE_S: Final = 0.5
-"""From one step of a session to its next, when nobody waits; until routes say otherwise."""
+"""From one step of a session to its next, when nobody waits: at least, or until routes say otherwise."""
 MAX_PEERS: Final = 20_000
 
 
@@ -209,7 +209,8 @@ class Estimates:
         if not sessions:
             return announcement.queue_s
         takes_s = announcement.spans.num_blocks / _speed(announcement)
-        turn_s = max(self.cycle_s, self.load.turn_s)
+        # a session with short steps does other things too: two of them alone do not queue behind one another
+        turn_s = max(CYCLE_S, self.cycle_s, self.load.turn_s)
         excess_s = (sessions + 1) * takes_s - turn_s
         response_s = (excess_s + math.sqrt(excess_s * excess_s + 4 * takes_s * turn_s)) / 2
         return max(announcement.queue_s, response_s - takes_s)
