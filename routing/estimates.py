@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Set
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from routing.coordinates import Coordinate, distance_s, moved
+from routing.dealing import Dealing, price_s
 from routing.detours import Detours
 from routing.flow import capacity
 from routing.ids import PeerId
@@ -31,7 +32,7 @@ HALF_LIFE_S: Final = 300.0
 QUEUE_HALF_LIFE_S: Final = 10.0
 """A queue empties in seconds; last minute's says nothing."""
 CYCLE_S: Final = 0.5
-"""From one step of a session to its next, when nobody waits."""
+"""From one step of a session to its next, when nobody waits: at least, or until routes say otherwise."""
 DOUBT: Final = 1.5
 """A peer that was measured to be so many times slower than it says is measured again,"""
 DOUBT_AFTER_S: Final = 15.0
@@ -131,6 +132,16 @@ class PeerEstimate(NamedTuple):
     """On the way there."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How much a swarm is used, as its peers announce."""
+
+    tokens_per_s: float = 0.0
+    """What it can carry."""
+    turn_s: float = 0.0
+    """From one token of a session to its next, where all sessions are shared out in proportion and nobody idles."""
+
+
 class Estimates:
     """Guards the measurements of at most MAX_PEERS peers; the one measured longest ago is forgotten first."""
 
@@ -142,6 +153,9 @@ class Estimates:
         self._fastest = (BANDWIDTH_BYTES_PER_S, -math.inf)
         """The best way out of here that was measured lately, and when."""
         self.detours = Detours()
+        self._dealing = Dealing()
+        self._idle_s = Smoothed()
+        self.load = Load()
         self.here = Coordinate()
         """Of this node; what it announces."""
 
@@ -192,19 +206,43 @@ class Estimates:
             if measured.rtt_s.known
         ]
 
-    def on_planned(self, announcement: Announcement) -> None:
-        """This node sends one more session to the peer."""
-        sequence, count = self._planned.pop(announcement.peer_id, (0, 0))
-        if len(self._planned) >= self._max_peers:
-            del self._planned[next(iter(self._planned))]
-        count = count + 1 if sequence == announcement.sequence else 1
-        self._planned[announcement.peer_id] = (announcement.sequence, count)
+    def on_planned(
+        self, session: Hashable | None, hops: Sequence[tuple[Announcement, int]], idle_s: float, now_s: float
+    ) -> None:
+        """A session of this node goes to these peers, for so many blocks each; its steps take `idle_s` where nobody
+        waits. None: one whose end nobody will tell."""
+        self._idle_s.add(idle_s, now_s)
+        for peer, sequence in {a.peer_id: a.sequence for a, _ in hops}.items():
+            before, count = self._planned.pop(peer, (0, 0))
+            if len(self._planned) >= self._max_peers:
+                del self._planned[next(iter(self._planned))]
+            self._planned[peer] = (sequence, count + 1 if before == sequence else 1)
+        if session is not None:
+            self._dealing.deal(session, [(a.peer_id, blocks / _speed(a)) for a, blocks in hops])
+
+    def on_ended(self, session: Hashable) -> None:
+        """A session of this node is over."""
+        self._dealing.end(session)
+
+    def is_new(self, session: Hashable | None) -> bool:
+        """Whether it has a name and was dealt to nobody yet."""
+        return session is not None and session not in self._dealing
+
+    @property
+    def cycle_s(self) -> float:
+        """From one step of a session to its next, when nobody waits."""
+        return self._idle_s.lately(0.0) or CYCLE_S
+
+    def price_s_per_block(self, announcement: Announcement) -> float:
+        """By how much a peer is made dearer, per block, for the sessions that this node has there (see `dealing`)."""
+        part = self._dealing.part(announcement.peer_id, self.load.tokens_per_s)
+        return price_s(part, self.load.turn_s, self.cycle_s) / announcement.num_blocks if part else 0.0
 
     def expected_queue_s(self, announcement: Announcement) -> float:
         """What a step waits as the peer says, or will wait behind the sessions that are there, before a queue shows it.
 
-        In a closed queue n sessions that each need it for S of a cycle of T wait for about n·S − T once that is
-        positive, and for little before (Lazowska et al., "Quantitative System Performance", 1984, chapter 5).
+        n sessions that each need it for S of a cycle of T wait in a closed queue for w = R - S, where (Schweitzer 1979)
+        R² + R (T - n·S) - S·T = 0: about n·S - T once that is positive, and little before.
         """
         sessions = announcement.sessions
         if self._planned:
@@ -212,9 +250,12 @@ class Estimates:
             sessions += count if sequence == announcement.sequence else 0
         if not sessions:
             return announcement.queue_s
-        speed = capacity(announcement.decode_s_per_block, announcement.prefill_s_per_token_block)
-        asked_s = sessions * announcement.spans.num_blocks / speed
-        return max(announcement.queue_s, asked_s * asked_s / (asked_s + CYCLE_S))
+        takes_s = announcement.spans.num_blocks / _speed(announcement)
+        # a session with short steps does other things too: two of them alone do not queue behind one another
+        turn_s = max(CYCLE_S, self.cycle_s, self.load.turn_s)
+        excess_s = (sessions + 1) * takes_s - turn_s
+        response_s = (excess_s + math.sqrt(excess_s * excess_s + 4 * takes_s * turn_s)) / 2
+        return max(announcement.queue_s, response_s - takes_s)
 
     def predicted_rtt_s(self, announcement: Announcement) -> float:
         """What the places of both ends say, where both know theirs well enough."""
@@ -252,6 +293,10 @@ class Estimates:
             del self._measured[next(iter(self._measured))]
         self._measured[peer] = measured
         return measured
+
+
+def _speed(announcement: Announcement) -> float:
+    return capacity(announcement.decode_s_per_block, announcement.prefill_s_per_token_block)
 
 
 _NOTHING: Final = _Measured()

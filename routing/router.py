@@ -7,7 +7,7 @@ driver feeds it announcements and measurements and asks it for plans. Not for se
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
@@ -17,7 +17,7 @@ from routing.cost import HopCost, block_s, hop_cost
 from routing.detours import HERE
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
-from routing.estimates import Estimates, PeerEstimate, RoundTrip
+from routing.estimates import Estimates, Load, PeerEstimate, RoundTrip
 from routing.flow import Shares, by_span, capacities_of, pick, shares
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
 from routing.path import Candidate, bridge, cheapest_path, gaps
@@ -93,6 +93,9 @@ class RouteRequest:
     """A number in [0, 1), another one for each session (see `flow.GOLDEN`): of peers that are about as good, it decides
     which, so that they are used in proportion to what the swarm's maximum flow gives them. The route is counted as
     taken. None: always the best."""
+    session: Hashable | None = None
+    """Whose route it is, until `Router.on_ended`: with it the sessions of this node share peers in proportion once a
+    swarm is in demand, each new one going where the fewest are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +219,10 @@ class Router:
         """The peer says that it leaves: do without it until it announces that it is back. Not a failure."""
         self._directory.says(peer, PeerState.DRAINING)
 
+    def on_ended(self, session: Hashable) -> None:
+        """A session of this node, as it was named in its requests, is over. Idempotent."""
+        self._estimates.on_ended(session)
+
     def on_success(self, peer: PeerId, now_s: float) -> None:
         """The peer did what was asked of it."""
         self._reputation.on_success(peer, now_s)
@@ -243,6 +250,8 @@ class Router:
         that are avoided, paused, draining, joining, backed off, too imprecise or without an address. Good for this
         moment only. Raises NoRoute, which names the missing blocks and says whether nobody holds them or who does.
         """
+        if request.spread is not None:
+            self._flow(request, now_s)
         view = self._view(request, now_s)
         usable, previous = view.usable, view.previous
         candidates = [
@@ -258,13 +267,14 @@ class Router:
             raise _no_route(request, view.announcements, view.excluded, view.imprecise)
         hops = self._over_links(view, candidates, path.hops)
         if view.whole:
-            if view.route_s(hops) > (1 - HYSTERESIS) * view.route_s(previous):
+            if view.priced_route_s(hops) > (1 - HYSTERESIS) * view.priced_route_s(previous):
                 hops = previous
         elif request.spread is not None and not previous:
             hops = self._spread(view, hops, request.spread, now_s)
-        if request.spread is not None and hops != previous:
-            for peer in {peer for peer, _ in hops}:
-                self._estimates.on_planned(view.by_peer[peer])
+        if request.spread is not None and (hops != previous or self._estimates.is_new(request.session)):
+            idle_s = view.route_s(hops) - sum(view.estimate(peer).queue_s for peer, _ in hops)
+            parts = [(view.by_peer[peer], len(span)) for peer, span in hops]
+            self._estimates.on_planned(request.session, parts, idle_s, now_s)
         return self._route(view, hops)
 
     def route_s(self, request: RouteRequest, now_s: float) -> float | None:
@@ -411,13 +421,17 @@ class Router:
         snapshot, known = self._directory.snapshot(now_s), self._shares
         if known is None or known[:3] != (snapshot, request.model, request.num_blocks):
             everybody = snapshot.of_model(request.model)
-            online = (
-                part
-                for a in everybody[:: 1 + len(everybody) // FLOW_SAMPLE]
-                if a.state is PeerState.ONLINE and a.num_blocks == request.num_blocks
-                for part in capacities_of(a)
+            every = 1 + len(everybody) // FLOW_SAMPLE
+            online = [
+                a for a in everybody[::every] if a.state is PeerState.ONLINE and a.num_blocks == request.num_blocks
+            ]
+            parts = [part for a in online for part in capacities_of(a)]
+            flow = shares(by_span(parts), request.num_blocks)
+            asked = sum(a.sessions * a.spans.num_blocks for a in online)
+            self._estimates.load = Load(
+                tokens_per_s=every * flow.tokens_per_s,
+                turn_s=asked / max(1e-9, sum(amount for _, amount in parts)),
             )
-            flow = shares(by_span(online), request.num_blocks)
             known = self._shares = (snapshot, request.model, request.num_blocks, flow)
         return known[3]
 
@@ -436,6 +450,8 @@ class _Known(NamedTuple):
     cost: HopCost
     compared: HopCost
     """What it is compared by: dearer for last resorts, cheaper for peers of the route that was."""
+    price_s_per_block: float
+    """The part of `compared.per_block_s` that is there for this node's other sessions."""
     trip_s: float
     """The part of `compared.enter_s` that goes from this node to the peer."""
     way_s: float
@@ -494,6 +510,10 @@ class _View:
         total_s += sum(len(span) * self.compared(peer).per_block_s for peer, span in hops)
         return total_s + sum(self.compared_entry_s(a, b) for (a, _), (b, _) in itertools.pairwise(hops))
 
+    def priced_route_s(self, hops: Hops) -> float:
+        """`route_s`, and what its peers are made dearer by for this node's other sessions."""
+        return self.route_s(hops) + sum(len(span) * self._of(peer).price_s_per_block for peer, span in hops)
+
     def last_resort(self, announcement: Announcement) -> str:
         """Why a peer is entered only where nobody else can be; empty for the others."""
         if announcement.peer_id in self.busy:
@@ -517,9 +537,12 @@ class _View:
             if peer in self.settled and not self.whole:
                 compared = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
                 trip_s *= 1 - HYSTERESIS
+            price_s = self.estimates.price_s_per_block(announcement) if request.spread is not None else 0.0
+            if price_s:
+                compared = compared._replace(per_block_s=compared.per_block_s + price_s)
             if self.last_resort(announcement):
                 compared = compared._replace(enter_s=compared.enter_s + _LAST_RESORT_S)
-            known = self._known[peer] = _Known(estimate, cost, compared, trip_s, way_s)
+            known = self._known[peer] = _Known(estimate, cost, compared, price_s, trip_s, way_s)
         return known
 
     def _trip_s(self, a: PeerId, b: PeerId) -> float:
@@ -560,6 +583,8 @@ def _without_slow_strangers(
             continue
         parts = a.spans.parts
         takes_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, request.tokens)
+        if request.spread is not None:
+            takes_s += estimates.price_s_per_block(a)
         takes_s = waits_s(a) + (parts[0].end - parts[0].start) * takes_s
         ends = (parts[0].start, parts[0].end) if len(parts) == 1 else parts  # thousands are hashed
         key = (ends, a.max_bytes_per_s, a.free_tokens < request.cache_tokens, cell_of(a.place))

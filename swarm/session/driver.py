@@ -338,6 +338,7 @@ class SwarmRemote:
     def _forget(self, session: LiveSession, error: SwarmError) -> None:
         assert session.core is not None
         self._sessions.by_id.pop(session.core.session, None)
+        self._client.router.on_ended(session.core.session)
         session.outbox.clear()
         session.rows.clear()
         futures, session.futures = session.futures, {}
@@ -437,6 +438,7 @@ class SwarmRemote:
             tokens=max((step.count for step in pending), default=1),
             keep=need.keep,
             spread=self._turn,
+            session=core.session,
         )
         try:
             route = await self._client.discovery.route(request)
@@ -444,6 +446,8 @@ class SwarmRemote:
             self.perform(session, core.no_route(error))
         else:
             self.perform(session, core.route_ready(route))
+            if not core.alive:  # released meanwhile
+                self._client.router.on_ended(core.session)
 
     def _request(self, avoid: frozenset[PeerId], previous: Route | None, length: int) -> RouteRequest:
         """For a step of one position."""

@@ -16,6 +16,7 @@ class Sample:
     at_s: float
     tokens_per_s: float
     bound_tokens_per_s: float
+    users_bound_tokens_per_s: float
     covered: bool
     peers: int
     """Online."""
@@ -33,12 +34,15 @@ class Report:
     """New ones alone."""
     bound_tokens_per_s: float
     """The mean of the maximum flow."""
+    users_bound_tokens_per_s: float
+    """What so many users could ask for if each had the swarm to himself: no more than one token each per trip through
+    all blocks, so a swarm with few users for its size cannot come near its maximum flow."""
     coverage: float
     """The share of seconds in which every block had an online peer."""
     first_token_s: float
     """Median."""
     fairness: float
-    """Jain's index over users."""
+    """Jain's index over users, of tokens through all blocks."""
     slowest_to_mean: float
     joins: int
     moves: int
@@ -55,11 +59,21 @@ class Report:
     def of_bound(self) -> float:
         return self.tokens_per_s / self.bound_tokens_per_s if self.bound_tokens_per_s else 0.0
 
+    @property
+    def of_least_bound(self) -> float:
+        """Of the smaller of both bounds."""
+        least = min(self.bound_tokens_per_s, self.users_bound_tokens_per_s)
+        return self.tokens_per_s / least if least else 0.0
+
     def as_plain(self) -> dict[str, Any]:
         """As JSON values."""
         plain = asdict(self)
         plain["samples"] = [asdict(sample) for sample in self.samples]
-        return plain | {"of_bound": self.of_bound, "moves_per_join": self.moves / max(1, self.joins)}
+        return plain | {
+            "of_bound": self.of_bound,
+            "of_least_bound": self.of_least_bound,
+            "moves_per_join": self.moves / max(1, self.joins),
+        }
 
     def lines(self) -> list[str]:
         """For people."""
@@ -69,6 +83,8 @@ class Report:
             f"{c.churn_per_hour:.0%} churn per hour, seed {c.seed}",
             f"throughput   {self.tokens_per_s:,.0f} tokens/s, {self.of_bound:.1%} of the maximum flow "
             f"({self.bound_tokens_per_s:,.0f}); {self.written_tokens_per_s:,.0f} of them new",
+            f"             {self.users_bound_tokens_per_s:,.0f} if every user had the swarm to himself: "
+            f"{self.of_least_bound:.1%} of the smaller bound",
             f"first token  {self.first_token_s:.2f} s (median), over {self.hops:.1f} hops",
             f"fairness     {self.fairness:.3f} (Jain); the slowest user has {self.slowest_to_mean:.0%} of the mean",
             f"coverage     {self.coverage:.3%} of the time; longest gap {self.healed_s_max:.0f} s",

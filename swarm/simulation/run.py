@@ -11,7 +11,8 @@ import math
 import random
 import statistics
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from routing.coordinates import Coordinate
@@ -26,6 +27,7 @@ from swarm.simulation.report import Report, Sample
 from swarm.simulation.world import (
     BYTES_PER_TOKEN,
     MODEL,
+    Line,
     Peer,
     SimulationConfig,
     draw_peer,
@@ -39,7 +41,8 @@ LOOK_S: Final = 4.0
 SETTLE_S: Final = 3.0
 REST_S: Final = 600.0
 SAMPLE_S: Final = 10.0
-SLOWDOWN_MAX: Final = 1000.0
+USERS_BOUND_S: Final = 300.0
+"""It takes long to compute, and changes little."""
 WARM_UP_S: Final = 120.0
 """Users and queues settle before anything is counted."""
 CHUNK: Final = 64
@@ -59,6 +62,7 @@ class Client:
 
 @dataclass(slots=True, eq=False)
 class User:
+    number: int
     client: Client
     route: Route | None = None
     hops: tuple[tuple[Peer, int], ...] = ()
@@ -72,9 +76,25 @@ class User:
     kept: int = 0
     """Positions held at each hop."""
     tokens: float = 0.0
-    """Since counting began."""
+    """Through all blocks, since counting began."""
     rate: float = 0.0
     """Tokens per second, if nobody is asked for more than it can do."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """If nobody is asked for more than it can do."""
+        tokens = CHUNK if self.unread > 0 else 1
+        return tokens / (
+            self.trips_s
+            + sum(
+                blocks * peer.decode_s * (1 + (tokens - 1) / BATCH) * self.line(peer).slowdown
+                for peer, blocks in self.hops
+            )
+        )
+
+    def line(self, peer: Peer) -> Line:
+        """Where it waits."""
+        return peer.prompts if self.unread > 0 else peer.steps
 
 
 class Simulation:
@@ -98,12 +118,13 @@ class Simulation:
             Client(draw_place(self._rng), self._rng.uniform(0, RECORD_RENEW_S), turn=self._rng.random())
             for _ in range(config.clients)
         ]
-        self._users = [User(self._clients[number % config.clients]) for number in range(config.users)]
+        self._users = [User(number, self._clients[number % config.clients]) for number in range(config.users)]
 
     def run(self) -> Report:
         samples: list[Sample] = []
         seconds = int(WARM_UP_S + self.config.minutes * 60)
         covered = counted = 0
+        users_bound = 0.0
         joins = self._counts["joins"]
         spread = max(1.0, WARM_UP_S / 2)
         for user in self._users:  # they do not come all at once
@@ -121,12 +142,15 @@ class Simulation:
             covered, counted = covered + whole, counted + 1
             self._counts["processed"] += round(processed)
             self._counts["written"] += round(written)
+            if (second - WARM_UP_S) % USERS_BOUND_S == 0:
+                users_bound = self._users_bound()
             if second % SAMPLE_S == 0:
                 samples.append(
                     Sample(
                         at_s=second - WARM_UP_S,
                         tokens_per_s=processed,
                         bound_tokens_per_s=self._bound(),
+                        users_bound_tokens_per_s=users_bound,
                         covered=whole,
                         peers=sum(peer.state is PeerState.ONLINE for peer in self._peers.values()),
                     )
@@ -139,6 +163,7 @@ class Simulation:
             tokens_per_s=counts["processed"] / counted,
             written_tokens_per_s=counts["written"] / counted,
             bound_tokens_per_s=statistics.fmean(sample.bound_tokens_per_s for sample in samples),
+            users_bound_tokens_per_s=statistics.fmean(sample.users_bound_tokens_per_s for sample in samples),
             coverage=covered / counted,
             first_token_s=statistics.median(self._first_token_s) if self._first_token_s else math.nan,
             fairness=_jain(rates),
@@ -262,6 +287,7 @@ class Simulation:
             cache_tokens=user.prompt + int(user.left),
             previous=user.route,
             spread=client.turn,
+            session=user.number,
         )
         try:
             return client.router.plan(request, self._now_s)
@@ -291,15 +317,14 @@ class Simulation:
         user.hops = tuple(
             (peer, len(hop.span)) for peer, hop in zip(found, route.hops, strict=True) if peer is not None
         )
-        places = [client.where, *(peer.where for peer, _ in user.hops), client.where]
-        user.trips_s = sum(round_trip_s(a, b) / 2 for a, b in itertools.pairwise(places))
-        user.unread = float(user.prompt)
+        user.trips_s = _trips_s(client.where, [peer for peer, _ in user.hops])
+        user.unread = float(user.prompt) if now_s > WARM_UP_S / 2 else 0.0  # the first are in the midst of an answer
         user.kept = user.prompt + int(user.left)
         for peer, blocks in user.hops:
             peer.used_tokens += user.kept
             peer.sessions += 1
             client.router.on_rtt(peer.peer_id, round_trip_s(client.where, peer.where), now_s)
-            client.router.on_step(peer.peer_id, blocks, 1, blocks * peer.decode_s * peer.slowdown, 0.0, now_s)
+            client.router.on_step(peer.peer_id, blocks, 1, *peer.step_s(blocks), now_s)
 
     def _free(self, user: User) -> None:
         for peer, _ in user.hops:
@@ -311,7 +336,7 @@ class Simulation:
         """One second of everybody; returns the tokens that passed the swarm, and those of them that are new."""
         now_s, processed, written = self._now_s, 0.0, 0.0
         for peer in self._peers.values():
-            peer.demand = 0.0
+            peer.steps.demand = peer.prompts.demand = 0.0
         for user in self._users:
             if not user.hops:
                 if now_s >= user.resumes_at_s:
@@ -330,26 +355,22 @@ class Simulation:
                 self._free(user)
                 user.resumes_at_s = now_s + REPAIR_S
                 continue
-            tokens = CHUNK if user.unread > 0 else 1
-            step_s = user.trips_s + sum(
-                blocks * peer.decode_s * (1 + (tokens - 1) / BATCH) * peer.slowdown for peer, blocks in user.hops
-            )
-            user.rate = tokens / step_s
+            user.rate = user.tokens_per_s
             for peer, blocks in user.hops:
-                peer.demand += user.rate * blocks * peer.token_s
+                user.line(peer).demand += user.rate * blocks * peer.token_s
+        for peer in self._peers.values():
+            peer.settle()
         for user in self._users:
             if user.hops:
-                rate = user.rate / max(1.0, *(peer.demand for peer, _ in user.hops))
+                rate = user.rate / max(user.line(peer).excess for peer, _ in user.hops)
                 processed += rate
                 written += self._advance(user, rate)
-        for peer in self._peers.values():
-            # what is asked for settles at what can be done
-            peer.slowdown = min(max(1.0, peer.slowdown * min(2.0, max(0.5, peer.demand)) ** 0.5), SLOWDOWN_MAX)
         return processed, written
 
     def _advance(self, user: User, rate: float) -> float:
         """A second of a user who has a route; returns the new tokens."""
         counting = self._now_s >= WARM_UP_S
+        user.tokens += rate if counting else 0.0
         if user.unread > 0:
             user.unread -= rate
             return 0.0
@@ -359,18 +380,41 @@ class Simulation:
             user.asked_at_s = -1.0
         user.left -= rate
         user.prompt += round(rate)
-        user.tokens += rate if counting else 0.0
         if user.left <= 0:
             for peer, blocks in user.hops:
-                step_s = blocks * peer.decode_s * peer.slowdown
-                user.client.router.on_step(peer.peer_id, blocks, 1, step_s, 0.0, self._now_s)
+                user.client.router.on_step(peer.peer_id, blocks, 1, *peer.step_s(blocks), self._now_s)
             self._free(user)
+            user.client.router.on_ended(user.number)
             user.route, user.resumes_at_s = None, self._now_s
         return rate
 
     def _gaps(self) -> bool:
         online = (span for peer in self._peers.values() if peer.state is PeerState.ONLINE for span in peer.spans)
         return bool(gaps(online, self.config.blocks))
+
+    def _users_bound(self) -> float:
+        """What all users would get if everybody had the swarm for himself, by the routes that are planned then."""
+        idle = [replace(a, queue_s=0.0, sessions=0) for a in self._records() if a.state is PeerState.ONLINE]
+        total = 0.0
+        for client in self._clients:
+            router = Router()
+            router.on_announcements(idle, self._now_s)
+            for peer in client.seen:
+                if peer in self._peers:
+                    router.on_rtt(peer, round_trip_s(client.where, self._peers[peer].where), self._now_s)
+            request = RouteRequest(model=MODEL, num_blocks=self.config.blocks, bytes_per_token=BYTES_PER_TOKEN)
+            try:
+                planned = router.plan(request, self._now_s).hops
+            except NoRoute:
+                return 0.0
+            hops = [(self._peers[hop.peer_id], len(hop.span)) for hop in planned]
+            trips_s = _trips_s(client.where, [peer for peer, _ in hops])
+            compute_s = sum(blocks * peer.decode_s for peer, blocks in hops)
+            prompt_s = (trips_s + compute_s * (1 + (CHUNK - 1) / BATCH)) / CHUNK
+            prompt, new = self.config.prompt_tokens, self.config.new_tokens
+            users = sum(user.client is client for user in self._users)
+            total += users * (prompt + new) / (prompt * prompt_s + new * (trips_s + compute_s))
+        return total
 
     def _bound(self) -> float:
         """The maximum flow through those who are there now."""
@@ -381,8 +425,14 @@ class Simulation:
         return max_flow(by_span(parts), self.config.blocks)
 
 
+def _trips_s(where: Coordinate, peers: Sequence[Peer]) -> float:
+    """From a client through all of them and back."""
+    places = [where, *(peer.where for peer in peers), where]
+    return sum(round_trip_s(a, b) / 2 for a, b in itertools.pairwise(places))
+
+
 def simulate(config: SimulationConfig) -> Report:
-    """Run it all; takes about a minute for 1,000 peers and 6,000 users over ten minutes."""
+    """Run it all."""
     return Simulation(config).run()
 
 

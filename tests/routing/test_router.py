@@ -470,7 +470,7 @@ def test_a_client_counts_its_own_sessions_before_any_record_does() -> None:
     quick = announcement(peer(1), 0, 30)
     slower = announcement(peer(2), 0, 30, decode_s_per_block=0.003)
     router = router_with(quick, slower)
-    used = [router.plan(replace(REQUEST, spread=n / 30), NOW_S).hops[0].peer_id for n in range(60)]
+    used = [router.plan(replace(REQUEST, spread=n / 30), NOW_S).hops[0].peer_id for n in range(150)]
     assert used[0] == peer(1)
     assert peer(2) in used, "the queue at the quick one outweighs its speed"
     router.on_announcements([replace(quick, sequence=2)], NOW_S)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from routing.dealing import ROOMY, SESSIONS_MIN, Dealing, price_s
+from routing.ids import PeerId
+from routing.router import Router, RouteRequest
+from tests.routing.swarms import MODEL, NOW_S, announcement, peer
+
+REQUEST = RouteRequest(model=MODEL, num_blocks=30, bytes_per_token=1152)
+DEALS = st.tuples(st.integers(0, 5), st.lists(st.integers(0, 3), min_size=0, max_size=3))
+
+
+@given(st.lists(DEALS, max_size=40))
+def test_what_is_counted_is_what_the_sessions_that_were_dealt_last_need(deals: list[tuple[int, list[int]]]) -> None:
+    """An empty list of peers ends the session."""
+    dealing, live = Dealing(max_sessions=4), dict[int, list[int]]()
+    for session, peers in deals:
+        live.pop(session, None)
+        if not peers:
+            dealing.end(session)
+            continue
+        if len(live) == 4:
+            del live[next(iter(live))]
+        live[session] = peers
+        dealing.deal(session, [(peer(n), 0.5) for n in peers])
+    for n in range(4):
+        held = sum(peers.count(n) for peers in live.values())
+        assert dealing.part(peer(n), 2.0) == pytest.approx(held / SESSIONS_MIN)
+    assert all((session in dealing) == (session in live) for session in range(6))
+
+
+def test_a_peer_with_room_costs_nothing_and_one_without_costs_more_the_more_it_has() -> None:
+    assert price_s(1.0, turn_s=ROOMY * 0.5, cycle_s=0.5) == 0
+    assert 0 < price_s(1.0, turn_s=0.5, cycle_s=0.5) < price_s(1.2, turn_s=0.5, cycle_s=0.5)
+
+
+def test_in_a_crowded_swarm_a_node_shares_its_sessions_out_by_what_peers_can_carry() -> None:
+    speeds = (0.002, 0.002, 0.004)
+    router = Router()
+    router.on_announcements(
+        [
+            announcement(peer(n), 0, 30, decode_s_per_block=d, prefill_s_per_token_block=d / 4, sessions=200)
+            for n, d in enumerate(speeds)
+        ],
+        NOW_S,
+    )
+    uses = Counter[PeerId]()
+    for session in range(120):
+        route = router.plan(replace(REQUEST, spread=session / 120, session=session), NOW_S)
+        uses[route.hops[0].peer_id] += 1
+    assert [uses[peer(n)] for n in range(3)] == pytest.approx([48, 48, 24], abs=4)
+
+
+def test_while_there_is_room_sessions_that_end_leave_the_fastest_peer_the_best() -> None:
+    router = Router()
+    router.on_announcements([announcement(peer(0), 0, 30), announcement(peer(1), 0, 30)], NOW_S)
+    fast = replace(announcement(peer(1), 0, 30, sequence=2), decode_s_per_block=1e-4)
+    for session in range(60):
+        router.on_announcements([replace(fast, sequence=2 + session)], NOW_S)
+        route = router.plan(replace(REQUEST, spread=session / 60, session=session), NOW_S)
+        assert route.hops[0].peer_id == peer(1)
+        router.on_ended(session)
+
+
+def test_a_session_that_stays_where_another_was_is_counted_once() -> None:
+    router = Router()
+    router.on_announcements([announcement(peer(0), 0, 30)], NOW_S)
+    first = router.plan(replace(REQUEST, spread=0.1, session="a"), NOW_S)
+    for _ in range(3):
+        router.plan(replace(REQUEST, spread=0.2, session="b", previous=first), NOW_S)
+    counted = router._estimates._dealing.part(peer(0), 1.0)
+    router.on_ended("b")
+    router.on_ended("b")
+    assert router._estimates._dealing.part(peer(0), 1.0) == pytest.approx(counted / 2)
