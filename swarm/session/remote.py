@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
+from peers.model.adapters import Adapter
 from routing.errors import CallerError
 from routing.router import Route
 
@@ -68,6 +69,30 @@ class Embed(Protocol):
         ...
 
 
+class Gradients(Protocol):
+    """Remote layers as a function of whole sequences, and its gradient. From any thread; blocks until it is done."""
+
+    def forward(
+        self,
+        input_TH: Tensor,
+        lengths: Sequence[int],
+        *,
+        regime_length: int,
+        keep: bool,
+        adapter: Adapter | None = None,
+    ) -> tuple[Tensor, object]:
+        """What all blocks make of sequences of these lengths, packed in `[T, D]`, each from position 0 on; with
+        `adapter`, what they would make of them if it were in them.
+
+        With `keep` also what `backward` needs of it, which is freed with its last reference.
+        """
+        ...
+
+    def backward(self, tape: Any, gradient_TH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of the input and of the adapter's values, from that of the output."""
+        ...
+
+
 class Remote(Protocol):
     """The remote layers. Every method may be called from any thread, `release` from a garbage collector too."""
 
@@ -93,6 +118,11 @@ class Remote(Protocol):
 
     def release(self, sessions: Sequence[RemoteSession]) -> None:
         """Forget sequences and free their pages. Instant and idempotent; never raises, also after `close`."""
+        ...
+
+    @property
+    def training(self) -> Gradients | None:
+        """Gradients through the layers; None where there are none."""
         ...
 
     @property
