@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.cli.commands import faces, looks, nodes, shows, texts
+from swarm.cli.commands import faces, looks, nodes, shows, texts, training
 
 COMMANDS: tuple[tuple[Callable[..., Any], str], ...] = (
     (nodes.bootstrap, "swarm bootstrap --listen /ip4/0.0.0.0/tcp/4001"),
     (nodes.join, "swarm join smollm2-135m-instruct --invite swarm://…"),
     (texts.generate, 'swarm generate smollm2-135m-instruct --invite swarm://… -p "Why is the sky blue?"'),
     (texts.chat, "swarm chat smollm2-135m-instruct --invite swarm://…"),
+    (training.finetune, "swarm finetune smollm2-135m-instruct --invite swarm://… --data mine.jsonl --output mine"),
     (faces.gateway, "swarm gateway smollm2-135m-instruct --invite swarm://… --port 8000"),
     (looks.status, "swarm status --invite swarm://…"),
     (faces.dashboard, "swarm dashboard --invite swarm://… --port 8080"),
