@@ -33,6 +33,9 @@ FORWARD_BYTES = 200_000_000
 JOURNAL_SHARE = 1 / 16
 """Of what a peer may use beyond its process, the most for its journal (`serving.journal`); JOURNAL_BYTES at most."""
 JOURNAL_BYTES = 256 << 20
+TRAINING_SHARE = 1 / 16
+"""Likewise for what is kept for backwards (`serving.training`)."""
+TRAINING_BYTES = 256 << 20
 MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -56,6 +59,8 @@ class Plan:
     """That may run on one device at the same time: every span has an engine of its own."""
     journal_bytes: int = JOURNAL_BYTES
     """Of host memory, for what sessions sent on."""
+    training_bytes: int = 0
+    """Of the devices' memory, for what is kept between a forward and its backward; 0: no training."""
 
     @property
     def max_blocks(self) -> int:
@@ -121,6 +126,7 @@ def plan_capacity(
     blocks: BlockSpans | None = None,
     num_blocks: int | None = None,
     quantization: str = NONE,
+    training: bool = False,
 ) -> Plan:
     """Raises what `check_options` raises, InvalidSpan for blocks that the model does not have, PeerTooSmall when memory
     does not hold what is asked, or not even one block."""
@@ -147,6 +153,7 @@ def plan_capacity(
     on_host = devices[0].type != "cuda"
     spare_bytes = max(0, sum(limits_bytes) - len(devices) * PROCESS_BYTES)
     journal_bytes = min(JOURNAL_BYTES, int(JOURNAL_SHARE * spare_bytes)) if on_host else JOURNAL_BYTES
+    training_bytes = min(TRAINING_BYTES, int(TRAINING_SHARE * spare_bytes)) if training else 0
     request = Request(
         limits_bytes=limits_bytes,
         sizes=Sizes(
@@ -156,7 +163,8 @@ def plan_capacity(
             process_bytes=PROCESS_BYTES
             - FORWARD_BYTES
             + (whole_block_bytes if quantization != NONE else 0)
-            + (journal_bytes // len(devices) if on_host else 0),
+            + (journal_bytes // len(devices) if on_host else 0)
+            + training_bytes // len(devices),
             forward_bytes=forwards * FORWARD_BYTES,
         ),
         num_blocks=total_blocks,
@@ -175,6 +183,7 @@ def plan_capacity(
         share=_share(request),
         forwards=forwards,
         journal_bytes=journal_bytes,
+        training_bytes=training_bytes,
     )
 
 

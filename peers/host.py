@@ -51,6 +51,7 @@ from peers.serving.reachability import RETRY_S, DialBackService, Verdict, watch_
 from peers.serving.rebalance import Rebalance
 from peers.serving.spill import Disk
 from peers.serving.status import StatusReport
+from peers.serving.training import Training, TrainingLimits
 from peers.transport.base import Transport
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
@@ -144,6 +145,8 @@ class PeerConfig(NodeOptions):
     """Of the cache folder's disk, for what sessions sent downstream and memory has no room for."""
     share_prefixes: Sharing = "owner"
     """Whose sessions may begin with what another one computed: see `EngineConfig`."""
+    training: bool = True
+    """Compute gradients, too, for clients that fine-tune adapters of their own."""
     token: str | None = None
     """Access token of the model hub."""
     stay: bool = False
@@ -227,6 +230,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             quantization=config.quantization,
             blocks=config.blocks,
             num_blocks=config.num_blocks,
+            training=config.training,
         )
         threads = config.threads or torch.get_num_threads()
         file = _probe_file(checkpoint, plan, threads)
@@ -325,6 +329,7 @@ class ServerPeer:
         self.discovery = Discovery(store=store, router=self.router, links=self.links, network=network)
         self.state = PeerState.JOINING
         self.handler: Handler
+        self.training: Training
         self.engine: AnyEngine
         self.probe: Probe
         self.cache_tokens = 0
@@ -490,6 +495,8 @@ class ServerPeer:
                 admission=Admission(AdmissionLimits()),
                 journal=self._journal(plan.journal_bytes),
             )
+            limits = TrainingLimits(max_bytes=plan.training_bytes, max_bytes_per_peer=plan.training_bytes // 2)
+            self.training = Training(links=self.links, handler=self.handler, limits=limits)
             self._status = self.links.status = StatusReport(
                 self.handler,
                 self.router,
@@ -539,6 +546,7 @@ class ServerPeer:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.handler.run(), name="handler")
+                group.create_task(self.training.run(), name="training")
                 group.create_task(self._announcer.run(), name="announce")
                 group.create_task(self.tasks.failed(), name="background")
         finally:
@@ -592,6 +600,7 @@ class ServerPeer:
         before = self._present().spans
         await self.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)
         self.handler.vacate()
+        self.training.vacate()
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None

@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swarm.health import SwarmHealth
-    from swarm.models import SwarmModelForCausalLM
+    from swarm.models import SwarmModelForCausalLM, SwarmModelForSequenceClassification
 
-__all__ = ["SwarmHealth", "SwarmModelForCausalLM"]
+__all__ = ["SwarmHealth", "SwarmModelForCausalLM", "SwarmModelForSequenceClassification"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "SwarmModelForCausalLM":
-        from swarm.models import SwarmModelForCausalLM
+        from swarm.models import SwarmModelForCausalLM, SwarmModelForSequenceClassification
 
         return SwarmModelForCausalLM
+    if name == "SwarmModelForSequenceClassification":
+        from swarm.models import SwarmModelForSequenceClassification
+
+        return SwarmModelForSequenceClassification
     if name == "SwarmHealth":
         from swarm.health import SwarmHealth
 

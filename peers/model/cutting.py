@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,21 @@ class SpanModel:
         view = self._view(span or self.span)
         return view.run(hidden_1TH, position_ids_1T, past_key_values, attention_mask, regime_length, between, kwargs)
 
+    def blocks(
+        self,
+        like_1TH: Tensor,
+        position_ids_1T: Tensor,
+        *,
+        span: BlockSpan | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        regime_length: int = 0,
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """The blocks of `span` one by one, as `forward` would call them with hidden states like these: for who has
+        something else to do between two of them. Arguments and errors as of `forward`."""
+        view = self._view(span or self.span)
+        return view.split(like_1TH, position_ids_1T, past_key_values, attention_mask, regime_length)
+
     def new_cache(self, span: BlockSpan | None = None) -> DynamicCache:
         """An empty cache of the model's own kind for one session on `span`.
 
@@ -155,6 +171,9 @@ class _View:
         self._hidden: Tensor | None = None
         self._between: Callable[[], None] | None = None
         layers = _layer_list(decoder, anatomy)
+        self._layers = [(layer, hidden_argument(layer), layer.forward) for layer in layers]
+        """Each with the forward that is its own, whatever stands in its place."""
+        self._returns = anatomy.returns
         first, last = layers[0], layers[-1]
         name, run_first = hidden_argument(first), first.forward
 
@@ -185,6 +204,63 @@ class _View:
         between: Callable[[], None] | None,
         others: dict[str, Any],
     ) -> Tensor:
+        outer = self._hidden, self._between  # of a forward that pauses
+        self._hidden, self._between = hidden, between
+        try:
+            with self._steered(regime_length):
+                return self._call(hidden, position_ids, cache, attention_mask, others)
+        finally:
+            self._hidden, self._between = outer
+
+    def split(
+        self,
+        like: Tensor,
+        position_ids: Tensor,
+        cache: Cache | None,
+        attention_mask: Tensor | None,
+        regime_length: int,
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """Let the model's own loop call its blocks, note with what, and run none of them. That is all there is to know:
+        what a block takes beside its hidden states depends on no hidden states (`peers.model.support`)."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def noting(hidden_name: str) -> Callable[..., Any]:
+            def note(*args: Any, **kwargs: Any) -> Any:
+                calls.append((args, kwargs))
+                hidden = args[0] if args else kwargs[hidden_name]
+                if len(calls) == len(self._layers):
+                    raise _Reached(hidden)
+                return (hidden, *[None] * (self._returns - 1)) if self._returns else hidden
+
+            return note
+
+        def calling(run: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            def block(hidden: Tensor) -> Tensor:
+                with self._steered(regime_length):
+                    output = run(hidden, *args[1:], **kwargs) if args else run(**{**kwargs, name: hidden})
+                return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+            return block
+
+        outer = [layer.forward for layer, _, _ in self._layers]
+        try:
+            for layer, name, _ in self._layers:
+                layer.forward = noting(name)
+            with self._steered(regime_length), torch.no_grad():
+                self._call(like, position_ids, cache, attention_mask, {})
+        finally:
+            for (layer, _, _), forward in zip(self._layers, outer, strict=True):
+                layer.forward = forward
+        return [calling(run, name, *call) for (_, name, run), call in zip(self._layers, calls, strict=True)]
+
+    def _call(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        cache: Cache | None,
+        attention_mask: Tensor | None,
+        others: dict[str, Any],
+    ) -> Tensor:
         arguments = {
             "inputs_embeds": hidden.new_zeros((*hidden.shape[:-1], self._embedding_size)),  # some write into it
             "position_ids": position_ids,
@@ -192,19 +268,22 @@ class _View:
             "attention_mask": attention_mask,
             "use_cache": cache is not None,
         }
-        outer = self._hidden, self._between, [rotary.length for rotary in self._rotaries]  # of a forward that pauses
-        for rotary in self._rotaries:
-            rotary.length = regime_length
-        self._hidden, self._between = hidden, between
         try:
             self.module(**{name: value for name, value in arguments.items() if name in self._names}, **others)
         except _Reached as reached:
             return reached.hidden
+        raise AssertionError("the last block did not run")
+
+    @contextmanager
+    def _steered(self, regime_length: int) -> Iterator[None]:
+        lengths = [rotary.length for rotary in self._rotaries]
+        for rotary in self._rotaries:
+            rotary.length = regime_length
+        try:
+            yield
         finally:
-            self._hidden, self._between, lengths = outer
             for rotary, length in zip(self._rotaries, lengths, strict=True):
                 rotary.length = length
-        raise AssertionError("the last block did not run")
 
     def _pause(self, *_: object) -> None:
         if self._between is not None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +26,13 @@ from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool, accelerate, pool_for
 from peers.runtime.cache import Chunk, SpanCache, open_cache
+from peers.runtime.errands import Errand, Errands, Job
 from peers.runtime.graphs import recorder_for
 from peers.runtime.pages import PagePool
 from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import grow_or_preempt
 from peers.runtime.program import TOKENS_MAX
-from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pick, Scheduler, Tempo
+from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pace, Pick, Scheduler, Tempo
 from peers.tally import Tally
 from peers.wire.messages import Urgency
 from peers.wire.tensors import finite
@@ -50,6 +51,7 @@ RETRY_AFTER_S_MAX = 5.0
 BATCH_STEPS = (1, 2, 4, 8, 16, 32, 64)
 BATCH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _END = object()
+T = TypeVar("T")
 
 
 class PositionGap(CallerError):
@@ -226,6 +228,7 @@ class Engine:
         self._pages: PagePool
         self._prefixes: PrefixIndex
         self._scheduler = Scheduler(config.token_budget)
+        self._errands = Errands()
         self._sessions: dict[SessionKey, _Session] = {}
         self._by_number: dict[int, _Session] = {}
         self._tickets: dict[int, _Ticket] = {}
@@ -277,6 +280,7 @@ class Engine:
             self._stopping = True
             self._wake.notify()
             waiting = [ticket.future for ticket in self._tickets.values()]
+            self._fail_errands()
         if waiting:
             await asyncio.wait(waiting, timeout=deadline_s)
         with self._wake:
@@ -335,6 +339,27 @@ class Engine:
             with self._wake:
                 self._retire(ticket)
             raise
+
+    async def run_between(self, owner: PeerId, job: Job[T]) -> tuple[T, float]:
+        """Run a long job piece by piece, in the engine's thread, where forwards leave room (see `errands`): its result
+        and the seconds that it took. In a piece autograd works, and torch has all threads.
+
+        Raises what the job raises, ComputeFailed for what is no SwarmError, Unavailable when stopping.
+        """
+        errand: Errand[T] = Errand(owner, job, self._loop.create_future())
+        with self._wake:
+            if self._stopping:
+                raise Unavailable("this peer is shutting down")
+            self._errands.add(errand)
+            self._wake.notify()
+        try:
+            return await errand.future
+        finally:
+            errand.dropped = True
+
+    def parts(self, span: BlockSpan) -> list[tuple[Engine, BlockSpan]]:
+        """Which engine runs which blocks of `span`."""
+        return [(self, span)]
 
     @property
     def num_blocks(self) -> int:
@@ -502,6 +527,10 @@ class Engine:
         for number in self._scheduler.works_of(session.number):
             self._fail(self._tickets[number], error)
 
+    def _fail_errands(self) -> None:
+        for errand in self._errands.clear():
+            self._loop.call_soon_threadsafe(_answer, errand.future, Unavailable("this peer is shutting down"))
+
     def _shorten(self, session: _Session) -> None:
         """Give back what is reserved or half-written beyond the held positions."""
         if session.number in self._pages.sessions:
@@ -539,9 +568,11 @@ class Engine:
         try:
             with torch.inference_mode():
                 preparing = self._preparation(library)
-                while (batch := self._wait_for_batch()) or not self._prepared:
+                while (batch := self._wait_for_batch()) or not self._prepared or self._errands:
                     if batch:
                         self._run_batch(batch)
+                    elif self._errands:
+                        self._run_errand()
                     if not self._prepared:
                         self._prepare(preparing)
         except Exception as error:  # the books are wrong: whoever awaits `broken` ends the peer
@@ -550,6 +581,7 @@ class Engine:
                 self._stopping = True
                 for ticket in self._tickets.values():
                     self._loop.call_soon_threadsafe(_answer, ticket.future, Unavailable("this peer is shutting down"))
+                self._fail_errands()
             self._loop.call_soon_threadsafe(self._broken.set_exception, error)
 
     def _preparation(self, library: Pool | None) -> Iterator[None]:
@@ -584,19 +616,49 @@ class Engine:
                 self._paused_s = paused_s + elapsed_s
 
     def _wait_for_batch(self) -> _Batch:
-        """The next forward's works; empty when there are none and the engine is stopping or not prepared yet."""
+        """The next forward's works; empty when there are none and the engine is stopping or not prepared yet, or where it
+        is a job's turn."""
         with self._wake:
             while self._tickets or not self._stopping:
-                decoding = time.perf_counter() - self._last_step_s < DECODING_S
-                pace = self._tempo.pace(self.config.token_budget, decoding=decoding)
-                if not (picks := self._scheduler.next_batch(pace)):
-                    if not self._prepared:
+                if self._errands.due or not (picks := self._scheduler.next_batch(self._pace())):
+                    if self._errands or not self._prepared:
                         return []
                     self._wake.wait()
                 elif batch := self._begin_all([(self._tickets[pick.work], pick) for pick in picks]):
+                    self._errands.passed_over()
                     self._running = {ticket.session.number for ticket, _ in batch}
                     return batch
             return []
+
+    def _pace(self) -> Pace:
+        decoding = time.perf_counter() - self._last_step_s < DECODING_S
+        return self._tempo.pace(self.config.token_budget, decoding=decoding)
+
+    def _run_errand(self) -> None:
+        """One piece of a job."""
+        with self._wake:
+            errand, positions = self._errands.next(), self._pace().alone
+        if errand is None:
+            return
+        self._share_cores(False)
+        began_s = time.perf_counter()
+        error: SwarmError | None = None
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                over = errand.advance(positions)
+        except SwarmError as known:
+            over, error = True, known
+        except Exception:  # the job fails, the thread lives on
+            logger.exception("a job failed")
+            over, error = True, ComputeFailed("this peer failed to compute it")
+        errand.compute_s += time.perf_counter() - began_s
+        if over:
+            with self._wake:
+                self._errands.ended()
+            if error is not None:
+                self._loop.call_soon_threadsafe(_answer, errand.future, error)
+            else:
+                self._loop.call_soon_threadsafe(_answer_errand, errand)
 
     def _let_steps_in(self) -> None:
         """Between two blocks of a long forward: run the steps that came meanwhile and need nobody's pages."""
@@ -761,6 +823,11 @@ def _settle(future: asyncio.Future[None]) -> None:
 def _answer(future: asyncio.Future[Any], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def _answer_errand(errand: Errand[Any]) -> None:
+    if not errand.future.done():
+        errand.future.set_result((errand.result, errand.compute_s))
 
 
 def _answer_all(answers: Sequence[tuple[asyncio.Future[Done], Done]]) -> None:

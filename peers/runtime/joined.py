@@ -98,7 +98,7 @@ class JoinedEngine:
 
     def open(self, session: SessionKey, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
         assert session not in self._lives
-        held = min(engine.open(session, owner, part, keys) for engine, part in self._parts(span))
+        held = min(engine.open(session, owner, part, keys) for engine, part in self.parts(span))
         self._admit(session, owner)
         return held
 
@@ -110,10 +110,10 @@ class JoinedEngine:
         try:
             if work.parent is not None:
                 # all at once: what becomes of the parent meanwhile is its own affair
-                for engine, _ in self._parts(work.span):
+                for engine, _ in self.parts(work.span):
                     engine.admit(work.session, work.owner, work.parent)
             done = Done(hidden=work.hidden, queue_s=0.0, compute_s=0.0)
-            for engine, part in self._parts(work.span):
+            for engine, part in self.parts(work.span):
                 if self._lives.get(work.session) is not life:
                     raise SessionReleased(f"session {work.session} was released")
                 before = done
@@ -168,7 +168,8 @@ class JoinedEngine:
                 engine.admit(session, owner)
         return self._lives[session]
 
-    def _parts(self, span: BlockSpan) -> list[tuple[Engine, BlockSpan]]:
+    def parts(self, span: BlockSpan) -> list[tuple[Engine, BlockSpan]]:
+        """Which engine runs which blocks of `span`, in order."""
         parts = []
         for engine in self._engines:
             start, end = max(span.start, engine.model.span.start), min(span.end, engine.model.span.end)

@@ -46,6 +46,7 @@ from peers.wire.messages import (
     Step,
     Trace,
     Traced,
+    Train,
 )
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.estimates import StepEstimates
@@ -209,8 +210,7 @@ class Handler:
 
     async def _open(self, link: Link, message: Open, _: memoryview) -> None:
         try:
-            self._check_open(message)
-            self._check_comfort(self._links.upload, self._links.download)
+            self.check(message)
             self._make_room(standby=message.standby)
             entry = self.ledger.resume(link.remote, link, message, self._clock())
             if entry is not None:
@@ -423,7 +423,7 @@ class Handler:
         self._released.set()
 
     def _failure(self, error: SwarmError, session: bytes, block: int, epoch: int, step: int | None = None) -> Failed:
-        code = _code(error)
+        code = code_of(error)
         self.counts.failures[code] += 1
         return Failed(
             peer=self._peer,
@@ -460,11 +460,16 @@ class Handler:
         farewell = self._failure(reason, place.session.raw, place.block, entry.epoch)
         self._tasks.spawn(_tell(entry.owner_link, farewell), name=f"let go {place}")
 
+    def check(self, message: Open | Train) -> None:
+        """Whether these blocks may be asked for now. Raises Busy, Refused."""
+        self._check_open(message)
+        self._check_comfort(self._links.upload, self._links.download)
+
     @staticmethod
     def _paused() -> Paused:
         return Paused("its owner needs the machine", retry_after_s=PAUSED_RETRY_S)
 
-    def _check_open(self, message: Open) -> None:
+    def _check_open(self, message: Open | Train) -> None:
         if self._draining:
             raise Refused("this peer is leaving", code=Code.DRAINING)
         if message.model != self.served.model.digest:
@@ -553,7 +558,8 @@ def _delivery(entry: Entry[Delivery, Link], step: Step, done: Done, output: memo
     return Delivery(result, tensors.pack(rows, step.dtype), step.bulk)
 
 
-def _code(error: SwarmError) -> str:
+def code_of(error: SwarmError) -> str:
+    """What others are told for it."""
     match error:
         case Preempted():
             return Code.PREEMPTED

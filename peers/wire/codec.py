@@ -16,7 +16,7 @@ import struct
 import msgspec
 
 from peers.errors import ProtocolError
-from peers.wire.messages import AnyMessage, Relay, Result, Step
+from peers.wire.messages import AnyMessage, Relay, Result, Step, Train, Trained
 
 MAX_HEADER_BYTES = 32 * 1024
 _LENGTHS = struct.Struct(">II")
@@ -64,6 +64,6 @@ def _message(header: memoryview, payload_bytes: int) -> AnyMessage:
         message: AnyMessage = _DECODER.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # the last from nesting that is ignored
         raise ProtocolError(f"an unreadable message: {error}") from error
-    if payload_bytes and not isinstance(message, Step | Relay | Result):
+    if payload_bytes and not isinstance(message, Step | Relay | Result | Train | Trained):
         raise ProtocolError(f"{type(message).__name__} with {payload_bytes} bytes of payload")
     return message

@@ -1,6 +1,7 @@
-"""The messages of protocol version 3: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
+"""The messages of protocol version 4: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
 
-A frame carries one message and, for `Step`, `Relay` and `Result`, the raw rows of one tensor (`peers.wire.codec`).
+A frame carries messages and, for `Step`, `Relay`, `Result`, `Train` and `Trained`, the raw rows of one tensor each
+(`peers.wire.codec`).
 
     client                    hop 0            hop 1            hop 2
       │ Open ─────────────────►│                │                │      one to each hop, together
@@ -24,6 +25,20 @@ its journal to the replacement, and the client sends no positions at all:
 A standby is opened as the hop that it stands for is, and fed with `Replay (to)` while the route works: should that hop
 die, the next epoch keeps what the standby holds.
 
+Training needs no session: a client asks one hop after another, and each answers the client (`swarm.session.training`).
+What a hop is asked is a pure function of what it is sent, so it may be asked again, and anybody else instead of it:
+
+    client                    hop 0            hop 1
+      │ Train (input) ────────►│                │                      in parts; several works at once
+      │ ◄────────────── Trained┤                │                      the output
+      │ Train (its output) ─────────────────────►│
+      │ ◄─────────────────────────────── Trained┤
+      │ Train (gradient of the output) ─────────►│                      backward
+      │ ◄─────────────────────────────── Trained┤                      the gradient of the input
+      │ Train (backward) ─────►│                │
+      │ ◄──────────── Untrained┤                │                      `forgotten`: asked again with the input
+      │ Forget ───────────────►│ … every hop
+
 Field bounds are part of the type: a message outside them cannot be decoded, and so never reaches a session.
 """
 
@@ -37,7 +52,7 @@ from msgspec import Meta
 
 from routing.ids import MAX_SPANS
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_POSITIONS = 1 << 24
 MAX_HOPS = 64
 MAX_CLOSED_SESSIONS = 512
@@ -45,6 +60,8 @@ MAX_STATUS_ENTRIES = 32
 """Round trips, and opinions of others, in one status."""
 PREFIX_POSITIONS = 64
 """Positions for which one prefix key stands."""
+MAX_SEQUENCES = 1024
+"""In one work of training."""
 MAX_PREFIX_KEYS = 512
 """Of 16 bytes each, in a header of 32 KiB: the first 32,768 positions of a session can be shared."""
 
@@ -61,6 +78,9 @@ Addresses = Annotated[tuple[Address, ...], Meta(max_length=8)]
 ShortText = Annotated[str, Meta(max_length=64)]
 PrefixKeys = Annotated[tuple[Bytes16, ...], Meta(max_length=MAX_PREFIX_KEYS)]
 Sentence = Annotated[str, Meta(max_length=1024)]
+Lengths = Annotated[
+    tuple[Annotated[int, Meta(ge=1, le=MAX_POSITIONS)], ...], Meta(min_length=1, max_length=MAX_SEQUENCES)
+]
 Timings = Annotated[tuple[tuple[Seconds, Seconds], ...], Meta(max_length=MAX_HOPS)]
 """For each hop passed so far: seconds in its queue, seconds of compute."""
 
@@ -83,6 +103,8 @@ class Code:
     TOO_LONG = "too_long"  # more positions than the model or the whole pool has
     MALFORMED = "malformed"  # NaN, wrong dtype, impossible shape
     INTERNAL = "internal"  # the computation itself failed here
+    NO_TRAINING = "no_training"  # this peer computes no gradients: choose another one
+    FORGOTTEN = "forgotten"  # nothing is kept of this work: send its input with the gradient
 
 
 CODES = frozenset(value for name, value in vars(Code).items() if name.isupper())
@@ -248,6 +270,61 @@ class Close(Message, tag="close", frozen=True, kw_only=True):
     sessions: Annotated[tuple[Bytes16, ...], Meta(max_length=MAX_CLOSED_SESSIONS)]
 
 
+class Train(Message, tag="train", frozen=True, kw_only=True):
+    """Rows `[first, first + count)` of a work of training, in order of rows; the last of them begins it.
+
+    A work runs whole sequences of these `lengths`, row behind row, through blocks `[start, end)`: positions count from
+    0 in each, no session is opened and nothing is written to a cache. Its rows are its input, [sum(lengths), hidden];
+    with `backward` the gradient of its output; with `backward` and `again` first the input, then that gradient.
+    """
+
+    work: Bytes16
+    """Chosen by the client for these blocks and this input; the same with `backward`."""
+    model: Bytes32
+    start: Block
+    end: Block
+    lengths: Lengths
+    regime_length: Count = 0
+    """As of a `Step`."""
+    backward: bool = False
+    again: bool = False
+    keep: bool = False
+    """`backward` will be asked for: keep what it needs, as far as there is room."""
+    first: Count
+    count: Count
+    dtype: ShortText
+    hidden: Count
+
+
+class Trained(Message, tag="trained", frozen=True, kw_only=True):
+    """Rows `[first, first + count)` of the answer, in order: the output, or with `backward` the input's gradient."""
+
+    work: Bytes16
+    backward: bool = False
+    first: Count
+    count: Count
+    dtype: ShortText
+    hidden: Count
+    queue_s: Seconds = 0.0
+    compute_s: Seconds = 0.0
+
+
+class Untrained(Message, tag="untrained", frozen=True, kw_only=True):
+    """There is no answer; `code` from `Code`."""
+
+    work: Bytes16
+    backward: bool = False
+    code: ShortText
+    message: Sentence
+    retry_after_s: Seconds = 0.0
+
+
+class Forget(Message, tag="forget", frozen=True, kw_only=True):
+    """Drop these works of the sender, and what is kept of them. Needs no answer."""
+
+    works: Annotated[tuple[Bytes16, ...], Meta(max_length=MAX_CLOSED_SESSIONS)]
+
+
 class Ping(Message, tag="ping", frozen=True, kw_only=True):
     """Answered by Pong at once, also by a peer whose engine is busy."""
 
@@ -366,6 +443,10 @@ AnyMessage: TypeAlias = (
     | Result
     | Failed
     | Close
+    | Train
+    | Trained
+    | Untrained
+    | Forget
     | Ping
     | Pong
     | Trace

@@ -1,7 +1,7 @@
 """The Hugging Face model whose layers stand at peers.
 
 Owns the object a user holds: an instance of the architecture's own class whose embeddings, norm and head are real. What
-differs from the local model is only what must: no gradients through the layers, nothing from inside them, no saving.
+differs from the local model is only what must: nothing from inside the layers, no saving.
 """
 
 from __future__ import annotations

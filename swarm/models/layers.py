@@ -27,6 +27,7 @@ from peers.model.support import find_decoder, find_layers
 from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
 from swarm.models.cache import SwarmCache
 from swarm.models.generation import current_generation
+from swarm.models.gradients import Documents, documents_of, packed_documents, run
 from swarm.models.layout import Layout, PositionRules, lay_out
 from swarm.session.remote import Remote
 
@@ -49,7 +50,9 @@ class _Forward:
     """One forward between the embedding and the first layer."""
 
     cache: SwarmCache
-    layout: Layout
+    layout: Layout | None
+    """None where rows hold several documents, which no cache can hold."""
+    documents: Documents | None
     token_ids_BT: Tensor | None
     want_from: int
     repeat_last: bool
@@ -75,6 +78,8 @@ class RemoteLayers:
     def __init__(self, model: Any) -> None:
         """`model` was made by `peers.model.loading.load_client`, and is changed in place."""
         self.remote: Remote | None = None
+        self.pools_last = False
+        """Whether the model takes what it wants from the last column, wherever a row's last token is."""
         self.on_route: Callable[[float, float], None] | None = None
         """Is told when a forward went to the peers and when it was back, by `time.perf_counter`."""
         layers_path = find_layers(model)
@@ -161,10 +166,16 @@ class RemoteLayers:
             raise SessionClosed("this model was closed")
         cache.prepare(self.remote, batch)
         asked = _asked.get() or kwargs
+        mask, position_ids = asked.get("attention_mask"), kwargs.get("position_ids")
+        documents = None
+        if not cache.get_seq_length() and self.remote.training is not None:
+            documents = packed_documents(self._rules, position_ids, mask, batch=batch)
         from_ids_alone = all(name in KNOWN_TENSORS or not isinstance(asked[name], Tensor) for name in asked)
         return _Forward(
             cache=cache,
-            layout=lay_out(
+            layout=None
+            if documents is not None
+            else lay_out(
                 self._rules,
                 batch=batch,
                 width=width,
@@ -172,12 +183,13 @@ class RemoteLayers:
                 cached_BC=cache.kept_BC,
                 lengths=[row.length for row in cache.rows],
                 offsets=[row.offset for row in cache.rows],
-                mask=asked.get("attention_mask"),
-                position_ids=kwargs.get("position_ids"),
+                mask=mask,
+                position_ids=position_ids,
             ),
+            documents=documents,
             token_ids_BT=asked.get("input_ids") if from_ids_alone else None,
             want_from=_first_wanted(asked.get("logits_to_keep", 0), width),
-            repeat_last=current_generation(self) is not None,
+            repeat_last=self.pools_last or current_generation(self) is not None,
         )
 
     def _route(self, hidden_BTD: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -186,20 +198,37 @@ class RemoteLayers:
             return hidden_M1D
         forward = _current.get()
         assert forward is not None, "the layers run only inside the decoder's own forward"
-        if hidden_BTD.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedGradient("no gradient flows through the remote layers, but their input requires one")
         begun_s = time.perf_counter()
-        output_BTD = forward.cache.advance(
-            hidden_BTD,
-            forward.layout,
-            token_ids_BT=forward.token_ids_BT,
-            want_from=forward.want_from,
-            repeat_last=forward.repeat_last,
-            regime=self.regime.key(forward.layout.regime_length),
-        )
+        if forward.layout is None or (hidden_BTD.requires_grad and torch.is_grad_enabled()):
+            output_BTD = self._run_whole(hidden_BTD, forward)
+        else:
+            output_BTD = forward.cache.advance(
+                hidden_BTD,
+                forward.layout,
+                token_ids_BT=forward.token_ids_BT,
+                want_from=forward.want_from,
+                repeat_last=forward.repeat_last,
+                regime=self.regime.key(forward.layout.regime_length),
+            )
         if self.on_route is not None:
             self.on_route(begun_s, time.perf_counter())
         return output_BTD
+
+    def _run_whole(self, hidden_BTD: Tensor, forward: _Forward) -> Tensor:
+        """As autograd wants it, or where rows hold several documents: no cache holds anything afterwards."""
+        remote = None if self.remote is None else self.remote.training
+        if remote is None:
+            raise UnsupportedGradient("no gradient flows through these remote layers, but their input requires one")
+        documents = forward.documents
+        if documents is None:
+            assert forward.layout is not None
+            if forward.layout.past:
+                raise UnsupportedGradient(
+                    "gradients do not reach what a cache holds", hint="train on whole sequences, with use_cache=False"
+                )
+            documents = documents_of(forward.layout)
+        forward.cache.close()  # whoever goes on with it is told that it holds nothing
+        return run(remote, hidden_BTD, documents, repeat_last=forward.repeat_last)
 
     def _learn_position_rules(self) -> PositionRules:
         takes_position_ids = "position_ids" in self._parameters

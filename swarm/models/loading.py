@@ -23,13 +23,16 @@ from peers.wire.messages import Urgency
 from routing.errors import CallerError
 from routing.precision import check_precision
 from swarm.models.base import SwarmModel
+from swarm.models.classification import with_class_head
 from swarm.models.head import share_head
 from swarm.models.layers import RemoteLayers, asked_of_model
 from swarm.network import DEFAULT_NETWORK, Entrance
 from swarm.session import driver
 from swarm.session.live import RemoteModel
 from swarm.session.remote import Embed, Remote, Resilience, check_resilience
+from swarm.session.training import TrainingConfig
 
+Adapt = Callable[[Any], Any]
 IGNORED_LABEL = -100
 """What transformers' losses leave out."""
 
@@ -55,6 +58,7 @@ class SwarmModelForCausalLM(SwarmModel):
         min_precision: str | None = None,
         prefix_secret: bytes | None = None,
         resilience: Resilience = "replay",
+        training: TrainingConfig | None = None,
     ) -> Any:
         """Load the ends of `model` (a folder, hub id, built-in name or Checkpoint) and enter a network for its layers.
 
@@ -66,36 +70,98 @@ class SwarmModelForCausalLM(SwarmModel):
         of their own), also of different users, may begin with what peers hold of each other's prompts, at peers that
         `--share-prefixes`. Where a peer is lost, what it held is computed again elsewhere, within about a second; with
         `resilience="standby"` a second peer for each hop holds it already, as far as the swarm has any to spare: twice
-        the cache and the computation, and this client sends everything twice. The parameters are frozen. Raises
-        SwarmError.
+        the cache and the computation, and this client sends everything twice. The parameters are frozen; gradients of
+        what is put in front of the layers (prompts) and behind them flow as locally, and `training` says how they
+        travel. Raises SwarmError.
         """
-        own_dtype = _dtype(dtype)
-        if min_precision is not None:
-            check_precision(min_precision)
-        check_resilience(resilience)
-        if prefix_secret is not None and not 16 <= len(prefix_secret) <= 64:
-            raise CallerError(
-                f"a prefix secret has 16 to 64 bytes, not {len(prefix_secret)}",
-                hint="make one with secrets.token_bytes(32), and give it only to those who may share prompts",
-            )
-        connect: Callable[[RemoteModel, Embed], Remote]
-        if remote is None:
-            require_platform()
-            entrance = Entrance.of(initial_peers=initial_peers, invite=invite, network=network)
-            connect = functools.partial(
-                driver.connect,
-                entrance,
-                prefix_secret=prefix_secret,
-                urgency=Urgency.BACKGROUND if background else Urgency.INTERACTIVE,
-                resilience=resilience,
-            )
-        else:
-            connect = functools.partial(_given, remote)
-        if isinstance(model, str):
-            model = resolve(model, cache=cache, token=token, progress=progress, accept=check_folder)
-        return load_model(
-            model, dtype=own_dtype, device=device, connect=connect, progress=progress, min_precision=min_precision
+        return _enter(
+            cls,
+            None,
+            model,
+            initial_peers=initial_peers,
+            invite=invite,
+            network=network,
+            dtype=dtype,
+            device=device,
+            cache=cache,
+            token=token,
+            progress=progress,
+            remote=remote,
+            background=background,
+            min_precision=min_precision,
+            prefix_secret=prefix_secret,
+            resilience=resilience,
+            training=training,
         )
+
+
+class SwarmModelForSequenceClassification(SwarmModel):
+    """A classifier of whole sequences: the layers of a causal language model at peers, and a head at the client.
+
+    It takes what the last token of each row says, wherever the row's padding is.
+    """
+
+    @classmethod
+    def from_pretrained(cls, model: str | Checkpoint, *, num_labels: int = 2, **options: Any) -> Any:
+        """As `SwarmModelForCausalLM.from_pretrained`; the head is random, and trainable. Raises SwarmError."""
+        return _enter(cls, functools.partial(with_class_head, num_labels=num_labels), model, **options)
+
+
+def _enter(
+    kind: type[SwarmModel],
+    adapt: Adapt | None,
+    model: str | Checkpoint,
+    *,
+    initial_peers: Sequence[str] = (),
+    invite: str | None = None,
+    network: str = DEFAULT_NETWORK,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    cache: Path | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+    remote: Remote | None = None,
+    background: bool = False,
+    min_precision: str | None = None,
+    prefix_secret: bytes | None = None,
+    resilience: Resilience = "replay",
+    training: TrainingConfig | None = None,
+) -> Any:
+    own_dtype = _dtype(dtype)
+    if min_precision is not None:
+        check_precision(min_precision)
+    check_resilience(resilience)
+    if prefix_secret is not None and not 16 <= len(prefix_secret) <= 64:
+        raise CallerError(
+            f"a prefix secret has 16 to 64 bytes, not {len(prefix_secret)}",
+            hint="make one with secrets.token_bytes(32), and give it only to those who may share prompts",
+        )
+    connect: Callable[[RemoteModel, Embed], Remote]
+    if remote is None:
+        require_platform()
+        entrance = Entrance.of(initial_peers=initial_peers, invite=invite, network=network)
+        connect = functools.partial(
+            driver.connect,
+            entrance,
+            prefix_secret=prefix_secret,
+            urgency=Urgency.BACKGROUND if background else Urgency.INTERACTIVE,
+            resilience=resilience,
+            training=training,
+        )
+    else:
+        connect = functools.partial(_given, remote)
+    if isinstance(model, str):
+        model = resolve(model, cache=cache, token=token, progress=progress, accept=check_folder)
+    return load_model(
+        model,
+        dtype=own_dtype,
+        device=device,
+        connect=connect,
+        progress=progress,
+        min_precision=min_precision,
+        kind=kind,
+        adapt=adapt,
+    )
 
 
 def load_model(
@@ -106,8 +172,10 @@ def load_model(
     connect: Callable[[RemoteModel, Embed], Remote],
     progress: Progress | None = None,
     min_precision: str | None = None,
+    kind: type[SwarmModel] = SwarmModelForCausalLM,
+    adapt: Adapt | None = None,
 ) -> Any:
-    """A SwarmModelForCausalLM of `checkpoint` whose layers run at what `connect` returns; closing the model closes it.
+    """A model of `kind` of `checkpoint`, changed by `adapt`, whose layers run at what `connect` returns; closing the model closes it.
 
     Raises what `load_client` and `connect` raise.
     """
@@ -115,9 +183,12 @@ def load_model(
     model.eval().requires_grad_(False)  # without gradients to ask for, a plain forward needs no torch.no_grad()
     if (pool := pool_for(model.device, torch.get_num_threads())) is not None:
         accelerate(model, pool)  # of all linear layers only the head is here
+    if adapt is not None:
+        model = adapt(model)
     share_head(model)
     layers = RemoteLayers(model)
-    model.__class__ = _swarm_class(model.__class__)
+    layers.pools_last = kind is SwarmModelForSequenceClassification
+    model.__class__ = _swarm_class(model.__class__, kind)
     model._remote_layers = layers
     layers.remote = connect(
         RemoteModel(
@@ -137,14 +208,14 @@ def _given(remote: Remote, model: RemoteModel, embed: Embed) -> Remote:
 
 
 @functools.cache
-def _swarm_class(own: Any) -> Any:
+def _swarm_class(own: Any, kind: Any) -> Any:
     parameters = tuple(inspect.signature(own.forward).parameters)
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(parameters[1:], args, strict=False))
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
-        if labels is not None and mask is not None and mask.ndim == 2:
+        if kind is SwarmModelForCausalLM and labels is not None and mask is not None and mask.ndim == 2:
             predicted_from_padding_BT = F.pad(mask[:, -labels.shape[1] : -1] == 0, (1, 0))
             kwargs["labels"] = labels.masked_fill(predicted_from_padding_BT, IGNORED_LABEL)
         with asked_of_model(kwargs):
@@ -152,7 +223,7 @@ def _swarm_class(own: Any) -> Any:
 
     # The same name in the same place: pipelines and transformers' own registries look classes up by it.
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (SwarmModelForCausalLM, own), {"forward": forward, **names})
+    return type(own.__name__, (kind, own), {"forward": forward, **names})
 
 
 def _dtype(name: torch.dtype | str) -> torch.dtype | Literal["auto"]:

@@ -52,6 +52,7 @@ from swarm.session.inbox import Inbox
 from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
 from swarm.session.prefix import describe_blocks, prefix_keys
 from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
+from swarm.session.training import TrainingConfig, TrainingRoute
 from swarm.session.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,12 @@ class SwarmRemote:
         rng: random.Random | None = None,
         prefix_secret: bytes | None = None,
         urgency: Urgency = Urgency.INTERACTIVE,
+        training: TrainingConfig | None = None,
     ) -> None:
         """`owns_network`: `close` ends the network too. `rng` spreads retries. Sessions of remotes with the same
         `prefix_secret` (16 to 64 bytes; by default random) can share what peers hold of their prompts."""
         self.model = model
+        self.training = TrainingRoute(network, model, training)
         self._network = network
         self._client: ClientNode = network.client
         self._sessions = Sessions(model=model, client=network.client)
@@ -204,6 +207,7 @@ class SwarmRemote:
 
     async def _start(self) -> None:
         Inbox(self._sessions, self)
+        self.training.install()
         self._client.discovery.watch(self.model.model)
         self._tasks.spawn(Watch(self._sessions, self, self._tasks).run(), name="watch sessions")
         self._guard.spawn(self._end_with_network(), name="end with the network")
@@ -213,6 +217,7 @@ class SwarmRemote:
         await self._goodbyes.settled(timeout_s=GOODBYE_TIMEOUT_S)
         await self._goodbyes.close()
         await self._guard.close()
+        await self.training.close()
         await self._tasks.close()
 
     async def _end_with_network(self) -> None:
@@ -748,12 +753,15 @@ def connect(
     prefix_secret: bytes | None = None,
     urgency: Urgency = Urgency.INTERACTIVE,
     resilience: Resilience = "replay",
+    training: TrainingConfig | None = None,
 ) -> SwarmRemote:
     """Enter a network in a thread of its own and drive one model through it. Raises SwarmError."""
     network = NetworkThread(lambda: enter(entrance))
     try:
         config = SessionConfig(standby=resilience == "standby")
-        return SwarmRemote(network, model, embed, config=config, prefix_secret=prefix_secret, urgency=urgency)
+        return SwarmRemote(
+            network, model, embed, config=config, prefix_secret=prefix_secret, urgency=urgency, training=training
+        )
     except BaseException:  # also an interrupt: the thread must not stay behind
         network.close()
         raise

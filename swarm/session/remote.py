@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -68,6 +68,23 @@ class Embed(Protocol):
         ...
 
 
+class Gradients(Protocol):
+    """Remote layers as a function of whole sequences, and its gradient. From any thread; blocks until it is done."""
+
+    def forward(
+        self, input_TH: Tensor, lengths: Sequence[int], *, regime_length: int, keep: bool
+    ) -> tuple[Tensor, object]:
+        """What all blocks make of sequences of these lengths, packed in `[T, D]`, each from position 0 on.
+
+        With `keep` also what `backward` needs of it, which is freed with its last reference.
+        """
+        ...
+
+    def backward(self, tape: Any, gradient_TH: Tensor) -> Tensor:
+        """The gradient of the input, from that of the output."""
+        ...
+
+
 class Remote(Protocol):
     """The remote layers. Every method may be called from any thread, `release` from a garbage collector too."""
 
@@ -93,6 +110,11 @@ class Remote(Protocol):
 
     def release(self, sessions: Sequence[RemoteSession]) -> None:
         """Forget sequences and free their pages. Instant and idempotent; never raises, also after `close`."""
+        ...
+
+    @property
+    def training(self) -> Gradients | None:
+        """Gradients through the layers; None where there are none."""
         ...
 
     @property

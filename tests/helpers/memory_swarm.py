@@ -32,6 +32,7 @@ from swarm.session.core import SessionConfig
 from swarm.session.driver import SwarmRemote
 from swarm.session.live import RemoteModel
 from swarm.session.remote import Embed
+from swarm.session.training import TrainingConfig
 
 PROBE = Probe(
     decode_s_per_block=1e-3,
@@ -87,6 +88,7 @@ class MemorySwarm:
         cache: Path | None = None,
         share_prefixes: Sharing = "owner",
         movable: bool = False,
+        training: bool = False,
     ) -> None:
         self.checkpoint: Checkpoint = resolve(str(folder), cache=cache)
         self.network: MemoryNetwork
@@ -101,6 +103,7 @@ class MemorySwarm:
         self._session_config = session_config
         self._share_prefixes: Sharing = share_prefixes
         self._movable = movable
+        self._training = training
         self._guests: list[Guest] = []
         self._spans = spans
         self._models: list[Any] = []
@@ -127,6 +130,7 @@ class MemorySwarm:
             cache_tokens=self._cache_tokens,
             blocks=spans,
             quantization=quantization,
+            training=self._training,
         )
         await peer.load(
             self.checkpoint,
@@ -153,6 +157,8 @@ class MemorySwarm:
         prefix_secret: bytes | None = None,
         min_precision: str | None = None,
         urgency: Urgency = Urgency.INTERACTIVE,
+        training: TrainingConfig | None = None,
+        **options: Any,
     ) -> Any:
         """A client's model; closed with the swarm. A `guest` is a client of its own."""
         thread = self.thread
@@ -169,10 +175,11 @@ class MemorySwarm:
                 owns_network=False,
                 prefix_secret=prefix_secret,
                 urgency=urgency,
+                training=training,
             )
 
         model = load_model(
-            self.checkpoint, dtype=torch.float32, device="cpu", connect=connect, min_precision=min_precision
+            self.checkpoint, dtype=torch.float32, device="cpu", connect=connect, min_precision=min_precision, **options
         )
         self._models.append(model)
         return model

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +94,26 @@ class PackedLinear(nn.Module):
             and not (torch.is_grad_enabled() and input.requires_grad)
         ):
             return self.pool.linear(input.contiguous(), self.codes, self.bias, self.scales, self.format.value)
+        if torch.is_grad_enabled() and input.requires_grad:
+            return _Product.apply(input, self)  # type: ignore[no-any-return, no-untyped-call]
         return F.linear(input, self.whole(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.format.value}"
+
+
+class _Product(torch.autograd.Function):
+    """Of a `PackedLinear` whose input wants a gradient: the weights are made whole again, instead of being kept so."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layer: PackedLinear) -> Tensor:  # noqa: A002
+        ctx.layer = layer
+        bias = None if layer.bias is None else layer.bias.to(input.dtype)
+        return F.linear(input, layer.whole(input.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor, None]:
+        return output_gradient @ ctx.layer.whole(output_gradient.dtype), None
 
 
 def packed(weight_NK: Tensor, format_: Format) -> tuple[Tensor, Tensor]:

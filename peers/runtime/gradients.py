@@ -1,0 +1,246 @@
+"""Forward and backward of frozen blocks over whole sequences, as jobs for the engine's thread.
+
+Owns what is computed and what is kept for a backward; knows no network and nobody's budget (`serving.training` decides
+what is kept). Both jobs are pure: a backward depends on the input and the gradient of the output alone, so that it may
+be repeated anywhere, with or without the graph of the forward.
+
+A job cuts its sequences into groups, each of which runs as one packed forward, block by block. Between two blocks the
+graph is cut, too: every block has a graph of its own, from a leaf that holds its input to its output. So a piece of a
+job is one block of one group, in both directions, and memory is freed on the way back block by block. Where attention
+cannot be replaced (`cache.SoloCache`), a group is one sequence, and runs with the model's own attention.
+
+Names: T packed positions · n positions of one sequence · H hidden size; for attention as in `runtime.attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from peers.model.cutting import SpanModel
+from peers.runtime.attention import Pattern, Segment, attend_one, attending, look
+from routing.ids import BlockSpan
+
+Pieces = Generator[None, None, "Outcome"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Passage:
+    """What is to be computed: sequences of these `lengths`, packed, through the blocks `span` of a model."""
+
+    span: BlockSpan
+    lengths: Sequence[int]
+    regime_length: int
+    input_TH: Tensor
+    """On the CPU, of any floating dtype."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_TH)
+
+    @property
+    def longest(self) -> int:
+        """Of the user's forward, as rotary embeddings want to know it."""
+        return max(self.regime_length, *self.lengths)
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Consecutive sequences that ran as one forward."""
+
+    lengths: tuple[int, ...]
+    blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Of each block the leaf that was its input, and what it made of it."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(slots=True, eq=False)
+class Graph:
+    """What a backward needs of a forward. Good for one."""
+
+    groups: list[_Group] = field(default_factory=list)
+    num_bytes: int = 0
+    """Of the tensors that it keeps alive, the model's own apart."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    rows_TH: Tensor
+    """On the CPU, in the model's dtype; nobody else's memory."""
+    graph: Graph | None
+    bytes_per_token: float
+    """That a graph was found to take; 0 where none was made."""
+
+
+def forward(model: SpanModel, passage: Passage, *, packs: bool, keep: bool, positions: int) -> Pieces:
+    """The output of the blocks and, with `keep`, its graph. Parameters must be frozen.
+
+    `packs`: whether the model's attention is ours now. `positions`: of a group of several sequences, at most.
+    """
+    graph = Graph()
+    outputs = []
+    for group, input_TH in _groups(passage, packs, positions):
+        saved = _Saved(model)
+        output_1TH = yield from _run(model, passage, group, input_TH, packs, keep, saved)
+        graph.num_bytes += saved.num_bytes
+        graph.groups.append(group)
+        outputs.append(output_1TH.detach()[0].cpu())
+    return Outcome(torch.cat(outputs), graph if keep else None, graph.num_bytes / passage.tokens)
+
+
+def backward(
+    model: SpanModel, passage: Passage, gradient_TH: Tensor, graph: Graph | None, *, packs: bool, positions: int
+) -> Pieces:
+    """The gradient of the input, from that of the output; without the `graph` of the forward, which is used up, that is
+    run again, group by group."""
+    gradients = []
+    num_bytes = first = 0
+    given = _groups(passage, packs, positions) if graph is None else ((group, None) for group in _taken(graph))
+    for group, input_TH in given:
+        if input_TH is not None:
+            saved = _Saved(model)
+            yield from _run(model, passage, group, input_TH, packs, True, saved)
+            num_bytes += saved.num_bytes
+        gradient_1TH = gradient_TH[None, first : first + group.tokens].to(model.device, model.dtype)
+        first += group.tokens
+        while group.blocks:
+            leaf_1TH, output_1TH = group.blocks.pop()
+            torch.autograd.backward(output_1TH, gradient_1TH)
+            assert leaf_1TH.grad is not None
+            gradient_1TH = leaf_1TH.grad
+            del leaf_1TH, output_1TH
+            yield
+        gradients.append(gradient_1TH[0].cpu())
+    return Outcome(torch.cat(gradients), None, num_bytes / passage.tokens)
+
+
+def _taken(graph: Graph) -> Iterator[_Group]:
+    groups, graph.groups = graph.groups, []
+    while groups:
+        yield groups.pop(0)
+
+
+def _groups(passage: Passage, packs: bool, positions: int) -> Iterator[tuple[_Group, Tensor]]:
+    """Each with its input; a sequence that is longer than `positions` is a group of its own."""
+    first, lengths = 0, list(passage.lengths)
+    while lengths:
+        count = tokens = 0
+        for length in lengths:
+            if count and (not packs or tokens + length > positions):
+                break
+            count, tokens = count + 1, tokens + length
+        yield _Group(tuple(lengths[:count])), passage.input_TH[first : first + tokens]
+        del lengths[:count]
+        first += tokens
+
+
+def _run(
+    model: SpanModel, passage: Passage, group: _Group, input_TH: Tensor, packs: bool, keep: bool, saved: _Saved
+) -> Generator[None, None, Tensor]:
+    """The output [1, T, H] of a group; with `keep` its blocks stand in `group` afterwards."""
+    hidden_1TH = input_TH[None].to(model.device, model.dtype)
+    attender = _Sequences(group.lengths) if packs else None
+    positions_T = torch.cat([torch.arange(length) for length in group.lengths]).to(model.device)
+    with attending(attender) if attender else nullcontext() as cache:
+        blocks = model.blocks(
+            hidden_1TH,
+            positions_T[None],
+            span=passage.span,
+            past_key_values=cache,
+            attention_mask=None if packs else torch.ones_like(positions_T)[None],  # ALiBi is built from it
+            regime_length=passage.longest,
+        )
+    for block in blocks:
+        with attending(attender) if attender else nullcontext(), torch.set_grad_enabled(keep):
+            if keep:
+                leaf_1TH = hidden_1TH.detach().requires_grad_()
+                with saved.counting():
+                    hidden_1TH = block(leaf_1TH.clone())  # not the leaf itself: blocks may work in place
+                group.blocks.append((leaf_1TH, hidden_1TH))
+            else:
+                hidden_1TH = block(hidden_1TH)
+        yield
+    return hidden_1TH
+
+
+class _Saved:
+    """Bytes that autograd keeps for backwards, each storage once, without the model's weights."""
+
+    def __init__(self, model: SpanModel) -> None:
+        self.num_bytes = 0
+        self._known = {
+            tensor.untyped_storage().data_ptr() for tensor in (*model.module.parameters(), *model.module.buffers())
+        }
+
+    def counting(self) -> AbstractContextManager[None]:
+        """What operations within keep is counted."""
+        return torch.autograd.graph.saved_tensors_hooks(self._count, _as_it_is)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._known.add(storage.data_ptr())
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _Sequences:
+    """Every sequence of a packed forward attends to itself; nothing is cached. An `attention.Attender`."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._segments = [Segment(start=0, tokens=length, runs=[(0, length)]) for length in lengths]
+        self._lengths = list(lengths)
+
+    def attend(
+        self,
+        q_1HTK: Tensor,
+        k_1JTK: Tensor,
+        v_1JTV: Tensor,
+        pattern: Pattern,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        H, J, V = q_1HTK.shape[1], k_1JTK.shape[1], v_1JTV.shape[3]
+        plain = pattern.function is causal_mask_function and softcap is None and sinks_H is None
+        outputs = []
+        parts = (torch.split(tensor, self._lengths, 2) for tensor in (q_1HTK, k_1JTK, v_1JTV))
+        for index, (q_1HnK, k_1JnK, v_1JnV) in enumerate(zip(*parts, strict=True)):
+            if plain and q_1HnK.shape[3] == V:
+                outputs.append(_attend_causally(q_1HnK, k_1JnK, v_1JnV, scale))
+                continue
+            sight = pattern.sights.get(index)
+            if sight is None:
+                sight = pattern.sights[index] = look(self._segments[index], pattern.function, q_1HTK)
+            k_1JLK, v_1JLV = k_1JnK[:, :, sight.skipped :], v_1JnV[:, :, sight.skipped :]
+            q_nJGK = q_1HnK[0].transpose(0, 1).reshape(-1, J, H // J, q_1HnK.shape[3])
+            out_nJGV = attend_one(q_nJGK, k_1JLK, v_1JLV, sight.mask_nL, scale, softcap, sinks_H)
+            outputs.append(out_nJGV.reshape(-1, H, V))
+        return torch.cat(outputs)[None]
+
+
+def _attend_causally(q_1HnK: Tensor, k_1JnK: Tensor, v_1JnV: Tensor, scale: float) -> Tensor:
+    """[n, H, V], without a mask in memory."""
+    _, H, n, K = q_1HnK.shape
+    J = k_1JnK.shape[1]
+    out_JGnV = F.scaled_dot_product_attention(
+        q_1HnK.reshape(J, H // J, n, K),
+        k_1JnK[0][:, None].expand(-1, H // J, -1, -1),
+        v_1JnV[0][:, None].expand(-1, H // J, -1, -1),
+        is_causal=True,
+        scale=scale,
+    )
+    return out_JGnV.flatten(0, 1).transpose(0, 1)

@@ -1,0 +1,439 @@
+"""One peer's side of training: works of many clients in, outputs and gradients back on the link that each came by.
+
+Owns what is kept for backwards that are still to come, and how much is taken in at once; what is computed is
+`runtime.gradients`', between the engine's forwards. Nobody else's session feels it: no page is used, and a client that
+does not come back leaves nothing behind its lease.
+
+A forward keeps its graph where there is room for it, else its input, else nothing: a backward uses the graph, runs the
+forward again from the input, or answers `forgotten`, and is then sent the input with the gradient. All three say the
+same, so a work may be sent again, here or elsewhere, whatever became of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from msgspec import structs
+
+from peers.errors import Busy, ProtocolError, Refused
+from peers.runtime import gradients
+from peers.runtime.engine import Engine, NonFiniteOutput
+from peers.runtime.gradients import Graph, Outcome, Passage
+from peers.serving.handler import Handler, code_of
+from peers.transport.links import BULK_BYTES, Link, Links
+from peers.transport.tasks import Tasks
+from peers.wire import parts, tensors
+from peers.wire.messages import Code, Forget, Train, Trained, Untrained
+from routing.errors import CallerError, PeerError, SwarmError, Unavailable
+from routing.ids import BlockSpan, PeerId
+
+logger = logging.getLogger(__name__)
+
+SWEEP_S = 5.0
+"""How often leases are looked at."""
+RETRY_S_MIN = 0.1
+RETRY_S_MAX = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingLimits:
+    """What training may take of a peer. Raises ValueError."""
+
+    max_bytes: int = 256 << 20
+    """For graphs and inputs that wait for a backward; 0: this peer trains nobody."""
+    max_bytes_per_peer: int = 128 << 20
+    max_tokens: int = 32_768
+    """Positions that wait or are computed, of all clients together."""
+    max_tokens_per_peer: int = 16_384
+    lease_s: float = 120.0
+    """What waits for a backward is dropped after that."""
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 0 or min(self.max_tokens, self.max_tokens_per_peer) < 1 or self.lease_s <= 0:
+            raise ValueError("bytes are not negative, tokens at least 1, a lease longer than 0 s")
+
+
+@dataclass(slots=True)
+class TrainingCounts:
+    """What was done so far."""
+
+    forwards: int = 0
+    backwards: int = 0
+    kept: int = 0
+    """Forwards whose graph was kept."""
+    recomputed: int = 0
+    """Backwards that had no graph to use."""
+    tokens: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    """By code."""
+
+
+_Key = tuple[PeerId, bytes, int]
+"""Client, work, and the block with which a part of it begins."""
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    link: Link
+    passage: Passage
+    graph: Graph | None
+    num_bytes: int
+    expires_at_s: float
+
+
+class Shelf:
+    """What waits for backwards, within bounds; whoever came first may stay for its lease. Knows no network."""
+
+    def __init__(self, limits: TrainingLimits) -> None:
+        self.limits = limits
+        self.num_bytes = 0
+        self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
+        self._bytes_of: Counter[PeerId] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def room(self, owner: PeerId) -> int:
+        """Bytes that this client may still put here."""
+        limits = self.limits
+        return min(limits.max_bytes - self.num_bytes, limits.max_bytes_per_peer - self._bytes_of[owner])
+
+    def put(self, key: _Key, link: Link, passage: Passage, graph: Graph | None, now_s: float) -> bool:
+        """Keep the input and, if it fits too, the graph. Returns whether that is kept."""
+        self.drop(key)
+        num_bytes = passage.input_TH.nbytes + (graph.num_bytes if graph is not None else 0)
+        if graph is not None and num_bytes > self.room(key[0]):
+            graph, num_bytes = None, passage.input_TH.nbytes
+        if num_bytes > self.room(key[0]):
+            return False
+        self._kept[key] = _Kept(link, passage, graph, num_bytes, now_s + self.limits.lease_s)
+        self._add(key[0], num_bytes)
+        return graph is not None
+
+    def take(self, key: _Key) -> tuple[Passage, Graph | None] | None:
+        """What is kept of a work; its graph leaves the shelf, its input stays."""
+        kept = self._kept.get(key)
+        if kept is None:
+            return None
+        graph, kept.graph = kept.graph, None
+        if graph is not None:
+            self._add(key[0], -graph.num_bytes)
+            kept.num_bytes -= graph.num_bytes
+        return kept.passage, graph
+
+    def drop(self, key: _Key) -> None:
+        if (kept := self._kept.pop(key, None)) is not None:
+            self._add(key[0], -kept.num_bytes)
+
+    def drop_works(self, owner: PeerId, works: set[bytes]) -> None:
+        self._drop_where(lambda key, _: key[0] == owner and key[1] in works)
+
+    def drop_link(self, link: Link) -> None:
+        self._drop_where(lambda _, kept: kept.link is link)
+
+    def expire(self, now_s: float) -> None:
+        self._drop_where(lambda _, kept: kept.expires_at_s <= now_s)
+
+    def clear(self) -> None:
+        self._drop_where(lambda *_: True)
+
+    def links(self) -> Iterator[Link]:
+        for kept in self._kept.values():
+            yield kept.link
+
+    def _drop_where(self, condition: Callable[[_Key, _Kept], bool]) -> None:
+        for key in [key for key, kept in self._kept.items() if condition(key, kept)]:
+            self.drop(key)
+
+    def _add(self, owner: PeerId, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self._bytes_of[owner] += num_bytes
+        if not self._bytes_of[owner]:
+            del self._bytes_of[owner]
+
+
+@dataclass(slots=True, eq=False)
+class _Arriving:
+    """A work of which some rows have come."""
+
+    head: Train
+    gathering: parts.Gathering
+    num_bytes: int
+    began_s: float
+
+
+class Training:
+    """Serves `Train` and `Forget` beside a handler, under its pauses and its accounts."""
+
+    def __init__(
+        self,
+        *,
+        links: Links,
+        handler: Handler,
+        limits: TrainingLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.shelf = Shelf(limits)
+        self.counts = TrainingCounts()
+        self._handler = handler
+        self._limits = limits
+        self._clock = clock
+        self._arriving: dict[tuple[Link, bytes, bool], _Arriving] = {}
+        self._tokens = 0
+        self._tokens_of: Counter[PeerId] = Counter()
+        """Waiting or being computed."""
+        self._token_s = 0.0
+        """What one position took lately, through whatever blocks."""
+        self._graph_bytes: dict[BlockSpan, float] = {}
+        """Of one position, by the blocks of an engine, as measured."""
+        self._busy: Counter[Link] = Counter()
+        """Links on which works wait for answers."""
+        self._tasks = Tasks()
+        links.handle(Train, self._train)
+        links.handle(Forget, self._forget)
+        links.on_lost(self._link_lost)
+        links.keep(lambda: (*self.shelf.links(), *self._busy))
+
+    async def run(self) -> None:
+        """Drop what nobody came back for, until cancelled; raises what no message handler expected."""
+        self._tasks.spawn(self._sweep(), name="sweep what is kept for training")
+        try:
+            await self._tasks.failed()
+        finally:
+            await self._tasks.close()
+
+    def vacate(self) -> None:
+        """Other blocks will be served: nothing is kept of these."""
+        self.shelf.clear()
+
+    # --- messages ---
+
+    async def _train(self, link: Link, message: Train, payload: memoryview) -> None:
+        key = (link, message.work, message.backward)
+        try:
+            if message.first == 0:
+                self._discard(key)
+                self._arriving[key] = self._begin(link, message)
+            arriving = self._arriving.get(key)
+            if arriving is None:
+                return  # it was declined when its first part came
+            if _whole(message) != _whole(arriving.head):
+                raise ProtocolError("parts of one work that do not agree on it")
+            if not arriving.gathering.add(message.first, message.count, message.dtype, payload):
+                return
+        except (Busy, Refused, ProtocolError) as error:
+            self._discard(key)
+            await self._decline(link, message, error)
+            return
+        del self._arriving[key]
+        work = self._work(link, arriving)
+        self._tasks.spawn(work, name=f"train {message.work.hex()[:12]}")
+
+    def _begin(self, link: Link, head: Train) -> _Arriving:
+        """Raises Busy, Refused, ProtocolError."""
+        if not self._limits.max_bytes:
+            raise Refused("this peer computes no gradients", code=Code.NO_TRAINING)
+        handler = self._handler
+        handler.check(head)
+        if head.hidden != handler.served.hidden_size:
+            raise ProtocolError(f"rows of {head.hidden}, this model's hidden size is {handler.served.hidden_size}")
+        tokens = sum(head.lengths)
+        engine = handler.engine
+        if engine is None:
+            raise Refused("this peer is loading other blocks", code=Code.DRAINING)
+        longest = max(head.lengths)
+        if tokens > self._limits.max_tokens_per_peer or longest > engine.model.max_positions:
+            raise Refused(
+                f"{tokens} positions in one work, {longest} of them in one sequence; this peer takes "
+                f"{self._limits.max_tokens_per_peer} and {engine.model.max_positions}",
+                code=Code.TOO_LONG,
+            )
+        for engine_, part in engine.parts(BlockSpan(head.start, head.end)):
+            needed_bytes = longest * self._graph_bytes.get(part, 0.0)
+            if needed_bytes > self._limits.max_bytes:
+                raise Refused(
+                    f"a sequence of {longest} takes {int(needed_bytes) >> 20} MiB through blocks {part} on "
+                    f"{engine_.model.device}, this peer lends training {self._limits.max_bytes >> 20}",
+                    code=Code.TOO_LONG,
+                )
+        mine = self._tokens_of[link.remote] + tokens
+        if mine > self._limits.max_tokens_per_peer or self._tokens + tokens > self._limits.max_tokens:
+            raise self._busy_with(self._tokens)
+        gathering = parts.Gathering(tokens * (2 if head.again else 1), head.hidden, head.dtype)
+        handler.admission.admit(link.remote, gathering.rows.nbytes)
+        self._count(link, tokens, 1)
+        return _Arriving(head, gathering, gathering.rows.nbytes, self._clock())
+
+    async def _forget(self, link: Link, message: Forget, _: memoryview) -> None:
+        self.shelf.drop_works(link.remote, set(message.works))
+
+    def _link_lost(self, link: Link) -> None:
+        self.shelf.drop_link(link)
+        for key in [key for key in self._arriving if key[0] is link]:
+            self._discard(key)
+
+    # --- works ---
+
+    async def _work(self, link: Link, arriving: _Arriving) -> None:
+        head = arriving.head
+        began_s = self._clock()
+        try:
+            compute = self._backward if head.backward else self._forward
+            rows, compute_s = await compute(link, head, arriving.gathering.rows)
+            if not tensors.finite(rows):
+                raise NonFiniteOutput("the model made NaN or infinity of this work")
+        except (CallerError, PeerError, Unavailable) as error:
+            await self._decline(link, head, error)
+            return
+        finally:
+            self._finish(link, arriving)
+        tokens = sum(head.lengths)
+        self._token_s += 0.3 * (compute_s / tokens - self._token_s) if self._token_s else compute_s / tokens
+        self.counts.tokens += tokens
+        self._handler.admission.charge(link.remote, positions=tokens, compute_s=compute_s)
+        queue_s = max(0.0, self._clock() - began_s - compute_s)
+        with suppress(PeerError):  # the client is gone, and what was kept for it with its link
+            for first, count, payload in parts.cut(rows, head.dtype):
+                answer = Trained(
+                    work=head.work,
+                    backward=head.backward,
+                    first=first,
+                    count=count,
+                    dtype=head.dtype,
+                    hidden=head.hidden,
+                    queue_s=queue_s,
+                    compute_s=compute_s,
+                )
+                await link.send(answer, payload, bulk=len(payload) >= BULK_BYTES)
+
+    async def _forward(self, link: Link, head: Train, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        total_s = 0.0
+        for engine, part in self._parts(head):
+            passage = _passage(head, part, rows)
+            keep = head.keep and self._expected_bytes(part, passage) <= self.shelf.room(link.remote)
+            job = functools.partial(_forward_job, engine, passage, keep)
+            outcome, compute_s = await engine.run_between(link.remote, job)
+            self._learn(part, outcome)
+            if head.keep and not link.closed:
+                key = (link.remote, head.work, part.start)
+                self.counts.kept += self.shelf.put(key, link, passage, outcome.graph, self._clock())
+            rows, total_s = outcome.rows_TH, total_s + compute_s
+        self.counts.forwards += 1
+        return rows, total_s
+
+    async def _backward(self, link: Link, head: Train, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        total_s, tokens = 0.0, sum(head.lengths)
+        found: list[tuple[Engine, BlockSpan, Passage, Graph | None]] = []
+        engines = self._parts(head)
+        if head.again:
+            given, rows = rows[:tokens], rows[tokens:]
+            for engine, part in engines:
+                passage = _passage(head, part, given)
+                found.append((engine, part, passage, None))
+                if len(found) < len(engines):
+                    outcome, compute_s = await engine.run_between(
+                        link.remote, functools.partial(_forward_job, engine, passage, False)
+                    )
+                    given, total_s = outcome.rows_TH, total_s + compute_s
+        else:
+            for engine, part in engines:
+                kept = self.shelf.take((link.remote, head.work, part.start))
+                if kept is None or kept[0].span != part or tuple(kept[0].lengths) != head.lengths:
+                    raise Refused("nothing is kept of this work here", code=Code.FORGOTTEN)
+                found.append((engine, part, *kept))
+        for engine, part, passage, graph in reversed(found):
+            self.counts.recomputed += graph is None
+            job = functools.partial(_backward_job, engine, passage, rows, graph)
+            outcome, compute_s = await engine.run_between(link.remote, job)
+            self._learn(part, outcome)
+            rows, total_s = outcome.rows_TH, total_s + compute_s
+        self.counts.backwards += 1
+        return rows, total_s
+
+    def _parts(self, head: Train) -> list[tuple[Engine, BlockSpan]]:
+        engine = self._handler.engine
+        if engine is None:
+            raise Refused("this peer is loading other blocks", code=Code.DRAINING)
+        return engine.parts(BlockSpan(head.start, head.end))
+
+    def _expected_bytes(self, part: BlockSpan, passage: Passage) -> float:
+        return passage.input_TH.nbytes + passage.tokens * self._graph_bytes.get(part, 0.0)
+
+    def _learn(self, part: BlockSpan, outcome: Outcome) -> None:
+        if outcome.bytes_per_token:
+            if len(self._graph_bytes) >= 64 and part not in self._graph_bytes:  # strangers choose them
+                del self._graph_bytes[next(iter(self._graph_bytes))]
+            self._graph_bytes[part] = outcome.bytes_per_token
+
+    # --- the rest ---
+
+    async def _decline(self, link: Link, head: Train, error: SwarmError) -> None:
+        code = code_of(error)
+        self.counts.failures[code] += 1
+        logger.info("training work %s from %s: %s", head.work.hex()[:12], link.remote, error)
+        answer = Untrained(
+            work=head.work,
+            backward=head.backward,
+            code=code,
+            message=str(error)[:1000],
+            retry_after_s=getattr(error, "retry_after_s", 0.0),
+        )
+        with suppress(PeerError, Unavailable):  # nobody is there to hear it
+            await link.send(answer)
+
+    def _busy_with(self, tokens: int) -> Busy:
+        wait_s = min(max(tokens * self._token_s, RETRY_S_MIN), RETRY_S_MAX)
+        return Busy(f"{tokens} positions of training wait here", retry_after_s=wait_s)
+
+    def _discard(self, key: tuple[Link, bytes, bool]) -> None:
+        if (arriving := self._arriving.pop(key, None)) is not None:
+            self._finish(key[0], arriving)
+
+    def _finish(self, link: Link, arriving: _Arriving) -> None:
+        self._handler.admission.finish(link.remote, arriving.num_bytes)
+        self._count(link, sum(arriving.head.lengths), -1)
+
+    def _count(self, link: Link, tokens: int, sign: int) -> None:
+        self._tokens += sign * tokens
+        self._tokens_of[link.remote] += sign * tokens
+        if not self._tokens_of[link.remote]:
+            del self._tokens_of[link.remote]
+        self._busy[link] += sign
+        if not self._busy[link]:
+            del self._busy[link]
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.shelf.expire(self._clock())
+            before_s = self._clock() - self._limits.lease_s
+            for key in [key for key, arriving in self._arriving.items() if arriving.began_s <= before_s]:
+                self._discard(key)
+
+
+def _whole(message: Train) -> Train:
+    """The work that it is a part of."""
+    return structs.replace(message, first=0, count=0)
+
+
+def _passage(head: Train, part: BlockSpan, rows: torch.Tensor) -> Passage:
+    return Passage(span=part, lengths=head.lengths, regime_length=head.regime_length, input_TH=rows)
+
+
+def _forward_job(engine: Engine, passage: Passage, keep: bool, positions: int) -> gradients.Pieces:
+    return gradients.forward(engine.model, passage, packs=engine.packs_sessions, keep=keep, positions=positions)
+
+
+def _backward_job(
+    engine: Engine, passage: Passage, gradient: torch.Tensor, graph: Graph | None, positions: int
+) -> gradients.Pieces:
+    packs = engine.packs_sessions
+    return gradients.backward(engine.model, passage, gradient, graph, packs=packs, positions=positions)

@@ -1,0 +1,104 @@
+"""Gradients of a span equal those of the whole local model, while others generate through the same engine."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peers.runtime import gradients
+from peers.runtime.engine import ComputeFailed, Engine
+from peers.runtime.gradients import Graph, Outcome, Passage
+from routing.errors import Unavailable
+from routing.ids import BlockSpan
+from tests.peers.runtime.spans import ALICE, Local, Sequence, random_ids, running
+
+LENGTHS = (5, 1, 9, 3)
+SPAN = BlockSpan(1, 3)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def local_pass(local: Local, input_TH: Tensor, gradient_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and input gradient of the blocks, each sequence alone in the model's own forward."""
+    layers = local.model.get_submodule(local.anatomy.layers_path)
+    outputs, given = [], []
+    for end, length in zip(accumulate(LENGTHS), LENGTHS, strict=True):
+        leaf = input_TH[None, end - length : end].clone().requires_grad_()
+        name = next(iter(layers[local.span.start].forward.__code__.co_varnames[1:2]))
+
+        def put(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaf: Tensor = leaf, name: str = name) -> Any:
+            return ((leaf.clone(), *args[1:]), kwargs) if args else (args, {**kwargs, name: leaf.clone()})
+
+        hook = layers[local.span.start].register_forward_pre_hook(put, with_kwargs=True)
+        local.model(random_ids(length, 0)[None], use_cache=False)
+        hook.remove()
+        output = local._seen["leaves"]
+        output.backward(gradient_TH[None, end - length : end])
+        outputs.append(output[0].detach())
+        given.append(leaf.grad[0])
+    return torch.cat(outputs), torch.cat(given)
+
+
+async def forward(engine: Engine, passage: Passage, *, keep: bool = True, positions: int = 0) -> Outcome:
+    def job(most: int) -> gradients.Pieces:
+        return gradients.forward(
+            engine.model, passage, packs=engine.packs_sessions, keep=keep, positions=positions or most
+        )
+
+    outcome, _ = await engine.run_between(ALICE, job)
+    return outcome
+
+
+async def backward(
+    engine: Engine, passage: Passage, gradient: Tensor, graph: Graph | None, *, positions: int = 0
+) -> Outcome:
+    def job(most: int) -> gradients.Pieces:
+        packs = engine.packs_sessions
+        return gradients.backward(engine.model, passage, gradient, graph, packs=packs, positions=positions or most)
+
+    outcome, _ = await engine.run_between(ALICE, job)
+    return outcome
+
+
+@functools.cache
+def local_of(family: str) -> Local:
+    local = Local(family, SPAN)
+    local.model.requires_grad_(False)
+    local._pristine.requires_grad_(False)
+    return local
+
+
+def passage_of(local: Local, seed: int = 0) -> tuple[Passage, Tensor]:
+    input_TH, gradient_TH = torch.randn(2, sum(LENGTHS), 32, generator=torch.Generator().manual_seed(seed))
+    return Passage(span=SPAN, lengths=LENGTHS, regime_length=0, input_TH=input_TH), gradient_TH
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "mixtral", "gemma2", "gemma3", "gpt-neox", "gpt-oss", "bloom", "gptj"]
+)
+async def test_a_packed_pass_equals_each_sequence_alone_with_and_without_its_graph(family: str) -> None:
+    local = local_of(family)
+    passage, gradient_TH = passage_of(local)
+    output_TH, given_TH = local_pass(local, passage.input_TH, gradient_TH)
+    async with running(local.cut()) as engine:
+        for positions in (0, 6):
+            kept = await forward(engine, passage, positions=positions)
+            assert relative(kept.rows_TH, output_TH) < 1e-5
+            assert kept.graph is not None
+            assert kept.bytes_per_token > 0
+            with_graph = await backward(engine, passage, gradient_TH, kept.graph, positions=positions)
+            assert relative(with_graph.rows_TH, given_TH) < 1e-5
+            assert not kept.graph.groups, "the graph is used up"
+        bare = await forward(engine, passage, keep=False)
+        assert bare.graph is None
+        assert relative(bare.rows_TH, output_TH) < 1e-5
+        again = await backward(engine, passage, gradient_TH, None)
+        assert relative(again.rows_TH, given_TH) < 1e-5
