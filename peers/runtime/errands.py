@@ -50,6 +50,11 @@ class Errand(Generic[T]):
             return True
         return False
 
+    def close(self) -> None:
+        """End it, and let go of what its pieces hold; in the thread that runs them."""
+        if self._pieces is not None:
+            self._pieces.close()
+
 
 class Errands:
     """The jobs of one engine. Not for several threads at once: the engine's lock stands around every call."""
@@ -78,6 +83,8 @@ class Errands:
         """The job whose next piece is to be run; None when those that are left were dropped."""
         self._passed_over = 0
         while self._current is None or self._current.dropped:
+            if self._current is not None:
+                self._current.close()
             self._current = None
             if not self._lines:
                 return None

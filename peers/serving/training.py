@@ -184,7 +184,6 @@ class Training:
         self.shelf = Shelf(limits)
         self.counts = TrainingCounts()
         self._handler = handler
-        self._limits = limits
         self._clock = clock
         self._arriving: dict[tuple[Link, bytes, bool], _Arriving] = {}
         self._tokens = 0
@@ -201,6 +200,10 @@ class Training:
         links.handle(Forget, self._forget)
         links.on_lost(self._link_lost)
         links.keep(lambda: (*self.shelf.links(), *self._busy))
+
+    @property
+    def _limits(self) -> TrainingLimits:
+        return self.shelf.limits
 
     async def run(self) -> None:
         """Drop what nobody came back for, until cancelled; raises what no message handler expected."""
@@ -290,6 +293,9 @@ class Training:
             rows, compute_s = await compute(link, head, arriving.gathering.rows)
             if not tensors.finite(rows):
                 raise NonFiniteOutput("the model made NaN or infinity of this work")
+            rows = rows.to(tensors.DTYPES[head.dtype])
+            if not tensors.finite(rows):
+                raise Refused(f"the answer has values beyond the range of {head.dtype}", code=Code.MALFORMED)
         except (CallerError, PeerError, Unavailable) as error:
             await self._decline(link, head, error)
             return

@@ -41,7 +41,9 @@ class Gathering:
     def add(self, first: int, count: int, dtype: str, payload: Buffer) -> bool:
         """One more part; whether it was the last. Raises ProtocolError for one that does not follow, or is not finite."""
         if first != self._arrived or count < 1 or first + count > len(self.rows) or dtype != self._dtype:
-            raise ProtocolError(f"rows {first} to {first + count} in {dtype}, where {self._arrived} in {self._dtype} came")
+            raise ProtocolError(
+                f"rows {first} to {first + count} in {dtype}, where {self._arrived} in {self._dtype} came"
+            )
         part = tensors.unpack(payload, dtype=dtype, count=count, hidden=self.rows.shape[1])
         self.rows[first : first + count] = part
         self._arrived += count

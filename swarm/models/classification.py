@@ -32,7 +32,9 @@ def with_class_head(model: Any, num_labels: int) -> Any:
         classifier = kind(config)
     body = model.base_model
     if type(classifier.base_model) is not type(body):
-        raise UnsupportedModel(f"the sequence classifier of {config.model_type} models is not built around the same body")
+        raise UnsupportedModel(
+            f"the sequence classifier of {config.model_type} models is not built around the same body"
+        )
     setattr(classifier, classifier.base_model_prefix, body)
     for name, child in classifier.named_children():
         if name != classifier.base_model_prefix:

@@ -303,9 +303,7 @@ class TrainingRoute:
             trouble = _Trouble(self.config.patience_s)
         return rows_TH, stretches
 
-    async def _back(
-        self, batch: _MicroBatch, stretches: Sequence[_Stretch], gradient_TH: torch.Tensor
-    ) -> torch.Tensor:
+    async def _back(self, batch: _MicroBatch, stretches: Sequence[_Stretch], gradient_TH: torch.Tensor) -> torch.Tensor:
         for stretch in reversed(stretches):
             gradient_TH = await self._back_one(batch, stretch, gradient_TH)
         return gradient_TH

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from peers.errors import Refused
+from peers.serving import training as serving
 from peers.serving.training import TrainingLimits
-from peers.wire import parts
-from peers.wire.messages import Trained
+from peers.wire.messages import Train
 from routing.errors import CallerError, NoRoute
 from swarm import SwarmModelForSequenceClassification
 from swarm.errors import SessionClosed, UnsupportedGradient, UnsupportedMask
@@ -36,7 +38,7 @@ TOLERANCE = 1e-5
 
 def distance(actual: Tensor, expected: Tensor) -> float:
     """Relative L2."""
-    return float((actual - expected).norm() / expected.norm())
+    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
@@ -99,3 +101,253 @@ def test_gradients_of_inputs_equal_local_ones_whatever_peers_kept(family: str, t
         assert route_of(model).traffic.resent == 9
         assert swarm.eventually(lambda: counts(swarm)[2] == 0), "peers forget what was used"
         assert swarm.eventually_settled()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> Any:
+    return save_checkpoint(FAMILIES["llama"], folder).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def crowd(folder: Path, local: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MemorySwarm]:
+    """Two ways through the model, cut differently."""
+    cache = tmp_path_factory.mktemp("cache")
+    with MemorySwarm(folder, [(0, 2), (2, 4), (0, 3), (3, 4)], cache=cache, training=True, latency_s=0.01) as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def swarm(crowd: MemorySwarm) -> Iterator[MemorySwarm]:
+    """Everybody is well, and has room."""
+    limit(crowd, max_bytes=1 << 30, max_bytes_per_peer=1 << 30)
+    yield crowd
+
+    async def heal() -> None:
+        crowd.network.partition()
+        for peer in crowd.peers:
+            crowd.network.heal(peer.links.transport.peer_id)
+
+    crowd.thread.call(heal())
+
+
+@pytest.fixture
+def model(swarm: MemorySwarm) -> Any:
+    """Its client is new, and holds nothing against anybody."""
+    return swarm.model(guest=True, training=EVERY_ROW)
+
+
+def test_a_head_and_what_it_is_fed_by_get_the_gradients_of_a_local_classifier(
+    local: Any, folder: Path, swarm: MemorySwarm
+) -> None:
+    inputs = batch()
+    remote = swarm.model(
+        guest=True, kind=SwarmModelForSequenceClassification, adapt=lambda model: with_class_head(model, 3)
+    )
+    whole = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, dtype=torch.float32).eval()
+    whole.model.requires_grad_(False)
+    assert [name for name, weight in remote.named_parameters() if weight.requires_grad] == ["score.weight"]
+    whole.score.load_state_dict(remote.score.state_dict())
+    assert isinstance(remote, type(whole))
+    inputs["labels"] = torch.tensor([0, 2, 1])
+    losses = [model(**inputs).loss for model in (remote, whole)]
+    assert distance(*losses) <= TOLERANCE
+    for loss in losses:
+        loss.backward()
+    assert distance(remote.score.weight.grad, whole.score.weight.grad) <= TOLERANCE
+    # embeddings have no padding token by which a model finds a row's end: it is found by the mask
+    (_, actual), (_, expected) = (
+        gradient_of_inputs(model, {name: value[:2] for name, value in inputs.items()}) for model in (remote, whole)
+    )
+    assert distance(actual, expected) <= TOLERANCE
+    with torch.no_grad():
+        of_ids = remote(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        embeds = remote.get_input_embeddings()(inputs["input_ids"])
+        assert distance(remote(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits, of_ids) < 1e-5
+
+
+def test_packed_documents_attend_to_themselves_alone_with_and_without_gradients(local: Any, model: Any) -> None:
+    ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+    positions = torch.tensor([[*range(5), *range(4), *range(3)], [*range(7, 13), *range(6)]])
+    inputs = {"input_ids": ids, "position_ids": positions, "labels": ids, "use_cache": False}
+    expected_loss, expected = gradient_of_inputs(local, inputs)
+    loss, gradient = gradient_of_inputs(model, inputs)
+    assert distance(loss, expected_loss) <= TOLERANCE
+    assert distance(gradient, expected) <= TOLERANCE
+    with torch.no_grad():
+        assert distance(model(**inputs).loss, expected_loss) <= TOLERANCE
+    with pytest.raises(UnsupportedMask, match="one by one"):  # with a mask, a local model would let them see each other
+        model(**inputs, attention_mask=torch.ones_like(ids))
+
+
+def test_prompt_tuning_by_peft_equals_local_and_its_adapter_loads_locally(
+    local: Any, folder: Path, model: Any, tmp_path: Path
+) -> None:
+    def tuned(base: Any) -> tuple[Any, list[float]]:
+        torch.manual_seed(5)
+        tuned = get_peft_model(base, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)).train()
+        optimizer = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=0.05)
+        losses = []
+        for step in range(4):
+            loss = tuned(**{name: value[::2] for name, value in batch(step).items()}).loss  # no hole behind the prompt
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        return tuned.eval(), losses
+
+    (remote, losses), (whole, expected) = tuned(model), tuned(local)
+    # AdamW divides by a gradient's own size, which makes more of what is nearly nothing
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[-1] != pytest.approx(losses[0], rel=1e-2)
+    remote.save_pretrained(tmp_path / "adapter")
+    inputs = {name: value[::2] for name, value in batch(9).items() if name != "labels"}
+    loaded = PeftModel.from_pretrained(local, tmp_path / "adapter")
+    with torch.no_grad():
+        actual, here = remote(**inputs).logits, loaded.eval()(**inputs).logits
+        kept = torch.cat((torch.ones(2, 4), inputs["attention_mask"]), 1)[..., None] > 0
+    assert distance(actual * kept, here * kept) <= TOLERANCE
+
+
+def interrupted(
+    model: Any, when: Callable[[TrainingRoute, Any, bool], bool], act: Callable[[str], None], after_s: float = 0.005
+) -> list[str]:
+    """Let `act` happen to the peer of the first step that `when` chooses, while that is on its way."""
+    route, ask, hit = route_of(model), route_of(model)._ask, list[str]()
+
+    async def asking(batch: Any, stretch: Any, gradient: Any, **options: Any) -> Tensor:
+        if hit or not when(route, stretch, gradient is not None):
+            return await ask(batch, stretch, gradient, **options)
+        hit.append(stretch.hop.peer_id)
+        answer = asyncio.ensure_future(ask(batch, stretch, gradient, **options))
+        await asyncio.sleep(after_s)  # the way there takes longer
+        act(stretch.hop.peer_id)
+        return await answer
+
+    route._ask = asking
+    return hit
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("block", [0, 3])
+def test_a_peer_that_dies_on_the_way_changes_no_gradient(
+    local: Any, swarm: MemorySwarm, model: Any, block: int, backward: bool
+) -> None:
+    def chosen(_: TrainingRoute, stretch: Any, is_backward: bool) -> bool:
+        return is_backward == backward and block in stretch.span
+
+    hit = interrupted(model, chosen, swarm.network.cut)
+    expected_loss, expected = gradient_of_inputs(local, batch())
+    loss, gradient = gradient_of_inputs(model, batch())
+    assert distance(loss, expected_loss) <= TOLERANCE
+    assert distance(gradient, expected) <= TOLERANCE
+    assert hit
+    assert hit[0] not in {hop.peer_id for hop in route_of(model).route.hops}
+    assert route_of(model).traffic.failures["lost"]
+    if backward:
+        assert route_of(model).traffic.rerouted
+
+
+def test_a_silent_peer_is_left_for_another(
+    local: Any, swarm: MemorySwarm, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "LOOK_S", 0.05)
+    monkeypatch.setattr(client, "PING_TIMEOUT_S", 0.2)
+    _, expected = gradient_of_inputs(local, batch())
+    gradient_of_inputs(model, batch())  # it is known, and was well
+    everybody = {peer.links.transport.peer_id for peer in swarm.peers}
+    everybody.add(swarm._guests[-1].client.links.transport.peer_id)
+    hit = interrupted(model, lambda *_: True, lambda peer: swarm.network.partition([peer], everybody - {peer}))
+    assert distance(gradient_of_inputs(model, batch())[1], expected) <= TOLERANCE
+    assert hit[0] not in {hop.peer_id for hop in route_of(model).route.hops}
+
+
+def test_a_peer_that_trains_nobody_is_left_without_blame(local: Any, swarm: MemorySwarm, model: Any) -> None:
+    for peer in swarm.peers[:2]:
+        peer.training.shelf.limits = TrainingLimits(max_bytes=0)
+    _, expected = gradient_of_inputs(local, batch())
+    for _ in range(2):
+        assert distance(gradient_of_inputs(model, batch())[1], expected) <= TOLERANCE
+    assert {hop.peer_id for hop in route_of(model).route.hops} == {
+        peer.links.transport.peer_id for peer in swarm.peers[2:]
+    }
+    assert route_of(model).traffic.failures["lost"] == 0
+
+
+@pytest.mark.parametrize("sends", [False, True])
+def test_values_that_are_not_finite_are_their_peers_failure(
+    local: Any, swarm: MemorySwarm, model: Any, monkeypatch: pytest.MonkeyPatch, sends: bool
+) -> None:
+    async def poisoned(link: Any, head: Train, rows: Tensor) -> tuple[Tensor, float]:
+        return torch.full_like(rows, float("nan")), 0.1
+
+    if sends:  # as a peer would that does not look
+        honest = SimpleNamespace(**vars(serving.tensors))
+        monkeypatch.setattr(serving, "tensors", SimpleNamespace(DTYPES=honest.DTYPES, finite=lambda _: True))
+    for peer in swarm.peers[:2]:
+        monkeypatch.setattr(peer.training, "_forward", poisoned)
+    _, expected = gradient_of_inputs(local, batch())
+    assert distance(gradient_of_inputs(model, batch())[1], expected) <= TOLERANCE
+    assert route_of(model).traffic.failures["lost"]
+    health = swarm._guests[-1].client.router.opinions(swarm._guests[-1].client.discovery.now_s(), 9)
+    reasons = [opinion.reason for opinion in health if opinion.reason]
+    assert any("not finite" in reason or "NaN" in reason for reason in reasons)
+
+
+def test_loss_that_is_not_finite_never_leaves(model: Any) -> None:
+    embeds = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+    loss = model(inputs_embeds=embeds, labels=batch()["labels"]).loss
+    with pytest.raises(CallerError, match="not finite"):
+        (loss * float("nan")).backward()
+    with pytest.raises(CallerError, match="not finite"):
+        model(inputs_embeds=embeds * float("inf"))
+
+
+def test_half_as_many_bytes_come_close(local: Any, swarm: MemorySwarm) -> None:
+    inputs = batch()
+    _, expected = gradient_of_inputs(local, inputs)
+    whole, half = (swarm.model(guest=True, training=TrainingConfig(dtype=dtype)) for dtype in (None, "bfloat16"))
+    assert distance(gradient_of_inputs(whole, inputs)[1], expected) <= TOLERANCE
+    assert TOLERANCE < distance(gradient_of_inputs(half, inputs)[1], expected) < 0.1
+    assert 2 * route_of(half).traffic.bytes_sent == route_of(whole).traffic.bytes_sent
+
+
+def test_a_graph_may_be_used_twice_and_a_cache_trains_nothing(local: Any, model: Any) -> None:
+    embeds = model.get_input_embeddings()(batch()["input_ids"][:1]).detach().requires_grad_()
+    answer = model(inputs_embeds=embeds, use_cache=True)
+    first, second = (torch.autograd.grad(answer.logits.square().sum(), embeds, retain_graph=True)[0] for _ in range(2))
+    assert distance(second, first) <= TOLERANCE
+    with pytest.raises(SessionClosed):
+        model(input_ids=batch()["input_ids"][:1, :1], past_key_values=answer.past_key_values)
+    with torch.no_grad():
+        cache = model(inputs_embeds=embeds, use_cache=True).past_key_values
+    with pytest.raises(UnsupportedGradient, match="what a cache holds"):
+        model(inputs_embeds=embeds[:, :1], past_key_values=cache)
+    cache.close()
+
+
+def test_generation_goes_on_while_somebody_trains(local: Any, swarm: MemorySwarm, model: Any) -> None:
+    greedy = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 0}
+    ids = batch()["input_ids"][:1]
+    _, expected = gradient_of_inputs(local, batch())
+    reader = swarm.model(guest=True)
+    with ThreadPoolExecutor(1) as threads:
+        training = threads.submit(lambda: [gradient_of_inputs(model, batch())[1] for _ in range(4)])
+        assert torch.equal(reader.generate(ids, **greedy), local.generate(ids, **greedy))
+        assert all(distance(gradient, expected) <= TOLERANCE for gradient in training.result())
+
+
+def test_where_nobody_trains_the_blocks_are_named(swarm: MemorySwarm, model: Any) -> None:
+    limit(swarm, max_bytes=0)
+    route_of(model).config = TrainingConfig(patience_s=0.01)
+    with pytest.raises((NoRoute, Refused)):
+        gradient_of_inputs(model, batch())
+
+
+def test_micro_batches_are_whole_sequences_in_order() -> None:
+    assert micro_batches((5, 3, 9, 1, 1), 8) == [(5, 3), (9,), (1, 1)]
+    assert micro_batches((1,) * 1025, 5000) == [(1,) * 1024, (1,)]

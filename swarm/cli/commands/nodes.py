@@ -85,6 +85,13 @@ def join(
             help="Serve the same blocks to the end. Default: go where blocks are missing, unless --blocks names yours.",
         ),
     ] = False,
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training/--no-training",
+            help="Compute gradients, too, for people who fine-tune adapters of their own; generation goes first.",
+        ),
+    ] = True,
     dtype: Dtype = "auto",
     quantize: Annotated[
         str,
@@ -236,6 +243,7 @@ def join(
             journal_disk_bytes=0 if journal_disk is None else bytes_of(journal_disk),
             token=token,
             stay=stay,
+            training=training,
             metrics_host=metrics_host,
             metrics_port=metrics_port,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Generator
 from itertools import accumulate
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from peers.model.support import hidden_argument
 from peers.runtime import gradients
 from peers.runtime.engine import ComputeFailed, Engine
+from peers.runtime.errands import GAP, Errand, Errands
 from peers.runtime.gradients import Graph, Outcome, Passage
 from routing.errors import Unavailable
-from routing.ids import BlockSpan
+from routing.ids import BlockSpan, PeerId
 from tests.peers.runtime.spans import ALICE, Local, Sequence, random_ids, running
 
 LENGTHS = (5, 1, 9, 3)
@@ -30,11 +33,11 @@ def local_pass(local: Local, input_TH: Tensor, gradient_TH: Tensor) -> tuple[Ten
     """Output and input gradient of the blocks, each sequence alone in the model's own forward."""
     layers = local.model.get_submodule(local.anatomy.layers_path)
     outputs, given = [], []
+    name = hidden_argument(layers[local.span.start])
     for end, length in zip(accumulate(LENGTHS), LENGTHS, strict=True):
         leaf = input_TH[None, end - length : end].clone().requires_grad_()
-        name = next(iter(layers[local.span.start].forward.__code__.co_varnames[1:2]))
 
-        def put(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaf: Tensor = leaf, name: str = name) -> Any:
+        def put(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaf: Tensor = leaf) -> Any:
             return ((leaf.clone(), *args[1:]), kwargs) if args else (args, {**kwargs, name: leaf.clone()})
 
         hook = layers[local.span.start].register_forward_pre_hook(put, with_kwargs=True)
@@ -102,3 +105,90 @@ async def test_a_packed_pass_equals_each_sequence_alone_with_and_without_its_gra
         assert relative(bare.rows_TH, output_TH) < 1e-5
         again = await backward(engine, passage, gradient_TH, None)
         assert relative(again.rows_TH, given_TH) < 1e-5
+
+
+async def test_steps_and_prompts_go_on_between_the_pieces_of_a_job_and_change_nothing() -> None:
+    local = local_of("llama")
+    passage, gradient_TH = passage_of(local)
+    _, given_TH = local_pass(local, passage.input_TH, gradient_TH)
+    async with running(local.cut()) as engine:
+        one, other = Sequence(local, engine), Sequence(local, engine, seed=100)
+
+        async def train() -> Tensor:
+            kept = await forward(engine, passage, positions=4)
+            return (await backward(engine, passage, gradient_TH, kept.graph)).rows_TH
+
+        training = [asyncio.create_task(train()) for _ in range(3)]
+        for tokens in (20, 1, 1, 3, 1, 1):
+            await asyncio.gather(one.step(tokens), other.step(tokens))
+        for task in training:
+            assert relative(await task, given_TH) < 1e-5
+        assert engine.stats().free_tokens < engine.stats().total_tokens, "sessions have pages, and jobs none"
+
+
+async def test_a_job_that_fails_or_is_given_up_ends_alone() -> None:
+    async with running(local_of("llama").cut()) as engine:
+        begun, closed = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def endless(_: int) -> Generator[None, None, int]:
+            try:
+                while True:
+                    loop.call_soon_threadsafe(begun.set)
+                    yield
+            finally:
+                loop.call_soon_threadsafe(closed.set)
+
+        def wrong(_: int) -> Generator[None, None, int]:
+            yield
+            raise RuntimeError("not ours")
+
+        def right(_: int) -> Generator[None, None, int]:
+            yield
+            return 7
+
+        given_up = asyncio.create_task(engine.run_between(ALICE, endless))
+        await begun.wait()
+        waiting = asyncio.create_task(engine.run_between(ALICE, right))
+        given_up.cancel()
+        assert (await waiting)[0] == 7
+        await closed.wait()
+        with pytest.raises(ComputeFailed):
+            await engine.run_between(ALICE, wrong)
+        assert (await engine.run_between(ALICE, right))[0] == 7
+        stopped = asyncio.create_task(engine.run_between(ALICE, endless))
+        begun.clear()
+        await begun.wait()
+        await engine.stop()
+        with pytest.raises(Unavailable):
+            await stopped
+        with pytest.raises(Unavailable):
+            await engine.run_between(ALICE, right)
+
+
+async def test_owners_take_turns_and_a_job_waits_for_no_more_than_so_many_forwards() -> None:
+    loop = asyncio.get_running_loop()
+
+    def pieces(_: int) -> Generator[None, None, None]:
+        yield
+
+    def errand(owner: str) -> Errand[None]:
+        return Errand(PeerId(owner), pieces, loop.create_future())
+
+    errands = Errands()
+    errands.passed_over()
+    for owner in ("a", "a", "a", "b"):
+        errands.add(errand(owner))
+    assert not errands.due
+    for _ in range(GAP):
+        errands.passed_over()
+    assert errands.due
+    order = []
+    while (current := errands.next()) is not None:
+        assert not errands.due
+        assert errands.next() is current, "one at a time"
+        assert [current.advance(1), current.advance(1)] == [False, True]
+        order.append(current.owner)
+        errands.ended()
+    assert order == ["a", "b", "a", "a"]
+    assert not errands

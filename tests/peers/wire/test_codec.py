@@ -16,12 +16,14 @@ from peers.errors import ProtocolError
 from peers.wire import codec, tensors
 from peers.wire.messages import (
     MAX_PREFIX_KEYS,
+    MAX_SEQUENCES,
     MAX_STATUS_ENTRIES,
     AnyMessage,
     Close,
     DialBack,
     DialBackReply,
     Failed,
+    Forget,
     Hello,
     Open,
     Opened,
@@ -35,6 +37,9 @@ from peers.wire.messages import (
     Step,
     Trace,
     Traced,
+    Train,
+    Trained,
+    Untrained,
     Urgency,
 )
 
@@ -67,6 +72,14 @@ MESSAGES: list[AnyMessage] = [
     Result(session=SESSION, epoch=1, step=7, count=1, dtype="bfloat16", hidden=4),
     Failed(peer="p", session=SESSION, block=3, epoch=1, step=None, code="busy", message="later", retry_after_s=0.5),
     Close(sessions=(SESSION,)),
+    Train(work=SESSION, model=bytes(32), start=0, end=3, lengths=(3, 1), first=1, count=2, dtype="float32", hidden=4),
+    Train(
+        work=SESSION, model=bytes(32), start=65_536, end=65_536, lengths=(1 << 24,) * MAX_SEQUENCES, backward=True,
+        again=True, keep=True, regime_length=1 << 24, first=1 << 24, count=1 << 24, dtype="d" * 64, hidden=1 << 24,
+    ),
+    Trained(work=SESSION, backward=True, first=1, count=2, dtype="float32", hidden=4, queue_s=0.5, compute_s=1.5),
+    Untrained(work=SESSION, code="busy", message="later", retry_after_s=0.5),
+    Forget(works=(SESSION,)),
     Ping(nonce=1),
     Ping(nonce=1, detail=True),
     Pong(nonce=1, free_tokens=5),
