@@ -1,7 +1,7 @@
 """Errors of a client, below the three branches of `routing.errors`.
 
-    CallerError:  UnsupportedOutput · UnsupportedMask · UnsupportedCache · UnsupportedGradient · ContextTooLong ·
-                  SessionClosed · WeightsAreRemote
+    CallerError:  UnsupportedOutput · UnsupportedMask · UnsupportedCache · UnsupportedGradient · UnsupportedAdapter ·
+                  ContextTooLong · SessionClosed · WeightsAreRemote
 
 Save for SessionClosed they are raised before anything is sent, so a corrected call can follow at once.
 """
@@ -30,9 +30,15 @@ class UnsupportedCache(CallerError):
 
 
 class UnsupportedGradient(CallerError):
-    """A gradient was asked for through the remote layers."""
+    """A gradient was asked for where none can be had: through what a cache holds, or where nobody computes any."""
 
     default_hint = "run under torch.no_grad(), or model.requires_grad_(False)"
+
+
+class UnsupportedAdapter(CallerError):
+    """Weights of the client's own were put inside the remote layers, whose peers would not compute with them."""
+
+    default_hint = "tune what stands outside the layers: a prompt, or a head"
 
 
 class ContextTooLong(CallerError):

@@ -616,8 +616,8 @@ class Engine:
                 self._paused_s = paused_s + elapsed_s
 
     def _wait_for_batch(self) -> _Batch:
-        """The next forward's works; empty when there are none and the engine is stopping or not prepared yet, or where it
-        is a job's turn."""
+        """The next forward's works; empty when there are none and the engine is stopping or not prepared yet, or when a
+        job's piece goes first."""
         with self._wake:
             while self._tickets or not self._stopping:
                 if self._errands.due or not (picks := self._scheduler.next_batch(self._pace())):

@@ -39,7 +39,7 @@ class Gathering:
         self._arrived = 0
 
     def add(self, first: int, count: int, dtype: str, payload: Buffer) -> bool:
-        """One more part; whether it was the last. Raises ProtocolError for one that does not follow, or is not finite."""
+        """One more part; whether it was the last. Raises ProtocolError for one that is out of turn, or not finite."""
         if first != self._arrived or count < 1 or first + count > len(self.rows) or dtype != self._dtype:
             raise ProtocolError(
                 f"rows {first} to {first + count} in {dtype}, where {self._arrived} in {self._dtype} came"

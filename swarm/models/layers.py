@@ -24,7 +24,7 @@ from torch import Tensor
 from peers.model.rotary import rotary_regime
 from peers.model.skeleton import embed_only, install_route
 from peers.model.support import find_decoder, find_layers
-from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
+from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
 from swarm.models.cache import SwarmCache
 from swarm.models.generation import current_generation
 from swarm.models.gradients import Documents, documents_of, packed_documents, run
@@ -83,7 +83,8 @@ class RemoteLayers:
         self.on_route: Callable[[float, float], None] | None = None
         """Is told when a forward went to the peers and when it was back, by `time.perf_counter`."""
         layers_path = find_layers(model)
-        self.num_blocks = len(model.get_submodule(layers_path))
+        self._layers = model.get_submodule(layers_path)
+        self.num_blocks = len(self._layers)
         self.regime = rotary_regime(model)
         self._decoder = model.get_submodule(find_decoder(model, layers_path))
         self._config = self._decoder.config
@@ -164,6 +165,8 @@ class RemoteLayers:
     def _lay_out(self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any]) -> _Forward:
         if self.remote is None:
             raise SessionClosed("this model was closed")
+        if not cache.get_seq_length():
+            self._refuse_adapters()
         cache.prepare(self.remote, batch)
         asked = _asked.get() or kwargs
         mask, position_ids = asked.get("attention_mask"), kwargs.get("position_ids")
@@ -229,6 +232,12 @@ class RemoteLayers:
             documents = documents_of(forward.layout)
         forward.cache.close()  # whoever goes on with it is told that it holds nothing
         return run(remote, hidden_BTD, documents, repeat_last=forward.repeat_last)
+
+    def _refuse_adapters(self) -> None:
+        """Raises UnsupportedAdapter: what is not hollow was put there since, and no peer knows of it."""
+        for name, weight in self._layers.named_parameters():
+            if weight.numel() > 1 and any(weight.stride()):
+                raise UnsupportedAdapter(f"{name} is inside the remote layers, and would change nothing")
 
     def _learn_position_rules(self) -> PositionRules:
         takes_position_ids = "position_ids" in self._parameters

@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn import functional as F
@@ -175,7 +175,8 @@ def load_model(
     kind: type[SwarmModel] = SwarmModelForCausalLM,
     adapt: Adapt | None = None,
 ) -> Any:
-    """A model of `kind` of `checkpoint`, changed by `adapt`, whose layers run at what `connect` returns; closing the model closes it.
+    """A model of `kind` of `checkpoint`, changed by `adapt`, whose layers run at what `connect` returns; closing the
+    model closes that.
 
     Raises what `load_client` and `connect` raise.
     """
@@ -188,7 +189,7 @@ def load_model(
     share_head(model)
     layers = RemoteLayers(model)
     layers.pools_last = kind is SwarmModelForSequenceClassification
-    model.__class__ = _swarm_class(model.__class__, kind)
+    model.__class__ = _swarm_class(model.__class__, cast(Any, kind))
     model._remote_layers = layers
     layers.remote = connect(
         RemoteModel(

@@ -3,12 +3,12 @@
 Owns the client's side of training: micro-batches on their way, what a backward needs of their forward, and who takes
 the place of a peer that fails. Knows neither models nor batches: packed rows go in, packed rows come out.
 
-**Why through the client.** In generation each hop pushes to the next, because a token's latency is everything and the
-hops keep the session. In training nothing needs to be kept and many micro-batches are on the way at once, so what counts
-is throughput; and the input of every hop, which has passed through here, is all that is needed to ask somebody else:
-the client is the journal. A hop is a pure function of what it is sent (forward: of the input; backward: of the input
-and the gradient of the output), so any step may be repeated anywhere, without lost or doubled gradients. The price is
-the client's own line, which carries every hop's rows; `dtype` halves that.
+**Why through the client.** In generation each hop pushes to the next one, because a token's latency is everything and
+the hops keep the session. In training nothing needs to be kept, and many micro-batches are on the way at once, so what
+counts is throughput; and the input of every hop, which has passed through here, is all that is needed to ask somebody
+else: the client is the journal. A hop is a pure function of what it is sent (forward: of the input; backward: of the
+input and the gradient of the output), so any step may be repeated anywhere, without lost or doubled gradients. The
+price is the client's own line, which carries every hop's rows; `dtype` halves that.
 
     micro-batch 0   ─▶ hop 0 ─▶ hop 1 ─▶ hop 2 ─▶            ◀─ hop 2 ◀─ hop 1 ◀─ hop 0
     micro-batch 1        ─▶ hop 0 ─▶ hop 1 ─▶ hop 2 ─▶   ◀─ hop 2 ◀─ hop 1 ◀─ hop 0          IN_FLIGHT for each hop
@@ -19,7 +19,7 @@ What a peer does to a step, and what follows:
 |---|---|
 | says `busy` | waits as long as it asks; others are preferred meanwhile |
 | says `forgotten` (backward) | is sent again to it, with the input |
-| dies, keeps silent, fails, sends what is no answer (NaN, wrong shape) | goes to others, and it is left alone for a while |
+| dies, is silent, fails, sends what is no answer (NaN, wrong shape) | goes to others; it is left alone for a while |
 | refuses (`no_training`, `wrong_model`, …), pauses, leaves | goes to others, without blame |
 
 Where others divide the blocks differently, a backward begins with the forward through them, from the kept input.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -115,6 +116,34 @@ def test_a_standby_takes_the_place_of_a_killed_peer(
         assert generate(client, prompt, 64, streamer=At(48, kill)) == greedy(prompt, 64)
     assert (traffic.switches, traffic.rebuilds) == (1, 1)
     assert traffic.replayed_positions < len(prompt) + 48
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_peer_killed_in_training_changes_no_gradient(
+    client: Any, failing: LocalSwarm, tokenizer: PreTrainedTokenizerBase, backward: bool
+) -> None:
+    ids = tokenizer([PROMPT] * 3, return_tensors="pt").input_ids
+    route, killed = client._remote_layers.remote.training, list[LocalPeer]()
+
+    def gradient() -> torch.Tensor:
+        embeds = client.get_input_embeddings()(ids).detach().requires_grad_()
+        client(inputs_embeds=embeds, labels=ids).loss.backward()
+        assert embeds.grad is not None
+        return embeds.grad
+
+    expected, ask = gradient(), route._ask
+
+    async def asking(batch: Any, stretch: Any, gradient_TH: Any, **options: Any) -> torch.Tensor:
+        if not killed and backward == (gradient_TH is not None) and stretch.span.start == SPANS[1][0]:
+            killed.append(next(peer for peer in failing.peers if peer.peer_id == stretch.hop.peer_id))
+            threading.Timer(0.01, killed[0].kill).start()
+        return await ask(batch, stretch, gradient_TH, **options)
+
+    route._ask = asking
+    actual = gradient()
+    assert float((actual - expected).norm() / expected.norm()) <= 1e-5
+    assert killed[0].peer_id not in {hop.peer_id for hop in route.route.hops}
+    assert route.traffic.failures["lost"]
 
 
 def test_a_peer_killed_after_a_prefix_hit_is_replaced_without_changing_a_token(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -24,7 +24,7 @@ from peers.serving.training import TrainingLimits
 from peers.wire.messages import Train
 from routing.errors import CallerError, NoRoute
 from swarm import SwarmModelForSequenceClassification
-from swarm.errors import SessionClosed, UnsupportedGradient, UnsupportedMask
+from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedGradient, UnsupportedMask
 from swarm.models.classification import with_class_head
 from swarm.session import training as client
 from swarm.session.training import TrainingConfig, TrainingRoute, micro_batches
@@ -200,7 +200,7 @@ def test_prompt_tuning_by_peft_equals_local_and_its_adapter_loads_locally(
             losses.append(float(loss.detach()))
         return tuned.eval(), losses
 
-    (remote, losses), (whole, expected) = tuned(model), tuned(local)
+    (remote, losses), (_, expected) = tuned(model), tuned(local)
     # AdamW divides by a gradient's own size, which makes more of what is nearly nothing
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses[-1] != pytest.approx(losses[0], rel=1e-2)
@@ -339,6 +339,12 @@ def test_generation_goes_on_while_somebody_trains(local: Any, swarm: MemorySwarm
         training = threads.submit(lambda: [gradient_of_inputs(model, batch())[1] for _ in range(4)])
         assert torch.equal(reader.generate(ids, **greedy), local.generate(ids, **greedy))
         assert all(distance(gradient, expected) <= TOLERANCE for gradient in training.result())
+
+
+def test_adapters_inside_remote_layers_are_refused_by_name(model: Any) -> None:
+    tuned = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedAdapter, match=r"0\.self_attn\.q_proj\.lora_A"):
+        tuned(**batch())
 
 
 def test_where_nobody_trains_the_blocks_are_named(swarm: MemorySwarm, model: Any) -> None:

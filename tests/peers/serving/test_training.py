@@ -1,0 +1,323 @@
+"""Strangers ask a peer for gradients: what is taken in, what is kept, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peers.runtime.gradients import Graph, Outcome, Passage
+from peers.serving import training
+from peers.serving.training import Shelf, Training, TrainingLimits
+from peers.transport.links import Link
+from peers.wire import parts, tensors
+from peers.wire.messages import Code, Forget, Train, Trained, Untrained
+from routing.ids import BlockSpan, PeerId
+from tests.peers.serving.hops import HIDDEN, MODEL, Client, Hop, Route, rows
+
+GRAPH_BYTES = 1000
+
+
+class ToyModel:
+    max_positions = 100
+    device = "cpu"
+
+
+class ToyParts:
+    """What training asks of an engine: every block adds 1 to a value, and doubles a gradient."""
+
+    def __init__(self, hop: Hop) -> None:
+        self.model = ToyModel()
+        self.packs_sessions = True
+        self.compute_s = 0.005
+        self.graphs: list[bool] = []
+        """For each backward, whether a graph was given."""
+
+    def parts(self, span: BlockSpan) -> list[tuple[Any, BlockSpan]]:
+        return [(self, span)]
+
+    async def run_between(self, owner: PeerId, job: Any) -> tuple[Outcome, float]:
+        await asyncio.sleep(self.compute_s)
+        return job(64), self.compute_s
+
+
+def toy_forward(engine: ToyParts, passage: Passage, keep: bool, _: int) -> Outcome:
+    graph = Graph(num_bytes=GRAPH_BYTES) if keep else None
+    return Outcome(passage.input_TH + len(passage.span), graph, GRAPH_BYTES / passage.tokens if keep else 0.0)
+
+
+def toy_backward(engine: ToyParts, passage: Passage, gradient: Tensor, graph: Graph | None, _: int) -> Outcome:
+    engine.graphs.append(graph is not None)
+    return Outcome(gradient * 2, None, 0.0)
+
+
+class Lesson(Route):
+    """One peer that trains, and a client by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
+        super().__init__(1)
+        (self.hop,) = self.hops
+        monkeypatch.setattr(training, "_forward_job", toy_forward)
+        monkeypatch.setattr(training, "_backward_job", toy_backward)
+        self.engine = ToyParts(self.hop)
+        for name in ("parts", "run_between", "model"):
+            setattr(self.hop.engine, name, getattr(self.engine, name))
+        self.training = Training(
+            links=self.hop.links,
+            handler=self.hop.handler,
+            limits=TrainingLimits(**limits),
+            clock=lambda: asyncio.get_running_loop().time(),
+        )
+
+    def another_client(self) -> Client:
+        return listening(super().another_client())
+
+    async def __aenter__(self) -> Lesson:
+        listening(self.client)
+        await super().__aenter__()
+        self._running = asyncio.create_task(self.training.run())
+        return self
+
+    async def __aexit__(self, kind: object, *others: object) -> None:
+        await super().__aexit__(kind, *others)
+        assert not self._running.done(), "a stranger brought training down"
+        self._running.cancel()
+        await asyncio.wait([self._running])
+        if kind is None:
+            left = self.training
+            assert (left._tokens, len(left._tokens_of), len(left._arriving), len(left.shelf)) == (0, 0, 0, 0)
+            assert (left.shelf.num_bytes, len(left._busy)) == (0, 0)
+
+
+def listening(client: Client) -> Client:
+    for kind in (Trained, Untrained):
+        client.links.handle(kind, client._receive)
+    return client
+
+
+def work_of(work: int = 1, **changes: Any) -> Train:
+    fields: dict[str, Any] = {
+        "work": bytes([work]) * 16,
+        "model": MODEL.digest,
+        "start": 0,
+        "end": 4,
+        "lengths": (3, 2),
+        "keep": True,
+        "first": 0,
+        "count": 5,
+        "dtype": "float32",
+        "hidden": HIDDEN,
+    }
+    return Train(**fields | changes)
+
+
+async def asks(
+    lesson: Lesson, work: int = 1, hidden: Tensor | None = None, client: Client | None = None, **changes: Any
+) -> None:
+    hidden = rows(0, 5) if hidden is None else hidden
+    await (client or lesson.client).send(lesson.hop, work_of(work, **changes), tensors.pack(hidden, "float32"))
+
+
+async def answer(client: Client) -> Tensor:
+    message, payload = await client.next(Trained)
+    return tensors.unpack(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
+
+
+async def refusal(client: Client) -> str:
+    message, _ = await client.next(Untrained)
+    return message.code
+
+
+@pytest.mark.looptime
+async def test_a_forward_and_its_backward_use_what_is_kept_and_the_client_may_forget_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with Lesson(monkeypatch) as lesson:
+        await asks(lesson)
+        assert torch.equal(await answer(lesson.client), rows(0, 5) + 4)
+        assert lesson.training.shelf.num_bytes == GRAPH_BYTES + rows(0, 5).nbytes
+        for _ in range(2):  # a repeated backward finds the input, and no graph
+            await asks(lesson, backward=True, hidden=rows(1, 5))
+            assert torch.equal(await answer(lesson.client), rows(1, 5) * 2)
+        assert lesson.engine.graphs == [True, False]
+        await lesson.client.send(lesson.hop, Forget(works=(work_of().work,)))
+        await asks(lesson, backward=True, hidden=rows(1, 5))
+        assert await refusal(lesson.client) == Code.FORGOTTEN
+        both = torch.cat((rows(0, 5), rows(1, 5)))
+        await asks(lesson, backward=True, again=True, hidden=both, count=10)
+        assert torch.equal(await answer(lesson.client), rows(1, 5) * 2)
+        account = lesson.hop.admission.account(lesson.client.transport.peer_id)
+        assert (account.steps, account.positions) == (4, 20)
+
+
+@pytest.mark.looptime
+async def test_rows_come_in_parts_and_leave_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 2 * HIDDEN * 4)
+    async with Lesson(monkeypatch) as lesson:
+        for first, count in ((0, 2), (2, 2), (4, 1)):
+            await asks(lesson, first=first, count=count, keep=False, hidden=rows(first, count))
+        received = [await answer(lesson.client) for _ in range(3)]
+        assert torch.equal(torch.cat(received), rows(0, 5) + 4)
+
+
+NAN = rows(0, 5).clone()
+NAN[3, 1] = float("nan")
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"hidden_": 8}, Code.MALFORMED),
+        ({"hidden": NAN}, Code.MALFORMED),
+        ({"dtype": "int8"}, Code.MALFORMED),
+        ({"count": 4}, Code.MALFORMED),
+        ({"lengths": (3, 3), "count": 7}, Code.MALFORMED),
+        ({"lengths": (101,)}, Code.TOO_LONG),
+        ({"lengths": (90,) * 3}, Code.TOO_LONG),
+        ({"end": 5}, Code.WRONG_MODEL),
+        ({"start": 4, "end": 4}, Code.WRONG_MODEL),
+        ({"model": bytes(32)}, Code.WRONG_MODEL),
+        ({"backward": True}, Code.FORGOTTEN),
+    ],
+    ids=str,
+)
+async def test_what_makes_no_sense_is_refused_and_nothing_of_it_stays(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], code: str
+) -> None:
+    async with Lesson(monkeypatch, max_tokens_per_peer=256) as lesson:
+        hidden = changes.pop("hidden", None)
+        wrong = {"hidden": changes.pop("hidden_")} if "hidden_" in changes else {}
+        message = work_of(1, **changes, **wrong)
+        await lesson.client.send(lesson.hop, message, tensors.pack(rows(0, 5) if hidden is None else hidden, "float32"))
+        assert await refusal(lesson.client) == code
+        await asks(lesson, 2, keep=False)
+        assert torch.equal(await answer(lesson.client), rows(0, 5) + 4)
+
+
+@pytest.mark.looptime
+async def test_parts_that_leave_a_gap_or_change_their_mind_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Lesson(monkeypatch) as lesson:
+        for second in ({"first": 3, "count": 2}, {"first": 2, "count": 3, "end": 3}, {"first": 2, "count": 4}):
+            await asks(lesson, first=0, count=2, hidden=rows(0, 2))
+            await asks(lesson, hidden=rows(0, second["count"]), **second)
+            assert await refusal(lesson.client) == Code.MALFORMED
+            await asks(lesson, first=4, count=1, hidden=rows(4, 1))  # the rest of it is passed by
+        await asks(lesson, keep=False)
+        assert torch.equal(await answer(lesson.client), rows(0, 5) + 4)
+
+
+@pytest.mark.looptime
+async def test_nobody_takes_everybodys_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Lesson(monkeypatch, max_tokens_per_peer=10, max_tokens=15) as lesson:
+        other, lesson.engine.compute_s = lesson.another_client(), 1.0
+        for work in (1, 2, 3):
+            await asks(lesson, work, keep=False)
+        message, _ = await lesson.client.next(Untrained)
+        assert (message.code, message.work) == (Code.BUSY, work_of(3).work)
+        assert message.retry_after_s > 0
+        await asks(lesson, 4, client=other, keep=False)
+        await asks(lesson, 5, client=other, keep=False)
+        assert await refusal(other) == Code.BUSY
+        await answer(other)
+        for _ in (1, 2):
+            await answer(lesson.client)
+
+
+@pytest.mark.looptime
+async def test_what_nobody_comes_back_for_ends_with_its_lease_or_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Lesson(monkeypatch, lease_s=30.0) as lesson:
+        await asks(lesson, 1)
+        await answer(lesson.client)
+        await asks(lesson, 2, first=0, count=2, hidden=rows(0, 2))  # and never the rest
+        await asyncio.sleep(31.0 + training.SWEEP_S)
+        assert len(lesson.training.shelf) == 0
+        assert not lesson.training._arriving
+        await asks(lesson, 1, backward=True)
+        assert await refusal(lesson.client) == Code.FORGOTTEN
+        other = lesson.another_client()
+        await asks(lesson, 3, client=other)
+        await answer(other)
+        await asks(lesson, 4, client=other, first=0, count=2, hidden=rows(0, 2))
+        await other.close()
+        await asyncio.sleep(1.0)
+        assert len(lesson.training.shelf) == 0
+
+
+@pytest.mark.looptime
+async def test_a_peer_may_train_nobody_or_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Lesson(monkeypatch, max_bytes=0) as lesson:
+        await asks(lesson)
+        assert await refusal(lesson.client) == Code.NO_TRAINING
+    async with Lesson(monkeypatch) as lesson:
+        lesson.hop.handler.pause(True)
+        await asks(lesson)
+        assert await refusal(lesson.client) == Code.PAUSED
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["put", "take", "drop", "expire", "lost"]),
+            st.integers(0, 2),
+            st.integers(0, 3),
+            st.integers(0, 40),
+        ),
+        max_size=60,
+    )
+)
+def test_a_shelf_never_holds_more_than_it_may_and_knows_how_much(moves: list[tuple[str, int, int, int]]) -> None:
+    shelf = Shelf(TrainingLimits(max_bytes=600, max_bytes_per_peer=300, lease_s=5.0))
+    links = [cast(Link, SimpleNamespace(number=number)) for number in range(3)]
+    for now_s, (move, owner, work, size) in enumerate(moves):
+        key = (PeerId(str(owner)), bytes([work]), 0)
+        if move == "put":
+            passage = Passage(span=BlockSpan(0, 1), lengths=(1,), regime_length=0, input_TH=torch.zeros(1, size))
+            graph = Graph(num_bytes=10 * size) if size % 2 else None
+            shelf.put(key, links[owner], passage, graph, float(now_s))
+        elif move == "take":
+            taken = shelf.take(key)
+            assert taken is None or shelf.take(key) == (taken[0], None), "a graph serves once"
+        elif move == "drop":
+            shelf.drop_works(key[0], {key[1]})
+            assert shelf.take(key) is None
+        elif move == "expire":
+            shelf.expire(float(now_s))
+        else:
+            shelf.drop_link(links[owner])
+        kept = shelf._kept.values()
+        assert shelf.num_bytes == sum(one.num_bytes for one in kept) <= 600
+        for number in range(3):
+            mine = sum(one.num_bytes for key, one in shelf._kept.items() if key[0] == PeerId(str(number)))
+            assert mine == shelf._bytes_of[PeerId(str(number))] <= 300
+    shelf.clear()
+    assert shelf.num_bytes == 0
+
+
+def test_limits_out_of_range_are_refused() -> None:
+    for wrong in ({"max_bytes": -1}, {"max_tokens": 0}, {"lease_s": 0.0}):
+        with pytest.raises(ValueError, match="negative"):
+            TrainingLimits(**cast(Any, wrong))
+
+
+def gathered(parts_: Iterator[tuple[int, int, memoryview]], count: int, dtype: str) -> Tensor:
+    gathering = parts.Gathering(count, HIDDEN, dtype)
+    *before, last = [gathering.add(first, size, dtype, payload) for first, size, payload in parts_]
+    assert last
+    assert not any(before)
+    return gathering.rows
+
+
+@given(st.integers(1, 40), st.sampled_from(sorted(tensors.DTYPES)), st.integers(1, 9))
+def test_rows_that_are_cut_come_together_again(count: int, dtype: str, rows_per_part: int) -> None:
+    whole = rows(0, count).to(tensors.DTYPES[dtype])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "PART_BYTES", rows_per_part * HIDDEN * whole.itemsize)
+        assert torch.equal(gathered(parts.cut(whole, dtype), count, dtype), whole)
