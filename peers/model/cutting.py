@@ -26,6 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
+from peers.model.kernels import PackedLinear
 from peers.model.rotary import rotary_regime, steer
 from peers.model.support import Anatomy, accepted_names, configs, hidden_argument, renumber, set_attention
 from routing.errors import InvalidSpan
@@ -102,11 +103,18 @@ class SpanModel:
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         regime_length: int = 0,
-    ) -> list[Callable[[Tensor], Tensor]]:
-        """The blocks of `span` one by one, as `forward` would call them with hidden states like these: for who has
-        something else to do between two of them. Arguments and errors as of `forward`."""
+    ) -> list[tuple[Callable[[Tensor], Tensor], nn.Module]]:
+        """The blocks of `span` one by one, as `forward` would call them with hidden states like these, each with its
+        module: for who has something else to do between two of them. Arguments and errors as of `forward`."""
         view = self._view(span or self.span)
         return view.split(like_1TH, position_ids_1T, past_key_values, attention_mask, regime_length)
+
+    def linear_shape(self, block: int, path: str) -> tuple[int, int] | None:
+        """Inputs and outputs of the linear layer at `path` of a block of the span; None where there is none."""
+        module = dict(_layer_list(self.module, self._anatomy)[block - self.span.start].named_modules()).get(path)
+        if not isinstance(module, nn.Linear | PackedLinear):
+            return None
+        return module.in_features, module.out_features
 
     def new_cache(self, span: BlockSpan | None = None) -> DynamicCache:
         """An empty cache of the model's own kind for one session on `span`.
@@ -219,7 +227,7 @@ class _View:
         cache: Cache | None,
         attention_mask: Tensor | None,
         regime_length: int,
-    ) -> list[Callable[[Tensor], Tensor]]:
+    ) -> list[tuple[Callable[[Tensor], Tensor], nn.Module]]:
         """Let the model's own loop call its blocks, note with what, and run none of them. That is all there is to know:
         what a block takes beside its hidden states depends on no hidden states (`peers.model.support`)."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -251,7 +259,9 @@ class _View:
         finally:
             for (layer, _, _), forward in zip(self._layers, outer, strict=True):
                 layer.forward = forward
-        return [calling(run, name, *call) for (_, name, run), call in zip(self._layers, calls, strict=True)]
+        return [
+            (calling(run, name, *call), layer) for (layer, name, run), call in zip(self._layers, calls, strict=True)
+        ]
 
     def _call(
         self,

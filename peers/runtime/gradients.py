@@ -15,16 +15,20 @@ Names: T packed positions · n positions of one sequence · H hidden size; for a
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 
+from peers.errors import Refused
+from peers.model.adapters import Adapter
 from peers.model.cutting import SpanModel
 from peers.runtime.attention import Pattern, Segment, attend_one, attending, look
+from peers.wire.messages import Code
 from routing.ids import BlockSpan
 
 Pieces = Generator[None, None, "Outcome"]
@@ -39,6 +43,8 @@ class Passage:
     regime_length: int
     input_TH: Tensor
     """On the CPU, of any floating dtype."""
+    adapter: Adapter | None = None
+    """Of these blocks, of whoever asks; it changes nothing but what this passage computes."""
 
     @property
     def tokens(self) -> int:
@@ -70,6 +76,8 @@ class Graph:
     groups: list[_Group] = field(default_factory=list)
     num_bytes: int = 0
     """Of the tensors that it keeps alive, the model's own apart."""
+    weights: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Leaves that hold the adapter's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +87,8 @@ class Outcome:
     graph: Graph | None
     bytes_per_token: float
     """That a graph was found to take; 0 where none was made."""
+    adapter_gradient: Tensor | None = None
+    """Of its values, in their order."""
 
 
 def forward(model: SpanModel, passage: Passage, *, packs: bool, keep: bool, positions: int) -> Pieces:
@@ -86,11 +96,11 @@ def forward(model: SpanModel, passage: Passage, *, packs: bool, keep: bool, posi
 
     `packs`: whether the model's attention is ours now. `positions`: of a group of several sequences, at most.
     """
-    graph = Graph()
+    graph = Graph(weights=_leaves(model, passage, keep))
     outputs = []
     for group, input_TH in _groups(passage, packs, positions):
         saved = _Saved(model)
-        output_1TH = yield from _run(model, passage, group, input_TH, packs, keep, saved)
+        output_1TH = yield from _run(model, passage, group, input_TH, packs, keep, saved, graph.weights)
         graph.num_bytes += saved.num_bytes
         graph.groups.append(group)
         outputs.append(output_1TH.detach()[0].cpu())
@@ -104,11 +114,12 @@ def backward(
     run again, group by group."""
     gradients = []
     num_bytes = first = 0
+    weights = _leaves(model, passage, True) if graph is None else graph.weights
     given = _groups(passage, packs, positions) if graph is None else ((group, None) for group in _taken(graph))
     for group, input_TH in given:
         if input_TH is not None:
             saved = _Saved(model)
-            yield from _run(model, passage, group, input_TH, packs, True, saved)
+            yield from _run(model, passage, group, input_TH, packs, True, saved, weights)
             num_bytes += saved.num_bytes
         gradient_1TH = gradient_TH[None, first : first + group.tokens].to(model.device, model.dtype)
         first += group.tokens
@@ -120,7 +131,19 @@ def backward(
             del leaf_1TH, output_1TH
             yield
         gradients.append(gradient_1TH[0].cpu())
-    return Outcome(torch.cat(gradients), None, num_bytes / passage.tokens)
+    added = None
+    if weights:
+        each = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for pair in weights for leaf in pair)
+        added = torch.cat([gradient.flatten().cpu() for gradient in each])
+    return Outcome(torch.cat(gradients), None, num_bytes / passage.tokens, added)
+
+
+def _leaves(model: SpanModel, passage: Passage, keep: bool) -> list[tuple[Tensor, Tensor]]:
+    pairs = () if passage.adapter is None else passage.adapter.weights()
+    return [
+        (a.to(model.device).clone().requires_grad_(keep), b.to(model.device).clone().requires_grad_(keep))
+        for a, b in pairs
+    ]
 
 
 def _taken(graph: Graph) -> Iterator[_Group]:
@@ -144,7 +167,14 @@ def _groups(passage: Passage, packs: bool, positions: int) -> Iterator[tuple[_Gr
 
 
 def _run(
-    model: SpanModel, passage: Passage, group: _Group, input_TH: Tensor, packs: bool, keep: bool, saved: _Saved
+    model: SpanModel,
+    passage: Passage,
+    group: _Group,
+    input_TH: Tensor,
+    packs: bool,
+    keep: bool,
+    saved: _Saved,
+    weights: Sequence[tuple[Tensor, Tensor]],
 ) -> Generator[None, None, Tensor]:
     """The output [1, T, H] of a group; with `keep` its blocks stand in `group` afterwards."""
     hidden_1TH = input_TH[None].to(model.device, model.dtype)
@@ -159,8 +189,9 @@ def _run(
             attention_mask=None if packs else torch.ones_like(positions_T)[None],  # ALiBi is built from it
             regime_length=passage.longest,
         )
-    for block in blocks:
-        with attending(attender) if attender else nullcontext(), torch.set_grad_enabled(keep):
+    for number, (block, module) in zip(passage.span, blocks, strict=True):
+        adapting = _adapting(passage, number, module, weights)
+        with attending(attender) if attender else nullcontext(), torch.set_grad_enabled(keep), adapting:
             if keep:
                 leaf_1TH = hidden_1TH.detach().requires_grad_()
                 with saved.counting():
@@ -170,6 +201,41 @@ def _run(
                 hidden_1TH = block(hidden_1TH)
         yield
     return hidden_1TH
+
+
+@contextmanager
+def _adapting(
+    passage: Passage, block: int, module: nn.Module, weights: Sequence[tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """Within, the linear layers of this block that the adapter names add what it says. Raises Refused where one of them
+    was not called: its block multiplies by the weights in some other way."""
+    if passage.adapter is None:
+        yield
+        return
+    called: set[str] = set()
+    hooks = []
+    for target, pair in zip(passage.adapter.targets, weights, strict=True):
+        if target.block == block:
+
+            def add(
+                _: nn.Module, args: tuple[Tensor, ...], output: Tensor, target: Any = target, pair: Any = pair
+            ) -> Tensor:
+                called.add(target.module)
+                added = F.linear(F.linear(args[0].to(pair[0].dtype), pair[0]), pair[1])
+                whole: Tensor = (output + added * target.scaling).to(output.dtype)
+                return whole
+
+            hooks.append(module.get_submodule(target.module).register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(called) < len(hooks):
+        wanted = {target.module for target in passage.adapter.targets if target.block == block}
+        raise Refused(
+            f"{', '.join(sorted(wanted - called))} of block {block} cannot be adapted here", code=Code.MALFORMED
+        )
 
 
 class _Saved:

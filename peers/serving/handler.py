@@ -35,6 +35,7 @@ from peers.wire.codec import OVERHEAD_BYTES
 from peers.wire.messages import (
     MAX_HOPS,
     MAX_POSITIONS,
+    Adapter,
     Close,
     Code,
     Failed,
@@ -460,7 +461,7 @@ class Handler:
         farewell = self._failure(reason, place.session.raw, place.block, entry.epoch)
         self._tasks.spawn(_tell(entry.owner_link, farewell), name=f"let go {place}")
 
-    def check(self, message: Open | Train) -> None:
+    def check(self, message: Open | Train | Adapter) -> None:
         """Whether these blocks may be asked for now. Raises Busy, Refused."""
         self._check_open(message)
         self._check_comfort(self._links.upload, self._links.download)
@@ -469,7 +470,7 @@ class Handler:
     def _paused() -> Paused:
         return Paused("its owner needs the machine", retry_after_s=PAUSED_RETRY_S)
 
-    def _check_open(self, message: Open | Train) -> None:
+    def _check_open(self, message: Open | Train | Adapter) -> None:
         if self._draining:
             raise Refused("this peer is leaving", code=Code.DRAINING)
         if message.model != self.served.model.digest:

@@ -24,14 +24,16 @@ import torch
 from msgspec import structs
 
 from peers.errors import Busy, ProtocolError, Refused
+from peers.model.adapters import WIDTH, Adapter, as_rows, check_order, num_rows, of_rows
 from peers.runtime import gradients
 from peers.runtime.engine import Engine, NonFiniteOutput
 from peers.runtime.gradients import Graph, Outcome, Passage
 from peers.serving.handler import Handler, code_of
-from peers.transport.links import BULK_BYTES, Link, Links
+from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
 from peers.wire import parts, tensors
-from peers.wire.messages import Code, Forget, Train, Trained, Untrained
+from peers.wire.messages import Adapter as AdapterMessage
+from peers.wire.messages import AdapterGradient, Code, Forget, Train, Trained, Untrained
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId
 
@@ -53,6 +55,9 @@ class TrainingLimits:
     max_tokens: int = 32_768
     """Positions that wait or are computed, of all clients together."""
     max_tokens_per_peer: int = 16_384
+    max_adapter_bytes: int = 256 << 20
+    """Of all clients' adapters together."""
+    max_adapter_bytes_per_peer: int = 64 << 20
     lease_s: float = 120.0
     """What waits for a backward is dropped after that."""
 
@@ -76,6 +81,8 @@ class TrainingCounts:
     """By code."""
 
 
+_Answer = tuple[torch.Tensor, float, torch.Tensor | None]
+"""Rows, seconds of compute, and the gradient of the adapter's values."""
 _Key = tuple[PeerId, bytes, int]
 """Client, work, and the block with which a part of it begins."""
 
@@ -161,6 +168,79 @@ class Shelf:
 
 
 @dataclass(slots=True, eq=False)
+class _Owned:
+    """An adapter, whole or on its way."""
+
+    link: Link
+    head: AdapterMessage
+    gathering: parts.Gathering
+    expires_at_s: float
+    whole: Adapter | None = None
+
+
+class Wardrobe:
+    """Clients' adapters, each for its owner alone; of one owner's, the one used longest ago gives way."""
+
+    def __init__(self, limits: TrainingLimits) -> None:
+        self._limits = limits
+        self._owned: OrderedDict[tuple[PeerId, bytes], _Owned] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._owned)
+
+    def num_bytes(self, owner: PeerId | None = None) -> int:
+        """Of this owner's, or of everybody's."""
+        return sum(one.gathering.rows.nbytes for key, one in self._owned.items() if owner in (None, key[0]))
+
+    def begin(self, link: Link, head: AdapterMessage, now_s: float) -> None:
+        """Raises Refused, Busy."""
+        key, needed = (link.remote, head.adapter), num_rows(head.targets) * WIDTH * 4
+        self._owned.pop(key, None)
+        if needed > self._limits.max_adapter_bytes_per_peer:
+            raise Refused(
+                f"an adapter of {needed >> 20} MiB, this peer takes {self._limits.max_adapter_bytes_per_peer >> 20}",
+                code=Code.TOO_LONG,
+            )
+        while self.num_bytes(link.remote) + needed > self._limits.max_adapter_bytes_per_peer:
+            del self._owned[next(known for known in self._owned if known[0] == link.remote)]
+        if self.num_bytes() + needed > self._limits.max_adapter_bytes:
+            raise Busy("no room for another adapter here", retry_after_s=RETRY_S_MAX)
+        gathering = parts.Gathering(num_rows(head.targets), WIDTH, "float32")
+        self._owned[key] = _Owned(link, head, gathering, now_s + self._limits.lease_s)
+
+    def add(self, link: Link, message: AdapterMessage, payload: memoryview) -> None:
+        """Raises ProtocolError for what does not follow, is not finite, or is not what its name says."""
+        key = (link.remote, message.adapter)
+        owned = self._owned.get(key)
+        if owned is None or owned.whole is not None:
+            return  # it was declined, or is known
+        try:
+            if structs.replace(message, first=0, count=0) != structs.replace(owned.head, first=0, count=0):
+                raise ProtocolError("parts of one adapter that do not agree on it")
+            if owned.gathering.add(message.first, message.count, "float32", payload):
+                adapter = Adapter(message.targets, of_rows(message.targets, owned.gathering.rows))
+                if adapter.name != message.adapter:
+                    raise ProtocolError("an adapter that is not what its name says")
+                owned.whole = adapter
+        except ProtocolError:
+            del self._owned[key]
+            raise
+
+    def take(self, owner: PeerId, name: bytes, now_s: float) -> tuple[Adapter, BlockSpan]:
+        """And for which blocks. Raises Refused."""
+        owned = self._owned.get((owner, name))
+        if owned is None or owned.whole is None:
+            raise Refused("an adapter that is not here", code=Code.UNKNOWN_ADAPTER)
+        self._owned.move_to_end((owner, name))
+        owned.expires_at_s = now_s + self._limits.lease_s
+        return owned.whole, BlockSpan(owned.head.start, owned.head.end)
+
+    def drop_where(self, condition: Callable[[_Owned], bool]) -> None:
+        for key in [key for key, owned in self._owned.items() if condition(owned)]:
+            del self._owned[key]
+
+
+@dataclass(slots=True, eq=False)
 class _Arriving:
     """A work of which some rows have come."""
 
@@ -182,6 +262,7 @@ class Training:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.shelf = Shelf(limits)
+        self.wardrobe = Wardrobe(limits)
         self.counts = TrainingCounts()
         self._handler = handler
         self._clock = clock
@@ -193,10 +274,13 @@ class Training:
         """What one position took lately, through whatever blocks."""
         self._graph_bytes: dict[BlockSpan, float] = {}
         """Of one position, by the blocks of an engine, as measured."""
+        self._wrong: dict[Link, tuple[bytes, SwarmError]] = {}
+        """The last adapter that was declined, and why."""
         self._busy: Counter[Link] = Counter()
         """Links on which works wait for answers."""
         self._tasks = Tasks()
         links.handle(Train, self._train)
+        links.handle(AdapterMessage, self._adapter)
         links.handle(Forget, self._forget)
         links.on_lost(self._link_lost)
         links.keep(lambda: (*self.shelf.links(), *self._busy))
@@ -216,8 +300,37 @@ class Training:
     def vacate(self) -> None:
         """Other blocks will be served: nothing is kept of these."""
         self.shelf.clear()
+        self.wardrobe.drop_where(lambda _: True)
 
     # --- messages ---
+
+    async def _adapter(self, link: Link, message: AdapterMessage, payload: memoryview) -> None:
+        """What is wrong with it is told to the works that need it: they find it is not here."""
+        try:
+            if message.first == 0:
+                self._check_adapter(message)
+                self.wardrobe.begin(link, message, self._clock())
+            self.wardrobe.add(link, message, payload)
+        except (Busy, Refused, ProtocolError) as error:
+            self._wrong[link] = (message.adapter, error)
+            logger.info("an adapter from %s: %s", link.remote, error)
+
+    def _check_adapter(self, message: AdapterMessage) -> None:
+        """Raises Busy, Refused, ProtocolError."""
+        if not self._limits.max_bytes:
+            raise Refused("this peer computes no gradients", code=Code.NO_TRAINING)
+        self._handler.check(message)
+        span = BlockSpan(message.start, message.end)
+        check_order(message.targets, span)
+        engine = self._handler.engine
+        if engine is None:
+            raise Refused("this peer is loading other blocks", code=Code.DRAINING)
+        for part_engine, part in engine.parts(span):
+            for target in message.targets:
+                if target.block in part:
+                    shape = part_engine.model.linear_shape(target.block, target.module)
+                    if shape != (target.inputs, target.outputs):
+                        raise ProtocolError(f"block {target.block} has no linear layer {target.module} of that shape")
 
     async def _train(self, link: Link, message: Train, payload: memoryview) -> None:
         key = (link, message.work, message.backward)
@@ -249,6 +362,7 @@ class Training:
         if head.hidden != handler.served.hidden_size:
             raise ProtocolError(f"rows of {head.hidden}, this model's hidden size is {handler.served.hidden_size}")
         tokens = sum(head.lengths)
+        self._adapter_of(link, head)
         engine = handler.engine
         if engine is None:
             raise Refused("this peer is loading other blocks", code=Code.DRAINING)
@@ -275,11 +389,26 @@ class Training:
         self._count(link, tokens, 1)
         return _Arriving(head, gathering, gathering.rows.nbytes, self._clock())
 
+    def _adapter_of(self, link: Link, head: Train) -> Adapter | None:
+        """Raises Refused, or what was wrong with the adapter."""
+        if head.adapter is None:
+            return None
+        wrong, error = self._wrong.get(link, (None, None))
+        if wrong == head.adapter and error is not None:
+            del self._wrong[link]
+            raise error
+        adapter, span = self.wardrobe.take(link.remote, head.adapter, self._clock())
+        if span != BlockSpan(head.start, head.end):
+            raise ProtocolError("an adapter for other blocks")
+        return adapter
+
     async def _forget(self, link: Link, message: Forget, _: memoryview) -> None:
         self.shelf.drop_works(link.remote, set(message.works))
 
     def _link_lost(self, link: Link) -> None:
         self.shelf.drop_link(link)
+        self.wardrobe.drop_where(lambda owned: owned.link is link)
+        self._wrong.pop(link, None)
         for key in [key for key in self._arriving if key[0] is link]:
             self._discard(key)
 
@@ -290,8 +419,9 @@ class Training:
         began_s = self._clock()
         try:
             compute = self._backward if head.backward else self._forward
-            rows, compute_s = await compute(link, head, arriving.gathering.rows)
-            if not tensors.finite(rows):
+            adapter = self._adapter_of(link, head)
+            rows, compute_s, added = await compute(link, head, arriving.gathering.rows, adapter)
+            if not tensors.finite(rows) or (added is not None and not tensors.finite(added)):
                 raise NonFiniteOutput("the model made NaN or infinity of this work")
             rows = rows.to(tensors.DTYPES[head.dtype])
             if not tensors.finite(rows):
@@ -307,6 +437,9 @@ class Training:
         self._handler.admission.charge(link.remote, positions=tokens, compute_s=compute_s)
         queue_s = max(0.0, self._clock() - began_s - compute_s)
         with suppress(PeerError):  # the client is gone, and what was kept for it with its link
+            if added is not None:
+                for first, count, payload in parts.cut(as_rows(added), "float32"):
+                    await link.send(AdapterGradient(work=head.work, first=first, count=count), payload, bulk=True)
             for first, count, payload in parts.cut(rows, head.dtype):
                 answer = Trained(
                     work=head.work,
@@ -318,12 +451,12 @@ class Training:
                     queue_s=queue_s,
                     compute_s=compute_s,
                 )
-                await link.send(answer, payload, bulk=len(payload) >= BULK_BYTES)
+                await link.send(answer, payload, bulk=True)
 
-    async def _forward(self, link: Link, head: Train, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+    async def _forward(self, link: Link, head: Train, rows: torch.Tensor, adapter: Adapter | None) -> _Answer:
         total_s = 0.0
         for engine, part in self._parts(head):
-            passage = _passage(head, part, rows)
+            passage = _passage(head, part, rows, adapter)
             keep = head.keep and self._expected_bytes(part, passage) <= self.shelf.room(link.remote)
             job = functools.partial(_forward_job, engine, passage, keep)
             outcome, compute_s = await engine.run_between(link.remote, job)
@@ -333,16 +466,16 @@ class Training:
                 self.counts.kept += self.shelf.put(key, link, passage, outcome.graph, self._clock())
             rows, total_s = outcome.rows_TH, total_s + compute_s
         self.counts.forwards += 1
-        return rows, total_s
+        return rows, total_s, None
 
-    async def _backward(self, link: Link, head: Train, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+    async def _backward(self, link: Link, head: Train, rows: torch.Tensor, adapter: Adapter | None) -> _Answer:
         total_s, tokens = 0.0, sum(head.lengths)
         found: list[tuple[Engine, BlockSpan, Passage, Graph | None]] = []
         engines = self._parts(head)
         if head.again:
             given, rows = rows[:tokens], rows[tokens:]
             for engine, part in engines:
-                passage = _passage(head, part, given)
+                passage = _passage(head, part, given, adapter)
                 found.append((engine, part, passage, None))
                 if len(found) < len(engines):
                     outcome, compute_s = await engine.run_between(
@@ -355,14 +488,17 @@ class Training:
                 if kept is None or kept[0].span != part or tuple(kept[0].lengths) != head.lengths:
                     raise Refused("nothing is kept of this work here", code=Code.FORGOTTEN)
                 found.append((engine, part, *kept))
+        added: list[torch.Tensor] = []
         for engine, part, passage, graph in reversed(found):
             self.counts.recomputed += graph is None
             job = functools.partial(_backward_job, engine, passage, rows, graph)
             outcome, compute_s = await engine.run_between(link.remote, job)
             self._learn(part, outcome)
             rows, total_s = outcome.rows_TH, total_s + compute_s
+            if outcome.adapter_gradient is not None:
+                added.insert(0, outcome.adapter_gradient)
         self.counts.backwards += 1
-        return rows, total_s
+        return rows, total_s, torch.cat(added) if added else None
 
     def _parts(self, head: Train) -> list[tuple[Engine, BlockSpan]]:
         engine = self._handler.engine
@@ -420,6 +556,8 @@ class Training:
         while True:
             await asyncio.sleep(SWEEP_S)
             self.shelf.expire(self._clock())
+            now_s = self._clock()
+            self.wardrobe.drop_where(lambda owned, now_s=now_s: owned.expires_at_s <= now_s)  # type: ignore[misc]
             before_s = self._clock() - self._limits.lease_s
             for key in [key for key, arriving in self._arriving.items() if arriving.began_s <= before_s]:
                 self._discard(key)
@@ -430,8 +568,14 @@ def _whole(message: Train) -> Train:
     return structs.replace(message, first=0, count=0)
 
 
-def _passage(head: Train, part: BlockSpan, rows: torch.Tensor) -> Passage:
-    return Passage(span=part, lengths=head.lengths, regime_length=head.regime_length, input_TH=rows)
+def _passage(head: Train, part: BlockSpan, rows: torch.Tensor, adapter: Adapter | None) -> Passage:
+    return Passage(
+        span=part,
+        lengths=head.lengths,
+        regime_length=head.regime_length,
+        input_TH=rows,
+        adapter=None if adapter is None else adapter.within(part),
+    )
 
 
 def _forward_job(engine: Engine, passage: Passage, keep: bool, positions: int) -> gradients.Pieces:

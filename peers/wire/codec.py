@@ -16,7 +16,7 @@ import struct
 import msgspec
 
 from peers.errors import ProtocolError
-from peers.wire.messages import AnyMessage, Relay, Result, Step, Train, Trained
+from peers.wire.messages import Adapter, AdapterGradient, AnyMessage, Relay, Result, Step, Train, Trained
 
 MAX_HEADER_BYTES = 32 * 1024
 _LENGTHS = struct.Struct(">II")
@@ -25,6 +25,9 @@ OVERHEAD_BYTES = _LENGTHS.size + MAX_HEADER_BYTES
 """The most that a message takes besides its payload."""
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(AnyMessage)
+
+CARRY_ROWS = (Step, Relay, Result, Train, Trained, Adapter, AdapterGradient)
+"""Messages that may have a payload."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -64,6 +67,6 @@ def _message(header: memoryview, payload_bytes: int) -> AnyMessage:
         message: AnyMessage = _DECODER.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # the last from nesting that is ignored
         raise ProtocolError(f"an unreadable message: {error}") from error
-    if payload_bytes and not isinstance(message, Step | Relay | Result | Train | Trained):
+    if payload_bytes and not isinstance(message, CARRY_ROWS):
         raise ProtocolError(f"{type(message).__name__} with {payload_bytes} bytes of payload")
     return message

@@ -62,6 +62,10 @@ PREFIX_POSITIONS = 64
 """Positions for which one prefix key stands."""
 MAX_SEQUENCES = 1024
 """In one work of training."""
+MAX_RANK = 256
+"""Of an adapter."""
+MAX_TARGETS = 640
+"""Of an adapter, for the blocks of one peer."""
 MAX_PREFIX_KEYS = 512
 """Of 16 bytes each, in a header of 32 KiB: the first 32,768 positions of a session can be shared."""
 
@@ -104,6 +108,7 @@ class Code:
     MALFORMED = "malformed"  # NaN, wrong dtype, impossible shape
     INTERNAL = "internal"  # the computation itself failed here
     NO_TRAINING = "no_training"  # this peer computes no gradients: choose another one
+    UNKNOWN_ADAPTER = "unknown_adapter"  # it was not sent, or dropped since: send it, and then the work again
     FORGOTTEN = "forgotten"  # nothing is kept of this work: send its input with the gradient
 
 
@@ -290,10 +295,51 @@ class Train(Message, tag="train", frozen=True, kw_only=True):
     again: bool = False
     keep: bool = False
     """`backward` will be asked for: keep what it needs, as far as there is room."""
+    adapter: Bytes32 | None = None
+    """Of the sender's own (`Adapter`), with which the blocks compute in this work."""
     first: Count
     count: Count
     dtype: ShortText
     hidden: Count
+
+
+class AdapterTarget(msgspec.Struct, frozen=True, array_like=True):
+    """One linear layer to whose output an adapter adds (`peers.model.adapters`)."""
+
+    block: Block
+    module: Annotated[str, Meta(min_length=1, max_length=96)]
+    """Its path within the block."""
+    rank: Annotated[int, Meta(ge=1, le=MAX_RANK)]
+    inputs: Annotated[int, Meta(ge=1, le=1 << 20)]
+    outputs: Annotated[int, Meta(ge=1, le=1 << 20)]
+    scaling: float
+
+
+Targets = Annotated[tuple[AdapterTarget, ...], Meta(min_length=1, max_length=MAX_TARGETS)]
+
+
+class Adapter(Message, tag="adapter", frozen=True, kw_only=True):
+    """Rows `[first, first + count)` of an adapter for blocks `[start, end)`, in order; [count, 256] in float32.
+
+    It serves the sender's own works only, and is dropped when nobody used it for a while.
+    """
+
+    adapter: Bytes32
+    """SHA-256 of its targets and values."""
+    model: Bytes32
+    start: Block
+    end: Block
+    targets: Targets
+    first: Count
+    count: Count
+
+
+class AdapterGradient(Message, tag="adapter_gradient", frozen=True, kw_only=True):
+    """Rows of the gradient of a work's adapter, as those of `Adapter`; all of them before the work's `Trained`."""
+
+    work: Bytes16
+    first: Count
+    count: Count
 
 
 class Trained(Message, tag="trained", frozen=True, kw_only=True):
@@ -444,6 +490,8 @@ AnyMessage: TypeAlias = (
     | Failed
     | Close
     | Train
+    | Adapter
+    | AdapterGradient
     | Trained
     | Untrained
     | Forget

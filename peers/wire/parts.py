@@ -38,6 +38,10 @@ class Gathering:
         self._dtype = dtype
         self._arrived = 0
 
+    @property
+    def complete(self) -> bool:
+        return self._arrived == len(self.rows)
+
     def add(self, first: int, count: int, dtype: str, payload: Buffer) -> bool:
         """One more part; whether it was the last. Raises ProtocolError for one that is out of turn, or not finite."""
         if first != self._arrived or count < 1 or first + count > len(self.rows) or dtype != self._dtype:
@@ -47,4 +51,4 @@ class Gathering:
         part = tensors.unpack(payload, dtype=dtype, count=count, hidden=self.rows.shape[1])
         self.rows[first : first + count] = part
         self._arrived += count
-        return self._arrived == len(self.rows)
+        return self.complete

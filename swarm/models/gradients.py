@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peers.model.adapters import Adapter
 from swarm.errors import ContextTooLong
+from swarm.models.adapters import Attached
 from swarm.models.layout import Layout, PositionRules
 from swarm.session.remote import Gradients
 
@@ -67,7 +69,14 @@ def packed_documents(rules: PositionRules, position_ids: object, mask: object, *
     return Documents(lengths=tuple((ends_N - starts_N).tolist()), places=None, regime_length=longest)
 
 
-def run(remote: Gradients, hidden_BTD: Tensor, documents: Documents, *, repeat_last: bool = False) -> Tensor:
+def run(
+    remote: Gradients,
+    hidden_BTD: Tensor,
+    documents: Documents,
+    *,
+    repeat_last: bool = False,
+    attached: Attached | None = None,
+) -> Tensor:
     """What the layers make of a batch, `[B, T, D]`, with zeros where there is padding; differentiable.
 
     With `repeat_last`, a padded last column gets the output of its row's last token instead.
@@ -81,10 +90,13 @@ def run(remote: Gradients, hidden_BTD: Tensor, documents: Documents, *, repeat_l
         rows_N, columns_N = (places.to(hidden_BTD.device) for places in documents.places)
         hidden_ND = hidden_BTD[rows_N, columns_N]
     lengths, regime_length = documents.lengths, documents.regime_length
-    if torch.is_grad_enabled() and hidden_ND.requires_grad:
-        output_ND: Tensor = _Through.apply(hidden_ND, remote, lengths, regime_length)  # type: ignore[no-untyped-call]
+    adapter, weights = None if attached is None else attached.adapter(), () if attached is None else attached.weights
+    if torch.is_grad_enabled() and (hidden_ND.requires_grad or any(weight.requires_grad for weight in weights)):
+        output_ND: Tensor = _Through.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, remote, lengths, regime_length, adapter, *weights
+        )
     else:
-        output_ND, _ = remote.forward(hidden_ND, lengths, regime_length=regime_length, keep=False)
+        output_ND, _ = remote.forward(hidden_ND, lengths, regime_length=regime_length, keep=False, adapter=adapter)
     if documents.places is None:
         return output_ND.view(hidden_BTD.shape)
     out_BTD = output_ND.new_zeros(hidden_BTD.shape)
@@ -105,15 +117,31 @@ def _last_of_rows(rows_N: Tensor, batch: int) -> Sequence[int]:
 
 
 class _Through(torch.autograd.Function):
-    """`[N, D]` in, `[N, D]` out; the weights behind it are frozen."""
+    """`[N, D]` in, `[N, D]` out; the weights behind it are frozen, but for the client's own adapter's."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, remote: Gradients, lengths: Sequence[int], regime_length: int) -> Tensor:
-        ctx.remote = remote
-        output_ND, ctx.tape = remote.forward(hidden_ND.detach(), lengths, regime_length=regime_length, keep=True)
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        remote: Gradients,
+        lengths: Sequence[int],
+        regime_length: int,
+        adapter: Adapter | None,
+        *weights: Tensor,
+    ) -> Tensor:
+        ctx.remote, ctx.like = remote, [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        output_ND, ctx.tape = remote.forward(
+            hidden_ND.detach(), lengths, regime_length=regime_length, keep=True, adapter=adapter
+        )
         return output_ND
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.remote.backward(ctx.tape, gradient_ND), None, None, None
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor | None, ...]:
+        given_ND, added = ctx.remote.backward(ctx.tape, gradient_ND)
+        sizes = [shape.numel() for shape, _, _ in ctx.like]
+        parts = [] if added is None else torch.split(added, sizes)
+        weights = [
+            part.view(shape).to(device, dtype) for part, (shape, dtype, device) in zip(parts, ctx.like, strict=True)
+        ]
+        return given_ND, None, None, None, None, *weights

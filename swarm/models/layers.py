@@ -25,6 +25,7 @@ from peers.model.rotary import rotary_regime
 from peers.model.skeleton import embed_only, install_route
 from peers.model.support import find_decoder, find_layers
 from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
+from swarm.models.adapters import Attached, attached
 from swarm.models.cache import SwarmCache
 from swarm.models.generation import current_generation
 from swarm.models.gradients import Documents, documents_of, packed_documents, run
@@ -53,6 +54,8 @@ class _Forward:
     layout: Layout | None
     """None where rows hold several documents, which no cache can hold."""
     documents: Documents | None
+    attached: Attached | None
+    """The client's own adapters inside the layers."""
     token_ids_BT: Tensor | None
     want_from: int
     repeat_last: bool
@@ -165,8 +168,13 @@ class RemoteLayers:
     def _lay_out(self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any]) -> _Forward:
         if self.remote is None:
             raise SessionClosed("this model was closed")
-        if not cache.get_seq_length():
-            self._refuse_adapters()
+        adapters = None if cache.get_seq_length() else attached(self._layers)
+        if adapters is not None and (self.remote.training is None or current_generation(self) is not None):
+            target = adapters.targets[0]
+            raise UnsupportedAdapter(
+                f"generation with an adapter inside (block {target.block}, {target.module}) is not there yet",
+                hint="disable the adapter (disable_adapter()), or load it into the local model",
+            )
         cache.prepare(self.remote, batch)
         asked = _asked.get() or kwargs
         mask, position_ids = asked.get("attention_mask"), kwargs.get("position_ids")
@@ -190,6 +198,7 @@ class RemoteLayers:
                 position_ids=position_ids,
             ),
             documents=documents,
+            attached=adapters,
             token_ids_BT=asked.get("input_ids") if from_ids_alone else None,
             want_from=_first_wanted(asked.get("logits_to_keep", 0), width),
             repeat_last=self.pools_last or current_generation(self) is not None,
@@ -202,7 +211,7 @@ class RemoteLayers:
         forward = _current.get()
         assert forward is not None, "the layers run only inside the decoder's own forward"
         begun_s = time.perf_counter()
-        if forward.layout is None or (hidden_BTD.requires_grad and torch.is_grad_enabled()):
+        if forward.layout is None or forward.attached or (hidden_BTD.requires_grad and torch.is_grad_enabled()):
             output_BTD = self._run_whole(hidden_BTD, forward)
         else:
             output_BTD = forward.cache.advance(
@@ -231,13 +240,7 @@ class RemoteLayers:
                 )
             documents = documents_of(forward.layout)
         forward.cache.close()  # whoever goes on with it is told that it holds nothing
-        return run(remote, hidden_BTD, documents, repeat_last=forward.repeat_last)
-
-    def _refuse_adapters(self) -> None:
-        """Raises UnsupportedAdapter: what is not hollow was put there since, and no peer knows of it."""
-        for name, weight in self._layers.named_parameters():
-            if weight.numel() > 1 and any(weight.stride()):
-                raise UnsupportedAdapter(f"{name} is inside the remote layers, and would change nothing")
+        return run(remote, hidden_BTD, documents, repeat_last=forward.repeat_last, attached=forward.attached)
 
     def _learn_position_rules(self) -> PositionRules:
         takes_position_ids = "position_ids" in self._parameters

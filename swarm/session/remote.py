@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
+from peers.model.adapters import Adapter
 from routing.errors import CallerError
 from routing.router import Route
 
@@ -72,16 +73,23 @@ class Gradients(Protocol):
     """Remote layers as a function of whole sequences, and its gradient. From any thread; blocks until it is done."""
 
     def forward(
-        self, input_TH: Tensor, lengths: Sequence[int], *, regime_length: int, keep: bool
+        self,
+        input_TH: Tensor,
+        lengths: Sequence[int],
+        *,
+        regime_length: int,
+        keep: bool,
+        adapter: Adapter | None = None,
     ) -> tuple[Tensor, object]:
-        """What all blocks make of sequences of these lengths, packed in `[T, D]`, each from position 0 on.
+        """What all blocks make of sequences of these lengths, packed in `[T, D]`, each from position 0 on; with
+        `adapter`, what they would make of them if it were in them.
 
         With `keep` also what `backward` needs of it, which is freed with its last reference.
         """
         ...
 
-    def backward(self, tape: Any, gradient_TH: Tensor) -> Tensor:
-        """The gradient of the input, from that of the output."""
+    def backward(self, tape: Any, gradient_TH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of the input and of the adapter's values, from that of the output."""
         ...
 
 

@@ -30,9 +30,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -40,19 +41,22 @@ from typing import Any, TypeVar
 import torch
 
 from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
-from peers.transport.links import BULK_BYTES, Link
+from peers.model.adapters import WIDTH, Adapter, as_rows, num_rows, of_rows
+from peers.transport.links import Link
 from peers.transport.tasks import Tasks
 from peers.wire import parts, tensors
 from peers.wire.messages import (
     MAX_CLOSED_SESSIONS,
     MAX_SEQUENCES,
     PROTOCOL_VERSION,
+    AdapterGradient,
     Code,
     Forget,
     Train,
     Trained,
     Untrained,
 )
+from peers.wire.messages import Adapter as AdapterMessage
 from routing.errors import CallerError, NoRoute, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId
 from routing.router import Hop, Route, RouteRequest
@@ -74,6 +78,9 @@ FIRST_PATIENCE_S = 120.0
 PATIENCE = 20.0
 LEAST_PATIENCE_S = 30.0
 NO_ROUTE_PAUSE_S = 0.5
+RETRY_S = 0.05
+MAX_REMEMBERED_UPLOADS = 64
+"""For each link."""
 MICRO_BATCH_TOKENS_MIN = 64
 """A batch is not cut into smaller ones for the sake of hops that would wait."""
 
@@ -113,6 +120,7 @@ class TrainingTraffic:
     """Steps that went to others than planned."""
     bytes_sent: int = 0
     bytes_received: int = 0
+    adapter_bytes_sent: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     """By code, `lost` for peers that failed."""
 
@@ -131,6 +139,7 @@ class _Stretch:
 class _MicroBatch:
     lengths: tuple[int, ...]
     regime_length: int
+    adapter: Adapter | None
     stretches: list[_Stretch] = field(default_factory=list)
 
     @property
@@ -143,6 +152,7 @@ class Tape:
     """What a backward needs of a forward; peers forget it with the last reference."""
 
     batches: list[_MicroBatch]
+    adapter: Adapter | None
 
 
 @dataclass(slots=True, eq=False)
@@ -151,6 +161,8 @@ class _Asked:
 
     link: Link
     gathering: parts.Gathering
+    added: parts.Gathering | None
+    """The gradient of the adapter, which comes first."""
     answer: asyncio.Future[torch.Tensor]
 
 
@@ -168,31 +180,44 @@ class TrainingRoute:
         self._tasks = Tasks()
         self._lost: dict[PeerId, float] = {}
         """Peers that failed, and until when they are avoided, by the loop's clock."""
+        self._lost_at_s = -math.inf
         self._refused: dict[PeerId, float] = {}
         """Likewise those that do not train, or not this."""
         self._asked: dict[tuple[bytes, bool], _Asked] = {}
+        self._uploaded: dict[Link, OrderedDict[bytes, None]] = {}
+        """Adapters that were sent over each link."""
+        self._uploading: dict[Link, asyncio.Lock] = {}
         self._token_s = 0.0
         """What an answer takes per position, lately."""
 
     # --- any thread ---
 
     def forward(
-        self, input_TH: torch.Tensor, lengths: Sequence[int], *, regime_length: int, keep: bool
+        self,
+        input_TH: torch.Tensor,
+        lengths: Sequence[int],
+        *,
+        regime_length: int,
+        keep: bool,
+        adapter: Adapter | None = None,
     ) -> tuple[torch.Tensor, Tape | None]:
         """What all blocks make of the packed sequences; with `keep`, and what a backward needs. Raises SwarmError."""
+        if adapter is not None and not tensors.finite(adapter.values):
+            raise CallerError("the adapter's weights are not finite (NaN or infinity)", hint="lower the learning rate")
         rows_TH = self._on_the_wire(input_TH, "the values given to the model")
-        output_TH, batches = self._network.call(self._forward(lengths, regime_length, rows_TH, keep))
+        output_TH, batches = self._network.call(self._forward(lengths, regime_length, rows_TH, keep, adapter))
         tape = None
         if keep:
-            tape = Tape(batches)
+            tape = Tape(batches, adapter)
             weakref.finalize(tape, self._forget, batches).atexit = False  # then the links go anyway
         return output_TH.to(input_TH.device, input_TH.dtype), tape
 
-    def backward(self, tape: Tape, gradient_TH: torch.Tensor) -> torch.Tensor:
-        """The gradient of the forward's input, from that of its output. May be called again. Raises SwarmError."""
+    def backward(self, tape: Tape, gradient_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gradients of the forward's input and of its adapter's values, from that of its output. May be called
+        again. Raises SwarmError."""
         rows_TH = self._on_the_wire(gradient_TH, "the gradients of the loss")
-        given_TH = self._network.call(self._backward(tape, rows_TH))
-        return given_TH.to(gradient_TH.device, gradient_TH.dtype)
+        given_TH, added = self._network.call(self._backward(tape, rows_TH))
+        return given_TH.to(gradient_TH.device, gradient_TH.dtype), added
 
     @property
     def route(self) -> Route | None:
@@ -237,6 +262,7 @@ class TrainingRoute:
         """Receive the answers of peers."""
         links = self._client.links
         links.handle(Trained, self._trained)
+        links.handle(AdapterGradient, self._adapter_gradient)
         links.handle(Untrained, self._untrained)
         links.on_lost(self._link_lost)
         links.keep(self._needed_links)
@@ -245,12 +271,12 @@ class TrainingRoute:
         await self._tasks.close()
 
     async def _forward(
-        self, lengths: Sequence[int], regime_length: int, rows_TH: torch.Tensor, keep: bool
+        self, lengths: Sequence[int], regime_length: int, rows_TH: torch.Tensor, keep: bool, adapter: Adapter | None
     ) -> tuple[torch.Tensor, list[_MicroBatch]]:
         hops = len((await self._planned()).hops)
         # so many that every hop has one, where there is enough to be worth it
         tokens = min(self.config.micro_batch_tokens, max(MICRO_BATCH_TOKENS_MIN, len(rows_TH) // (hops + 1)))
-        batches = [_MicroBatch(part, regime_length) for part in micro_batches(lengths, tokens)]
+        batches = [_MicroBatch(part, regime_length, adapter) for part in micro_batches(lengths, tokens)]
         slots = asyncio.Semaphore(self.in_flight)
 
         async def one(batch: _MicroBatch, input_TH: torch.Tensor) -> torch.Tensor:
@@ -265,17 +291,18 @@ class TrainingRoute:
         outputs = await _all([one(batch, given) for batch, given in zip(batches, inputs, strict=True)])
         return torch.cat(outputs), batches
 
-    async def _backward(self, tape: Tape, rows_TH: torch.Tensor) -> torch.Tensor:
+    async def _backward(self, tape: Tape, rows_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        added = None if tape.adapter is None else torch.zeros_like(tape.adapter.values)
         slots = asyncio.Semaphore(self.in_flight)
 
         async def one(batch: _MicroBatch, gradient_TH: torch.Tensor) -> torch.Tensor:
             async with slots:
-                return await self._back(batch, batch.stretches, gradient_TH)
+                return await self._back(batch, batch.stretches, gradient_TH, added)
 
         gradients = torch.split(rows_TH, [batch.tokens for batch in tape.batches])
         parts_TH = await _all([one(batch, given) for batch, given in zip(tape.batches, gradients, strict=True)])
         self._forget(tape.batches)
-        return torch.cat(parts_TH)
+        return torch.cat(parts_TH), added
 
     @property
     def in_flight(self) -> int:
@@ -303,16 +330,25 @@ class TrainingRoute:
             trouble = _Trouble(self.config.patience_s)
         return rows_TH, stretches
 
-    async def _back(self, batch: _MicroBatch, stretches: Sequence[_Stretch], gradient_TH: torch.Tensor) -> torch.Tensor:
+    async def _back(
+        self,
+        batch: _MicroBatch,
+        stretches: Sequence[_Stretch],
+        gradient_TH: torch.Tensor,
+        added: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The input's gradient; the adapter's is added to `added`, of each step exactly once."""
         for stretch in reversed(stretches):
-            gradient_TH = await self._back_one(batch, stretch, gradient_TH)
+            gradient_TH = await self._back_one(batch, stretch, gradient_TH, added)
         return gradient_TH
 
-    async def _back_one(self, batch: _MicroBatch, stretch: _Stretch, gradient_TH: torch.Tensor) -> torch.Tensor:
+    async def _back_one(
+        self, batch: _MicroBatch, stretch: _Stretch, gradient_TH: torch.Tensor, added: torch.Tensor | None
+    ) -> torch.Tensor:
         trouble, again = _Trouble(self.config.patience_s), False
         while True:
             try:
-                given_TH = await self._ask(batch, stretch, gradient_TH, again=again)
+                given_TH = await self._ask(batch, stretch, gradient_TH, again=again, added=added)
             except SwarmError as error:
                 if isinstance(error, Refused) and error.code == Code.FORGOTTEN and not again:
                     self.traffic.resent += 1
@@ -326,9 +362,9 @@ class TrainingRoute:
         self.traffic.rerouted += 1
         _, others = await self._through(batch, stretch.span, stretch.input_TH, keep=True)
         try:
-            return await self._back(batch, others, gradient_TH)
+            return await self._back(batch, others, gradient_TH, added)
         finally:
-            self._forget([_MicroBatch(batch.lengths, batch.regime_length, others)])
+            self._forget([_MicroBatch(batch.lengths, batch.regime_length, None, others)])
 
     # --- inside the loop: peers ---
 
@@ -360,6 +396,8 @@ class TrainingRoute:
             try:
                 route = await self._planned()
             except NoRoute as error:
+                if asyncio.get_running_loop().time() - self._lost_at_s > self.config.patience_s:
+                    raise trouble.last or error from None  # nobody was lost who could be back: all refuse
                 trouble.check(error)
                 self._lost.clear()  # those who failed may be back before anybody else comes
                 await asyncio.sleep(NO_ROUTE_PAUSE_S)
@@ -372,6 +410,7 @@ class TrainingRoute:
         router, now_s = self._client.router, self._client.discovery.now_s()
         loop_s = asyncio.get_running_loop().time()
         trouble.check(error)
+        trouble.last = error
         if isinstance(error, CallerError | NoRoute) or (isinstance(error, Unavailable) and not isinstance(error, Busy)):
             raise error  # of this client
         logger.info("training: %s: %s", hop.peer_id, error)
@@ -387,6 +426,12 @@ class TrainingRoute:
             case Refused() if error.code == Code.DRAINING:
                 self.traffic.failures[error.code] += 1
                 router.on_draining(hop.peer_id)
+            case Refused() if error.code == Code.UNKNOWN_ADAPTER:  # dropped since: it is sent again
+                self.traffic.failures[error.code] += 1
+                if (link := self._client.links.known(hop.peer_id)) is not None:
+                    self._uploaded.pop(link, None)
+                await asyncio.sleep(RETRY_S)
+                return True
             case Refused() if error.code == Code.MALFORMED:  # what it was sent, it says; others would say the same
                 raise error
             case Refused() if error.code != Code.INTERNAL:
@@ -397,7 +442,7 @@ class TrainingRoute:
                 self.traffic.failures["lost"] += 1
                 logger.warning("peer %s: %s", hop.peer_id, error)
                 router.on_failure(hop.peer_id, now_s, str(error))
-        self._lost[hop.peer_id] = loop_s + AVOID_S
+        self._lost[hop.peer_id], self._lost_at_s = loop_s + AVOID_S, loop_s
         return False
 
     async def _ask(
@@ -408,6 +453,7 @@ class TrainingRoute:
         *,
         keep: bool = False,
         again: bool = False,
+        added: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One step at one peer: the output, or with a gradient the input's. Raises SwarmError."""
         peer, loop = stretch.hop, asyncio.get_running_loop()
@@ -418,9 +464,15 @@ class TrainingRoute:
         link = await self._client.links.to(peer.peer_id, peer.addresses)
         answer: asyncio.Future[torch.Tensor] = loop.create_future()
         key = (stretch.work, gradient_TH is not None)
-        self._asked[key] = _Asked(link, parts.Gathering(batch.tokens, rows_TH.shape[1], dtype), answer)
+        adapter = None if batch.adapter is None else batch.adapter.within(stretch.span)
+        gathering, extra = parts.Gathering(batch.tokens, rows_TH.shape[1], dtype), None
+        if adapter is not None and gradient_TH is not None:
+            extra = parts.Gathering(num_rows(adapter.targets), WIDTH, "float32")
+        self._asked[key] = _Asked(link, gathering, extra, answer)
 
         async def exchange() -> torch.Tensor:
+            if adapter is not None:
+                await self._upload(link, adapter, stretch.span)
             for first, count, payload in parts.cut(rows_TH, dtype):
                 message = Train(
                     work=stretch.work,
@@ -432,12 +484,13 @@ class TrainingRoute:
                     backward=gradient_TH is not None,
                     again=again,
                     keep=keep,
+                    adapter=None if adapter is None else adapter.name,
                     first=first,
                     count=count,
                     dtype=dtype,
                     hidden=rows_TH.shape[1],
                 )
-                await link.send(message, payload, bulk=len(payload) >= BULK_BYTES)
+                await link.send(message, payload, bulk=True)  # all in one lane, as order matters
                 self.traffic.bytes_sent += len(payload)
             return await answer
 
@@ -448,10 +501,35 @@ class TrainingRoute:
             del self._asked[key]
             exchanging.cancel()
             await asyncio.gather(exchanging, return_exceptions=True)
+        if extra is not None and adapter is not None and batch.adapter is not None and added is not None:
+            first, end = batch.adapter.place(stretch.span)
+            added[first:end] += of_rows(adapter.targets, extra.rows)
         token_s = (loop.time() - began_s) / batch.tokens
         self._token_s += 0.3 * (token_s - self._token_s) if self._token_s else token_s
         self._client.router.on_success(peer.peer_id, self._client.discovery.now_s())
         return result_TH
+
+    async def _upload(self, link: Link, adapter: Adapter, span: BlockSpan) -> None:
+        """Unless the peer has it."""
+        known = self._uploaded.setdefault(link, OrderedDict())
+        async with self._uploading.setdefault(link, asyncio.Lock()):
+            if adapter.name in known:
+                return
+            for first, count, payload in parts.cut(as_rows(adapter.values), "float32"):
+                message = AdapterMessage(
+                    adapter=adapter.name,
+                    model=self._model.model.digest,
+                    start=span.start,
+                    end=span.end,
+                    targets=adapter.targets,
+                    first=first,
+                    count=count,
+                )
+                await link.send(message, payload, bulk=True)
+                self.traffic.adapter_bytes_sent += len(payload)
+            known[adapter.name] = None
+            while len(known) > MAX_REMEMBERED_UPLOADS:
+                known.popitem(last=False)
 
     async def _watched(self, exchanging: asyncio.Task[T], peer: Hop, patience_s: float) -> T:
         """Its result, as long as the peer shows signs of life and is not too late. Raises PeerUnreachable."""
@@ -484,7 +562,19 @@ class TrainingRoute:
             if message.hidden != self._model.hidden_size:
                 raise ProtocolError(f"rows of {message.hidden} instead of {self._model.hidden_size}")
             if asked.gathering.add(message.first, message.count, message.dtype, payload):
+                if asked.added is not None and not asked.added.complete:
+                    raise ProtocolError("no gradient of the adapter")
                 asked.answer.set_result(asked.gathering.rows)
+        except ProtocolError as error:
+            asked.answer.set_exception(ProtocolError(f"{link.remote} sent {error}"))
+
+    async def _adapter_gradient(self, link: Link, message: AdapterGradient, payload: memoryview) -> None:
+        asked = self._asked.get((message.work, True))
+        if asked is None or asked.link is not link or asked.added is None or asked.answer.done():
+            return
+        self.traffic.bytes_received += len(payload)
+        try:
+            asked.added.add(message.first, message.count, "float32", payload)
         except ProtocolError as error:
             asked.answer.set_exception(ProtocolError(f"{link.remote} sent {error}"))
 
@@ -506,6 +596,8 @@ class TrainingRoute:
         return asked if asked is not None and asked.link is link and not asked.answer.done() else None
 
     def _link_lost(self, link: Link) -> None:
+        self._uploaded.pop(link, None)
+        self._uploading.pop(link, None)
         for asked in self._asked.values():
             if asked.link is link and not asked.answer.done():
                 asked.answer.set_exception(PeerUnreachable(f"the connection to {link.remote} ended"))
@@ -521,6 +613,7 @@ class _Trouble:
     """How long one step may go without headway."""
 
     def __init__(self, patience_s: float) -> None:
+        self.last: SwarmError | None = None
         self._deadline_s = asyncio.get_running_loop().time() + patience_s
 
     def check(self, error: SwarmError) -> None:

@@ -6,6 +6,7 @@ Real engines, handlers and drivers in one process; the real processes' version i
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkp
 from tests.helpers.memory_swarm import MemorySwarm
 
 SPANS = [(0, 1), (1, 3), (3, NUM_BLOCKS)]
+LAYERS = {"gpt-neox": ("query_key_value", "dense_4h_to_h"), "bloom": ("query_key_value", "dense_4h_to_h")}
 EVERY_ROW = TrainingConfig(micro_batch_tokens=8)
 TOLERANCE = 1e-5
 
@@ -62,6 +64,19 @@ def gradient_of_inputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, T
     return loss.detach(), embeds.grad * given.get("attention_mask", torch.ones_like(ids))[..., None]
 
 
+def adapted(base: Any, *targets: str) -> Any:
+    """With LoRA on these layers of every block; neither A nor B is zero."""
+    torch.manual_seed(3)
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=3, target_modules=list(targets), init_lora_weights=False)
+    return get_peft_model(base, config)
+
+
+def gradients_of_adapter(tuned: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    tuned.zero_grad()
+    tuned(**inputs).loss.backward()
+    return [weight.grad.clone() for weight in tuned.parameters() if weight.requires_grad]
+
+
 def route_of(model: Any) -> TrainingRoute:
     route: TrainingRoute = model._remote_layers.remote.training
     return route
@@ -87,10 +102,16 @@ def test_gradients_of_inputs_equal_local_ones_whatever_peers_kept(family: str, t
     local = save_checkpoint(FAMILIES[family], tmp_path / "model").requires_grad_(False)
     inputs = batch()
     expected_loss, expected = gradient_of_inputs(local, inputs)
+    inner, outer = LAYERS.get(family, ("v_proj", "down_proj"))
+    if family == "mixtral":
+        outer = "q_proj"  # its experts are no linear layers
+    whole = adapted(copy.deepcopy(local), inner, outer)
+    expected_adapter = gradients_of_adapter(whole, inputs)
     with MemorySwarm(tmp_path / "model", SPANS, cache=tmp_path / "cache", training=True) as swarm:
         model = swarm.model(training=EVERY_ROW)
+        tuned = adapted(swarm.model(guest=True, training=EVERY_ROW), inner, outer)
         input_bytes = 9 * 32 * 4
-        for kept, (max_bytes, per_peer) in enumerate([(1 << 30, 1 << 30), (1 << 30, 3 * input_bytes), (1, 1)]):
+        for kept, (max_bytes, per_peer) in enumerate([(1 << 30, 1 << 30), (1 << 30, 3 * input_bytes), (1 << 30, 1)]):
             limit(swarm, max_bytes=max_bytes, max_bytes_per_peer=per_peer)
             before = counts(swarm)
             loss, gradient = gradient_of_inputs(model, inputs)
@@ -98,6 +119,10 @@ def test_gradients_of_inputs_equal_local_ones_whatever_peers_kept(family: str, t
             assert distance(gradient, expected) <= TOLERANCE
             backwards, recomputed = counts(swarm)[0] - before[0], counts(swarm)[1] - before[1]
             assert (backwards, recomputed) == (9, 9 if kept else 0)
+            adapter = gradients_of_adapter(tuned, inputs)
+            assert len(adapter) == len(expected_adapter) == 2 * 2 * NUM_BLOCKS
+            for actual, right in zip(adapter, expected_adapter, strict=True):
+                assert distance(actual, right) <= TOLERANCE
         assert route_of(model).traffic.resent == 9
         assert swarm.eventually(lambda: counts(swarm)[2] == 0), "peers forget what was used"
         assert swarm.eventually_settled()
@@ -341,10 +366,71 @@ def test_generation_goes_on_while_somebody_trains(local: Any, swarm: MemorySwarm
         assert all(distance(gradient, expected) <= TOLERANCE for gradient in training.result())
 
 
-def test_adapters_inside_remote_layers_are_refused_by_name(model: Any) -> None:
-    tuned = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"]))
-    with pytest.raises(UnsupportedAdapter, match=r"0\.self_attn\.q_proj\.lora_A"):
-        tuned(**batch())
+def test_lora_by_peft_equals_local_and_its_adapter_loads_locally(
+    local: Any, folder: Path, swarm: MemorySwarm, model: Any, tmp_path: Path
+) -> None:
+    def tune(base: Any) -> tuple[Any, list[float]]:
+        tuned = adapted(base, "q_proj", "up_proj")
+        optimizer = torch.optim.SGD([weight for weight in tuned.parameters() if weight.requires_grad], lr=0.05)
+        losses = []
+        for step in range(4):
+            loss = tuned(**batch(step)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        return tuned, losses
+
+    (remote, losses), (_, expected) = tune(model), tune(copy.deepcopy(local))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    remote.save_pretrained(tmp_path / "adapter")
+    inputs = batch(9)
+    kept = inputs["attention_mask"][..., None] > 0
+    loaded = PeftModel.from_pretrained(copy.deepcopy(local), tmp_path / "adapter")
+    with torch.no_grad():
+        assert distance(remote(**inputs).logits * kept, loaded(**inputs).logits * kept) <= TOLERANCE
+        with remote.disable_adapter():
+            assert distance(remote(**inputs).logits * kept, local(**inputs).logits * kept) <= TOLERANCE
+    # uploaded once for each step and hop, whatever the number of micro-batches
+    values = sum(weight.numel() for weight in remote.parameters() if weight.requires_grad)
+    assert 5 * 4 * values <= route_of(model).traffic.adapter_bytes_sent < 5 * 4 * values * 1.3
+    # nobody else's work changed, and nobody else can use it
+    other = swarm.model(guest=True)
+    _, expected_gradient = gradient_of_inputs(local, inputs)
+    assert distance(gradient_of_inputs(other, inputs)[1], expected_gradient) <= TOLERANCE
+
+
+def test_an_adapter_that_a_peer_dropped_is_sent_again(local: Any, swarm: MemorySwarm, model: Any) -> None:
+    tuned, whole = adapted(model, "k_proj"), adapted(copy.deepcopy(local), "k_proj")
+    gradients_of_adapter(tuned, batch())
+
+    async def drop() -> None:
+        for peer in swarm.peers:
+            peer.training.wardrobe.drop_where(lambda _: True)
+
+    swarm.thread.call(drop())
+    for actual, right in zip(gradients_of_adapter(tuned, batch()), gradients_of_adapter(whole, batch()), strict=True):
+        assert distance(actual, right) <= TOLERANCE
+    assert route_of(model).traffic.failures["unknown_adapter"]
+
+
+def test_a_peer_that_dies_in_a_backward_neither_loses_nor_doubles_an_adapters_gradient(
+    local: Any, swarm: MemorySwarm, model: Any
+) -> None:
+    tuned, whole = adapted(model, "q_proj"), adapted(copy.deepcopy(local), "q_proj")
+    hit = interrupted(model, lambda _, stretch, backward: backward and 0 in stretch.span, swarm.network.cut)
+    for actual, right in zip(gradients_of_adapter(tuned, batch()), gradients_of_adapter(whole, batch()), strict=True):
+        assert distance(actual, right) <= TOLERANCE
+    assert hit
+
+
+def test_generation_with_an_adapter_inside_is_refused_and_without_it_goes_on(local: Any, model: Any) -> None:
+    tuned, ids = adapted(model, "q_proj"), batch()["input_ids"][:1]
+    greedy = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+    with pytest.raises(UnsupportedAdapter, match="generation"):
+        tuned.generate(input_ids=ids, **greedy)
+    with tuned.disable_adapter():
+        assert torch.equal(tuned.generate(input_ids=ids, **greedy), local.generate(ids, **greedy))
 
 
 def test_where_nobody_trains_the_blocks_are_named(swarm: MemorySwarm, model: Any) -> None:

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peers.model.adapters import WIDTH, Adapter, as_rows, of_rows
 from peers.runtime.gradients import Graph, Outcome, Passage
 from peers.serving import training
 from peers.serving.training import Shelf, Training, TrainingLimits
 from peers.transport.links import Link
 from peers.wire import parts, tensors
-from peers.wire.messages import Code, Forget, Train, Trained, Untrained
+from peers.wire.messages import Adapter as AdapterMessage
+from peers.wire.messages import AdapterGradient, AdapterTarget, Code, Forget, Train, Trained, Untrained
 from routing.ids import BlockSpan, PeerId
 from tests.peers.serving.hops import HIDDEN, MODEL, Client, Hop, Route, rows
 
@@ -28,6 +30,10 @@ GRAPH_BYTES = 1000
 class ToyModel:
     max_positions = 100
     device = "cpu"
+
+    @staticmethod
+    def linear_shape(block: int, path: str) -> tuple[int, int] | None:
+        return (HIDDEN, 2) if path == "proj" else None
 
 
 class ToyParts:
@@ -50,12 +56,14 @@ class ToyParts:
 
 def toy_forward(engine: ToyParts, passage: Passage, keep: bool, _: int) -> Outcome:
     graph = Graph(num_bytes=GRAPH_BYTES) if keep else None
-    return Outcome(passage.input_TH + len(passage.span), graph, GRAPH_BYTES / passage.tokens if keep else 0.0)
+    added = 0.0 if passage.adapter is None else float(passage.adapter.values.sum())
+    return Outcome(passage.input_TH + len(passage.span) + added, graph, GRAPH_BYTES / passage.tokens if keep else 0.0)
 
 
 def toy_backward(engine: ToyParts, passage: Passage, gradient: Tensor, graph: Graph | None, _: int) -> Outcome:
     engine.graphs.append(graph is not None)
-    return Outcome(gradient * 2, None, 0.0)
+    added = None if passage.adapter is None else passage.adapter.values + 1
+    return Outcome(gradient * 2, None, 0.0, added)
 
 
 class Lesson(Route):
@@ -97,7 +105,7 @@ class Lesson(Route):
 
 
 def listening(client: Client) -> Client:
-    for kind in (Trained, Untrained):
+    for kind in (Trained, Untrained, AdapterGradient):
         client.links.handle(kind, client._receive)
     return client
 
@@ -260,6 +268,85 @@ async def test_a_peer_may_train_nobody_or_pause(monkeypatch: pytest.MonkeyPatch)
         lesson.hop.handler.pause(True)
         await asks(lesson)
         assert await refusal(lesson.client) == Code.PAUSED
+
+
+def adapter_of(seed: float = 0.5, block: int = 1, module: str = "proj", **changes: Any) -> Adapter:
+    target = AdapterTarget(
+        block, module, *{"rank": 2, "inputs": HIDDEN, "outputs": 2, "scaling": 1.0, **changes}.values()
+    )
+    return Adapter((target,), torch.full((target.rank * (target.inputs + target.outputs),), seed))
+
+
+async def uploads(lesson: Lesson, adapter: Adapter, client: Client | None = None, name: bytes = b"") -> bytes:
+    rows_of = as_rows(adapter.values)
+    message = AdapterMessage(
+        adapter=name or adapter.name,
+        model=MODEL.digest,
+        start=0,
+        end=4,
+        targets=adapter.targets,
+        first=0,
+        count=len(rows_of),
+    )
+    await (client or lesson.client).send(lesson.hop, message, tensors.pack(rows_of, "float32"))
+    return message.adapter
+
+
+@pytest.mark.looptime
+async def test_an_adapter_serves_its_owner_alone_and_its_gradient_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Lesson(monkeypatch) as lesson:
+        other, adapter = lesson.another_client(), adapter_of()
+        name = await uploads(lesson, adapter)
+        await asks(lesson, adapter=name)
+        assert torch.equal(await answer(lesson.client), rows(0, 5) + 4 + 6.0)
+        await asks(lesson, adapter=name, backward=True, hidden=rows(1, 5))
+        message, payload = await lesson.client.next(AdapterGradient)
+        gradient = tensors.unpack(payload, dtype="float32", count=message.count, hidden=WIDTH)
+        assert torch.equal(of_rows(adapter.targets, gradient), adapter.values + 1)
+        assert torch.equal(await answer(lesson.client), rows(1, 5) * 2)
+        await asks(lesson, adapter=name, client=other)
+        assert await refusal(other) == Code.UNKNOWN_ADAPTER
+        await asks(lesson, 2, keep=False)
+        assert torch.equal(await answer(lesson.client), rows(0, 5) + 4), "works without it are without it"
+        await lesson.client.send(lesson.hop, Forget(works=(work_of().work,)))
+        await asyncio.sleep(200.0)
+        assert len(lesson.training.wardrobe) == 0
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize(
+    ("adapter", "name", "code"),
+    [
+        (adapter_of(float("nan")), b"", Code.MALFORMED),
+        (adapter_of(), bytes(32), Code.MALFORMED),
+        (adapter_of(module="experts"), b"", Code.MALFORMED),
+        (adapter_of(inputs=HIDDEN + 1), b"", Code.MALFORMED),
+        (adapter_of(block=4), b"", Code.MALFORMED),
+        (adapter_of(scaling=float("inf")), b"", Code.MALFORMED),
+        (adapter_of(rank=256, inputs=1 << 16), b"", Code.MALFORMED),
+    ],
+    ids=["nan", "another name", "no linear layer", "shape", "block", "scaling", "large"],
+)
+async def test_an_adapter_that_makes_no_sense_is_refused(
+    monkeypatch: pytest.MonkeyPatch, adapter: Adapter, name: bytes, code: str
+) -> None:
+    async with Lesson(monkeypatch) as lesson:
+        small = Adapter(adapter.targets, adapter.values[:1000])  # the name of the large one is not what is tested
+        await asks(lesson, adapter=await uploads(lesson, small, name=name or small.name))
+        assert await refusal(lesson.client) == code
+        assert len(lesson.training.wardrobe) == 0
+
+
+@pytest.mark.looptime
+async def test_adapters_of_one_client_take_no_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Lesson(monkeypatch, max_adapter_bytes_per_peer=3000) as lesson:
+        names = [await uploads(lesson, adapter_of(float(seed))) for seed in range(4)]
+        await asks(lesson, adapter=names[3], keep=False)
+        await answer(lesson.client)
+        assert lesson.training.wardrobe.num_bytes() <= 3000
+        await asks(lesson, adapter=names[0])
+        assert await refusal(lesson.client) == Code.UNKNOWN_ADAPTER
+        lesson.training.wardrobe.drop_where(lambda _: True)
 
 
 @given(
