@@ -49,9 +49,10 @@ from peers.serving.owner import check as check_comfort
 from peers.serving.push import Delivery
 from peers.serving.reachability import RETRY_S, DialBackService, Verdict, watch_reachability
 from peers.serving.rebalance import Rebalance
+from peers.serving.shelves import TrainingLimits
 from peers.serving.spill import Disk
 from peers.serving.status import StatusReport
-from peers.serving.training import Training, TrainingLimits
+from peers.serving.training import Training
 from peers.transport.base import Transport
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks

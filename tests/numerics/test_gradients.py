@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 
 from peers.errors import Refused
 from peers.serving import training as serving
-from peers.serving.training import TrainingLimits
+from peers.serving.shelves import TrainingLimits
 from peers.wire.messages import Train
 from routing.errors import CallerError, NoRoute
 from swarm import SwarmModelForSequenceClassification

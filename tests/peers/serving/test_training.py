@@ -16,7 +16,8 @@ from torch import Tensor
 from peers.model.adapters import WIDTH, Adapter, as_rows, of_rows
 from peers.runtime.gradients import Graph, Outcome, Passage
 from peers.serving import training
-from peers.serving.training import Shelf, Training, TrainingLimits
+from peers.serving.shelves import Shelf, TrainingLimits
+from peers.serving.training import Training
 from peers.transport.links import Link
 from peers.wire import parts, tensors
 from peers.wire.messages import Adapter as AdapterMessage
