@@ -48,6 +48,7 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
     ids = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[1, :3], mask[2, 5:] = 0, 0
+    ids = ids * mask  # which is the padding token
     labels = ids.masked_fill(mask == 0, -100)
     labels[1, 3] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -307,14 +308,18 @@ def test_a_peer_that_trains_nobody_is_left_without_blame(local: Any, swarm: Memo
 def test_values_that_are_not_finite_are_their_peers_failure(
     local: Any, swarm: MemorySwarm, model: Any, monkeypatch: pytest.MonkeyPatch, sends: bool
 ) -> None:
-    async def poisoned(link: Any, head: Train, rows: Tensor) -> tuple[Tensor, float]:
-        return torch.full_like(rows, float("nan")), 0.1
+    async def poisoned(link: Any, head: Train, rows: Tensor, adapter: Any) -> tuple[Tensor, float, None]:
+        return torch.full_like(rows, float("nan")), 0.1, None
+
+    gradient_of_inputs(model, batch())
+    used = {hop.peer_id for hop in route_of(model).route.hops}
 
     if sends:  # as a peer would that does not look
         honest = SimpleNamespace(**vars(serving.tensors))
         monkeypatch.setattr(serving, "tensors", SimpleNamespace(DTYPES=honest.DTYPES, finite=lambda _: True))
-    for peer in swarm.peers[:2]:
-        monkeypatch.setattr(peer.training, "_forward", poisoned)
+    for peer in swarm.peers:
+        if peer.links.transport.peer_id in used:
+            monkeypatch.setattr(peer.training, "_forward", poisoned)
     _, expected = gradient_of_inputs(local, batch())
     assert distance(gradient_of_inputs(model, batch())[1], expected) <= TOLERANCE
     assert route_of(model).traffic.failures["lost"]
