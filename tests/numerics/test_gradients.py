@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from peers.errors import Refused
 from peers.serving import training as serving
@@ -403,6 +403,39 @@ def test_lora_by_peft_equals_local_and_its_adapter_loads_locally(
     other = swarm.model(guest=True)
     _, expected_gradient = gradient_of_inputs(local, inputs)
     assert distance(gradient_of_inputs(other, inputs)[1], expected_gradient) <= TOLERANCE
+
+
+def test_transformers_trainer_runs_unchanged(local: Any, model: Any, tmp_path: Path) -> None:
+    """Accumulation, clipping, a schedule, evaluation, checkpoints: the losses of a local run."""
+    rows = [{name: value[index] for name, value in batch(seed).items()} for seed in range(6) for index in (0, 2)]
+
+    def train(base: Any, folder: Path) -> list[float]:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=20,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=0.01,
+            max_grad_norm=0.5,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=2,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=10,
+            save_steps=10,
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to=[],
+            seed=1,
+        )
+        trainer = Trainer(model=adapted(base, "q_proj"), args=arguments, train_dataset=rows, eval_dataset=rows[:4])
+        trainer.train()
+        return [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
+
+    expected = train(copy.deepcopy(local), tmp_path / "local")
+    assert len(expected) == 22
+    assert train(model, tmp_path / "remote") == pytest.approx(expected, rel=1e-3)
+    assert (tmp_path / "remote" / "checkpoint-20" / "adapter_model.safetensors").exists()
 
 
 def test_an_adapter_that_a_peer_dropped_is_sent_again(local: Any, swarm: MemorySwarm, model: Any) -> None:
