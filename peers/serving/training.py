@@ -73,6 +73,7 @@ class _Arriving:
     gathering: parts.Gathering
     num_bytes: int
     began_s: float
+    finished: bool = False
 
 
 class Training:
@@ -104,6 +105,7 @@ class Training:
         self._busy: Counter[Link] = Counter()
         """Links on which works wait for answers."""
         self._tasks = Tasks()
+        self._works: dict[asyncio.Task[None], Link] = {}
         links.handle(Train, self._train)
         links.handle(AdapterMessage, self._adapter)
         links.handle(Forget, self._forget)
@@ -175,8 +177,14 @@ class Training:
             await self._decline(link, message, error)
             return
         del self._arriving[key]
-        work = self._work(link, arriving)
-        self._tasks.spawn(work, name=f"train {message.work.hex()[:12]}")
+        task = self._tasks.spawn(self._work(link, arriving), name=f"train {message.work.hex()[:12]}")
+        self._works[task] = link
+
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._works[task]
+            self._finish(link, arriving)  # one that is cancelled before it begins does not do so itself
+
+        task.add_done_callback(ended)
 
     def _begin(self, link: Link, head: Train) -> _Arriving:
         """Raises Busy, Refused, ProtocolError."""
@@ -234,6 +242,8 @@ class Training:
         self.shelf.drop_link(link)
         self.wardrobe.drop_where(lambda owned: owned.link is link)
         self._wrong.pop(link, None)
+        for task in [task for task, own in self._works.items() if own is link]:
+            task.cancel()  # nobody would hear the answer
         for key in [key for key in self._arriving if key[0] is link]:
             self._discard(key)
 
@@ -365,6 +375,10 @@ class Training:
             self._finish(key[0], arriving)
 
     def _finish(self, link: Link, arriving: _Arriving) -> None:
+        """Idempotent."""
+        if arriving.finished:
+            return
+        arriving.finished = True
         self._handler.admission.finish(link.remote, arriving.num_bytes)
         self._count(link, sum(arriving.head.lengths), -1)
 

@@ -255,6 +255,8 @@ async def test_what_nobody_comes_back_for_ends_with_its_lease_or_its_link(monkey
         await asks(lesson, 3, client=other)
         await answer(other)
         await asks(lesson, 4, client=other, first=0, count=2, hidden=rows(0, 2))
+        lesson.engine.compute_s = 100.0
+        await asks(lesson, 5, client=other)  # is being computed
         await other.close()
         await asyncio.sleep(1.0)
         assert len(lesson.training.shelf) == 0
