@@ -84,9 +84,7 @@ def passage_of(local: Local, seed: int = 0) -> tuple[Passage, Tensor]:
     return Passage(span=SPAN, lengths=LENGTHS, regime_length=0, input_TH=input_TH), gradient_TH
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "mixtral", "gemma2", "gemma3", "gpt-neox", "gpt-oss", "bloom", "gptj"]
-)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss", "gptj"])
 async def test_a_packed_pass_equals_each_sequence_alone_with_and_without_its_graph(family: str) -> None:
     local = local_of(family)
     passage, gradient_TH = passage_of(local)
