@@ -56,7 +56,6 @@ class FinetuneConfig:
     method: Literal["lora", "prompt"] = "lora"
     rank: int = 8
     alpha: int = 16
-    dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
     """Linear layers that get an adapter, by the ends of their names; empty: all of every block."""
     virtual_tokens: int = 16
@@ -80,7 +79,6 @@ class FinetuneConfig:
             task_type=TaskType.CAUSAL_LM,
             r=self.rank,
             lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
             target_modules=list(self.target_modules) or "all-linear",
         )
 
@@ -145,7 +143,7 @@ def finetune(
     trainer.train(resume_from_checkpoint=resumed)
     state = trainer.state
     finished = state.global_step >= state.max_steps
-    if finished and validation:
+    if finished and validation and state.global_step % config.save_every:  # else it was looked at just now
         trainer.evaluate()
     adapted.save_pretrained(str(output))
     losses = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]

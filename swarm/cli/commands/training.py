@@ -73,7 +73,6 @@ def finetune(
     ] = None,
     rank: Annotated[int, typer.Option("--rank", min=1, max=256, help="Of lora: the width of its matrices.")] = 8,
     alpha: Annotated[int, typer.Option("--alpha", min=1, help="Of lora: it counts alpha/rank times.")] = 16,
-    dropout: Annotated[float, typer.Option("--dropout", min=0.0, max=0.9, help="Of lora, while it learns.")] = 0.0,
     target_modules: Annotated[
         list[str] | None,
         typer.Option(
@@ -119,7 +118,6 @@ def finetune(
             method=method,
             rank=rank,
             alpha=alpha,
-            dropout=dropout,
             target_modules=tuple(target_modules or ()),
             virtual_tokens=virtual_tokens,
             epochs=epochs,

@@ -39,7 +39,7 @@ def examples(count: int = 12) -> list[Encoded]:
 
 
 def config(method: Any) -> FinetuneConfig:
-    return FinetuneConfig(method=method, steps=6, batch_size=4, dropout=0.1, save_every=3, learning_rate=0.05)
+    return FinetuneConfig(method=method, steps=6, batch_size=4, save_every=4, learning_rate=0.05)
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt"])
