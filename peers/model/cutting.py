@@ -313,11 +313,14 @@ def max_positions(config: PretrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or UNLIMITED_POSITIONS)
 
 
-def hollow_meta(model: nn.Module, device: torch.device) -> None:
-    """Replace every weight that is still on `meta` by one zero on `device`, expanded to the same shape."""
+def hollow_meta(model: nn.Module, device: torch.device, *, real_ones: bool = False) -> None:
+    """Replace every weight that is still on `meta` by one zero on `device`, expanded to the same shape.
+
+    `real_ones`: parameters that are not, too; some architectures make theirs wherever they are.
+    """
     for module in model.modules():
         for name, weight in module._parameters.items():
-            if weight is not None and weight.is_meta:
+            if weight is not None and (weight.is_meta or real_ones):
                 module._parameters[name] = nn.Parameter(_hollow(weight, device), requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

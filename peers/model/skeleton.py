@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peers.model.cutting import hollow_meta
 from peers.model.support import Anatomy, accepted_names, find_layers
 
 Route = Callable[[Tensor, Mapping[str, Any]], Tensor]
@@ -25,7 +26,8 @@ the model's loop gives its first block (`attention_mask`, `position_ids`, `past_
 
 
 def install_skeleton(model: PreTrainedModel, anatomy: Anatomy) -> None:
-    """Make the blocks of `model` (their weights hollow) wait for a route."""
+    """Make the blocks of `model` wait for a route, and their weights hollow."""
+    hollow_meta(model.get_submodule(anatomy.layers_path), model.device, real_ones=True)
     first, *others = model.get_submodule(anatomy.layers_path).children()
     first.forward = _Entry(first, anatomy.returns)
     for layer in others:

@@ -70,7 +70,7 @@ async def test_a_part_of_the_span_runs_on_the_devices_that_hold_it(local: Local)
         session = new_session()
         front = await engine.run(work(session, 0, 5, span=PARTS[0]))
         back = await engine.run(work(new_session(), 0, 5, span=PARTS[1], hidden=front.hidden))
-        assert torch.equal(whole.hidden, back.hidden)
+        torch.testing.assert_close(whole.hidden, back.hidden)  # one may run as a program, the other not yet
         with pytest.raises(CallerError, match="not served"):
             await engine.run(work(session, 5, 1, span=BlockSpan(0, 2)))
 
