@@ -111,16 +111,17 @@ class LocalNode:
     def kill(self) -> None:
         """End it the hard way, with its libp2p daemon, as a power cut would."""
         family: list[psutil.Process] = []
+        process = self._process  # of this life: somebody may start it again meanwhile
         if self.running:  # else its process id may be somebody else's by now
             with contextlib.suppress(psutil.NoSuchProcess):
                 family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
-        for process in family:
+        for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._process.wait()
+                member.kill()
+        process.wait()
         psutil.wait_procs(family[1:], timeout=STOP_TIMEOUT_S)
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert process.stdin is not None
+        process.stdin.close()
 
     def terminate(self, *, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Ask it to leave, and return its exit code when it has. Raises NodeFailed when it does not."""

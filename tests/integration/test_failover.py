@@ -132,15 +132,17 @@ def test_a_peer_killed_in_training_changes_no_gradient(
         return embeds.grad
 
     expected, ask = gradient(), route._ask
+    killing = threading.Timer(0.01, lambda: killed[0].kill())
 
     async def asking(batch: Any, stretch: Any, gradient_TH: Any, **options: Any) -> torch.Tensor:
         if not killed and backward == (gradient_TH is not None) and stretch.span.start == SPANS[1][0]:
             killed.append(next(peer for peer in failing.peers if peer.peer_id == stretch.hop.peer_id))
-            threading.Timer(0.01, killed[0].kill).start()
+            killing.start()
         return await ask(batch, stretch, gradient_TH, **options)
 
     route._ask = asking
     actual = gradient()
+    killing.join()  # the next test may restart it
     assert float((actual - expected).norm() / expected.norm()) <= 1e-5
     assert killed[0].peer_id not in {hop.peer_id for hop in route.route.hops}
     assert route.traffic.failures["lost"]
