@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
 import typer
 
@@ -45,7 +43,7 @@ def run(
         held, more = encode_all(tokenizer, apart, max_tokens=max_tokens) if apart else ([], 0)
         if shortened + more:
             say(f"{shortened + more} of {len(examples) + len(apart)} examples are longer than {max_tokens} tokens: cut")
-        with stopping() as asked, _shown(as_json=as_json) as show:
+        with signals.noticed(_say_stopping) as asked, _shown(as_json=as_json) as show:
             outcome = finetune(model, train, held, output, config, on_step=show, stop=lambda: bool(asked))
     _end(outcome, output, as_json=as_json)
 
@@ -59,23 +57,8 @@ def split(examples: list[Example], apart: list[Example] | None) -> tuple[list[Ex
     return learned, examples[last::VALIDATION_PART]
 
 
-@contextmanager
-def stopping() -> Iterator[list[int]]:
-    """Within, the first signal is put into the list, for a loop that looks there; the second leaves."""
-    asked: list[int] = []
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if asked:
-            signals.leave(128 + number)
-        asked.append(number)
-        say("\nwriting a checkpoint after this step; again to leave at once")
-
-    previous = {number: signal.signal(number, ask) for number in signals.SIGNALS}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _say_stopping() -> None:
+    say("\nwriting a checkpoint after this step; again to leave at once")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
     before and during imports     end at once
     a node that is starting       cancel, take the libp2p daemon down, exit 0
     a node that serves            drain, exit 0
+    a fine-tuning                 write a checkpoint after the step under way, exit 0
     anything else                 unwind (which frees pages at peers), exit 128 + signal
     the second signal             end at once, whatever is going on
 
@@ -47,8 +48,32 @@ def end_at_once() -> None:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Within, the first signal raises Interrupted, and a second one leaves."""
+    with _restored():
+        raise_on_signal()
+        yield
+
+
+@contextmanager
+def noticed(on_signal: Callable[[], None]) -> Iterator[list[int]]:
+    """Within, the first signal is put into the list, for a loop that looks there, and told; a second one leaves."""
+    received: list[int] = []
+
+    def notice(number: int, _: FrameType | None) -> None:
+        if received:
+            leave(_code(number))
+        received.append(number)
+        on_signal()
+
+    with _restored():
+        for number in SIGNALS:
+            signal.signal(number, notice)
+        yield received
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """Whatever is done with signals within, afterwards they do what they did."""
     previous = {number: signal.getsignal(number) for number in SIGNALS}
-    raise_on_signal()
     try:
         yield
     finally:

@@ -91,7 +91,8 @@ def run(
         hidden_ND = hidden_BTD[rows_N, columns_N]
     lengths, regime_length = documents.lengths, documents.regime_length
     adapter, weights = None if attached is None else attached.adapter(), () if attached is None else attached.weights
-    if torch.is_grad_enabled() and (hidden_ND.requires_grad or any(weight.requires_grad for weight in weights)):
+    learns = hidden_ND.requires_grad or (attached is not None and attached.requires_grad)
+    if learns and torch.is_grad_enabled():
         output_ND: Tensor = _Through.apply(  # type: ignore[no-untyped-call]
             hidden_ND, remote, lengths, regime_length, adapter, *weights
         )

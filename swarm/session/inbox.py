@@ -52,18 +52,18 @@ class Inbox:
         hops = [hop.peer_id for hop in (*known.core.route.hops, *known.core.standby_hops)]
         return known if link.remote in hops and (peer is None or peer in hops) else None
 
-    def _of_trial(self, link: Link, message: Opened | Result | Failed) -> bool:
-        """Whether it answers a trial; that is told."""
+    def _tell_trial(self, link: Link, message: Opened | Result | Failed) -> None:
+        """It is of no session; it may answer a trial."""
         trial = self._sessions.trials.get(SessionId(message.session))
         if trial is not None and trial[0] == link.remote and not trial[1].full():
             trial[1].put_nowait(message)
-        return trial is not None
 
     async def _opened(self, link: Link, message: Opened, _: memoryview) -> None:
-        if self._of_trial(link, message):
-            return
         session = self._session_of(link, message.session)
-        if session is None or session.core is None or message.epoch != session.core.epoch:
+        if session is None:
+            self._tell_trial(link, message)
+            return
+        if session.core is None or message.epoch != session.core.epoch:
             return
         standby = session.core.standby_at(link.remote, message.start)
         if message.held > session.offered and not standby:
@@ -74,10 +74,11 @@ class Inbox:
         self._driver.perform(session, actions)
 
     async def _result(self, link: Link, message: Result, payload: memoryview) -> None:
-        if self._of_trial(link, message):
-            return
         session = self._session_of(link, message.session)
-        if session is None or session.core is None or session.core.route is None:
+        if session is None:
+            self._tell_trial(link, message)
+            return
+        if session.core is None or session.core.route is None:
             return
         core, route = session.core, session.core.route
         step = core.sent(StepId(message.step), message.epoch)
@@ -108,10 +109,11 @@ class Inbox:
         self._driver.reconsider(session)
 
     async def _failed(self, link: Link, message: Failed, _: memoryview) -> None:
-        if self._of_trial(link, message):
-            return
         session = self._session_of(link, message.session, message.peer)
-        if session is None or session.core is None or session.core.route is None:
+        if session is None:
+            self._tell_trial(link, message)
+            return
+        if session.core is None or session.core.route is None:
             return
         core, route, peer, epoch = session.core, session.core.route, PeerId(message.peer), message.epoch
         at = _hop_at(route, peer, message.block)

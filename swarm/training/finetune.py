@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -129,21 +129,20 @@ def finetune(
     resumed = _resumable(output, config, train, validation)
     set_seed(config.seed)
     adapted = get_peft_model(model, config.adapter())
-    watch = _Watch(on_step, stop)
     trainer = Trainer(
         model=adapted,
         args=_arguments(output, config, len(train), validating=bool(validation), on_cpu=model.device.type == "cpu"),
         train_dataset=list(train),
         eval_dataset=list(validation) or None,
         data_collator=_padded,
-        callbacks=[watch],
+        callbacks=[_Watch(on_step, stop)],
     )
     trainer.remove_callback(PrinterCallback)
     started_s = time.monotonic()
     trainer.train(resume_from_checkpoint=resumed)
     state = trainer.state
     finished = state.global_step >= state.max_steps
-    if finished and validation and state.global_step % config.save_every:  # else it was looked at just now
+    if finished and validation and not _said(state, "eval_loss", at=state.global_step):
         trainer.evaluate()
     adapted.save_pretrained(str(output))
     losses = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
@@ -153,10 +152,15 @@ def finetune(
         steps=state.global_step,
         of=state.max_steps,
         resumed_from=int(resumed.rpartition("-")[2]) if resumed else 0,
-        loss=watch.loss,
-        validation_loss=watch.validation_loss if finished else None,
+        loss=next(reversed(_said(state, "loss")), None),
+        validation_loss=next(reversed(_said(state, "eval_loss")), None) if finished else None,
         seconds=time.monotonic() - started_s,
     )
+
+
+def _said(state: TrainerState, what: str, *, at: int | None = None) -> list[float]:
+    """What the run's history has of one figure, of all steps or of one."""
+    return [entry[what] for entry in state.log_history if what in entry and at in (None, entry["step"])]
 
 
 def draw(history: Sequence[dict[str, Any]], file: Path) -> None:
@@ -253,8 +257,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     on_step: Callable[[Step], None]
     stop: Callable[[], bool]
-    loss: float | None = field(default=None, init=False)
-    validation_loss: float | None = field(default=None, init=False)
 
     def on_log(
         self,
@@ -267,8 +269,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         loss, validation_loss = (logs or {}).get("loss"), (logs or {}).get("eval_loss")
         if loss is None and validation_loss is None:
             return
-        self.loss = self.loss if loss is None else loss
-        self.validation_loss = self.validation_loss if validation_loss is None else validation_loss
         self.on_step(Step(step=state.global_step, of=state.max_steps, loss=loss, validation_loss=validation_loss))
 
     def on_step_end(
