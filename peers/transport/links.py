@@ -520,6 +520,7 @@ class Links:
         for waiting_link, future in self._requests.values():
             if waiting_link is link and not future.done():
                 future.set_exception(StreamClosed(f"{link.remote} went away"))
+                future.exception()  # marked as seen: whoever asked may learn it from sending the question
         for callback in self._lost:
             callback(link)
 

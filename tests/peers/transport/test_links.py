@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import time
@@ -432,6 +433,26 @@ async def test_a_request_ends_with_its_link(world: World) -> None:
     with pytest.raises(StreamClosed):
         await pinging
     assert now_s() == started_s
+
+
+async def test_who_learns_of_the_end_from_sending_leaves_no_error_behind(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    link = await world.dial()
+
+    async def send(*_: object, **__: object) -> None:
+        world.one.links.forget(link)
+        raise StreamClosed("while it was sent")
+
+    with monkeypatch.context() as during:
+        during.setattr(link, "send", send)
+        with pytest.raises(StreamClosed, match="while it was sent"):
+            await world.one.links.ping(OTHER, world.other.transport.addresses)
+    gc.collect()
+    assert complaints == []
+    await link.close()
 
 
 async def test_a_reply_from_another_peer_is_nobodys(world: World) -> None:
