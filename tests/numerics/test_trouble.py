@@ -26,6 +26,8 @@ from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkp
 from tests.helpers.memory_swarm import MemorySwarm
 from tests.helpers.traces import check_trace
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
 
 
