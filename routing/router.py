@@ -197,10 +197,12 @@ class Router:
         ]
         return [a for _, _, a in sorted(doubted, key=lambda item: item[:2], reverse=True)]
 
-    def on_failure(self, peer: PeerId, now_s: float, reason: str, *, unreachable: bool = False) -> None:
+    def on_failure(
+        self, peer: PeerId, now_s: float, reason: str, *, unreachable: bool = False, late: bool = False
+    ) -> None:
         """The peer erred, died or kept silent: leave it alone for a while, longer each time. Who was only `unreachable`
-        may be used sooner once it answers (`on_rtt`)."""
-        self._reputation.on_failure(peer, now_s, reason, unreachable=unreachable)
+        may be used sooner once it answers (`on_rtt`), and who was `late` may be waited for (`NoRoute.late`)."""
+        self._reputation.on_failure(peer, now_s, reason, unreachable=unreachable, late=late)
 
     def silent(self, now_s: float) -> list[Announcement]:
         """Peers that announce themselves and are left alone only because they did not answer this node."""
@@ -264,7 +266,8 @@ class Router:
             return self._route(view, bridged)
         path = cheapest_path(candidates, request.num_blocks)
         if path is None:
-            raise _no_route(request, view.announcements, view.excluded, view.imprecise)
+            late = self._reputation.late(now_s) - request.avoid
+            raise _no_route(request, view.announcements, view.excluded, view.imprecise, late)
         hops = self._over_links(view, candidates, path.hops)
         if view.whole:
             if view.priced_route_s(hops) > (1 - HYSTERESIS) * view.priced_route_s(previous):
@@ -628,6 +631,7 @@ def _no_route(
     announcements: Iterable[Announcement],
     excluded: dict[PeerId, str],
     imprecise: dict[PeerId, str],
+    late: Set[PeerId],
 ) -> NoRoute:
     held = [a for a in announcements if a.num_blocks == request.num_blocks]
     excluded = {a.peer_id: reason for a in held if (reason := _why_not(a, excluded))}
@@ -659,7 +663,9 @@ def _no_route(
         named = ", ".join(reasons[:_NAMED_MAX]) + (", …" if len(reasons) > _NAMED_MAX else "")
         message += f"; held only by peers that cannot be used now: {named}"
     hint = "ask for less with --min-precision, or start a peer that computes so precisely" if by_imprecise else ""
-    return NoRoute(message, missing=[(gap.start, gap.end) for gap in missing], hint=hint)
+    answering = (span for a in held if a.peer_id in late and a.peer_id not in imprecise for span in a.spans)
+    whole = not gaps((*precise, *answering), request.num_blocks)
+    return NoRoute(message, missing=[(gap.start, gap.end) for gap in missing], late=whole, hint=hint)
 
 
 def _listed(spans: Iterable[BlockSpan]) -> str:

@@ -28,9 +28,10 @@ from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
-from peers.errors import PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
+from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
 from peers.transport.base import Stream, Transport
 from peers.transport.pacer import Pacer
+from peers.transport.patience import Patience
 from peers.transport.tasks import Tasks
 from peers.wire import codec
 from peers.wire.messages import (
@@ -65,6 +66,8 @@ HELLO_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 30.0
 """A peer that reads nothing for this long is given up; until then back-pressure holds the sender."""
 MAX_SKEW_S = 3.0
+ANSWER_FADES = 0.75
+"""Of the longest answer, with each that is shorter."""
 SKEW_PEERS_MIN, SKEW_PEERS_MAX, SKEW_AGE_S = 2, 64, 60.0
 """Clocks by which this node's own is judged."""
 MAX_INBOUND_LINKS_PER_PEER = 8
@@ -94,6 +97,10 @@ class Link:
         """Under way."""
         self.used_at_s = asyncio.get_running_loop().time()
         """When it last carried anything but a ping, or was asked for."""
+        self.heard_at_s = self.used_at_s
+        """When its other side gave its last sign of life."""
+        self.answer_s = 0.0
+        """What the other side lately took for an answer, at most: a short while, or the machines are busy."""
         self._owner = owner
         self._addresses = tuple(addresses)
         self._lanes: dict[str, Lane] = {}
@@ -123,7 +130,7 @@ class Link:
                 lane = await self._missing_lane()
             began_s, before = asyncio.get_running_loop().time(), lane.queued_bytes
             timed = bulk and self._worth_timing(_size(payload), began_s)
-            async with asyncio.timeout(SEND_TIMEOUT_S):
+            async with Patience(SEND_TIMEOUT_S):
                 await lane.send(message, payload)
             if timed:
                 self._owner.tasks.spawn(self._time(lane, before, began_s), name=f"time {self.remote[-8:]}")
@@ -326,7 +333,7 @@ class Links:
             raise PeerUnreachable(f"{peer} is not dialled: this node is closing")
         lock = self._dialling.setdefault(peer, asyncio.Lock())
         try:
-            async with asyncio.timeout(timeout_s), lock:
+            async with Patience(timeout_s), lock:
                 if (link := self._outbound.get(peer)) is not None:
                     return link
                 link = Link(self, peer, outbound=True, addresses=addresses)
@@ -339,13 +346,18 @@ class Links:
                     self._closing_idle = self.tasks.spawn(self._close_idle(), name="close idle links")
                 return link
         except TimeoutError as error:
-            raise PeerUnreachable(f"{peer} did not answer within {timeout_s:.0f} s") from error
+            raise PeerSilent(f"{peer} did not answer within {timeout_s:.0f} s") from error
         except StreamClosed as error:
             raise PeerUnreachable(f"{peer} closed the connection before saying hello") from error
 
     def known(self, peer: PeerId) -> Link | None:
         """The link dialled to `peer`, if it is up."""
         return self._outbound.get(peer)
+
+    def vouch(self, peer: PeerId) -> None:
+        """Others brought a sign of life of `peer`, which works for us without a word to us."""
+        if (link := self._outbound.get(peer)) is not None:
+            link.heard_at_s = asyncio.get_running_loop().time()
 
     async def arrived(self, peer: PeerId, *, timeout_s: float) -> bool:
         """Whether everything large that was sent over the link that this node dialled to `peer` has been read there.
@@ -362,9 +374,16 @@ class Links:
         return True
 
     async def ping(
-        self, peer: PeerId, addresses: Sequence[str] = (), *, timeout_s: float = 5.0, detail: bool = False
+        self,
+        peer: PeerId,
+        addresses: Sequence[str] = (),
+        *,
+        timeout_s: float = 5.0,
+        detail: bool = False,
+        renews: bool = True,
     ) -> tuple[float, Pong]:
-        """Round-trip seconds through both event loops, and the peer's present load. Raises as `to` does.
+        """Round-trip seconds through both event loops, and the peer's present load. Raises as `to` does; `renews` as in
+        `request`.
 
         With `detail` the peer is asked for its status, too. A link that was made only for this is closed again: peers
         have room for so many, and most of a swarm is pinged.
@@ -373,7 +392,9 @@ class Links:
         link.pings += 1
         try:
             started_s = asyncio.get_running_loop().time()
-            reply = await self.request(link, lambda nonce: Ping(nonce=nonce, detail=detail), timeout_s=timeout_s)
+            reply = await self.request(
+                link, lambda nonce: Ping(nonce=nonce, detail=detail), timeout_s=timeout_s, renews=renews
+            )
             if not isinstance(reply, Pong):
                 raise ProtocolError(f"{peer} answered a ping with {type(reply).__name__}")
             return asyncio.get_running_loop().time() - started_s, reply
@@ -383,18 +404,31 @@ class Links:
                 link.retire()
 
     async def request(
-        self, link: Link, build: Callable[[int], Ping | Trace | DialBack], *, timeout_s: float, bulk: bool = False
+        self,
+        link: Link,
+        build: Callable[[int], Ping | Trace | DialBack],
+        *,
+        timeout_s: float,
+        bulk: bool = False,
+        renews: bool = True,
     ) -> Pong | Traced | DialBackReply:
-        """Send a message with a fresh nonce and wait for its reply. Raises PeerUnreachable on silence, StreamClosed."""
-        nonce = next(self._nonces)
-        future: asyncio.Future[AnyMessage] = asyncio.get_running_loop().create_future()
+        """Send a message with a fresh nonce and wait for its reply. Raises PeerSilent, StreamClosed.
+
+        In the small lane, where an answer waits for nothing, a peer is silent that says nothing else either: whatever
+        it says renews the time that it has, unless `renews` is false.
+        """
+        nonce, loop = next(self._nonces), asyncio.get_running_loop()
+        future: asyncio.Future[AnyMessage] = loop.create_future()
         self._requests[nonce] = (link, future)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with Patience(timeout_s, (lambda: link.heard_at_s) if renews and not bulk else None):
+                asked_at_s = loop.time()
                 await link.send(build(nonce), bulk=bulk)
                 reply = await future
+                if not bulk:
+                    link.answer_s = max(loop.time() - asked_at_s, link.answer_s * ANSWER_FADES)
         except TimeoutError as error:
-            raise PeerUnreachable(f"{link.remote} did not answer within {timeout_s:.1f} s") from error
+            raise PeerSilent(f"{link.remote} did not answer within {timeout_s:.1f} s") from error
         finally:
             del self._requests[nonce]
         assert isinstance(reply, Pong | Traced | DialBackReply)
@@ -435,7 +469,7 @@ class Links:
         except InvalidAddress as error:  # others told us these addresses: our caller did not err
             raise PeerUnreachable(f"{link.remote} cannot be dialled: {error}") from error
         try:
-            async with asyncio.timeout(timeout_s):
+            async with Patience(timeout_s):
                 await stream.send(codec.encode(self._hello(lane)))
                 hello = await self._receive_hello(stream)
             self._check(hello, stream.remote)
@@ -443,7 +477,7 @@ class Links:
                 raise StreamClosed(f"the link with {link.remote} was closed meanwhile")
         except TimeoutError as error:
             await stream.close()
-            raise PeerUnreachable(f"{link.remote} did not say hello within {timeout_s:.0f} s") from error
+            raise PeerSilent(f"{link.remote} did not say hello within {timeout_s:.0f} s") from error
         except BaseException:  # whatever happened, also cancellation: the stream must not outlive this call
             await stream.close()
             raise
@@ -452,7 +486,7 @@ class Links:
 
     async def _accept(self, stream: Stream) -> None:
         try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
+            async with Patience(HELLO_TIMEOUT_S):
                 hello = await self._receive_hello(stream)
                 await stream.send(codec.encode(self._hello(hello.lane)))
             self._check(hello, stream.remote)
@@ -486,6 +520,7 @@ class Links:
         try:
             while True:
                 frame = await stream.receive()
+                link.heard_at_s = asyncio.get_running_loop().time()
                 self.volume.received_bytes += len(frame)
                 for message, payload in codec.decode(frame):
                     await self._dispatch(link, message, payload)

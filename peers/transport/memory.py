@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
-from peers.errors import PeerUnreachable, ProtocolError, StreamClosed
+from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed
 from peers.transport.base import MAX_FRAME_BYTES, MAX_STREAMS_PER_PEER, Buffer, Handler, frame_bytes
+from peers.transport.patience import Patience
 from peers.transport.record_table import RecordTable
 from routing.addresses import peer_id_in, validate_multiaddr
 from routing.errors import CallerError, InvalidAddress, InvalidRecord, SwarmError, Unavailable
@@ -259,12 +260,12 @@ class MemoryTransport:
             if peer_id_in(validate_multiaddr(address, need_peer_id=True)) != peer:
                 raise InvalidAddress(f"{address} is not an address of peer {peer}")
         try:
-            async with asyncio.timeout(timeout_s):
+            async with Patience(timeout_s):
                 await asyncio.sleep(2 * self._network.latency(self._peer_id, peer))
                 while self._network.separated(self._peer_id, peer):
                     await asyncio.Event().wait()  # no answer comes, until the timeout
         except TimeoutError as error:
-            raise PeerUnreachable(f"peer {peer} did not answer in time") from error
+            raise PeerSilent(f"peer {peer} did not answer in time") from error
         remote = self._network.find(peer)
         if remote is None or self._network.is_cut(peer, self._peer_id):
             raise PeerUnreachable(f"cannot reach peer {peer}: connection refused")

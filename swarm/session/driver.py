@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from msgspec.structs import replace as replace_fields
 
-from peers.errors import PeerUnreachable, StreamClosed
+from peers.errors import PeerSilent, PeerUnreachable, StreamClosed
 from peers.transport.links import BULK_BYTES
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
@@ -748,7 +748,8 @@ class SwarmRemote:
             self._sessions.observer.lost(peer)
         unreachable = isinstance(error, PeerUnreachable | StreamClosed)
         now_s = self._client.discovery.now_s()
-        self._client.router.on_failure(peer, now_s, str(error), unreachable=unreachable)
+        late = isinstance(error, PeerSilent)
+        self._client.router.on_failure(peer, now_s, str(error), unreachable=unreachable, late=late)
 
 
 def _switches(before: Route | None, action: OpenHops) -> int:

@@ -224,6 +224,7 @@ class Inbox:
             timings.append(HopTiming(peer=hop.peer_id, span=hop.span, queue_s=queue_s, compute_s=compute_s))
             self._sessions.client.router.on_step(hop.peer_id, len(hop.span), step.count, compute_s, queue_s, now_s)
             self._sessions.client.router.on_success(hop.peer_id, now_s)
+            self._sessions.client.links.vouch(hop.peer_id)
         timed, session.timed_step = session.timed_step, None
         if timed is not None and timed[0] == step.step:
             trips_s = asyncio.get_running_loop().time() - timed[1] - sum(map(sum, message.hops))

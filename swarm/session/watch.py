@@ -18,6 +18,11 @@ from swarm.session.live import Driver, LiveSession, Sessions
 IDLE_LOOKS = 3
 """Looks at which all hops live, none computes and nothing is on its way, after which the step is taken for lost."""
 WATCH_S = 0.1
+DIAL_PATIENCE_S = 3.0
+"""Of a hop that is being dialled yet: many trips, where an answer takes one."""
+LATE = 2.0
+"""Times what a peer's answers took lately, before it is taken for silent."""
+LATE_S_MAX = 10.0
 STANDBY_PATIENCE_S = 30.0
 """A standby works when nobody else wants to: only one that does nothing for so long is let go of."""
 
@@ -50,7 +55,8 @@ class Watch:
 
     async def _investigate(self, session_id: SessionId, session: LiveSession) -> None:
         """Ask every hop of an overdue session. Half of the silence that is tolerated has passed; the other half is the
-        time to answer, and half of that for the hops to ask their successors."""
+        time to answer, and half of that for the hops to ask their successors. Where this loop was late to ask, the hops
+        have no less time."""
         core = session.core
         assert core is not None
         try:
@@ -58,7 +64,7 @@ class Watch:
             if route is None:
                 return
             late_s = asyncio.get_running_loop().time() - session.deadline_s
-            patience_s = max(session.silence_s / 4, session.silence_s / 2 - late_s)
+            patience_s = session.silence_s / 2 - min(late_s, WATCH_S)
             first = self._sessions.client.links.arrived(route.hops[0].peer_id, timeout_s=patience_s / 2)
             traces = (self._trace(session_id, hop, timeout_s=patience_s) for hop in route.hops)
             arrived, answers = await asyncio.gather(first, asyncio.gather(*traces, return_exceptions=True))
@@ -102,7 +108,8 @@ class Watch:
         def trace(nonce: int) -> Trace:
             return Trace(nonce=nonce, session=session.raw, block=hop.span.start, patience_s=timeout_s / 2)
 
-        link = await links.to(hop.peer_id, hop.addresses, timeout_s=timeout_s)
+        link = await links.to(hop.peer_id, hop.addresses, timeout_s=max(timeout_s, DIAL_PATIENCE_S))
+        timeout_s = max(timeout_s, min(LATE * link.answer_s, LATE_S_MAX))
         answer = await links.request(link, trace, timeout_s=timeout_s)
         if not isinstance(answer, Traced):
             raise ProtocolError(f"{hop.peer_id} answered a trace with {type(answer).__name__}")

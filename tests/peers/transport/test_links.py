@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from peers.errors import PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
+from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
 from peers.transport import links as module
 from peers.transport.base import Stream
 from peers.transport.links import BULK, MAX_INBOUND_LINKS_PER_PEER, SMALL, STREAM_PROTOCOL, Link, Links
 from peers.transport.memory import MemoryNetwork, MemoryTransport
+from peers.transport.patience import RENEWALS_MAX
 from peers.wire import codec
 from peers.wire.messages import PROTOCOL_VERSION, AnyMessage, Close, Failed, Hello, Ping, Pong, Status, Step
 from routing.errors import PeerError
@@ -421,6 +422,36 @@ async def test_a_request_to_a_silent_peer_times_out_and_the_link_stays(world: Wo
     await asyncio.sleep(0.1)  # the late pong arrives and is nobody's
     await world.one.links.ping(OTHER)
     assert await world.dial() is link
+
+
+@pytest.mark.parametrize("vouched", [False, True])
+async def test_a_peer_that_says_other_things_has_more_time_for_an_answer_but_not_for_ever(
+    world: World, vouched: bool
+) -> None:
+    link = await world.dial()
+    await link.send(Close(sessions=()))
+    await asyncio.sleep(0.1)
+    back = world.other.received[0][0]
+    world.other.links.pong = lambda nonce: Pong(nonce=nonce + 1_000_000)  # nobody's
+    ended_s = []
+
+    async def ping(*, renews: bool) -> None:
+        started_s = now_s()
+        with pytest.raises(PeerSilent):
+            await world.one.links.ping(OTHER, timeout_s=2.0, renews=renews)
+        ended_s.append(now_s() - started_s)
+
+    pinging = asyncio.gather(ping(renews=False), ping(renews=True))
+    while not pinging.done():
+        await asyncio.sleep(0.5)
+        if vouched:
+            world.one.links.vouch(OTHER)
+        else:
+            await back.send(Close(sessions=()))
+    await pinging
+    assert ended_s == [pytest.approx(2.0), pytest.approx(2.0 * (1 + RENEWALS_MAX))]
+    world.one.links.vouch(THIRD)  # nobody this node has a link to: no matter
+    assert not link.closed
 
 
 async def test_a_request_ends_with_its_link(world: World) -> None:

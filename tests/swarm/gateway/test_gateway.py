@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from peers.exposition import told
 from routing.ids import BlockSpan
+from swarm.cli.commands import faces
 from swarm.gateway.engine import Ask
 from swarm.gateway.kept import KeptLimits
 from swarm.gateway.keys import Account, hash_key
@@ -40,6 +42,7 @@ KEYS = ["a-key-that-belongs-to-alice", "a-key-that-belongs-to-bobby"]
 MONITORING = Path(__file__).parents[3] / "scripts" / "monitoring"
 PROMPT = "Once upon a time there was a hive"
 MODEL = "talker"
+FACES = ("gateway", "dashboard")
 SCHEMAS = int(os.environ.get("SCHEMAS", "12"))
 """Random ones; more on request."""
 
@@ -474,6 +477,53 @@ def test_the_death_of_a_peer_is_not_seen_in_the_stream(world: GatewayWorld, clie
         assert "".join(texts) == world.text(PROMPT, 60)
 
 
+def test_whatever_happens_to_peers_while_many_streams_run_every_text_is_the_undisturbed_one(tmp_path: Path) -> None:
+    """They die, fall silent, step back, return and come anew; blocks 2:4 for a moment have no holder at all."""
+    world, tokens, streams = GatewayWorld(tmp_path), 32, 20
+    swarm, network = world.swarm, world.swarm.network
+    for span in ((0, 2), (2, 4)):
+        swarm.add_peer(*span)
+    ids = [peer.links.transport.peer_id for peer in swarm.peers]
+    client_id = swarm.thread.client.node.transport.peer_id
+
+    def leave_a_gap() -> None:
+        swarm.kill_peer(ids[3])
+        threading.Timer(0.5, swarm.pause_peer, (ids[1], False)).start()
+
+    acts: list[Callable[[], object]] = [
+        lambda: swarm.kill_peer(ids[0]),
+        lambda: swarm.pause_peer(ids[1]),
+        lambda: swarm.add_peer(0, 2),
+        lambda: swarm.thread.post(network.partition, [ids[2]], [client_id, *ids[:2], ids[3]]),
+        leave_a_gap,
+        lambda: swarm.thread.post(network.partition),
+    ]
+    left = iter(acts)
+    lock, seen = threading.Lock(), 0
+
+    def read(url: str, prompt: str) -> str:
+        nonlocal seen
+        text = ""
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            for chunk in complete(client, prompt, max_tokens=tokens, stream=True):
+                text += chunk.choices[0].text
+                with lock:
+                    seen += 1
+                    if seen % (tokens * streams // (len(acts) + 2)) == 0:
+                        next(left, lambda: None)()
+        return text
+
+    prompts = [f"{PROMPT}, number {at}" for at in range(streams)]
+    try:
+        with serving(world.served) as gateway, ThreadPoolExecutor(streams) as pool:
+            texts = list(pool.map(lambda prompt: read(gateway.url, prompt), prompts))
+        assert next(left, None) is None, "all of it happened"
+        assert world.served.engine.traffic.rebuilds >= streams
+        assert texts == [world.text(prompt, tokens) for prompt in prompts]
+    finally:
+        world.close()
+
+
 # --- keys, errors, pages ---
 
 
@@ -606,7 +656,12 @@ def test_metrics_that_dashboards_and_alerts_name_are_told(world: GatewayWorld, u
     }
     scrapes = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     assert scrapes["rule_files"] == ["alerts.yml"]
-    assert all(re.fullmatch("hiveswarm-.*", job["job_name"]) for job in scrapes["scrape_configs"])
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in scrapes["scrape_configs"]}
+    ports = {
+        "peers": 9100,
+        **{face: inspect.signature(getattr(faces, face)).parameters["port"].default for face in FACES},
+    }
+    assert targets == {f"hiveswarm-{part}": [f"127.0.0.1:{port}"] for part, port in ports.items()}
 
 
 async def made(make: Callable[[], Any]) -> Any:
