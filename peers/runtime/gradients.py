@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 
 from peers.errors import Refused
-from peers.model.adapters import Adapter
+from peers.model.adapters import Adapter, Dropout, dropped
 from peers.model.cutting import SpanModel
 from peers.runtime.attention import Pattern, Segment, attend_one, attending, look
-from peers.wire.messages import Code
+from peers.wire.messages import AdapterTarget, Code
 from routing.ids import BlockSpan
 
 Pieces = Generator[None, None, "Outcome"]
@@ -45,6 +45,10 @@ class Passage:
     """On the CPU, of any floating dtype."""
     adapter: Adapter | None = None
     """Of these blocks, of whoever asks; it changes nothing but what this passage computes."""
+    dropout: Dropout | None = None
+    """Of the adapter's inputs."""
+    sequence: int = 0
+    """Which sequence under its seed the first one is."""
 
     @property
     def tokens(self) -> int:
@@ -61,6 +65,8 @@ class _Group:
     """Consecutive sequences that ran as one forward."""
 
     lengths: tuple[int, ...]
+    sequence: int
+    """Which one of the passage's its first is."""
     blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of each block the leaf that was its input, and what it made of it."""
 
@@ -156,12 +162,13 @@ def _groups(passage: Passage, packs: bool, positions: int) -> Iterator[tuple[_Gr
     """Each with its input; a sequence that is longer than `positions` is a group of its own."""
     first, lengths = 0, list(passage.lengths)
     while lengths:
+        sequence = len(passage.lengths) - len(lengths)
         count = tokens = 0
         for length in lengths:
             if count and (not packs or tokens + length > positions):
                 break
             count, tokens = count + 1, tokens + length
-        yield _Group(tuple(lengths[:count])), passage.input_TH[first : first + tokens]
+        yield _Group(tuple(lengths[:count]), sequence), passage.input_TH[first : first + tokens]
         del lengths[:count]
         first += tokens
 
@@ -190,7 +197,7 @@ def _run(
             regime_length=passage.longest,
         )
     for number, (block, module) in zip(passage.span, blocks, strict=True):
-        adapting = _adapting(passage, number, module, weights)
+        adapting = _adapting(passage, group, number, module, weights)
         with attending(attender) if attender else nullcontext(), torch.set_grad_enabled(keep), adapting:
             if keep:
                 leaf_1TH = hidden_1TH.detach().requires_grad_()
@@ -205,7 +212,7 @@ def _run(
 
 @contextmanager
 def _adapting(
-    passage: Passage, block: int, module: nn.Module, weights: Sequence[tuple[Tensor, Tensor]]
+    passage: Passage, group: _Group, block: int, module: nn.Module, weights: Sequence[tuple[Tensor, Tensor]]
 ) -> Iterator[None]:
     """Within, the linear layers of this block that the adapter names add what it says. Raises Refused where one of them
     was not called: its block multiplies by the weights in some other way."""
@@ -218,10 +225,13 @@ def _adapting(
         if target.block == block:
 
             def add(
-                _: nn.Module, args: tuple[Tensor, ...], output: Tensor, target: Any = target, pair: Any = pair
+                _: nn.Module, args: tuple[Tensor, ...], output: Tensor, target: AdapterTarget = target, pair: Any = pair
             ) -> Tensor:
                 called.add(target.module)
-                added = F.linear(F.linear(args[0].to(pair[0].dtype), pair[0]), pair[1])
+                given = args[0].to(pair[0].dtype)
+                if passage.dropout is not None:
+                    given = given * _dropped(passage.dropout, target, passage.sequence + group.sequence, group, given)
+                added = F.linear(F.linear(given, pair[0]), pair[1])
                 whole: Tensor = (output + added * target.scaling).to(output.dtype)
                 return whole
 
@@ -236,6 +246,14 @@ def _adapting(
         raise Refused(
             f"{', '.join(sorted(wanted - called))} of block {block} cannot be adapted here", code=Code.MALFORMED
         )
+
+
+def _dropped(dropout: Dropout, target: AdapterTarget, first: int, group: _Group, like: Tensor) -> Tensor:
+    """What `like`, the inputs of a linear layer in order of positions, are multiplied by. Raises Refused for others."""
+    if like.numel() != group.tokens * target.inputs:
+        raise Refused(f"{target.module} of block {target.block} takes no dropout here", code=Code.MALFORMED)
+    parts = [dropped(dropout, target, first + index, length) for index, length in enumerate(group.lengths)]
+    return torch.cat(parts).to(like.device).view(like.shape)
 
 
 class _Saved:

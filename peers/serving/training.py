@@ -24,7 +24,7 @@ import torch
 from msgspec import structs
 
 from peers.errors import Busy, ProtocolError, Refused
-from peers.model.adapters import Adapter, as_rows, check_order
+from peers.model.adapters import Adapter, Dropout, as_rows, check_order
 from peers.runtime import gradients
 from peers.runtime.engine import Engine, NonFiniteOutput
 from peers.runtime.gradients import Graph, Outcome, Passage
@@ -414,6 +414,8 @@ def _passage(head: Train, part: BlockSpan, rows: torch.Tensor, adapter: Adapter 
         regime_length=head.regime_length,
         input_TH=rows,
         adapter=None if adapter is None else adapter.within(part),
+        dropout=Dropout(head.dropout, head.seed) if head.dropout else None,
+        sequence=head.sequence,
     )
 
 

@@ -1,4 +1,4 @@
-"""The messages of protocol version 4: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
+"""The messages of protocol version 5: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
 
 A frame carries messages and, for `Step`, `Relay`, `Result`, `Train` and `Trained`, the raw rows of one tensor each
 (`peers.wire.codec`).
@@ -52,7 +52,7 @@ from msgspec import Meta
 
 from routing.ids import MAX_SPANS
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_POSITIONS = 1 << 24
 MAX_HOPS = 64
 MAX_CLOSED_SESSIONS = 512
@@ -76,6 +76,7 @@ Block = Annotated[int, Meta(ge=0, le=65_536)]
 Epoch = Annotated[int, Meta(ge=0, le=1 << 32)]
 Counter = Annotated[int, Meta(ge=0, le=1 << 62)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
 PeerText = Annotated[str, Meta(min_length=1, max_length=128)]
 Address = Annotated[str, Meta(min_length=1, max_length=512)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=8)]
@@ -297,6 +298,12 @@ class Train(Message, tag="train", frozen=True, kw_only=True):
     """`backward` will be asked for: keep what it needs, as far as there is room."""
     adapter: Bytes32 | None = None
     """Of the sender's own (`Adapter`), with which the blocks compute in this work."""
+    dropout: Share = 0.0
+    """Of the inputs of the adapter's layers (`peers.model.adapters`)."""
+    seed: Counter = 0
+    """For that."""
+    sequence: Count = 0
+    """Which sequence under that seed the first one of this work is."""
     first: Count
     count: Count
     dtype: ShortText

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peers.model.adapters import Adapter
+from peers.model.adapters import Adapter, Dropout
 from swarm.errors import ContextTooLong
 from swarm.models.adapters import Attached
 from swarm.models.layout import Layout, PositionRules
@@ -90,14 +90,19 @@ def run(
         rows_N, columns_N = (places.to(hidden_BTD.device) for places in documents.places)
         hidden_ND = hidden_BTD[rows_N, columns_N]
     lengths, regime_length = documents.lengths, documents.regime_length
-    adapter, weights = None if attached is None else attached.adapter(), () if attached is None else attached.weights
+    adapter = dropout = None
+    weights: tuple[Tensor, ...] = ()
+    if attached is not None:
+        adapter, dropout, weights = attached.adapter(), attached.draw_dropout(), attached.weights
     learns = hidden_ND.requires_grad or (attached is not None and attached.requires_grad)
     if learns and torch.is_grad_enabled():
         output_ND: Tensor = _Through.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, remote, lengths, regime_length, adapter, *weights
+            hidden_ND, remote, lengths, regime_length, adapter, dropout, *weights
         )
     else:
-        output_ND, _ = remote.forward(hidden_ND, lengths, regime_length=regime_length, keep=False, adapter=adapter)
+        output_ND, _ = remote.forward(
+            hidden_ND, lengths, regime_length=regime_length, keep=False, adapter=adapter, dropout=dropout
+        )
     if documents.places is None:
         return output_ND.view(hidden_BTD.shape)
     out_BTD = output_ND.new_zeros(hidden_BTD.shape)
@@ -128,11 +133,12 @@ class _Through(torch.autograd.Function):
         lengths: Sequence[int],
         regime_length: int,
         adapter: Adapter | None,
+        dropout: Dropout | None,
         *weights: Tensor,
     ) -> Tensor:
         ctx.remote, ctx.like = remote, [(weight.shape, weight.dtype, weight.device) for weight in weights]
         output_ND, ctx.tape = remote.forward(
-            hidden_ND.detach(), lengths, regime_length=regime_length, keep=True, adapter=adapter
+            hidden_ND.detach(), lengths, regime_length=regime_length, keep=True, adapter=adapter, dropout=dropout
         )
         return output_ND
 
@@ -145,4 +151,4 @@ class _Through(torch.autograd.Function):
         weights = [
             part.view(shape).to(device, dtype) for part, (shape, dtype, device) in zip(parts, ctx.like, strict=True)
         ]
-        return given_ND, None, None, None, None, *weights
+        return given_ND, None, None, None, None, None, *weights

@@ -35,13 +35,14 @@ import secrets
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 
 from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
-from peers.model.adapters import WIDTH, Adapter, as_rows, num_rows, of_rows
+from peers.model.adapters import WIDTH, Adapter, Dropout, as_rows, num_rows, of_rows
 from peers.transport.links import Link
 from peers.transport.tasks import Tasks
 from peers.wire import parts, tensors
@@ -140,6 +141,9 @@ class _MicroBatch:
     lengths: tuple[int, ...]
     regime_length: int
     adapter: Adapter | None
+    dropout: Dropout | None
+    sequence: int
+    """Which one of the batch its first is."""
     stretches: list[_Stretch] = field(default_factory=list)
 
     @property
@@ -200,12 +204,13 @@ class TrainingRoute:
         regime_length: int,
         keep: bool,
         adapter: Adapter | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[torch.Tensor, Tape | None]:
         """What all blocks make of the packed sequences; with `keep`, and what a backward needs. Raises SwarmError."""
         if adapter is not None and not tensors.finite(adapter.values):
             raise CallerError("the adapter's weights are not finite (NaN or infinity)", hint="lower the learning rate")
         rows_TH = self._on_the_wire(input_TH, "the values given to the model")
-        output_TH, batches = self._network.call(self._forward(lengths, regime_length, rows_TH, keep, adapter))
+        output_TH, batches = self._network.call(self._forward(lengths, regime_length, rows_TH, keep, adapter, dropout))
         tape = None
         if keep:
             tape = Tape(batches, adapter)
@@ -271,12 +276,23 @@ class TrainingRoute:
         await self._tasks.close()
 
     async def _forward(
-        self, lengths: Sequence[int], regime_length: int, rows_TH: torch.Tensor, keep: bool, adapter: Adapter | None
+        self,
+        lengths: Sequence[int],
+        regime_length: int,
+        rows_TH: torch.Tensor,
+        keep: bool,
+        adapter: Adapter | None,
+        dropout: Dropout | None,
     ) -> tuple[torch.Tensor, list[_MicroBatch]]:
         hops = len((await self._planned()).hops)
         # so many that every hop has one, where there is enough to be worth it
         tokens = min(self.config.micro_batch_tokens, max(MICRO_BATCH_TOKENS_MIN, len(rows_TH) // (hops + 1)))
-        batches = [_MicroBatch(part, regime_length, adapter) for part in micro_batches(lengths, tokens)]
+        parts_ = micro_batches(lengths, tokens)
+        firsts = accumulate(map(len, parts_), initial=0)
+        batches = [
+            _MicroBatch(part, regime_length, adapter, dropout, first)
+            for part, first in zip(parts_, firsts, strict=False)
+        ]
         slots = asyncio.Semaphore(self.in_flight)
 
         async def one(batch: _MicroBatch, input_TH: torch.Tensor) -> torch.Tensor:
@@ -364,7 +380,7 @@ class TrainingRoute:
         try:
             return await self._back(batch, others, gradient_TH, added)
         finally:
-            self._forget([_MicroBatch(batch.lengths, batch.regime_length, None, others)])
+            self._forget([replace(batch, stretches=others)])
 
     # --- inside the loop: peers ---
 
@@ -485,6 +501,9 @@ class TrainingRoute:
                     again=again,
                     keep=keep,
                     adapter=None if adapter is None else adapter.name,
+                    dropout=0.0 if batch.dropout is None else batch.dropout.share,
+                    seed=0 if batch.dropout is None else batch.dropout.seed,
+                    sequence=batch.sequence,
                     first=first,
                     count=count,
                     dtype=dtype,

@@ -20,12 +20,14 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from peers.errors import Refused
+from peers.model.adapters import Dropout, dropped
 from peers.serving import training as serving
 from peers.serving.shelves import TrainingLimits
-from peers.wire.messages import Train
+from peers.wire.messages import AdapterTarget, Train
 from routing.errors import CallerError, NoRoute
 from swarm import SwarmModelForSequenceClassification
 from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedGradient, UnsupportedMask
+from swarm.models.adapters import attached
 from swarm.models.classification import with_class_head
 from swarm.session import training as client
 from swarm.session.training import TrainingConfig, TrainingRoute, micro_batches
@@ -65,10 +67,12 @@ def gradient_of_inputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, T
     return loss.detach(), embeds.grad * given.get("attention_mask", torch.ones_like(ids))[..., None]
 
 
-def adapted(base: Any, *targets: str) -> Any:
+def adapted(base: Any, *targets: str, **settings: Any) -> Any:
     """With LoRA on these layers of every block; neither A nor B is zero."""
     torch.manual_seed(3)
-    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=3, target_modules=list(targets), init_lora_weights=False)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=3, target_modules=list(targets), init_lora_weights=False, **settings
+    )
     return get_peft_model(base, config)
 
 
@@ -337,6 +341,16 @@ def test_loss_that_is_not_finite_never_leaves(model: Any) -> None:
         model(inputs_embeds=embeds * float("inf"))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_is_taken_and_sends_no_forward_twice(local: Any, model: Any, reentrant: bool) -> None:
+    _, expected = gradient_of_inputs(local, batch())
+    model.train().activation_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.is_activation_checkpointing
+    assert distance(gradient_of_inputs(model, batch())[1], expected) <= TOLERANCE
+    traffic = route_of(model).traffic
+    assert traffic.forwards == traffic.backwards == 6
+
+
 def test_half_as_many_bytes_come_close(local: Any, swarm: MemorySwarm) -> None:
     inputs = batch()
     _, expected = gradient_of_inputs(local, inputs)
@@ -460,6 +474,55 @@ def test_a_peer_that_dies_in_a_backward_neither_loses_nor_doubles_an_adapters_gr
     for actual, right in zip(gradients_of_adapter(tuned, batch()), gradients_of_adapter(whole, batch()), strict=True):
         assert distance(actual, right) <= TOLERANCE
     assert hit
+
+
+class Dropped(torch.nn.Module):
+    """Locally what peers do: each row of a batch is a sequence."""
+
+    def __init__(self, dropout: Dropout, target: AdapterTarget, mask_BT: Tensor) -> None:
+        super().__init__()
+        self._dropout, self._target, self._mask_BT = dropout, target, mask_BT.bool()
+
+    def forward(self, x_BTK: Tensor) -> Tensor:
+        x_BTK = x_BTK.clone()
+        for row, kept_T in enumerate(self._mask_BT):
+            x_BTK[row, kept_T] = x_BTK[row, kept_T] * dropped(self._dropout, self._target, row, int(kept_T.sum()))
+        return x_BTK
+
+
+def test_lora_dropout_comes_from_a_seed_and_is_the_same_whoever_computes_it_again(
+    local: Any, swarm: MemorySwarm, model: Any
+) -> None:
+    tuned, whole = (
+        adapted(base, "q_proj", "down_proj", lora_dropout=0.4).train() for base in (model, copy.deepcopy(local))
+    )
+    inputs = batch()
+
+    def gradients(base: Any, seed: int = 11) -> list[Tensor]:
+        torch.manual_seed(seed)
+        return gradients_of_adapter(base, inputs)
+
+    torch.manual_seed(11)
+    dropout = Dropout(0.4, int(torch.randint(1 << 62, ())))
+    layers = whole.base_model.model.model.layers
+    for target in attached(model._remote_layers._layers).targets:
+        module = layers[target.block].get_submodule(target.module)
+        module.lora_dropout["default"] = Dropped(dropout, target, inputs["attention_mask"])
+    expected = gradients(whole)
+
+    def same(actual: list[Tensor]) -> bool:
+        return all(distance(one, right) <= TOLERANCE for one, right in zip(actual, expected, strict=True))
+
+    for per_peer in (1 << 30, 3 * 9 * 32 * 4, 1):  # graphs are kept; inputs are; nothing is
+        limit(swarm, max_bytes=1 << 30, max_bytes_per_peer=per_peer)
+        assert same(gradients(tuned))
+    assert not same(gradients(tuned, seed=12))
+    limit(swarm, max_bytes=1 << 30, max_bytes_per_peer=1 << 30)
+    hit = interrupted(model, lambda _, stretch, backward: backward and 0 in stretch.span, swarm.network.cut)
+    assert same(gradients(tuned))
+    assert hit
+    tuned.eval()
+    assert distance(tuned(**inputs).loss, adapted(copy.deepcopy(local), "q_proj", "down_proj")(**inputs).loss) <= 1e-5
 
 
 def test_generation_with_an_adapter_inside_is_refused_and_without_it_goes_on(local: Any, model: Any) -> None:
