@@ -1,11 +1,14 @@
-"""Low-rank adapters of a client's own, as they travel to peers (LoRA, arXiv 2106.09685).
+"""Adapters of a client's own, as they travel to peers: low-rank ones (LoRA, arXiv 2106.09685), and keys and values that
+every sequence finds before its own (prefix tuning, arXiv 2101.00190).
 
 Owns the format: which linear layers of which blocks, in what order their values lie, and the name that is their
 content. Knows neither PEFT nor how a peer computes with them.
 
 What a target adds to the output of its layer is `scaling · B (A x)`, with A [rank, inputs] and B [outputs, rank]. With
 dropout, x is first multiplied by what `dropped` says: a pure function of the seed that the client chose and of places
-that do not depend on how a batch or the blocks are divided, so that who computes it again computes the same.
+that do not depend on how a batch or the blocks are divided, so that who computes it again computes the same. A PREFIX
+is `rank` positions, from 0 on: keys [rank, inputs] as they stand in a cache, then values [rank, outputs], each of all
+heads; sequences must leave those positions to it (`Train.jumps`).
 """
 
 from __future__ import annotations

@@ -46,6 +46,20 @@ class Attached:
         return Adapter(self.targets, values)
 
 
+def together(one: Attached | None, other: Attached | None) -> Attached | None:
+    """Both, in order of blocks."""
+    if one is None or other is None:
+        return one or other
+    each = [
+        (target, weights)
+        for part in (one, other)
+        for target, weights in zip(part.targets, zip(part.weights[::2], part.weights[1::2], strict=True), strict=True)
+    ]
+    each.sort(key=lambda found: found[0].block)
+    weights = tuple(weight for _, pair in each for weight in pair)
+    return Attached(tuple(target for target, _ in each), weights, max(one.dropout, other.dropout))
+
+
 def attached(layers: nn.Module) -> Attached | None:
     """What is active on the skeleton `layers`; None where there is nothing. Raises UnsupportedAdapter."""
     foreign = []
