@@ -19,22 +19,23 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from msgspec import structs
 
 from peers.errors import Busy, ProtocolError, Refused
-from peers.model.adapters import Adapter, as_rows, check_order
+from peers.model.adapters import Adapter, Dropout, as_rows, check_order
 from peers.runtime import gradients
 from peers.runtime.engine import Engine, NonFiniteOutput
-from peers.runtime.gradients import Graph, Outcome, Passage
+from peers.runtime.gradients import Graph, Outcome, Passage, positions_of
 from peers.serving.handler import Handler, code_of
 from peers.serving.shelves import Shelf, TrainingLimits, Wardrobe
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
 from peers.wire import parts, tensors
+from peers.wire.messages import PREFIX, AdapterGradient, Code, Forget, Train, Trained, Untrained
 from peers.wire.messages import Adapter as AdapterMessage
-from peers.wire.messages import AdapterGradient, Code, Forget, Train, Trained, Untrained
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId
 
@@ -155,9 +156,13 @@ class Training:
         for part_engine, part in engine.parts(span):
             for target in message.targets:
                 if target.block in part:
-                    shape = part_engine.model.linear_shape(target.block, target.module)
+                    model = part_engine.model
+                    shape: tuple[int, int] | None = model.prefix_shape(target.block)
+                    if target.module != PREFIX:
+                        shape = model.linear_shape(target.block, target.module)
                     if shape != (target.inputs, target.outputs):
-                        raise ProtocolError(f"block {target.block} has no linear layer {target.module} of that shape")
+                        what = "keys and values" if target.module == PREFIX else f"linear layer {target.module}"
+                        raise ProtocolError(f"block {target.block} has no {what} of that shape")
 
     async def _train(self, link: Link, message: Train, payload: memoryview) -> None:
         key = (link, message.work, message.backward)
@@ -199,12 +204,18 @@ class Training:
         engine = handler.engine
         if engine is None:
             raise Refused("this peer is loading other blocks", code=Code.DRAINING)
-        longest = max(head.lengths)
-        if tokens > self._limits.max_tokens_per_peer or longest > engine.model.max_positions:
+        if tokens > self._limits.max_tokens_per_peer:
             raise Refused(
-                f"{tokens} positions in one work, {longest} of them in one sequence; this peer takes "
-                f"{self._limits.max_tokens_per_peer} and {engine.model.max_positions}",
+                f"{tokens} positions in one work; this peer takes {self._limits.max_tokens_per_peer}",
                 code=Code.TOO_LONG,
+            )
+        jumping = [row for row, _ in head.jumps]
+        if any(row >= after for row, after in pairwise((*jumping, tokens))):
+            raise ProtocolError("jumps that are out of order, or of rows that are not there")
+        longest = int(positions_of(head.lengths, head.jumps).max()) + 1
+        if longest > engine.model.max_positions:
+            raise Refused(
+                f"a sequence up to position {longest}, this model has {engine.model.max_positions}", code=Code.TOO_LONG
             )
         for engine_, part in engine.parts(BlockSpan(head.start, head.end)):
             needed_bytes = longest * self._graph_bytes.get(part, 0.0)
@@ -411,9 +422,12 @@ def _passage(head: Train, part: BlockSpan, rows: torch.Tensor, adapter: Adapter 
     return Passage(
         span=part,
         lengths=head.lengths,
+        jumps=head.jumps,
         regime_length=head.regime_length,
         input_TH=rows,
         adapter=None if adapter is None else adapter.within(part),
+        dropout=Dropout(head.dropout, head.seed) if head.dropout else None,
+        sequence=head.sequence,
     )
 
 

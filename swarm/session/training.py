@@ -35,13 +35,13 @@ import secrets
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 
 from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
-from peers.model.adapters import WIDTH, Adapter, as_rows, num_rows, of_rows
+from peers.model.adapters import WIDTH, Adapter, Dropout, as_rows, num_rows, of_rows
 from peers.transport.links import Link
 from peers.transport.tasks import Tasks
 from peers.wire import parts, tensors
@@ -52,6 +52,7 @@ from peers.wire.messages import (
     AdapterGradient,
     Code,
     Forget,
+    Jumps,
     Train,
     Trained,
     Untrained,
@@ -140,6 +141,10 @@ class _MicroBatch:
     lengths: tuple[int, ...]
     regime_length: int
     adapter: Adapter | None
+    dropout: Dropout | None
+    sequence: int
+    """Which one of the batch its first is."""
+    jumps: Jumps
     stretches: list[_Stretch] = field(default_factory=list)
 
     @property
@@ -199,13 +204,19 @@ class TrainingRoute:
         *,
         regime_length: int,
         keep: bool,
+        jumps: Jumps = (),
         adapter: Adapter | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[torch.Tensor, Tape | None]:
         """What all blocks make of the packed sequences; with `keep`, and what a backward needs. Raises SwarmError."""
+        if len(jumps) > MAX_SEQUENCES:
+            raise CallerError(f"{len(jumps)} gaps in one batch", hint=f"batches with at most {MAX_SEQUENCES} travel")
         if adapter is not None and not tensors.finite(adapter.values):
             raise CallerError("the adapter's weights are not finite (NaN or infinity)", hint="lower the learning rate")
         rows_TH = self._on_the_wire(input_TH, "the values given to the model")
-        output_TH, batches = self._network.call(self._forward(lengths, regime_length, rows_TH, keep, adapter))
+        output_TH, batches = self._network.call(
+            self._forward(lengths, regime_length, rows_TH, keep, jumps, adapter, dropout)
+        )
         tape = None
         if keep:
             tape = Tape(batches, adapter)
@@ -271,12 +282,23 @@ class TrainingRoute:
         await self._tasks.close()
 
     async def _forward(
-        self, lengths: Sequence[int], regime_length: int, rows_TH: torch.Tensor, keep: bool, adapter: Adapter | None
+        self,
+        lengths: Sequence[int],
+        regime_length: int,
+        rows_TH: torch.Tensor,
+        keep: bool,
+        jumps: Jumps,
+        adapter: Adapter | None,
+        dropout: Dropout | None,
     ) -> tuple[torch.Tensor, list[_MicroBatch]]:
         hops = len((await self._planned()).hops)
         # so many that every hop has one, where there is enough to be worth it
         tokens = min(self.config.micro_batch_tokens, max(MICRO_BATCH_TOKENS_MIN, len(rows_TH) // (hops + 1)))
-        batches = [_MicroBatch(part, regime_length, adapter) for part in micro_batches(lengths, tokens)]
+        batches, sequence, row = list[_MicroBatch](), 0, 0
+        for part in micro_batches(lengths, tokens):
+            own = tuple((at - row, count) for at, count in jumps if row <= at < row + sum(part))
+            batches.append(_MicroBatch(part, regime_length, adapter, dropout, sequence, own))
+            sequence, row = sequence + len(part), row + sum(part)
         slots = asyncio.Semaphore(self.in_flight)
 
         async def one(batch: _MicroBatch, input_TH: torch.Tensor) -> torch.Tensor:
@@ -364,7 +386,7 @@ class TrainingRoute:
         try:
             return await self._back(batch, others, gradient_TH, added)
         finally:
-            self._forget([_MicroBatch(batch.lengths, batch.regime_length, None, others)])
+            self._forget([replace(batch, stretches=others)])
 
     # --- inside the loop: peers ---
 
@@ -480,11 +502,15 @@ class TrainingRoute:
                     start=stretch.span.start,
                     end=stretch.span.end,
                     lengths=batch.lengths,
+                    jumps=batch.jumps,
                     regime_length=batch.regime_length,
                     backward=gradient_TH is not None,
                     again=again,
                     keep=keep,
                     adapter=None if adapter is None else adapter.name,
+                    dropout=0.0 if batch.dropout is None else batch.dropout.share,
+                    seed=0 if batch.dropout is None else batch.dropout.seed,
+                    sequence=batch.sequence,
                     first=first,
                     count=count,
                     dtype=dtype,

@@ -20,8 +20,8 @@ from peers.serving.shelves import Shelf, TrainingLimits
 from peers.serving.training import Training
 from peers.transport.links import Link
 from peers.wire import parts, tensors
+from peers.wire.messages import PREFIX, AdapterGradient, AdapterTarget, Code, Forget, Train, Trained, Untrained
 from peers.wire.messages import Adapter as AdapterMessage
-from peers.wire.messages import AdapterGradient, AdapterTarget, Code, Forget, Train, Trained, Untrained
 from routing.ids import BlockSpan, PeerId
 from tests.peers.serving.hops import HIDDEN, MODEL, Client, Hop, Route, rows
 
@@ -35,6 +35,10 @@ class ToyModel:
     @staticmethod
     def linear_shape(block: int, path: str) -> tuple[int, int] | None:
         return (HIDDEN, 2) if path == "proj" else None
+
+    @staticmethod
+    def prefix_shape(block: int) -> tuple[int, int]:
+        return (2, 2)
 
 
 class ToyParts:
@@ -191,6 +195,10 @@ NAN[3, 1] = float("nan")
         ({"lengths": (3, 3), "count": 7}, Code.MALFORMED),
         ({"lengths": (101,)}, Code.TOO_LONG),
         ({"lengths": (90,) * 3}, Code.TOO_LONG),
+        ({"jumps": ((3, 99),)}, Code.TOO_LONG),
+        ({"jumps": ((5, 1),)}, Code.MALFORMED),
+        ({"jumps": ((1, 1), (1, 1))}, Code.MALFORMED),
+        ({"lengths": (1 << 24,) * 1024, "jumps": ((0, 1),)}, Code.TOO_LONG),
         ({"end": 5}, Code.WRONG_MODEL),
         ({"start": 4, "end": 4}, Code.WRONG_MODEL),
         ({"model": bytes(32)}, Code.WRONG_MODEL),
@@ -324,11 +332,12 @@ async def test_an_adapter_serves_its_owner_alone_and_its_gradient_comes_first(mo
         (adapter_of(), bytes(32), Code.MALFORMED),
         (adapter_of(module="experts"), b"", Code.MALFORMED),
         (adapter_of(inputs=HIDDEN + 1), b"", Code.MALFORMED),
+        (adapter_of(module=PREFIX), b"", Code.MALFORMED),
         (adapter_of(block=4), b"", Code.MALFORMED),
         (adapter_of(scaling=float("inf")), b"", Code.MALFORMED),
         (adapter_of(rank=256, inputs=1 << 16), b"", Code.MALFORMED),
     ],
-    ids=["nan", "another name", "no linear layer", "shape", "block", "scaling", "large"],
+    ids=["nan", "another name", "no linear layer", "shape", "prefix", "block", "scaling", "large"],
 )
 async def test_an_adapter_that_makes_no_sense_is_refused(
     monkeypatch: pytest.MonkeyPatch, adapter: Adapter, name: bytes, code: str
