@@ -114,6 +114,11 @@ class Training:
         links.keep(lambda: (*self.shelf.links(), *self._busy))
 
     @property
+    def waiting_tokens(self) -> int:
+        """Positions of all clients that wait or are computed."""
+        return self._tokens
+
+    @property
     def _limits(self) -> TrainingLimits:
         return self.shelf.limits
 
@@ -227,6 +232,7 @@ class Training:
                 )
         mine = self._tokens_of[link.remote] + tokens
         if mine > self._limits.max_tokens_per_peer or self._tokens + tokens > self._limits.max_tokens:
+            handler.admission.account(link.remote).refused += 1
             raise self._busy_with(self._tokens)
         gathering = parts.Gathering(tokens * (2 if head.again else 1), head.hidden, head.dtype)
         handler.admission.admit(link.remote, gathering.rows.nbytes)
@@ -280,7 +286,7 @@ class Training:
         tokens = sum(head.lengths)
         self._token_s += 0.3 * (compute_s / tokens - self._token_s) if self._token_s else compute_s / tokens
         self.counts.tokens += tokens
-        self._handler.admission.charge(link.remote, positions=tokens, compute_s=compute_s)
+        self._handler.admission.charge(link.remote, positions=tokens, compute_s=compute_s, trained=True)
         queue_s = max(0.0, self._clock() - began_s - compute_s)
         with suppress(PeerError):  # the client is gone, and what was kept for it with its link
             if added is not None:

@@ -100,10 +100,13 @@ class TrainingConfig:
     """Of activations and gradients on the wire; None: the client's own."""
     patience_s: float = 120.0
     """A step for which nobody is found for so long fails, and with it the whole pass."""
+    max_growth: float = 1e6
+    """A peer is not believed whose blocks make a gradient more than so many times as long (L2) as the one it was sent;
+    of an adapter's gradient, times the length of the input too."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens < 1 or self.in_flight < 1 or self.patience_s <= 0:
-            raise ValueError("micro_batch_tokens and in_flight are at least 1, patience_s is positive")
+        if self.micro_batch_tokens < 1 or self.in_flight < 1 or self.patience_s <= 0 or self.max_growth <= 0:
+            raise ValueError("micro_batch_tokens and in_flight are at least 1, patience_s and max_growth are positive")
         if self.dtype is not None and self.dtype not in tensors.DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; one of {', '.join(tensors.DTYPES)}")
 
@@ -527,6 +530,11 @@ class TrainingRoute:
             del self._asked[key]
             exchanging.cancel()
             await asyncio.gather(exchanging, return_exceptions=True)
+        if gradient_TH is not None:
+            limit = self.config.max_growth * float(gradient_TH.norm())
+            _believable(peer.peer_id, "input", result_TH, limit)
+            if extra is not None:
+                _believable(peer.peer_id, "adapter", extra.rows, limit * max(1.0, float(stretch.input_TH.norm())))
         if extra is not None and adapter is not None and batch.adapter is not None and added is not None:
             first, end = batch.adapter.place(stretch.span)
             added[first:end] += of_rows(adapter.targets, extra.rows)
@@ -646,6 +654,13 @@ class _Trouble:
         """Raises `error` when it is too late to try again."""
         if asyncio.get_running_loop().time() > self._deadline_s:
             raise error
+
+
+def _believable(peer: PeerId, what: str, gradient: torch.Tensor, limit: float) -> None:
+    """Raises ProtocolError for one that is longer than that."""
+    norm = float(gradient.float().norm())
+    if not norm <= limit:
+        raise ProtocolError(f"{peer} sent a gradient of the {what} of length {norm:.1e}, where {limit:.1e} is the most")
 
 
 def micro_batches(lengths: Sequence[int], tokens: int) -> list[tuple[int, ...]]:

@@ -161,10 +161,12 @@ def test_gradients_of_inputs_equal_local_ones_whatever_peers_kept(family: str, t
             for actual, right in zip(adapter, expected_adapter, strict=True):
                 assert distance(actual, right) <= TOLERANCE
         assert route_of(model).traffic.resent == 6
-        limit(swarm, max_bytes=1 << 30, max_bytes_per_peer=1 << 30)
         own = family == "bloom"  # its attention is: it takes no prefix, and no gap behind a soft prompt
         shown = {name: value[::2] for name, value in inputs.items()} if own else inputs
-        for method in PROMPTS if not own else ("prompt tuning", "p-tuning"):
+        methods = {"llama": tuple(PROMPTS), "bloom": ("prompt tuning",)}.get(family, ("prompt tuning", "prefix tuning"))
+        for method in methods:
+            kept = not method.startswith("prefix")
+            limit(swarm, max_bytes=1 << 30, max_bytes_per_peer=1 << 30 if kept else 1)
             bases = swarm.model(guest=True, training=EVERY_ROW), copy.deepcopy(local)
             for actual, right in zip(
                 *(gradients_of_adapter(prompted(base, method), shown) for base in bases), strict=True
@@ -408,6 +410,28 @@ def test_values_that_are_not_finite_are_their_peers_failure(
     health = swarm._guests[-1].client.router.opinions(swarm._guests[-1].client.discovery.now_s(), 9)
     reasons = [opinion.reason for opinion in health if opinion.reason]
     assert any("not finite" in reason or "NaN" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("of_adapter", [False, True])
+def test_a_gradient_that_is_far_too_long_is_its_peers_failure(
+    local: Any, swarm: MemorySwarm, model: Any, monkeypatch: pytest.MonkeyPatch, of_adapter: bool
+) -> None:
+    tuned, whole = adapted(model, "q_proj"), adapted(copy.deepcopy(local), "q_proj")
+    gradients_of_adapter(tuned, batch())
+    used = route_of(model).route.hops[0].peer_id
+    (peer,) = (peer for peer in swarm.peers if peer.links.transport.peer_id == used)
+    backward = peer.training._backward
+
+    async def exaggerated(*arguments: Any) -> tuple[Tensor, float, Tensor | None]:
+        rows, seconds, added = await backward(*arguments)
+        return (rows, seconds, added * 1e12) if of_adapter else (rows * 1e9, seconds, added)
+
+    monkeypatch.setattr(peer.training, "_backward", exaggerated)
+    for actual, right in zip(gradients_of_adapter(tuned, batch()), gradients_of_adapter(whole, batch()), strict=True):
+        assert distance(actual, right) <= TOLERANCE
+    client = swarm._guests[-1].client
+    opinions = {opinion.peer_id: opinion.reason for opinion in client.router.opinions(client.discovery.now_s(), 9)}
+    assert f"{used} sent a gradient of the {'adapter' if of_adapter else 'input'}" in (opinions[used] or "")
 
 
 def test_loss_that_is_not_finite_never_leaves(model: Any) -> None:

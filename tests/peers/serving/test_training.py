@@ -16,6 +16,7 @@ from torch import Tensor
 from peers.model.adapters import WIDTH, Adapter, as_rows, of_rows
 from peers.runtime.gradients import Graph, Outcome, Passage
 from peers.serving import training
+from peers.serving.metrics import training_metrics
 from peers.serving.shelves import Shelf, TrainingLimits
 from peers.serving.training import Training
 from peers.transport.links import Link
@@ -359,6 +360,52 @@ async def test_adapters_of_one_client_take_no_more_than_its_share(monkeypatch: p
         await asks(lesson, adapter=names[0])
         assert await refusal(lesson.client) == Code.UNKNOWN_ADAPTER
         lesson.training.wardrobe.drop_where(lambda _: True)
+
+
+@pytest.mark.looptime
+async def test_adapters_are_bounded_each_and_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Lesson(monkeypatch, max_adapter_bytes_per_peer=2 * WIDTH * 4, max_adapter_bytes=2 * WIDTH * 4) as lesson:
+        other, small, large = lesson.another_client(), adapter_of(), adapter_of(rank=100)
+        await asks(lesson, adapter=await uploads(lesson, large))
+        assert await refusal(lesson.client) == Code.TOO_LONG
+        for seed in (1.0, 2.0):
+            await uploads(lesson, adapter_of(seed))
+        await asks(lesson, adapter=await uploads(lesson, small, other), client=other)
+        message, _ = await other.next(Untrained)
+        assert (message.code, message.retry_after_s > 0) == (Code.BUSY, True)
+        lesson.training.wardrobe.drop_where(lambda _: True)
+
+
+@pytest.mark.looptime
+async def test_what_was_done_is_counted_and_accounted_to_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Lesson(monkeypatch) as lesson:
+        await asks(lesson)
+        await answer(lesson.client)
+        for _ in range(2):  # with the graph, and without
+            await asks(lesson, backward=True, hidden=rows(1, 5))
+            await answer(lesson.client)
+        await asks(lesson, 2, lengths=(101,))
+        await refusal(lesson.client)
+        told = {
+            (sample.name.removeprefix("hiveswarm_peer_training_"), *sample.labels.values()): sample.value
+            for family in training_metrics(lesson.training)
+            for sample in family.samples
+        }
+        assert told == {
+            ("works_total", "forward"): 1,
+            ("works_total", "backward"): 2,
+            ("tokens_total",): 15,
+            ("graphs_total",): 1,
+            ("recomputes_total",): 1,
+            ("refusals_total", Code.TOO_LONG): 1,
+            ("bytes", "graphs"): rows(0, 5).nbytes,
+            ("bytes", "adapters"): 0,
+            ("queued_tokens",): 0,
+        }
+        account = lesson.hop.admission.account(lesson.client.transport.peer_id)
+        assert (account.trained, account.positions) == (15, 15)
+        await lesson.client.send(lesson.hop, Forget(works=(work_of().work,)))
+        await asyncio.sleep(1.0)
 
 
 @given(
