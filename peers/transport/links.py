@@ -19,7 +19,7 @@ import logging
 import math
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -29,7 +29,7 @@ from weakref import WeakValueDictionary
 from msgspec.structs import replace
 
 from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
-from peers.transport.base import Stream, Transport
+from peers.transport.base import Stream, Transport, frame_bytes
 from peers.transport.pacer import Pacer
 from peers.transport.patience import Patience
 from peers.transport.tasks import Tasks
@@ -116,7 +116,8 @@ class Link:
         """One message, in order within its lane. Waits for back-pressure up to SEND_TIMEOUT_S. Raises StreamClosed.
 
         Where this node's bandwidth is bounded, a payload waits for its turn before that, and may be overtaken by
-        messages without one. Messages that several tasks send in one turn of the event loop share a frame.
+        messages without one. Messages that several tasks send in one turn of the event loop share a frame, which leaves
+        at its end: `payload` must not change any more.
         """
         if self.closed:
             raise StreamClosed(f"the link with {self.remote} is closed")
@@ -124,8 +125,11 @@ class Link:
             self.used_at_s = asyncio.get_running_loop().time()
         if self._owner.upload is not None and len(payload):
             await self._owner.upload.admit(_size(payload), bulk=bulk)
+        lane = self._lanes.get(BULK if bulk else SMALL)
+        if lane is not None and lane.ready and not bulk:  # a token on its way waits for nothing
+            lane.post(message, payload)
+            return
         try:
-            lane = self._lanes.get(BULK if bulk else SMALL)
             if lane is None:
                 lane = await self._missing_lane()
             began_s, before = asyncio.get_running_loop().time(), lane.queued_bytes
@@ -175,7 +179,7 @@ class Link:
         if not self.closed:
             self.closed = True
             self._owner.forget(self)
-            await asyncio.gather(*(lane.stream.close() for lane in self._lanes.values()))
+            await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
 
     def retire(self) -> None:
         """As `close`, in the background: nobody gets this link any more."""
@@ -183,7 +187,7 @@ class Link:
             self.closed = True
             self._owner.forget(self)
             for lane in self._lanes.values():
-                self._owner.tasks.spawn(lane.stream.close(), name=f"close {self.remote[-8:]}")
+                self._owner.tasks.spawn(lane.close(), name=f"close {self.remote[-8:]}")
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -208,18 +212,19 @@ class Volume:
 class _Frame:
     """Messages that will leave together."""
 
-    sent: asyncio.Future[None]
     parts: list[codec.Buffer] = field(default_factory=list)
     size: int = 0
+    sent: asyncio.Future[None] | None = None
+    """For those who wait for it."""
 
-    def fail(self, error: PeerError) -> None:
-        self.sent.set_exception(error)
-        self.sent.exception()  # marked as seen: every sender may have been cancelled
-
-    def ended(self, _: object) -> None:
-        """Whoever was to send it has ended, perhaps before it began."""
-        if not self.sent.done():
-            self.fail(StreamClosed("this node is closing"))
+    def settle(self, error: PeerError | None = None) -> None:
+        if self.sent is None:
+            return
+        if error is None:
+            self.sent.set_result(None)
+        else:
+            self.sent.set_exception(error)
+            self.sent.exception()  # marked as seen: every sender may have been cancelled
 
 
 class Lane:
@@ -232,32 +237,74 @@ class Lane:
         self.queued_bytes = 0
         """Handed over so far."""
         self._next: _Frame | None = None
+        self._waiting: deque[_Frame] = deque()
+        """Frames for which the stream had no room yet, while a task sends them."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether what is sent now need not wait."""
+        return not self._waiting and self.stream.ready
 
     async def send(self, message: AnyMessage, payload: codec.Buffer) -> None:
         """Returns when the frame with this message was sent; raises what the stream raises."""
-        payload_bytes = _size(payload)
-        head = codec.encode(message, payload_bytes)
-        size = len(head) + payload_bytes
+        frame = self.post(message, payload)
+        if frame.sent is None:
+            frame.sent = asyncio.get_running_loop().create_future()
+        await asyncio.shield(frame.sent)
+
+    def post(self, message: AnyMessage, payload: codec.Buffer) -> _Frame:
+        """The frame in which the message will leave. Raises CallerError above MAX_FRAME_BYTES."""
+        head = codec.encode(message, _size(payload))
+        size = frame_bytes((head, payload))
+        if self._next is not None and self._next.size + size > JOINED_BYTES:
+            self._flush(self._next)
         frame = self._next
-        if frame is None or frame.size + size > JOINED_BYTES:
-            frame = self._next = _Frame(asyncio.get_running_loop().create_future())
-            flush = self._tasks.spawn(self._flush(frame), name="send")  # after all who have something to send now
-            flush.add_done_callback(frame.ended)
+        if frame is None:
+            frame = self._next = _Frame()
+            asyncio.get_running_loop().call_soon(self._flush, frame)  # after all who have something to send now
         self.queued_bytes += size
         frame.parts += (head, payload)
         frame.size += size
-        await asyncio.shield(frame.sent)
+        return frame
 
-    async def _flush(self, frame: _Frame) -> None:
-        if self._next is frame:
-            self._next = None
-        try:
-            await self.stream.send(*frame.parts)
-        except PeerError as error:
-            frame.fail(error)
-        else:
-            self._volume.sent_bytes += frame.size
-            frame.sent.set_result(None)
+    async def close(self) -> None:
+        """As of the stream."""
+        if self._next is not None:
+            self._flush(self._next)
+        await self.stream.close()
+
+    def _flush(self, frame: _Frame) -> None:
+        if frame is not self._next:
+            return  # it has left
+        self._next = None
+        if self.ready:
+            self.stream.send_now(*frame.parts)
+            self._sent(frame)
+            return
+        self._waiting.append(frame)
+        if len(self._waiting) == 1:
+            self._tasks.spawn(self._send_waiting(), name="send").add_done_callback(self._ended)
+
+    async def _send_waiting(self) -> None:
+        while self._waiting:
+            frame = self._waiting[0]
+            try:
+                await self.stream.send(*frame.parts)
+            except PeerError as error:
+                frame.settle(error)
+            else:
+                self._sent(frame)
+            self._waiting.popleft()
+
+    def _sent(self, frame: _Frame) -> None:
+        self._volume.sent_bytes += frame.size
+        frame.settle()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Who was to send what waits may have been cancelled, perhaps before it began."""
+        if task.cancelled():
+            while self._waiting:
+                self._waiting.popleft().settle(StreamClosed("this node is closing"))
 
 
 class Links:

@@ -155,9 +155,23 @@ class MemoryStream:
             self.abort("the connection broke")
         if self._end is not None:
             raise self._closed()
-        if self._arriving and self._arriving[-1][1] is None and self._arriving[-1][0] <= _now():
+        if self._closed_there():
             raise StreamClosed(f"the stream with {self.remote} is over: the other side closed it")
         self.other.arrive(frame)
+
+    @property
+    def ready(self) -> bool:
+        return self._end is None and not self._closed_there() and self.other._room.is_set()
+
+    def send_now(self, *parts: Buffer) -> None:
+        assert self.ready
+        frame_bytes(parts)
+        if self._network.breaks():
+            self.abort("the connection broke")  # and the frame is lost
+        self.other.arrive(b"".join(parts))
+
+    def _closed_there(self) -> bool:
+        return bool(self._arriving) and self._arriving[-1][1] is None and self._arriving[-1][0] <= _now()
 
     async def receive(self) -> bytearray:
         while True:

@@ -692,8 +692,25 @@ async def test_messages_of_one_frame_are_dispatched_in_order(world: World) -> No
     stream = await world.raw()
     await stream.receive()
     await stream.send(b"".join(codec.encode(Ping(nonce=nonce)) for nonce in (1, 2, 3)))
-    answers = [codec.decode(await stream.receive()) for _ in range(3)]
-    assert [message for frame in answers for message, _ in frame] == [Pong(nonce=nonce) for nonce in (1, 2, 3)]
+    answers = codec.decode(await stream.receive())
+    assert [message for message, _ in answers] == [Pong(nonce=nonce) for nonce in (1, 2, 3)]
+
+
+async def test_what_was_sent_before_a_link_was_closed_arrives(world: World) -> None:
+    third = world.network.transport(THIRD)
+    received: asyncio.Future[AnyMessage] = asyncio.get_running_loop().create_future()
+
+    async def take(stream: Stream) -> None:
+        await stream.receive()
+        await stream.send(codec.encode(a_hello()))
+        received.set_result(codec.decode(await stream.receive())[0][0])
+
+    await third.serve(STREAM_PROTOCOL, take)
+    link = await world.one.links.to(THIRD)
+    await link.send(Ping(nonce=7))
+    await link.close()
+    assert await received == Ping(nonce=7)
+    await third.close()
 
 
 async def test_a_link_that_only_pings_wanted_is_closed_again_and_any_other_stays(world: World) -> None:
