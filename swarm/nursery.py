@@ -124,6 +124,7 @@ class Nursery:
         self._children: dict[int, Child] = {}
         self._lock = threading.Lock()
         self._asked = 0
+        self._gone = threading.Event()
         threading.Thread(target=self._read, name="nursery", daemon=True).start()
 
     @property
@@ -132,7 +133,7 @@ class Nursery:
 
     @property
     def running(self) -> bool:
-        return self._process.poll() is None
+        return not self._gone.is_set()
 
     def start(self, arguments: Sequence[str], *, stdin: int, stdout: int, stderr: int) -> Child:
         """A new `python -m swarm` with these arguments and descriptors, which stay the caller's to close.
@@ -171,6 +172,7 @@ class Nursery:
                     child._ended.set()
         except OSError as error:  # closed on this side, or reset by the end of the other
             logger.debug("the nursery's socket: %s", error)
+        self._gone.set()
         for child in list(self._children.values()):  # they live on, but who waits for them is gone
             child._started.set()
             with suppress(psutil.NoSuchProcess):

@@ -81,6 +81,7 @@ WAITING = ("generate", "smollm2-135m-instruct", "--invite", "swarm://nobody")
 
 def test_a_child_outlives_its_nursery_and_is_still_waited_for(forking: Nursery) -> None:
     child, held, said = start(forking, *WAITING)
+    assert forking.running
     forking.close()
     forking.close()
     assert child.poll() is None
