@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from peers.errors import PeerSilent
 from peers.transport.links import Links
+from peers.transport.patience import Patience
 from peers.transport.tasks import Tasks
 from routing.errors import InvalidRecord, NoRoute, PeerError, Unavailable
 from routing.ids import ModelId, PeerId
@@ -82,7 +83,7 @@ class Discovery:
     async def read(self, keys: Sequence[str]) -> list[Announcement]:
         """Verified announcements under `keys`; bad records are dropped one by one, and logged."""
         try:
-            async with asyncio.timeout(READ_TIMEOUT_S):
+            async with Patience(READ_TIMEOUT_S):
                 records = await self._store.get(keys)
         except TimeoutError:
             logger.warning("the DHT did not answer within %.0f s", READ_TIMEOUT_S)

@@ -194,7 +194,7 @@ class Inbox:
 
     def _link_lost(self, link: Link) -> None:
         error = PeerUnreachable(f"the connection to {link.remote} ended")
-        if not link.outbound:
+        if not (link.outbound and link.wanted):  # it carried no session: perhaps a ping's own, which ends with it
             return
         affected = [
             (session, session.core)

@@ -25,7 +25,7 @@ DIAL_TRIPS = 3
 """What dialling a hop may take, times an answer."""
 LATE = 2.0
 """Times what a peer's answers took lately, before it is taken for silent."""
-STRETCH_MAX = 8.0
+STRETCH_MAX = 4.0
 """Times the usual patience, where this machine or the peers' are late."""
 LATE_FADES, MISTAKEN_FADES = 0.8, 0.999
 """What is left of either reason for that after each WATCH_S."""

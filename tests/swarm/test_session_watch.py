@@ -1,8 +1,10 @@
-"""Who is given up for silence, and who is only late: real links over wires in memory, on a virtual clock."""
+"""Who is given up for silence or a link that ended, and who is only late: real links over wires in memory, on a virtual
+clock."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,8 @@ from peers.wire.messages import Trace, Traced
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, PeerId, SessionId
 from routing.router import Hop, Route
-from swarm.session.core import SessionConfig, SessionCore
+from swarm.session.core import Action, SessionConfig, SessionCore
+from swarm.session.inbox import Inbox
 from swarm.session.live import LiveSession
 from swarm.session.watch import WATCH_S, Watch
 from tests.helpers.late_loop import LateLoop, run
@@ -46,6 +49,13 @@ class Scene:
         """As a driver does: the session is somebody else's affair now."""
         self.lost_at_s.append(self.loop.time())
         self.sessions.by_id.clear()
+
+    def blame(self, peer: PeerId, error: SwarmError) -> None:
+        pass
+
+    def perform(self, session: LiveSession, actions: Sequence[Action]) -> None:
+        if actions:
+            self.lost_at_s.append(self.loop.time())
 
     def begin(self) -> float:
         """A new session; returns when it was last heard of."""
@@ -103,6 +113,24 @@ def test_where_this_loop_is_late_its_peers_may_be_as_late(late_s: float) -> None
     after_s = given_up_after_s(silent=True, late_s=late_s)
     assert after_s is not None
     assert after_s > SILENCE_S
+
+
+def test_a_session_ends_with_the_link_that_carries_it_and_not_with_that_of_a_ping() -> None:
+    async def work(loop: LateLoop) -> None:
+        async with Scene(loop) as scene:
+            Inbox(scene.sessions, scene)  # type: ignore[arg-type]
+            link = scene.client.known(PEER)
+            assert link is not None
+            await link.close()
+            scene.begin()
+            await scene.client.ping(PEER)
+            assert scene.client.known(PEER) is None
+            assert scene.lost_at_s == []
+            carrying = await scene.client.to(PEER)
+            await carrying.close()
+            assert len(scene.lost_at_s) == 1
+
+    run(work)
 
 
 def test_a_wrong_verdict_gives_everybody_more_time_and_that_wears_off() -> None:

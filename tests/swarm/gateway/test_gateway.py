@@ -35,6 +35,7 @@ from swarm.gateway.engine import Ask
 from swarm.gateway.kept import KeptLimits
 from swarm.gateway.keys import Account, hash_key
 from swarm.gateway.sampling import Sampling
+from swarm.session import driver
 from tests.helpers.gateway import GatewayWorld, serving
 from tests.helpers.schemas import random_schema
 
@@ -242,6 +243,21 @@ def test_a_seed_makes_chances_repeatable_and_choices_differ(client: openai.OpenA
     assert texts != [choice.text for choice in complete(client, **{**options, "seed": 6}).choices]
 
 
+def test_each_way_to_choose_a_token_is_heard(client: openai.OpenAI, world: GatewayWorld) -> None:
+    greedy = world.text(PROMPT, 12)
+    for narrow in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-9}):
+        assert complete(client, temperature=1.5, seed=1, extra_body=narrow).choices[0].text == greedy, narrow
+    ids_1T = torch.tensor([world.tokenizer(PROMPT).input_ids])
+    penalized_1T = world.local.generate(
+        ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=12, repetition_penalty=3.0, pad_token_id=0
+    )
+    expected = world.tokenizer.decode(penalized_1T[0, ids_1T.shape[1] :])
+    assert complete(client, extra_body={"repetition_penalty": 3.0}).choices[0].text == expected != greedy
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        once = complete(client, max_tokens=60, **{penalty: 2}).choices[0].text
+        assert len({*once}) > len({*world.text(PROMPT, 60)}), penalty
+
+
 def test_bias_decides(client: openai.OpenAI, world: GatewayWorld) -> None:
     (token,) = world.tokenizer("Q").input_ids
     assert complete(client, logit_bias={str(token): 100}, max_tokens=3).choices[0].text == "QQQ"
@@ -252,7 +268,9 @@ def test_bias_decides(client: openai.OpenAI, world: GatewayWorld) -> None:
     assert going_on.usage.completion_tokens == 12
 
 
-def test_health_names_the_blocks_that_nobody_serves(world: GatewayWorld, url: str) -> None:
+def test_health_names_the_blocks_that_nobody_serves_and_none_because_this_machine_is_late(
+    world: GatewayWorld, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (last,) = (peer for peer in world.swarm.peers if peer.handler.served.spans.covers(BlockSpan(2, 4)))
 
     def health() -> tuple[str, list[list[int]]]:
@@ -268,6 +286,8 @@ def test_health_names_the_blocks_that_nobody_serves(world: GatewayWorld, url: st
     finally:
         world.swarm.pause_peer(last.links.transport.peer_id, False)
     assert eventually(lambda: health() == ("ok", []))
+    monkeypatch.setattr(driver, "LOOK_TIMEOUT_S", 0.0)
+    assert health() == ("ok", [])
 
 
 # --- JSON and tools ---
