@@ -147,6 +147,6 @@ def test_no_file_of_ours_lets_a_tokenizer_run_code() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "AutoTokenizer.from_pretrained"
     ]
-    assert len(calls) == 3  # of swarm.answers, of the example, and of GGUF files
+    assert len(calls) >= 3  # of swarm.answers, of the examples, and of GGUF files
     for call in calls:
         assert (call["local_files_only"], call["trust_remote_code"]) == ("True", "False")
