@@ -55,6 +55,7 @@ class FramedStream(asyncio.BufferedProtocol):
         self._writable.set()
         self._lost = asyncio.Event()
         self._closing = False
+        self._aborted = False
         self._end: tuple[type[PeerError], str] | None = None
         self._lost_callback: Callable[[], None] | None = None
 
@@ -125,7 +126,8 @@ class FramedStream(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def abort(self) -> None:
-        """Drop the stream at once; what is still buffered is lost."""
+        """Drop the stream at once, be it before its connection is made; what is still buffered is lost."""
+        self._aborted = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -140,6 +142,8 @@ class FramedStream(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if self._aborted:
+            self._transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._large is not None:

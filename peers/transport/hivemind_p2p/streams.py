@@ -134,20 +134,18 @@ class HivemindTransport:
         task = asyncio.create_task(self._run_handler(stream), name="incoming stream")
         self._tasks.add(task)
         task.add_done_callback(self._handler_ended)
+        task.add_done_callback(lambda _: stream.abort())  # also where it was cancelled before it began
         return stream
 
     async def _run_handler(self, stream: FramedStream) -> None:
-        try:
-            async with asyncio.timeout(_GREETING_TIMEOUT_S):
-                info = p2pd_pb2.StreamInfo.FromString(await stream.greeting)
-            stream.remote = peer_id_from(info.peer)
-            if len(self._incoming.get(stream.remote, ())) >= MAX_STREAMS_PER_PEER:
-                raise Refused(f"peer {stream.remote} has {MAX_STREAMS_PER_PEER} streams open already", code="streams")
-            self._keep(self._incoming, stream)
-            await self._handlers[info.proto](stream)
-            await stream.close()
-        finally:
-            stream.abort()
+        async with asyncio.timeout(_GREETING_TIMEOUT_S):
+            info = p2pd_pb2.StreamInfo.FromString(await stream.greeting)
+        stream.remote = peer_id_from(info.peer)
+        if len(self._incoming.get(stream.remote, ())) >= MAX_STREAMS_PER_PEER:
+            raise Refused(f"peer {stream.remote} has {MAX_STREAMS_PER_PEER} streams open already", code="streams")
+        self._keep(self._incoming, stream)
+        await self._handlers[info.proto](stream)
+        await stream.close()
 
     def _handler_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

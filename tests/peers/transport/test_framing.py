@@ -124,6 +124,13 @@ async def test_reading_pauses_while_frames_wait_and_goes_on_when_they_are_taken(
     assert transport.reading
 
 
+async def test_a_stream_dropped_before_its_connection_was_made_leaves_none_open() -> None:
+    stream, transport = FramedStream(), _DeafTransport()
+    stream.abort()
+    stream.connection_made(transport)
+    assert transport.aborted
+
+
 async def test_a_broken_connection_wakes_reader_and_writer() -> None:
     stream, _ = new_stream()
     feed(stream, b"\x00")
