@@ -7,11 +7,12 @@ name; nothing is ignored. Knows PEFT by the attributes of its layers, and import
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,17 +23,40 @@ from swarm.errors import UnsupportedAdapter
 PEFT_NAMES = ("base_layer", "lora_A", "lora_B")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """What one adapter adds to one layer."""
+
+    target: AdapterTarget
+    a_RK: Tensor
+    b_NR: Tensor
+    versions: tuple[int, int]
+    """Of both weights, as torch counts writes."""
+
+    def is_still(self, before: _Part) -> bool:
+        same = self.a_RK is before.a_RK and self.b_NR is before.b_NR
+        return same and self.versions == before.versions and self.target == before.target
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Attached:
     """The adapters of one forward."""
 
     targets: tuple[AdapterTarget, ...]
     weights: tuple[Tensor, ...]
-    """A and B of each target in turn: the client's own parameters."""
+    """A and B of each target in turn: the client's own parameters, or what autograd makes of several adapters'."""
+    parts: tuple[_Part, ...]
+    """What these are made of."""
 
     @property
     def requires_grad(self) -> bool:
         return any(weight.requires_grad for weight in self.weights)
+
+    def untouched_since(self, before: Attached) -> bool:
+        """Whether these are the adapters of `before`, and nobody wrote to their parameters (but by `.data`)."""
+        return len(self.parts) == len(before.parts) and all(
+            now.is_still(then) for now, then in zip(self.parts, before.parts, strict=True)
+        )
 
     def adapter(self) -> Adapter:
         """As it is now, to travel."""
@@ -50,25 +74,39 @@ def attached(layers: nn.Module) -> Attached | None:
             raise UnsupportedAdapter(f"{name} stands at peers, and cannot be trained", hint="freeze the model's own")
     if not foreign:
         return None
-    found: list[tuple[AdapterTarget, Tensor, Tensor]] = []
+    found: dict[tuple[int, str], list[_Part]] = {}
     known: set[str] = set()
     for name, module in layers.named_modules():
         if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer"):
             known.update(f"{name}.{own}" for own, _ in module.named_parameters() if own.split(".")[0] in PEFT_NAMES)
-            found += _targets(name, module)
+            for part in _parts(name, module):
+                found.setdefault((part.target.block, part.target.module), []).append(part)
     for name in foreign:
         if name not in known:
             raise UnsupportedAdapter(f"{name} is inside the remote layers, and no peer could compute with it")
     if not found:
         return None
-    places = [(target.block, target.module) for target, _, _ in found]
-    if len(set(places)) < len(places):
-        raise UnsupportedAdapter("two adapters are active on one layer", hint="activate one, or combine them")
-    found.sort(key=lambda each: each[0].block)
-    return Attached(tuple(target for target, _, _ in found), tuple(weight for _, a, b in found for weight in (a, b)))
+    parts = sorted((_together(parts) for parts in found.values()), key=lambda part: part.target.block)
+    return Attached(
+        targets=tuple(part.target for part in parts),
+        weights=tuple(weight for part in parts for weight in (part.a_RK, part.b_NR)),
+        parts=tuple(part for each in found.values() for part in each),
+    )
 
 
-def _targets(name: str, module: Any) -> Iterator[tuple[AdapterTarget, Tensor, Tensor]]:
+def _together(parts: Sequence[_Part]) -> _Part:
+    """Several active adapters of one layer as one of all their ranks. Raises UnsupportedAdapter."""
+    if len(parts) == 1:
+        return parts[0]
+    target, rank = parts[0].target, sum(part.target.rank for part in parts)
+    if rank > MAX_RANK:
+        raise UnsupportedAdapter(f"the adapters on block {target.block}, {target.module} have ranks above {MAX_RANK}")
+    a_RK = torch.cat([part.a_RK.float() for part in parts])
+    b_NR = torch.cat([part.b_NR.float() * part.target.scaling for part in parts], 1)
+    return _Part(structs.replace(target, rank=rank, scaling=1.0), a_RK, b_NR, (0, 0))
+
+
+def _parts(name: str, module: Any) -> Iterator[_Part]:
     if module.merged:
         raise UnsupportedAdapter(f"the adapter on {name} was merged, and the weights it was merged into are at peers")
     if module.disable_adapters:
@@ -99,4 +137,8 @@ def _targets(name: str, module: Any) -> Iterator[tuple[AdapterTarget, Tensor, Te
             outputs=len(b_NR),
             scaling=float(module.scaling[active]),
         )
-        yield target, a_RK, b_NR
+        yield _Part(target, a_RK, b_NR, (_version(a_RK), _version(b_NR)))
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peers.model.adapters import Adapter, same
 from peers.model.rotary import rotary_regime
 from peers.model.skeleton import embed_only, install_route
 from peers.model.support import find_decoder, find_layers
-from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
+from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
 from swarm.models.adapters import Attached, attached
 from swarm.models.cache import SwarmCache
 from swarm.models.generation import current_generation
@@ -56,6 +57,8 @@ class _Forward:
     documents: Documents | None
     attached: Attached | None
     """The client's own adapters inside the layers."""
+    kept: bool
+    """Whether the cache outlives the forward, or a `generate` runs."""
     token_ids_BT: Tensor | None
     want_from: int
     repeat_last: bool
@@ -85,6 +88,8 @@ class RemoteLayers:
         """Whether the model takes what it wants from the last column, wherever a row's last token is."""
         self.on_route: Callable[[float, float], None] | None = None
         """Is told when a forward went to the peers and when it was back, by `time.perf_counter`."""
+        self._last_adapter: tuple[Attached, Adapter] | None = None
+        """What it was read from, and what travelled last."""
         layers_path = find_layers(model)
         self._layers = model.get_submodule(layers_path)
         self.num_blocks = len(self._layers)
@@ -153,7 +158,8 @@ class RemoteLayers:
                 one_shot = cache
         elif not isinstance(cache, SwarmCache):
             raise UnsupportedCache(f"a {type(cache).__name__} holds keys and values here, and the layers are remote")
-        token = _current.set(self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs))
+        kept = one_shot is None or current_generation(self) is not None
+        token = _current.set(self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs, kept))
         try:
             return self._own_forward(**kwargs)
         finally:
@@ -165,16 +171,9 @@ class RemoteLayers:
         value = kwargs.get(name)
         return getattr(self._config, name, None) if value is None else value
 
-    def _lay_out(self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any]) -> _Forward:
+    def _lay_out(self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any], kept: bool) -> _Forward:
         if self.remote is None:
             raise SessionClosed("this model was closed")
-        adapters = None if cache.get_seq_length() else attached(self._layers)
-        if adapters is not None and (self.remote.training is None or current_generation(self) is not None):
-            target = adapters.targets[0]
-            raise UnsupportedAdapter(
-                f"generation with an adapter inside (block {target.block}, {target.module}) is not there yet",
-                hint="disable the adapter (disable_adapter()), or load it into the local model",
-            )
         cache.prepare(self.remote, batch)
         asked = _asked.get() or kwargs
         mask, position_ids = asked.get("attention_mask"), kwargs.get("position_ids")
@@ -198,7 +197,8 @@ class RemoteLayers:
                 position_ids=position_ids,
             ),
             documents=documents,
-            attached=adapters,
+            attached=attached(self._layers),
+            kept=kept,
             token_ids_BT=asked.get("input_ids") if from_ids_alone else None,
             want_from=_first_wanted(asked.get("logits_to_keep", 0), width),
             repeat_last=self.pools_last or current_generation(self) is not None,
@@ -211,7 +211,7 @@ class RemoteLayers:
         forward = _current.get()
         assert forward is not None, "the layers run only inside the decoder's own forward"
         begun_s = time.perf_counter()
-        if forward.layout is None or forward.attached or (hidden_BTD.requires_grad and torch.is_grad_enabled()):
+        if forward.layout is None or self._is_whole(hidden_BTD, forward):
             output_BTD = self._run_whole(hidden_BTD, forward)
         else:
             output_BTD = forward.cache.advance(
@@ -221,10 +221,34 @@ class RemoteLayers:
                 want_from=forward.want_from,
                 repeat_last=forward.repeat_last,
                 regime=self.regime.key(forward.layout.regime_length),
+                adapter=self._adapter_of(forward),
             )
         if self.on_route is not None:
             self.on_route(begun_s, time.perf_counter())
         return output_BTD
+
+    def _is_whole(self, hidden_BTD: Tensor, forward: _Forward) -> bool:
+        """Whether the forward goes as training does: for gradients; and with an adapter also where nothing is kept, as
+        in an evaluation between steps."""
+        adapters = forward.attached
+        if torch.is_grad_enabled() and (hidden_BTD.requires_grad or (adapters is not None and adapters.requires_grad)):
+            return True
+        trains = self.remote is not None and self.remote.training is not None
+        return adapters is not None and trains and not forward.kept
+
+    def _adapter_of(self, forward: _Forward) -> Adapter | None:
+        """What the layers hold now. What a cache holds is gone on with where no weight was touched since."""
+        adapters, last = forward.attached, self._last_adapter
+        if adapters is None:
+            return None
+        assert forward.layout is not None
+        if last is not None and forward.layout.past and adapters.untouched_since(last[0]):
+            return last[1]
+        adapter = adapters.adapter()
+        if last is not None and same(last[1], adapter):
+            adapter = last[1]  # whose parts and names are known
+        self._last_adapter = (adapters, adapter)
+        return adapter
 
     def _run_whole(self, hidden_BTD: Tensor, forward: _Forward) -> Tensor:
         """As autograd wants it, or where rows hold several documents: no cache holds anything afterwards."""

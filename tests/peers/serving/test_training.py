@@ -16,6 +16,7 @@ from torch import Tensor
 from peers.model.adapters import WIDTH, Adapter, as_rows, of_rows
 from peers.runtime.gradients import Graph, Outcome, Passage
 from peers.serving import training
+from peers.serving.adapters import AdapterLimits
 from peers.serving.shelves import Shelf, TrainingLimits
 from peers.serving.training import Training
 from peers.transport.links import Link
@@ -32,10 +33,6 @@ class ToyModel:
     max_positions = 100
     device = "cpu"
 
-    @staticmethod
-    def linear_shape(block: int, path: str) -> tuple[int, int] | None:
-        return (HIDDEN, 2) if path == "proj" else None
-
 
 class ToyParts:
     """What training asks of an engine: every block adds 1 to a value, and doubles a gradient."""
@@ -44,6 +41,7 @@ class ToyParts:
         self.model = ToyModel()
         self.packs_sessions = True
         self.compute_s = 0.005
+        self.linear_shape = hop.engine.linear_shape
         self.graphs: list[bool] = []
         """For each backward, whether a graph was given."""
 
@@ -313,7 +311,7 @@ async def test_an_adapter_serves_its_owner_alone_and_its_gradient_comes_first(mo
         assert torch.equal(await answer(lesson.client), rows(0, 5) + 4), "works without it are without it"
         await lesson.client.send(lesson.hop, Forget(works=(work_of().work,)))
         await asyncio.sleep(200.0)
-        assert len(lesson.training.wardrobe) == 0
+        assert len(lesson.hop.handler.adapters.wardrobe) == 0
 
 
 @pytest.mark.looptime
@@ -337,19 +335,20 @@ async def test_an_adapter_that_makes_no_sense_is_refused(
         small = Adapter(adapter.targets, adapter.values[:1000])  # the name of the large one is not what is tested
         await asks(lesson, adapter=await uploads(lesson, small, name=name or small.name))
         assert await refusal(lesson.client) == code
-        assert len(lesson.training.wardrobe) == 0
+        assert len(lesson.hop.handler.adapters.wardrobe) == 0
 
 
 @pytest.mark.looptime
 async def test_adapters_of_one_client_take_no_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with Lesson(monkeypatch, max_adapter_bytes_per_peer=3000) as lesson:
+    async with Lesson(monkeypatch) as lesson:
+        lesson.hop.handler.adapters.wardrobe.limits = AdapterLimits(max_bytes_per_peer=3000)
         names = [await uploads(lesson, adapter_of(float(seed))) for seed in range(4)]
         await asks(lesson, adapter=names[3], keep=False)
         await answer(lesson.client)
-        assert lesson.training.wardrobe.num_bytes() <= 3000
+        assert lesson.hop.handler.adapters.wardrobe.num_bytes() <= 3000
         await asks(lesson, adapter=names[0])
         assert await refusal(lesson.client) == Code.UNKNOWN_ADAPTER
-        lesson.training.wardrobe.drop_where(lambda _: True)
+        lesson.hop.handler.adapters.wardrobe.drop_where(lambda _: True)
 
 
 @given(
