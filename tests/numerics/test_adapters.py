@@ -191,3 +191,59 @@ def test_an_adapter_that_a_peer_dropped_is_sent_again_in_the_middle(local: Any, 
     traffic = remote_of(tuned).traffic
     assert traffic.failures["unknown_adapter"]
     assert not traffic.failures["lost"]
+
+
+@pytest.fixture
+def doubled(folder: Path, local: Any, tmp_path: Path) -> Iterator[MemorySwarm]:
+    """Two peers for each hop."""
+    with MemorySwarm(folder, SPANS * 2, cache=tmp_path, session_config=SessionConfig(standby_lag=4)) as swarm:
+        yield swarm
+
+
+def test_a_peer_that_dies_and_one_that_leaves_are_replaced_by_others_that_are_sent_the_adapter(
+    local: Any, doubled: MemorySwarm
+) -> None:
+    tuned, whole, ids = adapted(doubled.model()), adapted(copy.deepcopy(local)), prompt()
+    remote, used = remote_of(tuned), list[Any]()
+
+    def route() -> list[Any]:
+        return [hop.peer_id for hop in remote.route.hops]
+
+    def die() -> None:
+        used.append(route())
+        doubled.kill_peer(route()[1])
+
+    def leave() -> None:
+        used.append(route())
+        leaving.append(doubled.drain_peer(route()[0]))
+
+    leaving: list[Any] = []
+    acts = [AtToken(4, die), AtToken(8, leave)]
+    answer = tuned.generate(input_ids=ids, stopping_criteria=acts, **GREEDY)
+    assert torch.equal(answer, whole.generate(input_ids=ids, **GREEDY))
+    leaving[0].result(timeout=10.0)
+    assert [before != after for before, after in zip(used[0], used[1], strict=True)] == [False, True, False]
+    assert [before != after for before, after in zip(used[1], route(), strict=True)] == [True, False, False]
+    assert remote.traffic.replayed_positions, "the hop before it had what the new one needed"
+    values = sum(weight.numel() for name, weight in tuned.named_parameters() if "lora" in name)
+    assert remote.uploads.bytes_sent < 2.5 * 4 * values, "each peer once, and its part only"
+
+
+def test_a_standby_is_sent_the_adapter_and_takes_over(local: Any, doubled: MemorySwarm) -> None:
+    tuned, whole, ids = adapted(doubled.model()), adapted(copy.deepcopy(local)), prompt()
+    remote = remote_of(tuned)
+
+    def filled() -> bool:
+        held = [len(session.core.standby_hops) for session in remote._sessions.by_id.values()]
+        ready = [s.held for session in remote._sessions.by_id.values() for s in session.core._standbys if s.open]
+        return held == [len(SPANS)] and len(ready) == len(SPANS) and min(ready) >= ids.shape[1]
+
+    def die() -> None:
+        doubled.eventually(filled)
+        doubled.kill_peer(remote.route.hops[1].peer_id)
+
+    with tuned.get_base_model().session(resilience="standby"):
+        answer = tuned.generate(input_ids=ids, stopping_criteria=[AtToken(8, die)], **GREEDY)
+    assert torch.equal(answer, whole.generate(input_ids=ids, **GREEDY))
+    assert remote.traffic.switches
+    assert not remote.traffic.failures["unknown_adapter"]
