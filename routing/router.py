@@ -22,7 +22,7 @@ from routing.flow import Shares, by_span, capacities_of, pick, shares
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
 from routing.path import Candidate, bridge, cheapest_path, gaps
 from routing.precision import is_at_least, precision
-from routing.records import Announcement, PeerState
+from routing.records import Announcement, HostedAdapter, PeerState
 from routing.reputation import Opinion, Reputation
 
 HYSTERESIS: Final = 0.2
@@ -84,6 +84,8 @@ class RouteRequest:
     """The version that the asking node speaks; peers of another one cannot be understood."""
     min_precision: str | None = None
     """Peers that compute less precisely than this, one of `routing.precision.PRECISIONS`, are not entered."""
+    adapter: HostedAdapter | None = None
+    """Only peers that host it are entered."""
     previous: Route | None = None
     """The route in use: kept unless another one is clearly better, and where it lost a hop, so are its other peers."""
     keep: tuple[Hop, ...] = ()
@@ -346,6 +348,13 @@ class Router:
                 a.peer_id: f"speaks protocol {a.protocol}, this node speaks {request.protocol}"
                 for a in announcements
                 if a.protocol != request.protocol
+            }
+        if request.adapter is not None:
+            digest = request.adapter.digest
+            excluded |= {
+                a.peer_id: f"does not host adapter {request.adapter}"
+                for a in announcements
+                if digest not in (adapter.digest for adapter in a.adapters)
             }
         imprecise = {
             a.peer_id: f"computes in {precision(a.dtype, a.quantization)}"
@@ -643,7 +652,8 @@ def _no_route(
         return NoRoute(
             f"no peer serves model {request.model}: blocks {everything} are missing", missing=[(0, request.num_blocks)]
         )
-    message = f"no route for model {request.model}: blocks {_listed(missing)} are missing"
+    model = f"model {request.model}" + (f" with adapter {request.adapter}" if request.adapter else "")
+    message = f"no route for {model}: blocks {_listed(missing)} are missing"
     if unheld:
         message += f"; nobody holds {_listed(unheld)}"
     if by_imprecise:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -132,6 +132,8 @@ class Adapters:
     ) -> None:
         """`check` raises Busy, Refused or ProtocolError for what is not wanted here."""
         self.wardrobe = Wardrobe(limits)
+        self.hosted: Mapping[bytes, Adapter | None] = {}
+        """For everybody, by digest: what of each is of the blocks that are served, if anything."""
         self._check = check
         self._clock = clock
         self._wrong: dict[Link, tuple[bytes, SwarmError]] = {}
@@ -139,18 +141,24 @@ class Adapters:
         links.handle(AdapterMessage, self._receive)
         links.on_lost(self._link_lost)
 
-    def take(self, link: Link, name: bytes, span: BlockSpan) -> Adapter:
-        """The sender's adapter of that name, for these blocks. Raises Refused, ProtocolError, or what was wrong."""
+    def take(self, link: Link, name: bytes, span: BlockSpan) -> Adapter | None:
+        """The sender's adapter of that name, or the hosted one, for these blocks; of that perhaps nothing.
+
+        Raises Refused, ProtocolError, or what was wrong with it.
+        """
         wrong, error = self._wrong.get(link, (None, None))
         if wrong == name and error is not None:
             del self._wrong[link]
             raise error
         adapter = self.again(link.remote, name)
-        check_order(adapter.targets, span)
+        if adapter is not None and name not in self.hosted:
+            check_order(adapter.targets, span)
         return adapter
 
-    def again(self, owner: PeerId, name: bytes) -> Adapter:
+    def again(self, owner: PeerId, name: bytes) -> Adapter | None:
         """What was taken before. Raises Refused."""
+        if name in self.hosted:
+            return self.hosted[name]
         return self.wardrobe.take(owner, name, self._clock())
 
     def expire(self) -> None:

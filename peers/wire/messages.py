@@ -83,6 +83,7 @@ PeerText = Annotated[str, Meta(min_length=1, max_length=128)]
 Address = Annotated[str, Meta(min_length=1, max_length=512)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=8)]
 ShortText = Annotated[str, Meta(max_length=64)]
+AdapterName = Annotated[bytes, Meta(min_length=16, max_length=32)]
 PrefixKeys = Annotated[tuple[Bytes16, ...], Meta(max_length=MAX_PREFIX_KEYS)]
 Sentence = Annotated[str, Meta(max_length=1024)]
 Lengths = Annotated[
@@ -159,8 +160,9 @@ class Open(Message, tag="open", frozen=True, kw_only=True):
     next_addresses: Addresses = ()
     prefix: PrefixKeys = ()
     keep: Count = 0
-    adapter: Bytes32 | None = None
-    """Of the sender's own (`Adapter`), with which the blocks compute for this session and its forks."""
+    adapter: AdapterName | None = None
+    """With which the blocks compute for this session and its forks: one of the sender's own (`Adapter`) or, by the
+    digest in its record, one that the peer hosts for everybody."""
     standby: bool = False
     """Only held ready, should another peer's hop be lost: nobody gives way for it, and it is the first to go."""
 

@@ -27,7 +27,9 @@ from peers.wire.messages import PREFIX_POSITIONS, PROTOCOL_VERSION, Close, Open,
 from routing.errors import CallerError, NoRoute, PeerError, SwarmError, Unavailable
 from routing.flow import GOLDEN
 from routing.health import ModelHealth, coverage
+from routing.hosting import find_adapter
 from routing.ids import PeerId, SessionId
+from routing.records import HostedAdapter
 from routing.router import Hop, Route, RouteRequest
 from swarm.errors import SessionClosed
 from swarm.network import ClientNode, Entrance, NetworkThread, enter
@@ -94,7 +96,10 @@ class SwarmRemote:
         `prefix_secret` (16 to 64 bytes; by default random) can share what peers hold of their prompts."""
         self.model = model
         self.uploads = Uploads(network.client.links, model.model)
-        self.training = TrainingRoute(network, model, self.uploads, training)
+        self.training = None if model.adapter else TrainingRoute(network, model, self.uploads, training)
+        """None with an adapter that peers host: they compute no gradients through one."""
+        self._hosted: HostedAdapter | None = None
+        """Which one that is, once it is known."""
         self._network = network
         self._client: ClientNode = network.client
         self._sessions = Sessions(model=model, client=network.client, uploads=self.uploads)
@@ -129,6 +134,11 @@ class SwarmRemote:
         """`prefix_secret`: 16 to 64 bytes in place of this remote's own, for one of several users behind it."""
         if adapter is not None and not tensors.finite(adapter.values):
             raise CallerError("the adapter's weights are not finite (NaN or infinity)", hint="load or train it again")
+        if adapter is not None and self.model.adapter:
+            raise CallerError(
+                f"an adapter of your own, and adapter {self.model.adapter} that peers host, at the same time",
+                hint="disable yours, or load the model without an adapter's name",
+            )
         assert parent is None or isinstance(parent, LiveSession)
         standby = self._config.standby if parent is None else parent.standby
         if resilience is not None:
@@ -217,7 +227,8 @@ class SwarmRemote:
 
     async def _start(self) -> None:
         Inbox(self._sessions, self)
-        self.training.install()
+        if self.training is not None:
+            self.training.install()
         self._client.discovery.watch(self.model.model)
         self._tasks.spawn(Watch(self._sessions, self, self._tasks).run(), name="watch sessions")
         self._tasks.spawn(Trials(self._sessions).run(), name="try peers again")
@@ -228,7 +239,8 @@ class SwarmRemote:
         await self._goodbyes.settled(timeout_s=GOODBYE_TIMEOUT_S)
         await self._goodbyes.close()
         await self._guard.close()
-        await self.training.close()
+        if self.training is not None:
+            await self.training.close()
         await self._tasks.close()
 
     async def _end_with_network(self) -> None:
@@ -429,7 +441,7 @@ class SwarmRemote:
         ]
 
     def _keys(self, session: LiveSession, upstream: Sequence[Hop], blocks: Sequence[bytes]) -> tuple[bytes, ...]:
-        adapter = None if session.adapter is None else session.adapter.name
+        adapter = self._hosted.digest if self._hosted else None if session.adapter is None else session.adapter.name
         return prefix_keys(session.prefix_secret, self.model.model, session.dtype, upstream, blocks, adapter)
 
     def _done(self, session: LiveSession, step: PendingStep, rows: torch.Tensor) -> None:
@@ -446,6 +458,11 @@ class SwarmRemote:
         previous = session.route
         if previous is None and length >= PREFIX_POSITIONS:  # where the last session was, its prompt may be known
             previous = self._sessions.last_route
+        try:
+            await self._find_hosted()
+        except SwarmError as error:
+            self.perform(session, core.no_route(error))
+            return
         self._turn = (self._turn + GOLDEN) % 1.0
         request = replace(
             self._request(need.avoid, previous, length),
@@ -463,6 +480,26 @@ class SwarmRemote:
             if not core.alive:  # released meanwhile
                 self._client.router.on_ended(core.session)
 
+    async def _find_hosted(self) -> None:
+        """The adapter that the model is to have, among those that peers announce. Raises CallerError, NoRoute."""
+        if self.model.adapter is None or self._hosted is not None:
+            return
+        if (found := self._known_hosted(self.model.adapter)) is None:
+            await self._client.discovery.refresh()
+            found = self._known_hosted(self.model.adapter)
+        self._hosted = found
+        if found is not None:
+            return
+        raise NoRoute(
+            f"no peer hosts adapter {self.model.adapter} of model {self.model.model}",
+            missing=[(0, self.model.num_blocks)],
+            hint="`swarm status` shows which there are; host one with `swarm join MODEL --adapter NAME=FOLDER`",
+        )
+
+    def _known_hosted(self, asked: str) -> HostedAdapter | None:
+        snapshot = self._client.router.snapshot(self._client.discovery.now_s())
+        return find_adapter(snapshot.of_model(self.model.model), asked)
+
     def _request(self, avoid: frozenset[PeerId], previous: Route | None, length: int) -> RouteRequest:
         """For a step of one position."""
         return RouteRequest(
@@ -473,6 +510,7 @@ class SwarmRemote:
             cache_tokens=length,
             protocol=PROTOCOL_VERSION,
             min_precision=self.model.min_precision,
+            adapter=self._hosted,
             previous=previous,
         )
 
@@ -536,7 +574,7 @@ class SwarmRemote:
     ) -> Open:
         core, hop = session.core, route.hops[index]
         assert core is not None
-        adapter = None if session.adapter is None else session.adapter.within(hop.span)
+        own = None if session.adapter is None else session.adapter.within(hop.span)
         following = route.hops[index + 1] if index + 1 < len(route.hops) else None
         return Open(
             session=core.session.raw,
@@ -549,7 +587,7 @@ class SwarmRemote:
             next_addresses=() if following is None else following.addresses,
             prefix=prefix,
             keep=keep,
-            adapter=None if adapter is None else adapter.name,
+            adapter=self._hosted.digest if self._hosted else None if own is None else own.name,
             standby=standby,
         )
 

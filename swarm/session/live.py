@@ -84,6 +84,8 @@ class RemoteModel:
     """Lengths with equal keys may share one forward (`peers.model` RotaryRegime)."""
     min_precision: str | None = None
     """Of the peers that are asked (`routing.precision`); None for any."""
+    adapter: str | None = None
+    """That they host, as of `routing.hosting`; None for the model as it is."""
 
 
 class LiveSession(RemoteSession):

@@ -16,9 +16,11 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 
+from peers import discovery
+from peers.model.lora import AdapterFolder, open_adapter
 from peers.wire.messages import PREFIX_POSITIONS
-from routing.errors import CallerError
-from swarm.errors import UnsupportedCache
+from routing.errors import CallerError, NoRoute
+from swarm.errors import UnsupportedCache, UnsupportedGradient
 from swarm.session.core import SessionConfig
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
@@ -247,3 +249,44 @@ def test_a_standby_is_sent_the_adapter_and_takes_over(local: Any, doubled: Memor
     assert torch.equal(answer, whole.generate(input_ids=ids, **GREEDY))
     assert remote.traffic.switches
     assert not remote.traffic.failures["unknown_adapter"]
+
+
+def saved(base: Any, folder: Path, seed: int) -> tuple[Any, AdapterFolder]:
+    """The local model with an adapter, and that adapter as a peer reads it."""
+    whole = adapted(copy.deepcopy(base), seed)
+    whole.save_pretrained(folder)
+    return whole, open_adapter(str(folder))
+
+
+def test_an_adapter_that_peers_host_is_used_by_its_name(
+    local: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery.Discovery.route, "__kwdefaults__", {"patience_s": 0.1})
+    whole, pirate = saved(local, tmp_path / "pirate", 3)
+    other, poet = saved(local, tmp_path / "poet", 4)
+    ids = prompt()
+    with MemorySwarm(folder, SPANS, cache=tmp_path) as swarm:
+        plain = swarm.model()
+        hosts = [swarm.add_peer(*span, pirate=pirate, poet=poet) for span in SPANS]
+        names = {peer.links.transport.peer_id for peer in hosts}
+        for model, expected in (
+            (swarm.model(guest=True, adapter="pirate"), whole),
+            (swarm.model(guest=True, adapter=f"poet@{poet.digest.hex()[:8]}"), other),
+            (plain, local),
+        ):
+            assert torch.equal(model.generate(ids, **GREEDY), expected.generate(input_ids=ids, **GREEDY))
+            assert expected is local or {hop.peer_id for hop in model.route.hops} == names
+        mine = adapted(swarm.model(guest=True, adapter="pirate"))
+        with pytest.raises(CallerError, match="at the same time"):
+            mine.generate(input_ids=ids, **GREEDY)
+        embeds = plain.get_input_embeddings()(ids).requires_grad_()
+        with pytest.raises(UnsupportedGradient):
+            mine.get_base_model()(inputs_embeds=embeds)
+        with pytest.raises(NoRoute, match="no peer hosts adapter pilot"):
+            swarm.model(guest=True, adapter="pilot").generate(ids, **GREEDY)
+        swarm.drain_peer(hosts[1].links.transport.peer_id).result(timeout=10.0)
+        with pytest.raises(NoRoute, match=f"with adapter pirate@{pirate.digest.hex()[:12]}: blocks 1:3 are missing"):
+            swarm.model(guest=True, adapter="pirate").generate(ids, **GREEDY)
+        swarm.add_peer(1, 3, pirate=poet)  # whoever likes may use a name
+        with pytest.raises(CallerError, match="2 different adapters called pirate"):
+            swarm.model(guest=True, adapter="pirate").generate(ids, **GREEDY)

@@ -25,7 +25,7 @@ from routing.health import models
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans, ModelId
 from routing.invites import parse
-from routing.records import Announcement, PeerState
+from routing.records import Announcement, HostedAdapter, PeerState
 from routing.router import Router
 from swarm.cli import dashboard, gateway, node, output, signals
 from swarm.cli import status as status_view
@@ -474,7 +474,7 @@ def view() -> View:
     router = Router()
     alice = announcement(1, BlockSpan(0, 2), name="alice")
     bob = announcement(2, BlockSpan(1, 4), state=PeerState.DRAINING)
-    carol = announcement(3, BlockSpan(4, 6))
+    carol = announcement(3, BlockSpan(4, 6), adapters=(HostedAdapter("poet", bytes(16)),))
     dora = announcement(4, BlockSpan(1, 4), state=PeerState.PAUSED)
     router.on_announcements([alice, bob, carol, dora], 100.0)
     return View(network="hive", models=models(router.snapshot(100.0)), rtt_s={alice.peer_id: 0.0125})
@@ -491,6 +491,8 @@ def test_status_names_holders_and_gaps(view: View) -> None:
     assert dora["state"] == "paused"
     assert (alice["name"], alice["span"], alice["latency_ms"], alice["version"]) == ("alice", [0, 2], 12.5, "0.1.0")
     assert (bob["state"], bob["latency_ms"]) == ("draining", None)
+    hosted = [adapter for peer in model["peers"] for adapter in peer["adapters"]]
+    assert hosted == [{"name": "poet", "digest": "00" * 16}]
 
 
 def test_status_is_a_table_for_people(view: View, capsys: pytest.CaptureFixture[str]) -> None:
@@ -505,6 +507,7 @@ def test_status_is_a_table_for_people(view: View, capsys: pytest.CaptureFixture[
         "no answer",
         "draining",
         "paused",
+        "adapter poet@000000000000 · 1 peer · INCOMPLETE: nobody hosts it for blocks 0:4",
     ):
         assert expected in printed
     for peer in view.models[0].peers:
