@@ -185,6 +185,27 @@ def test_several_spans_and_shared_prefixes_reach_the_peer(
     ]
 
 
+def test_adapters_reach_the_peer_and_the_gateway_by_name(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]
+) -> None:
+    configs: list[Any] = []
+    monkeypatch.setattr(node, "join", lambda config, as_json: configs.append(config))
+    monkeypatch.setattr(gateway, "run", lambda config, as_json: configs.append(config))
+    monkeypatch.setattr(node, "claim_identity", lambda path, role: Path("unused.key"))
+    both = ("--adapter", "poet=some/folder", "--adapter", "pirate=org/hub-id")
+    assert run("join", "m", "--new-swarm", *both).exit_code == 0
+    assert run("gateway", "m", "--initial-peers", ADDRESS, "--adapter", "poet").exit_code == 0
+    assert [config.adapters for config in configs] == [
+        (("poet", "some/folder"), ("pirate", "org/hub-id")),
+        ("poet",),
+    ]
+    for wrong in ("poet", "=folder", "poet="):
+        assert run("join", "m", "--new-swarm", "--adapter", wrong).exit_code == 2
+    for wrong in (("two words=a",), ("poet=a", "poet=b")):
+        assert run("join", "m", "--new-swarm", *(part for each in wrong for part in ("--adapter", each))).exit_code == 1
+    assert len(configs) == 2
+
+
 def test_what_serves_http_listens_here_only_and_lets_nobody_else_in_unless_asked(
     monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result], tmp_path: Path
 ) -> None:
