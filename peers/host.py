@@ -609,7 +609,7 @@ class ServerPeer:
 
     def metrics(self) -> PeerMetrics:
         """What it counts, from `load` on."""
-        return PeerMetrics(self.handler, self.links, self._present)
+        return PeerMetrics(self.handler, self.training, self.links, self._present)
 
     def pause(self, paused: bool) -> None:
         """Step back for the owner, or return, and announce it at once. Steps that run finish; sessions go elsewhere."""

@@ -1,9 +1,14 @@
-"""Low-rank adapters of a client's own, as they travel to peers (LoRA, arXiv 2106.09685).
+"""Adapters of a client's own, as they travel to peers: low-rank ones (LoRA, arXiv 2106.09685), and keys and values that
+every sequence finds before its own (prefix tuning, arXiv 2101.00190).
 
 Owns the format: which linear layers of which blocks, in what order their values lie, and the name that is their
 content. Knows neither PEFT nor how a peer computes with them.
 
-What a target adds to the output of its layer is `scaling · B (A x)`, with A [rank, inputs] and B [outputs, rank].
+What a target adds to the output of its layer is `scaling · B (A x)`, with A [rank, inputs] and B [outputs, rank]. With
+dropout, x is first multiplied by what `dropped` says: a pure function of the seed that the client chose and of places
+that do not depend on how a batch or the blocks are divided, so that who computes it again computes the same. A PREFIX
+is `rank` positions, from 0 on: keys [rank, inputs] as they stand in a cache, then values [rank, outputs], each of all
+heads; sequences must leave those positions to it (`Train.jumps`).
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import msgspec
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,6 +86,27 @@ class Adapter:
 def same(one: Adapter | None, other: Adapter | None) -> bool:
     """Whether both would compute the same."""
     return one is other or (one is not None and other is not None and one.name == other.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    share: float
+    """Of the inputs of all layers of an adapter, at least 0 and less than 1."""
+    seed: int
+
+
+def dropped(dropout: Dropout, target: AdapterTarget, sequence: int, tokens: int) -> Tensor:
+    """What dropout multiplies the inputs of a sequence by, [tokens, inputs] in float32: 0, or 1 / (1 - share).
+
+    Its bits are those of Philox 4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), counted
+    from 0 under the first 16 bytes of a SHA-256: 32 bits for each value, in order.
+    """
+    place = f"{dropout.seed} {sequence} {target.block} {target.module}"
+    key = int.from_bytes(hashlib.sha256(place.encode()).digest()[:16], "little")
+    count = tokens * target.inputs
+    words = np.random.Philox(key=key).random_raw(-(-count // 2)).view(np.uint32)[:count]
+    kept = torch.from_numpy(words >= np.uint32(dropout.share * (1 << 32)))
+    return kept.view(tokens, target.inputs) * torch.tensor(1 / (1 - dropout.share))
 
 
 def as_rows(values: Tensor) -> Tensor:

@@ -120,6 +120,11 @@ class SpanModel:
             return None
         return module.in_features, module.out_features
 
+    def prefix_shape(self, block: int) -> tuple[int, int]:
+        """Elements of the keys, and of the values, that a block of the span stores for each position."""
+        shape = self.kv_shapes[block - self.span.start]
+        return shape.heads * shape.key_size, shape.heads * shape.value_size
+
     def new_cache(self, span: BlockSpan | None = None) -> DynamicCache:
         """An empty cache of the model's own kind for one session on `span`.
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 
 from peers.errors import Refused
-from peers.model.adapters import Adapter
+from peers.model.adapters import Adapter, Dropout, dropped
 from peers.model.cutting import SpanModel
 from peers.runtime.attention import Pattern, Segment, attend_one, attending, look
-from peers.wire.messages import Code
+from peers.wire.messages import PREFIX, AdapterTarget, Code, Jumps
 from routing.ids import BlockSpan
 
 Pieces = Generator[None, None, "Outcome"]
@@ -40,11 +40,16 @@ class Passage:
 
     span: BlockSpan
     lengths: Sequence[int]
+    jumps: Jumps = ()
     regime_length: int
     input_TH: Tensor
     """On the CPU, of any floating dtype."""
     adapter: Adapter | None = None
     """Of these blocks, of whoever asks; it changes nothing but what this passage computes."""
+    dropout: Dropout | None = None
+    """Of the adapter's inputs."""
+    sequence: int = 0
+    """Which sequence under its seed the first one is."""
 
     @property
     def tokens(self) -> int:
@@ -53,7 +58,7 @@ class Passage:
     @property
     def longest(self) -> int:
         """Of the user's forward, as rotary embeddings want to know it."""
-        return max(self.regime_length, *self.lengths)
+        return max(self.regime_length, int(positions_of(self.lengths, self.jumps).max()) + 1)
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +66,9 @@ class _Group:
     """Consecutive sequences that ran as one forward."""
 
     lengths: tuple[int, ...]
+    sequence: int
+    """Which one of the passage's its first is."""
+    positions_T: Tensor
     blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of each block the leaf that was its input, and what it made of it."""
 
@@ -138,6 +146,14 @@ def backward(
     return Outcome(torch.cat(gradients), None, num_bytes / passage.tokens, added)
 
 
+def positions_of(lengths: Sequence[int], jumps: Jumps) -> Tensor:
+    """Of each row, counted from 0 in each sequence but for the jumps."""
+    skipped_T = torch.zeros(sum(lengths), dtype=torch.long)
+    for row, count in jumps:
+        skipped_T[row] = count
+    return torch.cat([torch.arange(len(part)) + part.cumsum(0) for part in torch.split(skipped_T, list(lengths))])
+
+
 def _leaves(model: SpanModel, passage: Passage, keep: bool) -> list[tuple[Tensor, Tensor]]:
     pairs = () if passage.adapter is None else passage.adapter.weights()
     return [
@@ -155,13 +171,16 @@ def _taken(graph: Graph) -> Iterator[_Group]:
 def _groups(passage: Passage, packs: bool, positions: int) -> Iterator[tuple[_Group, Tensor]]:
     """Each with its input; a sequence that is longer than `positions` is a group of its own."""
     first, lengths = 0, list(passage.lengths)
+    positions_T = positions_of(lengths, passage.jumps)
     while lengths:
+        sequence = len(passage.lengths) - len(lengths)
         count = tokens = 0
         for length in lengths:
             if count and (not packs or tokens + length > positions):
                 break
             count, tokens = count + 1, tokens + length
-        yield _Group(tuple(lengths[:count])), passage.input_TH[first : first + tokens]
+        rows = slice(first, first + tokens)
+        yield _Group(tuple(lengths[:count]), sequence, positions_T[rows]), passage.input_TH[rows]
         del lengths[:count]
         first += tokens
 
@@ -177,9 +196,15 @@ def _run(
     weights: Sequence[tuple[Tensor, Tensor]],
 ) -> Generator[None, None, Tensor]:
     """The output [1, T, H] of a group; with `keep` its blocks stand in `group` afterwards."""
+    prefixed = passage.adapter is not None and any(target.module == PREFIX for target in passage.adapter.targets)
+    if not packs and (prefixed or passage.jumps):
+        raise Refused(
+            f"a prefix, or gaps between positions, in {model.config.model_type} models, whose attention is their own",
+            code=Code.MALFORMED,
+        )
     hidden_1TH = input_TH[None].to(model.device, model.dtype)
-    attender = _Sequences(group.lengths) if packs else None
-    positions_T = torch.cat([torch.arange(length) for length in group.lengths]).to(model.device)
+    attender = _Sequences(group.lengths, group.positions_T) if packs else None
+    positions_T = group.positions_T.to(model.device)
     with attending(attender) if attender else nullcontext() as cache:
         blocks = model.blocks(
             hidden_1TH,
@@ -190,7 +215,9 @@ def _run(
             regime_length=passage.longest,
         )
     for number, (block, module) in zip(passage.span, blocks, strict=True):
-        adapting = _adapting(passage, number, module, weights)
+        adapting = _adapting(passage, group, number, module, weights)
+        if attender is not None:
+            attender.prefix = _prefix(model, passage, number, weights)
         with attending(attender) if attender else nullcontext(), torch.set_grad_enabled(keep), adapting:
             if keep:
                 leaf_1TH = hidden_1TH.detach().requires_grad_()
@@ -205,7 +232,7 @@ def _run(
 
 @contextmanager
 def _adapting(
-    passage: Passage, block: int, module: nn.Module, weights: Sequence[tuple[Tensor, Tensor]]
+    passage: Passage, group: _Group, block: int, module: nn.Module, weights: Sequence[tuple[Tensor, Tensor]]
 ) -> Iterator[None]:
     """Within, the linear layers of this block that the adapter names add what it says. Raises Refused where one of them
     was not called: its block multiplies by the weights in some other way."""
@@ -215,13 +242,16 @@ def _adapting(
     called: set[str] = set()
     hooks = []
     for target, pair in zip(passage.adapter.targets, weights, strict=True):
-        if target.block == block:
+        if target.block == block and target.module != PREFIX:
 
             def add(
-                _: nn.Module, args: tuple[Tensor, ...], output: Tensor, target: Any = target, pair: Any = pair
+                _: nn.Module, args: tuple[Tensor, ...], output: Tensor, target: AdapterTarget = target, pair: Any = pair
             ) -> Tensor:
                 called.add(target.module)
-                added = F.linear(F.linear(args[0].to(pair[0].dtype), pair[0]), pair[1])
+                given = args[0].to(pair[0].dtype)
+                if passage.dropout is not None:
+                    given = given * _dropped(passage.dropout, target, passage.sequence + group.sequence, group, given)
+                added = F.linear(F.linear(given, pair[0]), pair[1])
                 whole: Tensor = (output + added * target.scaling).to(output.dtype)
                 return whole
 
@@ -232,10 +262,32 @@ def _adapting(
         for hook in hooks:
             hook.remove()
     if len(called) < len(hooks):
-        wanted = {target.module for target in passage.adapter.targets if target.block == block}
+        wanted = {target.module for target in passage.adapter.targets if target.block == block} - {PREFIX}
         raise Refused(
             f"{', '.join(sorted(wanted - called))} of block {block} cannot be adapted here", code=Code.MALFORMED
         )
+
+
+def _dropped(dropout: Dropout, target: AdapterTarget, first: int, group: _Group, like: Tensor) -> Tensor:
+    """What `like`, the inputs of a linear layer in order of positions, are multiplied by. Raises Refused for others."""
+    if like.numel() != group.tokens * target.inputs:
+        raise Refused(f"{target.module} of block {target.block} takes no dropout here", code=Code.MALFORMED)
+    parts = [dropped(dropout, target, first + index, length) for index, length in enumerate(group.lengths)]
+    return torch.cat(parts).to(like.device).view(like.shape)
+
+
+def _prefix(
+    model: SpanModel, passage: Passage, block: int, weights: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor] | None:
+    """Keys [1, J, P, K] and values [1, J, P, V] of P positions before every sequence; None where there are none."""
+    for target, (keys, values) in zip(() if passage.adapter is None else passage.adapter.targets, weights, strict=True):
+        if target.block == block and target.module == PREFIX:
+            heads = model.kv_shapes[block - model.span.start].heads
+            k_1JPK, v_1JPV = (
+                part.reshape(target.rank, heads, -1).transpose(0, 1)[None].to(model.dtype) for part in (keys, values)
+            )
+            return k_1JPK, v_1JPV
+    return None
 
 
 class _Saved:
@@ -264,11 +316,15 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 class _Sequences:
-    """Every sequence of a packed forward attends to itself; nothing is cached. An `attention.Attender`."""
+    """Every sequence of a packed forward attends to itself, and to a prefix; nothing is cached. An
+    `attention.Attender`."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], positions_T: Tensor) -> None:
         self._segments = [Segment(start=0, tokens=length, runs=[(0, length)]) for length in lengths]
         self._lengths = list(lengths)
+        self._positions = torch.split(positions_T, self._lengths)
+        self.prefix: tuple[Tensor, Tensor] | None = None
+        """Of the block that runs next."""
 
     def attend(
         self,
@@ -281,21 +337,39 @@ class _Sequences:
         sinks_H: Tensor | None,
     ) -> Tensor:
         H, J, V = q_1HTK.shape[1], k_1JTK.shape[1], v_1JTV.shape[3]
-        plain = pattern.function is causal_mask_function and softcap is None and sinks_H is None
+        causal = pattern.function is causal_mask_function
+        plain = causal and softcap is None and sinks_H is None and self.prefix is None
         outputs = []
         parts = (torch.split(tensor, self._lengths, 2) for tensor in (q_1HTK, k_1JTK, v_1JTV))
         for index, (q_1HnK, k_1JnK, v_1JnV) in enumerate(zip(*parts, strict=True)):
             if plain and q_1HnK.shape[3] == V:
                 outputs.append(_attend_causally(q_1HnK, k_1JnK, v_1JnV, scale))
                 continue
-            sight = pattern.sights.get(index)
-            if sight is None:
-                sight = pattern.sights[index] = look(self._segments[index], pattern.function, q_1HTK)
-            k_1JLK, v_1JLV = k_1JnK[:, :, sight.skipped :], v_1JnV[:, :, sight.skipped :]
+            k_1JLK, v_1JLV, mask_nL = self._seen(index, pattern, k_1JnK, v_1JnV)
             q_nJGK = q_1HnK[0].transpose(0, 1).reshape(-1, J, H // J, q_1HnK.shape[3])
-            out_nJGV = attend_one(q_nJGK, k_1JLK, v_1JLV, sight.mask_nL, scale, softcap, sinks_H)
+            out_nJGV = attend_one(q_nJGK, k_1JLK, v_1JLV, mask_nL, scale, softcap, sinks_H)
             outputs.append(out_nJGV.reshape(-1, H, V))
         return torch.cat(outputs)[None]
+
+    def _seen(
+        self, index: int, pattern: Pattern, k_1JnK: Tensor, v_1JnV: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values that a sequence has before it, and an additive mask over them."""
+        positions_n = self._positions[index]
+        if self.prefix is None and positions_n[-1] == len(positions_n) - 1:
+            sight = pattern.sights.get(index)
+            if sight is None:
+                sight = pattern.sights[index] = look(self._segments[index], pattern.function, k_1JnK)
+            return k_1JnK[:, :, sight.skipped :], v_1JnV[:, :, sight.skipped :], sight.mask_nL
+        queries_n1 = positions_n.to(k_1JnK.device)[:, None]
+        keys_1L = queries_n1.T
+        if self.prefix is not None:
+            before_k, before_v = self.prefix
+            k_1JnK, v_1JnV = torch.cat((before_k, k_1JnK), 2), torch.cat((before_v, v_1JnV), 2)
+            keys_1L = torch.cat((torch.arange(before_k.shape[2], device=keys_1L.device)[None], keys_1L), 1)
+        seen_nL = pattern.function(0, 0, queries_n1, keys_1L).expand(len(queries_n1), keys_1L.shape[1])
+        mask_nL = torch.zeros_like(seen_nL, dtype=k_1JnK.dtype).masked_fill_(~seen_nL, float("-inf"))
+        return k_1JnK, v_1JnV, mask_nL
 
 
 def _attend_causally(q_1HnK: Tensor, k_1JnK: Tensor, v_1JnV: Tensor, scale: float) -> Tensor:

@@ -30,6 +30,8 @@ class Account:
     bytes_in_flight: int = 0
     steps: int = 0
     positions: int = 0
+    trained: int = 0
+    """Positions, of those, for training."""
     bytes_received: int = 0
     compute_s: float = 0.0
     refused: int = 0
@@ -69,11 +71,12 @@ class Admission:
         self.account(peer).bytes_in_flight -= payload_bytes
         self._bytes_in_flight -= payload_bytes
 
-    def charge(self, peer: PeerId, *, positions: int, compute_s: float) -> None:
-        """One step was computed for the client `peer`."""
+    def charge(self, peer: PeerId, *, positions: int, compute_s: float, trained: bool = False) -> None:
+        """One step, or one work of training, was computed for the client `peer`."""
         account = self.account(peer)
         account.steps += 1
         account.positions += positions
+        account.trained += positions * trained
         account.compute_s += compute_s
 
     def _forget_idle(self) -> None:

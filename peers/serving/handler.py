@@ -37,6 +37,7 @@ from peers.wire.codec import OVERHEAD_BYTES
 from peers.wire.messages import (
     MAX_HOPS,
     MAX_POSITIONS,
+    PREFIX,
     Adapter,
     Close,
     Code,
@@ -220,7 +221,9 @@ class Handler:
         try:
             self.check(message)
             if message.adapter is not None:
-                self.adapters.take(link, message.adapter, BlockSpan(message.start, message.end))
+                adapter = self.adapters.take(link, message.adapter, BlockSpan(message.start, message.end))
+                if adapter is not None and any(target.module == PREFIX for target in adapter.targets):
+                    raise Refused("a prefix is for works of training, not for sessions", code=Code.MALFORMED)
             self._make_room(standby=message.standby)
             entry = self.ledger.resume(link.remote, link, message, self._clock())
             if entry is not None:
@@ -490,9 +493,14 @@ class Handler:
         for part_engine, part in engine.parts(BlockSpan(message.start, message.end)):
             for target in message.targets:
                 if target.block in part:
-                    shape = part_engine.linear_shape(target.block, target.module)
+                    shape: tuple[int, int] | None
+                    if target.module == PREFIX:
+                        what, shape = "keys and values", part_engine.model.prefix_shape(target.block)
+                    else:
+                        what = f"linear layer {target.module}"
+                        shape = part_engine.linear_shape(target.block, target.module)
                     if shape != (target.inputs, target.outputs):
-                        raise ProtocolError(f"block {target.block} has no linear layer {target.module} of that shape")
+                        raise ProtocolError(f"block {target.block} has no {what} of that shape")
 
     def _check_open(self, message: Open | Train | Adapter) -> None:
         if self._draining:

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from peers.exposition import by_label, counter, gauge, histogram, step_seconds
 from peers.serving.handler import Handler
+from peers.serving.training import Training
 from peers.transport.links import Links
 from routing.records import Announcement, PeerState
 
@@ -26,9 +27,9 @@ GATHER_TIMEOUT_S = 5.0
 class PeerMetrics(Collector):
     """Gathers from a peer's parts. Made in their event loop, read from other threads."""
 
-    def __init__(self, handler: Handler, links: Links, record: Callable[[], Announcement]) -> None:
+    def __init__(self, handler: Handler, training: Training, links: Links, record: Callable[[], Announcement]) -> None:
         """`record`: what the peer would announce now."""
-        self._handler, self._links, self._record = handler, links, record
+        self._handler, self._training, self._links, self._record = handler, training, links, record
         self._loop = asyncio.get_running_loop()
 
     def describe(self) -> list[Metric]:
@@ -106,6 +107,12 @@ class PeerMetrics(Collector):
                 "hiveswarm_peer_sent_bytes", "Of frames to others; the directory comes on top.", {(): volume.sent_bytes}
             ),
             counter("hiveswarm_peer_received_bytes", "Of frames from others.", {(): volume.received_bytes}),
+            gauge(
+                "hiveswarm_peer_adapter_bytes",
+                "Of memory, for clients' adapters.",
+                {(): handler.adapters.wardrobe.num_bytes()},
+            ),
+            *training_metrics(self._training),
         ]
         if (engine := handler.engine) is None:
             return metrics
@@ -136,3 +143,29 @@ class PeerMetrics(Collector):
             histogram("hiveswarm_peer_batch_steps", "Steps in each forward.", {(): done.batch_works}),
             histogram("hiveswarm_peer_batch_tokens", "Positions in each forward.", {(): done.batch_tokens}),
         ]
+
+
+def training_metrics(training: Training) -> Iterator[Metric]:
+    counts = training.counts
+    yield counter(
+        "hiveswarm_peer_training_works",
+        "Works of training that were computed.",
+        {("forward",): counts.forwards, ("backward",): counts.backwards},
+        "direction",
+    )
+    yield counter("hiveswarm_peer_training_tokens", "Positions of those.", {(): counts.tokens})
+    yield counter("hiveswarm_peer_training_graphs", "Forwards whose graph was kept for a backward.", {(): counts.kept})
+    yield counter(
+        "hiveswarm_peer_training_recomputes", "Backwards that ran their forward again.", {(): counts.recomputed}
+    )
+    yield counter(
+        "hiveswarm_peer_training_refusals", "Works that were declined, by code.", by_label(counts.failures), "code"
+    )
+    yield gauge(
+        "hiveswarm_peer_training_bytes",
+        "Of memory, for what waits for backwards.",
+        {(): training.shelf.num_bytes},
+    )
+    yield gauge(
+        "hiveswarm_peer_training_queued_tokens", "Positions that wait or are computed.", {(): training.waiting_tokens}
+    )

@@ -19,15 +19,16 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from msgspec import structs
 
 from peers.errors import Busy, ProtocolError, Refused
-from peers.model.adapters import Adapter, as_rows
+from peers.model.adapters import Adapter, Dropout, as_rows
 from peers.runtime import gradients
 from peers.runtime.engine import Engine, NonFiniteOutput
-from peers.runtime.gradients import Graph, Outcome, Passage
+from peers.runtime.gradients import Graph, Outcome, Passage, positions_of
 from peers.serving.handler import Handler, code_of
 from peers.serving.shelves import Shelf, TrainingLimits
 from peers.transport.links import Link, Links
@@ -108,6 +109,11 @@ class Training:
         links.keep(lambda: (*self.shelf.links(), *self._busy))
 
     @property
+    def waiting_tokens(self) -> int:
+        """Positions of all clients that wait or are computed."""
+        return self._tokens
+
+    @property
     def _limits(self) -> TrainingLimits:
         return self.shelf.limits
 
@@ -165,12 +171,18 @@ class Training:
         engine = handler.engine
         if engine is None:
             raise Refused("this peer is loading other blocks", code=Code.DRAINING)
-        longest = max(head.lengths)
-        if tokens > self._limits.max_tokens_per_peer or longest > engine.model.max_positions:
+        if tokens > self._limits.max_tokens_per_peer:
             raise Refused(
-                f"{tokens} positions in one work, {longest} of them in one sequence; this peer takes "
-                f"{self._limits.max_tokens_per_peer} and {engine.model.max_positions}",
+                f"{tokens} positions in one work; this peer takes {self._limits.max_tokens_per_peer}",
                 code=Code.TOO_LONG,
+            )
+        jumping = [row for row, _ in head.jumps]
+        if any(row >= after for row, after in pairwise((*jumping, tokens))):
+            raise ProtocolError("jumps that are out of order, or of rows that are not there")
+        longest = int(positions_of(head.lengths, head.jumps).max()) + 1
+        if longest > engine.model.max_positions:
+            raise Refused(
+                f"a sequence up to position {longest}, this model has {engine.model.max_positions}", code=Code.TOO_LONG
             )
         for engine_, part in engine.parts(BlockSpan(head.start, head.end)):
             needed_bytes = longest * self._graph_bytes.get(part, 0.0)
@@ -182,6 +194,7 @@ class Training:
                 )
         mine = self._tokens_of[link.remote] + tokens
         if mine > self._limits.max_tokens_per_peer or self._tokens + tokens > self._limits.max_tokens:
+            handler.admission.account(link.remote).refused += 1
             raise self._busy_with(self._tokens)
         gathering = parts.Gathering(tokens * (2 if head.again else 1), head.hidden, head.dtype)
         handler.admission.admit(link.remote, gathering.rows.nbytes)
@@ -226,7 +239,7 @@ class Training:
         tokens = sum(head.lengths)
         self._token_s += 0.3 * (compute_s / tokens - self._token_s) if self._token_s else compute_s / tokens
         self.counts.tokens += tokens
-        self._handler.admission.charge(link.remote, positions=tokens, compute_s=compute_s)
+        self._handler.admission.charge(link.remote, positions=tokens, compute_s=compute_s, trained=True)
         queue_s = max(0.0, self._clock() - began_s - compute_s)
         with suppress(PeerError):  # the client is gone, and what was kept for it with its link
             if added is not None:
@@ -366,9 +379,12 @@ def _passage(head: Train, part: BlockSpan, rows: torch.Tensor, adapter: Adapter 
     return Passage(
         span=part,
         lengths=head.lengths,
+        jumps=head.jumps,
         regime_length=head.regime_length,
         input_TH=rows,
         adapter=None if adapter is None else adapter.within(part),
+        dropout=Dropout(head.dropout, head.seed) if head.dropout else None,
+        sequence=head.sequence,
     )
 
 

@@ -69,6 +69,8 @@ MAX_RANK = 256
 """Of an adapter."""
 MAX_TARGETS = 640
 """Of an adapter, for the blocks of one peer."""
+PREFIX = "*"
+"""No module's path."""
 MAX_PREFIX_KEYS = 512
 """Of 16 bytes each, in a header of 32 KiB: the first 32,768 positions of a session can be shared."""
 
@@ -79,6 +81,7 @@ Block = Annotated[int, Meta(ge=0, le=65_536)]
 Epoch = Annotated[int, Meta(ge=0, le=1 << 32)]
 Counter = Annotated[int, Meta(ge=0, le=1 << 62)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
 PeerText = Annotated[str, Meta(min_length=1, max_length=128)]
 Address = Annotated[str, Meta(min_length=1, max_length=512)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=8)]
@@ -89,6 +92,10 @@ Sentence = Annotated[str, Meta(max_length=1024)]
 Lengths = Annotated[
     tuple[Annotated[int, Meta(ge=1, le=MAX_POSITIONS)], ...], Meta(min_length=1, max_length=MAX_SEQUENCES)
 ]
+Jumps = Annotated[
+    tuple[tuple[Count, Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]], ...], Meta(max_length=MAX_SEQUENCES)
+]
+"""Rows, in order, and how many positions are left out before each of them."""
 Timings = Annotated[tuple[tuple[Seconds, Seconds], ...], Meta(max_length=MAX_HOPS)]
 """For each hop passed so far: seconds in its queue, seconds of compute."""
 
@@ -286,8 +293,9 @@ class Train(Message, tag="train", frozen=True, kw_only=True):
     """Rows `[first, first + count)` of a work of training, in order of rows; the last of them begins it.
 
     A work runs whole sequences of these `lengths`, row behind row, through blocks `[start, end)`: positions count from
-    0 in each, no session is opened and nothing is written to a cache. Its rows are its input, [sum(lengths), hidden];
-    with `backward` the gradient of its output; with `backward` and `again` first the input, then that gradient.
+    0 in each, but for `jumps`; no session is opened and nothing is written to a cache. Its rows are its input,
+    [sum(lengths), hidden]; with `backward` the gradient of its output; with `backward` and `again` first the input,
+    then that gradient.
     """
 
     work: Bytes16
@@ -296,6 +304,7 @@ class Train(Message, tag="train", frozen=True, kw_only=True):
     start: Block
     end: Block
     lengths: Lengths
+    jumps: Jumps = ()
     regime_length: Count = 0
     """As of a `Step`."""
     backward: bool = False
@@ -304,6 +313,12 @@ class Train(Message, tag="train", frozen=True, kw_only=True):
     """`backward` will be asked for: keep what it needs, as far as there is room."""
     adapter: Bytes32 | None = None
     """Of the sender's own (`Adapter`), with which the blocks compute in this work."""
+    dropout: Share = 0.0
+    """Of the inputs of the adapter's layers (`peers.model.adapters`)."""
+    seed: Counter = 0
+    """For that."""
+    sequence: Count = 0
+    """Which sequence under that seed the first one of this work is."""
     first: Count
     count: Count
     dtype: ShortText
@@ -311,11 +326,12 @@ class Train(Message, tag="train", frozen=True, kw_only=True):
 
 
 class AdapterTarget(msgspec.Struct, frozen=True, array_like=True):
-    """One linear layer to whose output an adapter adds (`peers.model.adapters`)."""
+    """One linear layer to whose output an adapter adds, or what it puts before a block's keys and values
+    (`peers.model.adapters`)."""
 
     block: Block
     module: Annotated[str, Meta(min_length=1, max_length=96)]
-    """Its path within the block."""
+    """Its path within the block; PREFIX for keys and values."""
     rank: Annotated[int, Meta(ge=1, le=MAX_RANK)]
     inputs: Annotated[int, Meta(ge=1, le=1 << 20)]
     outputs: Annotated[int, Meta(ge=1, le=1 << 20)]

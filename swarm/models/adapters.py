@@ -1,13 +1,13 @@
 """Low-rank adapters that PEFT put on skeleton layers, read anew for each forward.
 
 Owns what can travel: of the active adapters the A and B of linear layers, with their scaling, none while they are
-disabled. What cannot (DoRA, biases, experts, dropout, anything else inside the layers) raises UnsupportedAdapter by
-name; nothing is ignored. Knows PEFT by the attributes of its layers, and imports it never.
+disabled, and their dropout while they train. What cannot (DoRA, biases, experts, anything else inside the layers)
+raises UnsupportedAdapter by name; nothing is ignored. Knows PEFT by the attributes of its layers, and imports it never.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from msgspec import structs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peers.model.adapters import Adapter
+from peers.model.adapters import Adapter, Dropout
 from peers.wire.messages import MAX_RANK, AdapterTarget
 from swarm.errors import UnsupportedAdapter
 
@@ -32,6 +32,8 @@ class _Part:
     b_NR: Tensor
     versions: tuple[int, int]
     """Of both weights, as torch counts writes."""
+    dropout: float
+    """Of its inputs, now."""
 
     def is_still(self, before: _Part) -> bool:
         same = self.a_RK is before.a_RK and self.b_NR is before.b_NR
@@ -47,10 +49,16 @@ class Attached:
     """A and B of each target in turn: the client's own parameters, or what autograd makes of several adapters'."""
     parts: tuple[_Part, ...]
     """What these are made of."""
+    dropout: float = 0.0
+    """Of the inputs of all of them."""
 
     @property
     def requires_grad(self) -> bool:
         return any(weight.requires_grad for weight in self.weights)
+
+    def draw_dropout(self) -> Dropout | None:
+        """Of one forward; its seed comes from torch's own generator, as local dropout does."""
+        return Dropout(self.dropout, int(torch.randint(1 << 62, ()))) if self.dropout else None
 
     def untouched_since(self, before: Attached) -> bool:
         """Whether these are the adapters of `before`, and nobody wrote to their parameters (but by `.data`)."""
@@ -64,34 +72,75 @@ class Attached:
         return Adapter(self.targets, values)
 
 
-def attached(layers: nn.Module) -> Attached | None:
-    """What is active on the skeleton `layers`; None where there is nothing. Raises UnsupportedAdapter."""
-    foreign = []
-    for name, weight in layers.named_parameters():
-        if weight.numel() > 1 and any(weight.stride()):
-            foreign.append(name)
-        elif weight.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedAdapter(f"{name} stands at peers, and cannot be trained", hint="freeze the model's own")
-    if not foreign:
-        return None
+def with_prefix(one: Attached | None, other: Attached | None) -> Attached | None:
+    """Both, in order of blocks."""
+    if one is None or other is None:
+        return one or other
+    each = [
+        (target, weights)
+        for part in (one, other)
+        for target, weights in zip(part.targets, zip(part.weights[::2], part.weights[1::2], strict=True), strict=True)
+    ]
+    each.sort(key=lambda found: found[0].block)
+    weights = tuple(weight for _, pair in each for weight in pair)
+    return Attached(
+        tuple(target for target, _ in each), weights, one.parts + other.parts, max(one.dropout, other.dropout)
+    )
+
+
+def attached(layers: nn.Module, *, again: bool = False) -> Attached | None:
+    """What is active on the skeleton `layers`; None where there is nothing. Raises UnsupportedAdapter.
+
+    `again`: they were looked at before, in the same sequence, so what else may be inside them is not looked for.
+    """
+    adapted = list(_lora_layers(layers))
     found: dict[tuple[int, str], list[_Part]] = {}
-    known: set[str] = set()
-    for name, module in layers.named_modules():
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer"):
-            known.update(f"{name}.{own}" for own, _ in module.named_parameters() if own.split(".")[0] in PEFT_NAMES)
-            for part in _parts(name, module):
-                found.setdefault((part.target.block, part.target.module), []).append(part)
-    for name in foreign:
-        if name not in known:
-            raise UnsupportedAdapter(f"{name} is inside the remote layers, and no peer could compute with it")
+    for name, module in adapted:
+        for part in _parts(name, module):
+            found.setdefault((part.target.block, part.target.module), []).append(part)
+    if not again:
+        _check_nothing_else(layers, adapted)
     if not found:
         return None
+    dropouts = {part.dropout for each in found.values() for part in each}
+    if len(dropouts) > 1:
+        raise UnsupportedAdapter("active adapters differ in their lora_dropout", hint="train one of them at a time")
     parts = sorted((_together(parts) for parts in found.values()), key=lambda part: part.target.block)
     return Attached(
         targets=tuple(part.target for part in parts),
         weights=tuple(weight for part in parts for weight in (part.a_RK, part.b_NR)),
         parts=tuple(part for each in found.values() for part in each),
+        dropout=dropouts.pop(),
     )
+
+
+def _lora_layers(layers: nn.Module) -> Iterator[tuple[str, Any]]:
+    """As `named_modules` finds them, in a tenth of its time: this is done for each token."""
+    left = [("", layers)]
+    while left:
+        path, module = left.pop()
+        children = module._modules
+        if "lora_A" in children and "base_layer" in children:
+            yield path, module
+        else:
+            prefix = f"{path}." if path else ""
+            left += [(prefix + name, child) for name, child in children.items() if child is not None][::-1]
+
+
+def _check_nothing_else(layers: nn.Module, adapted: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises UnsupportedAdapter for parameters that are neither the skeleton's nor LoRA's."""
+    known = {
+        f"{path}.{own}"
+        for path, module in adapted
+        for own, _ in module.named_parameters()
+        if own.split(".")[0] in PEFT_NAMES
+    }
+    for name, weight in layers.named_parameters():
+        if weight.numel() > 1 and any(weight.stride()):
+            if name not in known:
+                raise UnsupportedAdapter(f"{name} is inside the remote layers, and no peer could compute with it")
+        elif weight.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedAdapter(f"{name} stands at peers, and cannot be trained", hint="freeze the model's own")
 
 
 def _together(parts: Sequence[_Part]) -> _Part:
@@ -99,11 +148,16 @@ def _together(parts: Sequence[_Part]) -> _Part:
     if len(parts) == 1:
         return parts[0]
     target, rank = parts[0].target, sum(part.target.rank for part in parts)
+    if parts[0].dropout:
+        raise UnsupportedAdapter(
+            f"several adapters with lora_dropout on block {target.block}, {target.module}: each would draw its own",
+            hint="train one of them at a time",
+        )
     if rank > MAX_RANK:
         raise UnsupportedAdapter(f"the adapters on block {target.block}, {target.module} have ranks above {MAX_RANK}")
     a_RK = torch.cat([part.a_RK.float() for part in parts])
     b_NR = torch.cat([part.b_NR.float() * part.target.scaling for part in parts], 1)
-    return _Part(structs.replace(target, rank=rank, scaling=1.0), a_RK, b_NR, (0, 0))
+    return _Part(structs.replace(target, rank=rank, scaling=1.0), a_RK, b_NR, (0, 0), 0.0)
 
 
 def _parts(name: str, module: Any) -> Iterator[_Part]:
@@ -123,9 +177,10 @@ def _parts(name: str, module: Any) -> Iterator[_Part]:
             raise UnsupportedAdapter(f"{type(module.lora_variant[active]).__name__} on {name} is not plain LoRA")
         if getattr(module, "lora_bias", {}).get(active):
             raise UnsupportedAdapter(f"{name} has a trained bias")
-        dropout = getattr(module.lora_dropout[active], "p", 0.0) if active in module.lora_dropout else 0.0
-        if dropout and module.training:
-            raise UnsupportedAdapter(f"lora_dropout {dropout} on {name}: peers draw no random numbers")
+        dropping = module.lora_dropout[active]
+        dropout = float(getattr(dropping, "p", 0.0)) if dropping.training else 0.0
+        if not 0 <= dropout < 1:
+            raise UnsupportedAdapter(f"lora_dropout {dropout} on {name} leaves nothing of its inputs")
         a_RK, b_NR = module.lora_A[active].weight, module.lora_B[active].weight
         if a_RK.ndim != 2 or b_NR.ndim != 2 or len(a_RK) > MAX_RANK:
             raise UnsupportedAdapter(f"the adapter on {name} is of no linear layer, or has a rank above {MAX_RANK}")
@@ -137,7 +192,7 @@ def _parts(name: str, module: Any) -> Iterator[_Part]:
             outputs=len(b_NR),
             scaling=float(module.scaling[active]),
         )
-        yield _Part(target, a_RK, b_NR, (_version(a_RK), _version(b_NR)))
+        yield _Part(target, a_RK, b_NR, (_version(a_RK), _version(b_NR)), dropout)
 
 
 def _version(weight: Tensor) -> int:

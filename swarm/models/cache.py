@@ -36,8 +36,12 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
         held: list[Strand] | None = None,
         *,
         resilience: Resilience | None = None,
+        columns: int = 0,
     ) -> None:
-        """Rows may start from the strands in `held`; those that they do start from are taken out of the list."""
+        """Rows may start from the strands in `held`; those that they do start from are taken out of the list.
+
+        `columns`: it seems to hold so many already, which stand elsewhere.
+        """
         super().__init__(layers=[])
         self.remote = remote
         self.rows: list[Row] = []
@@ -46,7 +50,7 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self._closed = False
         self._num_layers = num_layers
         self._resilience = resilience
-        self._columns = 0
+        self._columns = columns
         self._held = held if held is not None else []
         self._strands: set[Strand] = set()
         weakref.finalize(self, _release, remote, self._strands).atexit = False  # then the network is going anyway
@@ -176,6 +180,10 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
         return -1  # what transformers before 5.2x calls get_max_length
+
+    @property
+    def max_cache_len(self) -> int:
+        return -1  # PEFT asks before it puts a prefix in its place, which then says that it cannot
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop columns from the end: `-n` drops n, a positive number keeps that many."""

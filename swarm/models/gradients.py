@@ -9,15 +9,17 @@ Tensor names: B rows, T columns, N packed positions, D the model's hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peers.model.adapters import Adapter
+from peers.wire.messages import Jumps
 from swarm.errors import ContextTooLong
 from swarm.models.adapters import Attached
 from swarm.models.layout import Layout, PositionRules
@@ -34,10 +36,12 @@ class Documents:
     """Row and column of each packed position, on the CPU; None when that is every column of every row."""
     regime_length: int
     """Highest position id of the batch plus one."""
+    jumps: Jumps = ()
+    """Packed positions before which position ids of their sequence are left out, and how many."""
 
 
 def documents_of(layout: Layout) -> Documents:
-    """Each row is one sequence."""
+    """Each row is one sequence, behind what is cached."""
     width = layout.width
     lengths = tuple(width if columns_N is None else len(columns_N) for columns_N in layout.columns)
     places = None
@@ -45,8 +49,19 @@ def documents_of(layout: Layout) -> Documents:
         columns = [torch.arange(width) if columns_N is None else columns_N for columns_N in layout.columns]
         rows = [torch.full((len(columns_N),), row) for row, columns_N in enumerate(columns)]
         places = torch.cat(rows), torch.cat(columns)
-    lengths = tuple(length for length in lengths if length)
-    return Documents(lengths=lengths, places=places, regime_length=layout.regime_length)
+    jumps: list[tuple[int, int]] = []
+    for first, skipped, position in zip(
+        accumulate(lengths, initial=0), layout.jumps, layout.first_positions, strict=False
+    ):
+        if layout.past and position:  # before which stands a prefix; without one, layers see relative positions alone
+            jumps.append((first, position))
+        jumps += ((first + index, count) for index, count in skipped)
+    return Documents(
+        lengths=tuple(length for length in lengths if length),
+        places=places,
+        regime_length=layout.regime_length,
+        jumps=tuple(jumps),
+    )
 
 
 def packed_documents(rules: PositionRules, position_ids: object, mask: object, *, batch: int) -> Documents | None:
@@ -89,15 +104,18 @@ def run(
     else:
         rows_N, columns_N = (places.to(hidden_BTD.device) for places in documents.places)
         hidden_ND = hidden_BTD[rows_N, columns_N]
-    lengths, regime_length = documents.lengths, documents.regime_length
-    adapter, weights = None if attached is None else attached.adapter(), () if attached is None else attached.weights
+    weights: tuple[Tensor, ...] = ()
+    forward = functools.partial(
+        remote.forward, lengths=documents.lengths, regime_length=documents.regime_length, jumps=documents.jumps
+    )
+    if attached is not None:
+        weights = attached.weights
+        forward = functools.partial(forward, adapter=attached.adapter(), dropout=attached.draw_dropout())
     learns = hidden_ND.requires_grad or (attached is not None and attached.requires_grad)
     if learns and torch.is_grad_enabled():
-        output_ND: Tensor = _Through.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, remote, lengths, regime_length, adapter, *weights
-        )
+        output_ND: Tensor = _Through.apply(hidden_ND, remote, forward, *weights)  # type: ignore[no-untyped-call]
     else:
-        output_ND, _ = remote.forward(hidden_ND, lengths, regime_length=regime_length, keep=False, adapter=adapter)
+        output_ND, _ = forward(hidden_ND, keep=False)
     if documents.places is None:
         return output_ND.view(hidden_BTD.shape)
     out_BTD = output_ND.new_zeros(hidden_BTD.shape)
@@ -125,15 +143,11 @@ class _Through(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         remote: Gradients,
-        lengths: Sequence[int],
-        regime_length: int,
-        adapter: Adapter | None,
+        forward: Callable[..., tuple[Tensor, object]],
         *weights: Tensor,
     ) -> Tensor:
         ctx.remote, ctx.like = remote, [(weight.shape, weight.dtype, weight.device) for weight in weights]
-        output_ND, ctx.tape = remote.forward(
-            hidden_ND.detach(), lengths, regime_length=regime_length, keep=True, adapter=adapter
-        )
+        output_ND, ctx.tape = forward(hidden_ND.detach(), keep=True)
         return output_ND
 
     @staticmethod
@@ -145,4 +159,4 @@ class _Through(torch.autograd.Function):
         weights = [
             part.view(shape).to(device, dtype) for part, (shape, dtype, device) in zip(parts, ctx.like, strict=True)
         ]
-        return given_ND, None, None, None, None, *weights
+        return given_ND, None, None, *weights

@@ -25,12 +25,13 @@ from peers.model.adapters import Adapter, same
 from peers.model.rotary import rotary_regime
 from peers.model.skeleton import embed_only, install_route
 from peers.model.support import find_decoder, find_layers
-from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
-from swarm.models.adapters import Attached, attached
+from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
+from swarm.models.adapters import Attached, attached, with_prefix
 from swarm.models.cache import SwarmCache
 from swarm.models.generation import current_generation
 from swarm.models.gradients import Documents, documents_of, packed_documents, run
 from swarm.models.layout import Layout, PositionRules, lay_out
+from swarm.models.prefixes import prefix_of
 from swarm.session.remote import Remote
 
 INSIDE_THE_LAYERS = ("output_attentions", "output_hidden_states", "output_router_logits")
@@ -56,7 +57,8 @@ class _Forward:
     """None where rows hold several documents, which no cache can hold."""
     documents: Documents | None
     attached: Attached | None
-    """The client's own adapters inside the layers."""
+    """The client's own adapters inside the layers, and its prefix."""
+    prefixed: bool
     kept: bool
     """Whether the cache outlives the forward, or a `generate` runs."""
     token_ids_BT: Tensor | None
@@ -149,7 +151,7 @@ class RemoteLayers:
             if self._argument(kwargs, name):
                 raise UnsupportedOutput(f"{name}: what happens inside the layers stays at the peers that run them")
 
-        cache, one_shot = kwargs.get("past_key_values"), None
+        cache, one_shot, prefix = kwargs.get("past_key_values"), None, None
         if cache is None:
             cache = self.new_cache()
             if self._argument(kwargs, "use_cache"):
@@ -157,9 +159,10 @@ class RemoteLayers:
             else:
                 one_shot = cache
         elif not isinstance(cache, SwarmCache):
-            raise UnsupportedCache(f"a {type(cache).__name__} holds keys and values here, and the layers are remote")
+            remote, prefix = self._prefix(cache)
+            kwargs["past_key_values"] = cache = SwarmCache(remote, self.num_blocks, columns=cache.get_seq_length())
         kept = one_shot is None or current_generation(self) is not None
-        token = _current.set(self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs, kept))
+        token = _current.set(self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs, prefix, kept))
         try:
             return self._own_forward(**kwargs)
         finally:
@@ -171,14 +174,23 @@ class RemoteLayers:
         value = kwargs.get(name)
         return getattr(self._config, name, None) if value is None else value
 
-    def _lay_out(self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any], kept: bool) -> _Forward:
+    def _prefix(self, cache: Any) -> tuple[Remote, Attached]:
+        """What a caller put before the batch, and who takes it. Raises UnsupportedCache."""
+        if self.remote is None or self.remote.training is None or current_generation(self) is not None:
+            raise UnsupportedCache(f"a {type(cache).__name__} holds keys and values here, and the layers are remote")
+        return self.remote, prefix_of(cache, self.num_blocks)
+
+    def _lay_out(
+        self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any], prefix: Attached | None, kept: bool
+    ) -> _Forward:
         if self.remote is None:
             raise SessionClosed("this model was closed")
+        past = cache.get_seq_length()
         cache.prepare(self.remote, batch)
         asked = _asked.get() or kwargs
         mask, position_ids = asked.get("attention_mask"), kwargs.get("position_ids")
         documents = None
-        if not cache.get_seq_length() and self.remote.training is not None:
+        if not past and self.remote.training is not None:
             documents = packed_documents(self._rules, position_ids, mask, batch=batch)
         from_ids_alone = all(name in KNOWN_TENSORS or not isinstance(asked[name], Tensor) for name in asked)
         return _Forward(
@@ -189,15 +201,17 @@ class RemoteLayers:
                 self._rules,
                 batch=batch,
                 width=width,
-                past=cache.get_seq_length(),
+                past=past,
                 cached_BC=cache.kept_BC,
-                lengths=[row.length for row in cache.rows],
+                lengths=[row.length if prefix is None else past for row in cache.rows],
                 offsets=[row.offset for row in cache.rows],
                 mask=mask,
                 position_ids=position_ids,
+                gaps=self.remote.training is not None and current_generation(self) is None and past == 0,
             ),
             documents=documents,
-            attached=attached(self._layers),
+            attached=with_prefix(attached(self._layers, again=past > 0 and prefix is None), prefix),
+            prefixed=prefix is not None,
             kept=kept,
             token_ids_BT=asked.get("input_ids") if from_ids_alone else None,
             want_from=_first_wanted(asked.get("logits_to_keep", 0), width),
@@ -211,16 +225,17 @@ class RemoteLayers:
         forward = _current.get()
         assert forward is not None, "the layers run only inside the decoder's own forward"
         begun_s = time.perf_counter()
-        if forward.layout is None or self._is_whole(hidden_BTD, forward):
+        layout = forward.layout
+        if layout is None or forward.prefixed or any(layout.jumps) or self._is_whole(hidden_BTD, forward):
             output_BTD = self._run_whole(hidden_BTD, forward)
         else:
             output_BTD = forward.cache.advance(
                 hidden_BTD,
-                forward.layout,
+                layout,
                 token_ids_BT=forward.token_ids_BT,
                 want_from=forward.want_from,
                 repeat_last=forward.repeat_last,
-                regime=self.regime.key(forward.layout.regime_length),
+                regime=self.regime.key(layout.regime_length),
                 adapter=self._adapter_of(forward),
             )
         if self.on_route is not None:
@@ -242,6 +257,10 @@ class RemoteLayers:
         if adapters is None:
             return None
         assert forward.layout is not None
+        if adapters.dropout:
+            raise UnsupportedAdapter(
+                "lora_dropout is on, and outside of training peers drop nothing", hint="call eval() before generating"
+            )
         if last is not None and forward.layout.past and adapters.untouched_since(last[0]):
             return last[1]
         adapter = adapters.adapter()
@@ -251,14 +270,14 @@ class RemoteLayers:
         return adapter
 
     def _run_whole(self, hidden_BTD: Tensor, forward: _Forward) -> Tensor:
-        """As autograd wants it, or where rows hold several documents: no cache holds anything afterwards."""
+        """As autograd wants it, or where rows hold several documents or gaps: no cache holds anything afterwards."""
         remote = None if self.remote is None else self.remote.training
         if remote is None:
             raise UnsupportedGradient("no gradient flows through these remote layers, but their input requires one")
         documents = forward.documents
         if documents is None:
             assert forward.layout is not None
-            if forward.layout.past:
+            if forward.layout.past and not forward.prefixed:
                 raise UnsupportedGradient(
                     "gradients do not reach what a cache holds", hint="train on whole sequences, with use_cache=False"
                 )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peers.wire.messages import Jumps
 from swarm.errors import ContextTooLong, UnsupportedMask
 
 
@@ -50,6 +51,8 @@ class Layout:
     """Per row, the position id of its first kept new column; 0 when it has none."""
     regime_length: int
     """Highest position id plus one, padding included, as a local forward would see it."""
+    jumps: tuple[Jumps, ...]
+    """Per row, kept new columns, counted without padding, before which position ids are left out, and how many."""
 
 
 def lay_out(
@@ -63,12 +66,13 @@ def lay_out(
     offsets: Sequence[int | None],
     mask: object,
     position_ids: Tensor | None,
+    gaps: bool = False,
 ) -> Layout:
     """Lay out `width` new columns behind `past` cached ones.
 
     `cached_BC` is the `kept_BC` of the previous layout; `lengths` and `offsets` say how many tokens each row holds
-    and how far its position ids run ahead of that count (None while it holds none). Raises UnsupportedMask and
-    ContextTooLong.
+    and how far its position ids run ahead of that count (None while it holds none). `gaps`: whether the position ids
+    of a row may leave some out. Raises UnsupportedMask and ContextTooLong.
     """
     kept_BC = _kept_columns(mask, batch=batch, past=past, width=width, cached_BC=cached_BC)
     ids_BT = _position_ids(rules, position_ids, kept_BC, batch=batch, past=past, width=width)
@@ -79,6 +83,7 @@ def lay_out(
     first_ids_B = [past] * batch if ids_BT is None else ids_BT[:, 0].tolist()
     columns: list[Tensor | None] = []
     first_positions: list[int] = []
+    jumps: list[Jumps] = []
     for row in range(batch):
         columns_N, count, first_position = None, width, first_ids_B[row]
         positions_N = None if ids_BT is None or width == 1 else ids_BT[row]
@@ -90,23 +95,24 @@ def lay_out(
                 positions_N = columns_N + past if ids_BT is None else ids_BT[row, columns_N]
                 first_position = int(positions_N[0])
         columns.append(columns_N)
+        jumps.append(())
         if not count:
             first_positions.append(0)
             continue
         if not rules.takes_position_ids:
             first_position = lengths[row]
-        elif positions_N is not None and count > 1 and (positions_N.diff() != 1).any():
-            raise UnsupportedMask(f"the position ids of row {row} do not count its kept tokens one by one")
+        elif positions_N is not None and count > 1 and ((skipped_N := positions_N.diff() - 1) != 0).any():
+            if not gaps or (skipped_N < 0).any():
+                raise UnsupportedMask(f"the position ids of row {row} do not count its kept tokens one by one")
+            jumps[row] = tuple((at, skipped) for at, skipped in enumerate(skipped_N.tolist(), 1) if skipped)
         if (offset := offsets[row]) is not None and first_position != lengths[row] + offset:
             raise UnsupportedMask(
                 f"row {row} goes on at position {first_position}, but the next one after its cached tokens is "
                 f"{lengths[row] + offset}"
             )
-        if rules.max_positions is not None and first_position + count > rules.max_positions:
-            raise ContextTooLong(
-                f"the sequence reaches {first_position + count} positions; the model's context has "
-                f"{rules.max_positions}"
-            )
+        end = first_position + count + sum(skipped for _, skipped in jumps[row])
+        if rules.max_positions is not None and end > rules.max_positions:
+            raise ContextTooLong(f"the sequence reaches {end} positions; the model's context has {rules.max_positions}")
         first_positions.append(first_position)
     highest = past + width - 1
     if ids_BT is not None:
@@ -118,6 +124,7 @@ def lay_out(
         columns=tuple(columns),
         first_positions=tuple(first_positions),
         regime_length=highest + 1,
+        jumps=tuple(jumps),
     )
 
 

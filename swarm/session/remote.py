@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
-from peers.model.adapters import Adapter
+from peers.model.adapters import Adapter, Dropout
+from peers.wire.messages import Jumps
 from routing.errors import CallerError
 from routing.router import Route
 
@@ -79,10 +80,12 @@ class Gradients(Protocol):
         *,
         regime_length: int,
         keep: bool,
+        jumps: Jumps = (),
         adapter: Adapter | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[Tensor, object]:
-        """What all blocks make of sequences of these lengths, packed in `[T, D]`, each from position 0 on; with
-        `adapter`, what they would make of them if it were in them.
+        """What all blocks make of sequences of these lengths, packed in `[T, D]`, each from position 0 on but for its
+        jumps; with `adapter`, what they would make of them if it were in them, with `dropout` of its inputs.
 
         With `keep` also what `backward` needs of it, which is freed with its last reference.
         """

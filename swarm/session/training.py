@@ -35,13 +35,13 @@ import secrets
 import weakref
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 
 from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
-from peers.model.adapters import WIDTH, Adapter, num_rows, of_rows
+from peers.model.adapters import WIDTH, Adapter, Dropout, num_rows, of_rows
 from peers.transport.links import Link
 from peers.transport.tasks import Tasks
 from peers.wire import parts, tensors
@@ -52,6 +52,7 @@ from peers.wire.messages import (
     AdapterGradient,
     Code,
     Forget,
+    Jumps,
     Train,
     Trained,
     Untrained,
@@ -97,10 +98,13 @@ class TrainingConfig:
     """Of activations and gradients on the wire; None: the client's own."""
     patience_s: float = 120.0
     """A step for which nobody is found for so long fails, and with it the whole pass."""
+    max_growth: float = 1e6
+    """A peer is not believed whose blocks make a gradient more than so many times as long (L2) as the one it was sent;
+    of an adapter's gradient, times the length of the input too."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens < 1 or self.in_flight < 1 or self.patience_s <= 0:
-            raise ValueError("micro_batch_tokens and in_flight are at least 1, patience_s is positive")
+        if self.micro_batch_tokens < 1 or self.in_flight < 1 or self.patience_s <= 0 or self.max_growth <= 0:
+            raise ValueError("micro_batch_tokens and in_flight are at least 1, patience_s and max_growth are positive")
         if self.dtype is not None and self.dtype not in tensors.DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; one of {', '.join(tensors.DTYPES)}")
 
@@ -137,6 +141,10 @@ class _MicroBatch:
     lengths: tuple[int, ...]
     regime_length: int
     adapter: Adapter | None
+    dropout: Dropout | None
+    sequence: int
+    """Which one of the batch its first is."""
+    jumps: Jumps
     stretches: list[_Stretch] = field(default_factory=list)
 
     @property
@@ -196,13 +204,19 @@ class TrainingRoute:
         *,
         regime_length: int,
         keep: bool,
+        jumps: Jumps = (),
         adapter: Adapter | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[torch.Tensor, Tape | None]:
         """What all blocks make of the packed sequences; with `keep`, and what a backward needs. Raises SwarmError."""
+        if len(jumps) > MAX_SEQUENCES:
+            raise CallerError(f"{len(jumps)} gaps in one batch", hint=f"batches with at most {MAX_SEQUENCES} travel")
         if adapter is not None and not tensors.finite(adapter.values):
             raise CallerError("the adapter's weights are not finite (NaN or infinity)", hint="lower the learning rate")
         rows_TH = self._on_the_wire(input_TH, "the values given to the model")
-        output_TH, batches = self._network.call(self._forward(lengths, regime_length, rows_TH, keep, adapter))
+        output_TH, batches = self._network.call(
+            self._forward(lengths, regime_length, rows_TH, keep, jumps, adapter, dropout)
+        )
         tape = None
         if keep:
             tape = Tape(batches, adapter)
@@ -268,12 +282,23 @@ class TrainingRoute:
         await self._tasks.close()
 
     async def _forward(
-        self, lengths: Sequence[int], regime_length: int, rows_TH: torch.Tensor, keep: bool, adapter: Adapter | None
+        self,
+        lengths: Sequence[int],
+        regime_length: int,
+        rows_TH: torch.Tensor,
+        keep: bool,
+        jumps: Jumps,
+        adapter: Adapter | None,
+        dropout: Dropout | None,
     ) -> tuple[torch.Tensor, list[_MicroBatch]]:
         hops = len((await self._planned()).hops)
         # so many that every hop has one, where there is enough to be worth it
         tokens = min(self.config.micro_batch_tokens, max(MICRO_BATCH_TOKENS_MIN, len(rows_TH) // (hops + 1)))
-        batches = [_MicroBatch(part, regime_length, adapter) for part in micro_batches(lengths, tokens)]
+        batches, sequence, row = list[_MicroBatch](), 0, 0
+        for part in micro_batches(lengths, tokens):
+            own = tuple((at - row, count) for at, count in jumps if row <= at < row + sum(part))
+            batches.append(_MicroBatch(part, regime_length, adapter, dropout, sequence, own))
+            sequence, row = sequence + len(part), row + sum(part)
         slots = asyncio.Semaphore(self.in_flight)
 
         async def one(batch: _MicroBatch, input_TH: torch.Tensor) -> torch.Tensor:
@@ -361,7 +386,7 @@ class TrainingRoute:
         try:
             return await self._back(batch, others, gradient_TH, added)
         finally:
-            self._forget([_MicroBatch(batch.lengths, batch.regime_length, None, others)])
+            self._forget([replace(batch, stretches=others)])
 
     # --- inside the loop: peers ---
 
@@ -477,11 +502,15 @@ class TrainingRoute:
                     start=stretch.span.start,
                     end=stretch.span.end,
                     lengths=batch.lengths,
+                    jumps=batch.jumps,
                     regime_length=batch.regime_length,
                     backward=gradient_TH is not None,
                     again=again,
                     keep=keep,
                     adapter=None if adapter is None else adapter.name,
+                    dropout=0.0 if batch.dropout is None else batch.dropout.share,
+                    seed=0 if batch.dropout is None else batch.dropout.seed,
+                    sequence=batch.sequence,
                     first=first,
                     count=count,
                     dtype=dtype,
@@ -498,6 +527,11 @@ class TrainingRoute:
             del self._asked[key]
             exchanging.cancel()
             await asyncio.gather(exchanging, return_exceptions=True)
+        if gradient_TH is not None:
+            limit = self.config.max_growth * float(gradient_TH.norm())
+            _believable(peer.peer_id, "input", result_TH, limit)
+            if extra is not None:
+                _believable(peer.peer_id, "adapter", extra.rows, limit * max(1.0, float(stretch.input_TH.norm())))
         if extra is not None and adapter is not None and batch.adapter is not None and added is not None:
             first, end = batch.adapter.place(stretch.span)
             added[first:end] += of_rows(adapter.targets, extra.rows)
@@ -593,6 +627,13 @@ class _Trouble:
         """Raises `error` when it is too late to try again."""
         if asyncio.get_running_loop().time() > self._deadline_s:
             raise error
+
+
+def _believable(peer: PeerId, what: str, gradient: torch.Tensor, limit: float) -> None:
+    """Raises ProtocolError for one that is longer than that."""
+    norm = float(gradient.float().norm())
+    if not norm <= limit:
+        raise ProtocolError(f"{peer} sent a gradient of the {what} of length {norm:.1e}, where {limit:.1e} is the most")
 
 
 def micro_batches(lengths: Sequence[int], tokens: int) -> list[tuple[int, ...]]:

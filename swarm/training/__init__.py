@@ -3,7 +3,17 @@
 Parameters, optimizer and data stay with the client. Gradients come from `swarm.models`; the loop is transformers'.
 """
 
-from swarm.training.data import Example, encode, read_examples
+from swarm.training.data import BadData, Example, encode, encode_all, read_examples, read_preferences
 from swarm.training.finetune import FinetuneConfig, Outcome, finetune
 
-__all__ = ["Example", "FinetuneConfig", "Outcome", "encode", "finetune", "read_examples"]
+__all__ = [
+    "BadData",
+    "Example",
+    "FinetuneConfig",
+    "Outcome",
+    "encode",
+    "encode_all",
+    "finetune",
+    "read_examples",
+    "read_preferences",
+]

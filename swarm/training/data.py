@@ -2,6 +2,8 @@
 
 A line is one of three things: `{"text": …}`, all of which is learned; `{"prompt": …, "completion": …}`; or
 `{"messages": [{"role": …, "content": …}, …]}`. Of the latter two, only completions and what the assistant says.
+
+Preferences, of which DPO learns, have a form of their own: `{"prompt": …, "chosen": …, "rejected": …}`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +25,13 @@ FORMS: Final = (
     'write one of {"text": "…"}, {"prompt": "…", "completion": "…"} and '
     '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]} on each line'
 )
+PAIRS: Final = (
+    'write {"prompt": "…", "chosen": "…", "rejected": "…"} on each line, where each of the three is text, or a list '
+    'of messages like [{"role": "user", "content": "…"}]'
+)
 _ROLES: Final = ("system", "user", "assistant")
+
+T = TypeVar("T")
 
 
 class BadData(CallerError):
@@ -61,20 +69,39 @@ class Encoded:
 
 def read_examples(file: Path) -> list[Example]:
     """Every line that is not blank, in order. Raises BadData with the file and the line."""
-    examples = []
+    return [replace(example, line=number) for number, example in _read(file, _example, FORMS)]
+
+
+def read_preferences(file: Path) -> list[dict[str, Any]]:
+    """Every line that is not blank, in order: prompt, chosen and rejected, as TRL's DPOTrainer takes them.
+
+    All lines hold text, or all of them messages. Raises BadData with the file and the line.
+    """
+    found = _read(file, _preference, PAIRS)
+    kind = type(found[0][1]["prompt"])
+    for number, pair in found:
+        if type(pair["prompt"]) is not kind:
+            raise BadData(f"{file}, line {number}: text and messages do not go together in one file", hint=PAIRS)
+    return [pair for _, pair in found]
+
+
+def _read(file: Path, parse: Callable[[Any], T], forms: str) -> list[tuple[int, T]]:
+    """What `parse` makes of each line that is not blank, with its number. Raises BadData."""
+    found = []
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
                 if line.strip():
                     try:
-                        examples.append(replace(_example(line), line=number))
+                        found.append((number, parse(_value(line))))
                     except BadData as error:
-                        raise BadData(f"{file}, line {number}: {error}", hint=error.hint) from error
+                        hint = forms if error.hint == BadData.default_hint else error.hint
+                        raise BadData(f"{file}, line {number}: {error}", hint=hint) from error
     except OSError as error:
         raise BadData(f"{file} cannot be read: {error.strerror}", hint="name a file of JSON lines") from error
-    if not examples:
-        raise BadData(f"{file} is empty")
-    return examples
+    if not found:
+        raise BadData(f"{file} is empty", hint=forms)
+    return found
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
@@ -122,17 +149,20 @@ def encode_all(
     return kept, shortened
 
 
-def _example(line: bytes) -> Example:
+def _value(line: bytes) -> Any:
     if len(line) > MAX_LINE_BYTES:
         raise BadData(f"longer than {MAX_LINE_BYTES >> 20} MiB", hint="one example a line, please")
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except UnicodeDecodeError as error:
         raise BadData("not UTF-8 text", hint="save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise BadData(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise BadData("nested too deep") from error
+
+
+def _example(value: Any) -> Example:
     match value:
         case {"messages": list() as messages}:
             return Example(messages=tuple(_message(message) for message in messages))
@@ -144,6 +174,21 @@ def _example(line: bytes) -> Example:
             raise BadData(f"neither text, nor prompt and completion, nor messages, but {_named(value)}")
         case _:
             raise BadData(f"expected an object, found {type(value).__name__}")
+
+
+def _preference(value: Any) -> dict[str, Any]:
+    match value:
+        case {"prompt": str() as prompt, "chosen": str() as chosen, "rejected": str() as rejected}:
+            pass
+        case {"prompt": list() as prompt, "chosen": list() as chosen, "rejected": list() as rejected}:
+            prompt, chosen, rejected = ([_message(one) for one in part] for part in (prompt, chosen, rejected))
+        case dict():
+            raise BadData(f"no prompt with a chosen and a rejected answer, but {_named(value)}")
+        case _:
+            raise BadData(f"expected an object, found {type(value).__name__}")
+    if not prompt or not chosen or not rejected or chosen == rejected:
+        raise BadData("prompt, chosen and rejected are none of them empty, and the answers differ")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _message(value: Any) -> dict[str, str]:

@@ -15,17 +15,28 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, DynamicCache, Trainer, TrainingArguments
 
 from peers.errors import Refused
+from peers.model.adapters import Dropout, dropped
 from peers.serving import training as serving
 from peers.serving.shelves import TrainingLimits
-from peers.wire.messages import Train
+from peers.wire.messages import AdapterTarget, Train
 from routing.errors import CallerError, NoRoute
 from swarm import SwarmModelForSequenceClassification
-from swarm.errors import SessionClosed, UnsupportedGradient, UnsupportedMask
+from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedMask
+from swarm.models.adapters import attached
 from swarm.models.classification import with_class_head
 from swarm.session import training as client
 from swarm.session.training import TrainingConfig, TrainingRoute, micro_batches
@@ -65,17 +76,40 @@ def gradient_of_inputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, T
     return loss.detach(), embeds.grad * given.get("attention_mask", torch.ones_like(ids))[..., None]
 
 
-def adapted(base: Any, *targets: str) -> Any:
+def adapted(base: Any, *targets: str, **settings: Any) -> Any:
     """With LoRA on these layers of every block; neither A nor B is zero."""
     torch.manual_seed(3)
-    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=3, target_modules=list(targets), init_lora_weights=False)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=3, target_modules=list(targets), init_lora_weights=False, **settings
+    )
     return get_peft_model(base, config)
+
+
+PROMPTS: dict[str, PeftConfig] = {
+    "prompt tuning": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3),
+    "p-tuning": PromptEncoderConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3, encoder_hidden_size=8),
+    "prefix tuning": PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3),
+    "prefix by a network": PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8
+    ),
+}
+
+
+def prompted(base: Any, method: str) -> Any:
+    torch.manual_seed(5)
+    return get_peft_model(base, copy.deepcopy(PROMPTS[method])).train()
 
 
 def gradients_of_adapter(tuned: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     tuned.zero_grad()
     tuned(**inputs).loss.backward()
     return [weight.grad.clone() for weight in tuned.parameters() if weight.requires_grad]
+
+
+def gradients_of_all(tuned: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Of an adapter, and of what it is fed with."""
+    _, of_inputs = gradient_of_inputs(tuned, inputs)
+    return [of_inputs, *(weight.grad for weight in tuned.parameters() if weight.requires_grad)]
 
 
 def route_of(model: Any) -> TrainingRoute:
@@ -125,6 +159,26 @@ def test_gradients_of_inputs_equal_local_ones_whatever_peers_kept(family: str, t
             for actual, right in zip(adapter, expected_adapter, strict=True):
                 assert distance(actual, right) <= TOLERANCE
         assert route_of(model).traffic.resent == 6
+        own = family == "bloom"  # its attention is: it takes no prefix, and no gap behind a soft prompt
+        shown = {name: value[::2] for name, value in inputs.items()} if own else inputs
+        methods = {"llama": tuple(PROMPTS), "bloom": ("prompt tuning",)}.get(family, ("prompt tuning", "prefix tuning"))
+        for method in methods:
+            kept = not method.startswith("prefix")
+            limit(swarm, max_bytes=1 << 30, max_bytes_per_peer=1 << 30 if kept else 1)
+            bases = swarm.model(guest=True, training=EVERY_ROW), copy.deepcopy(local)
+            for actual, right in zip(
+                *(gradients_of_adapter(prompted(base, method), shown) for base in bases), strict=True
+            ):
+                assert distance(actual, right) <= TOLERANCE, method
+        swarm.add_peer(0, NUM_BLOCKS)
+        survivor = swarm.model(guest=True, training=EVERY_ROW)
+        hit = interrupted(survivor, lambda _, stretch, backward: backward and 0 in stretch.span, swarm.network.cut)
+        bases = survivor, copy.deepcopy(local)
+        for actual, right in zip(
+            *(gradients_of_all(adapted(base, inner, outer), inputs) for base in bases), strict=True
+        ):
+            assert distance(actual, right) <= TOLERANCE, "after a kill"
+        assert hit
         assert swarm.eventually(lambda: counts(swarm)[2] == 0), "peers forget what was used"
         assert swarm.eventually_settled()
 
@@ -210,16 +264,16 @@ def test_packed_documents_attend_to_themselves_alone_with_and_without_gradients(
         model(**inputs, attention_mask=torch.ones_like(ids))
 
 
-def test_prompt_tuning_by_peft_equals_local_and_its_adapter_loads_locally(
-    local: Any, folder: Path, model: Any, tmp_path: Path
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
+def test_prompts_and_prefixes_by_peft_equal_local_ones_and_load_locally(
+    local: Any, folder: Path, model: Any, tmp_path: Path, method: str
 ) -> None:
     def tuned(base: Any) -> tuple[Any, list[float]]:
-        torch.manual_seed(5)
-        tuned = get_peft_model(base, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)).train()
+        tuned = prompted(base, method)
         optimizer = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=0.05)
         losses = []
         for step in range(4):
-            loss = tuned(**{name: value[::2] for name, value in batch(step).items()}).loss  # no hole behind the prompt
+            loss = tuned(**batch(step)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -231,12 +285,40 @@ def test_prompt_tuning_by_peft_equals_local_and_its_adapter_loads_locally(
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses[-1] != pytest.approx(losses[0], rel=1e-2)
     remote.save_pretrained(tmp_path / "adapter")
-    inputs = {name: value[::2] for name, value in batch(9).items() if name != "labels"}
-    loaded = PeftModel.from_pretrained(local, tmp_path / "adapter")
+    inputs = {name: value for name, value in batch(9).items() if name != "labels"}
+    loaded = PeftModel.from_pretrained(copy.deepcopy(local), tmp_path / "adapter")
     with torch.no_grad():
-        actual, here = remote(**inputs).logits, loaded.eval()(**inputs).logits
-        kept = torch.cat((torch.ones(2, 4), inputs["attention_mask"]), 1)[..., None] > 0
+        actual, here = (each.eval()(**inputs).logits[:, -9:] for each in (remote, loaded))
+    kept = inputs["attention_mask"][..., None] > 0
     assert distance(actual * kept, here * kept) <= TOLERANCE
+    ids, greedy = batch()["input_ids"][:1], {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    if method == "prefix tuning":
+        with pytest.raises(UnsupportedCache, match="holds keys and values here"):
+            remote.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
+
+
+def test_a_prefix_that_cannot_travel_is_refused_by_name(model: Any) -> None:
+    ids = batch()["input_ids"][:1].repeat(2, 1)
+
+    def prefix(*shapes: tuple[int, ...]) -> DynamicCache:
+        return DynamicCache([(torch.zeros(shape), torch.zeros(shape)) for shape in shapes])
+
+    whole = (2, 2, 3, 8)
+    other = prefix(*[whole] * NUM_BLOCKS)
+    other.layers[1].values[1] += 1
+    for cache, says in (
+        (prefix(whole), "layers are remote"),
+        (prefix(*[(2, 2, 300, 8)] * NUM_BLOCKS), "300 positions"),
+        (prefix(*[whole] * 3, (2, 2, 2, 8)), "before block 3"),
+        (other, "different prefixes"),
+    ):
+        with pytest.raises(UnsupportedCache, match=says):
+            model(input_ids=ids, past_key_values=cache)
+    with pytest.raises(Refused, match="keys and values of that shape"):
+        model(input_ids=ids, past_key_values=prefix(*[(2, 2, 3, 6)] * NUM_BLOCKS))
+    answer = model(input_ids=ids, past_key_values=prefix(*[whole] * NUM_BLOCKS), use_cache=True)
+    with pytest.raises(SessionClosed):  # it is not taken for the prefix alone
+        model(input_ids=ids, past_key_values=answer.past_key_values)
 
 
 def interrupted(
@@ -328,6 +410,28 @@ def test_values_that_are_not_finite_are_their_peers_failure(
     assert any("not finite" in reason or "NaN" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize("of_adapter", [False, True])
+def test_a_gradient_that_is_far_too_long_is_its_peers_failure(
+    local: Any, swarm: MemorySwarm, model: Any, monkeypatch: pytest.MonkeyPatch, of_adapter: bool
+) -> None:
+    tuned, whole = adapted(model, "q_proj"), adapted(copy.deepcopy(local), "q_proj")
+    gradients_of_adapter(tuned, batch())
+    used = route_of(model).route.hops[0].peer_id
+    (peer,) = (peer for peer in swarm.peers if peer.links.transport.peer_id == used)
+    backward = peer.training._backward
+
+    async def exaggerated(*arguments: Any) -> tuple[Tensor, float, Tensor | None]:
+        rows, seconds, added = await backward(*arguments)
+        return (rows, seconds, added * 1e12) if of_adapter else (rows * 1e9, seconds, added)
+
+    monkeypatch.setattr(peer.training, "_backward", exaggerated)
+    for actual, right in zip(gradients_of_adapter(tuned, batch()), gradients_of_adapter(whole, batch()), strict=True):
+        assert distance(actual, right) <= TOLERANCE
+    client = swarm._guests[-1].client
+    opinions = {opinion.peer_id: opinion.reason for opinion in client.router.opinions(client.discovery.now_s(), 9)}
+    assert f"{used} sent a gradient of the {'adapter' if of_adapter else 'input'}" in (opinions[used] or "")
+
+
 def test_loss_that_is_not_finite_never_leaves(model: Any) -> None:
     embeds = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
     loss = model(inputs_embeds=embeds, labels=batch()["labels"]).loss
@@ -335,6 +439,16 @@ def test_loss_that_is_not_finite_never_leaves(model: Any) -> None:
         (loss * float("nan")).backward()
     with pytest.raises(CallerError, match="not finite"):
         model(inputs_embeds=embeds * float("inf"))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_is_taken_and_sends_no_forward_twice(local: Any, model: Any, reentrant: bool) -> None:
+    _, expected = gradient_of_inputs(local, batch())
+    model.train().activation_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.is_activation_checkpointing
+    assert distance(gradient_of_inputs(model, batch())[1], expected) <= TOLERANCE
+    traffic = route_of(model).traffic
+    assert traffic.forwards == traffic.backwards == 6
 
 
 def test_half_as_many_bytes_come_close(local: Any, swarm: MemorySwarm) -> None:
@@ -460,6 +574,55 @@ def test_a_peer_that_dies_in_a_backward_neither_loses_nor_doubles_an_adapters_gr
     for actual, right in zip(gradients_of_adapter(tuned, batch()), gradients_of_adapter(whole, batch()), strict=True):
         assert distance(actual, right) <= TOLERANCE
     assert hit
+
+
+class Dropped(torch.nn.Module):
+    """Locally what peers do: each row of a batch is a sequence."""
+
+    def __init__(self, dropout: Dropout, target: AdapterTarget, mask_BT: Tensor) -> None:
+        super().__init__()
+        self._dropout, self._target, self._mask_BT = dropout, target, mask_BT.bool()
+
+    def forward(self, x_BTK: Tensor) -> Tensor:
+        x_BTK = x_BTK.clone()
+        for row, kept_T in enumerate(self._mask_BT):
+            x_BTK[row, kept_T] = x_BTK[row, kept_T] * dropped(self._dropout, self._target, row, int(kept_T.sum()))
+        return x_BTK
+
+
+def test_lora_dropout_comes_from_a_seed_and_is_the_same_whoever_computes_it_again(
+    local: Any, swarm: MemorySwarm, model: Any
+) -> None:
+    tuned, whole = (
+        adapted(base, "q_proj", "down_proj", lora_dropout=0.4).train() for base in (model, copy.deepcopy(local))
+    )
+    inputs = batch()
+
+    def gradients(base: Any, seed: int = 11) -> list[Tensor]:
+        torch.manual_seed(seed)
+        return gradients_of_adapter(base, inputs)
+
+    torch.manual_seed(11)
+    dropout = Dropout(0.4, int(torch.randint(1 << 62, ())))
+    layers = whole.base_model.model.model.layers
+    for target in attached(model._remote_layers._layers).targets:
+        module = layers[target.block].get_submodule(target.module)
+        module.lora_dropout["default"] = Dropped(dropout, target, inputs["attention_mask"])
+    expected = gradients(whole)
+
+    def same(actual: list[Tensor]) -> bool:
+        return all(distance(one, right) <= TOLERANCE for one, right in zip(actual, expected, strict=True))
+
+    for per_peer in (1 << 30, 3 * 9 * 32 * 4, 1):  # graphs are kept; inputs are; nothing is
+        limit(swarm, max_bytes=1 << 30, max_bytes_per_peer=per_peer)
+        assert same(gradients(tuned))
+    assert not same(gradients(tuned, seed=12))
+    limit(swarm, max_bytes=1 << 30, max_bytes_per_peer=1 << 30)
+    hit = interrupted(model, lambda _, stretch, backward: backward and 0 in stretch.span, swarm.network.cut)
+    assert same(gradients(tuned))
+    assert hit
+    tuned.eval()
+    assert distance(tuned(**inputs).loss, adapted(copy.deepcopy(local), "q_proj", "down_proj")(**inputs).loss) <= 1e-5
 
 
 def test_where_nobody_trains_the_blocks_are_named(swarm: MemorySwarm, model: Any) -> None:

@@ -55,7 +55,7 @@ def test_active_adapters_are_read_anew_each_time_and_travel_in_order() -> None:
     [
         ("llama", {"use_dora": True}, "DoRA on 0.self_attn.q_proj|Dora"),
         ("llama", {"lora_bias": True}, "trained bias"),
-        ("llama", {"lora_dropout": 0.1}, "lora_dropout 0.1 on 0.self_attn.q_proj"),
+        ("llama", {"lora_dropout": 1.0}, "lora_dropout 1.0 on 0.self_attn.q_proj"),
         ("llama", {"r": 300}, "rank above 256"),
         ("gpt-neox", {"target_modules": ["query_key_value"], "bias": "all"}, "bias stands at peers"),
         ("mixtral", {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}, "experts"),
@@ -66,6 +66,28 @@ def test_active_adapters_are_read_anew_each_time_and_travel_in_order() -> None:
 def test_what_cannot_travel_is_refused_by_name(family: str, settings: dict[str, Any], named: str) -> None:
     model = tuned(family, **settings)
     with pytest.raises(UnsupportedAdapter, match=named):
+        read(model)
+
+
+def test_dropout_is_nothing_in_evaluation_and_in_training_drawn_from_torchs_own_seed() -> None:
+    model = tuned(lora_dropout=0.1)
+    training, evaluating, plain = read(model), read(model.eval()), read(tuned())
+    assert [each.dropout for each in (training, evaluating, plain)] == [0.1, 0.0, 0.0]
+    before = torch.get_rng_state()
+    assert evaluating.draw_dropout() is plain.draw_dropout() is None
+    assert torch.equal(torch.get_rng_state(), before), "what draws nothing changes nothing of what others draw"
+    seeds = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        seeds.append(training.draw_dropout())
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_adapters_of_different_dropout_are_refused() -> None:
+    model = tuned(lora_dropout=0.1)
+    model.add_adapter("other", LoraConfig(target_modules=["v_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(UnsupportedAdapter, match="differ in their lora_dropout"):
         read(model)
 
 

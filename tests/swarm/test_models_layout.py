@@ -54,6 +54,21 @@ def test_padding_is_left_out_and_the_first_position_is_the_models_own(
     assert layout.first_positions == first_positions
 
 
+def test_where_gaps_may_be_they_are_told_and_elsewhere_refused() -> None:
+    mask = [[1, 1, 0, 0, 1, 0, 1], [0, 1, 1, 1, 0, 0, 0], [0] * 7]
+    layout = lay(BY_COLUMN, mask, width=7, gaps=True)
+    assert columns_of(layout) == [[0, 1, 4, 6], [1, 2, 3], []]
+    assert layout.jumps == (((2, 2), (3, 1)), (), ())
+    assert layout.first_positions == (0, 1, 0)
+    with pytest.raises(UnsupportedMask, match="one by one"):
+        lay(BY_COLUMN, mask, width=7)
+    with pytest.raises(UnsupportedMask, match="one by one"):  # backwards
+        lay(BY_COLUMN, None, width=3, gaps=True, position_ids=torch.tensor([[0, 1, 1]]))
+    with pytest.raises(ContextTooLong, match="reaches 5 positions"):
+        lay(BOUNDED, [[1, 0, 0, 0, 1]], width=5, gaps=True)
+    assert lay(BY_KEPT, mask, width=7, gaps=True).jumps == ((), (), ())
+
+
 def test_a_mask_may_be_of_any_number_type_and_of_one_row() -> None:
     for dtype in (torch.bool, torch.int32, torch.float16):
         layout = lay_out(

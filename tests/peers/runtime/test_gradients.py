@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Generator
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -12,11 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from peers.errors import Refused
+from peers.model.adapters import Adapter
 from peers.model.support import hidden_argument
 from peers.runtime import gradients
 from peers.runtime.engine import ComputeFailed, Engine
 from peers.runtime.errands import GAP, Errand, Errands
-from peers.runtime.gradients import Graph, Outcome, Passage
+from peers.runtime.gradients import Graph, Outcome, Passage, positions_of
+from peers.wire.messages import PREFIX, AdapterTarget
 from routing.errors import Unavailable
 from routing.ids import BlockSpan, PeerId
 from tests.peers.runtime.spans import ALICE, Local, Sequence, random_ids, running
@@ -103,6 +107,21 @@ async def test_a_packed_pass_equals_each_sequence_alone_with_and_without_its_gra
         assert relative(bare.rows_TH, output_TH) < 1e-5
         again = await backward(engine, passage, gradient_TH, None)
         assert relative(again.rows_TH, given_TH) < 1e-5
+
+
+async def test_attention_that_is_a_models_own_takes_neither_gaps_nor_a_prefix() -> None:
+    local = local_of("gptj")
+    passage, _ = passage_of(local)
+    prefix = Adapter((AdapterTarget(1, PREFIX, 2, 32, 32, 1.0),), torch.zeros(2 * 64))
+    async with running(local.cut()) as engine:
+        for wrong in (replace(passage, jumps=((2, 1),)), replace(passage, adapter=prefix)):
+            with pytest.raises(Refused, match="whose attention is their own"):
+                await forward(engine, wrong)
+
+
+def test_positions_count_from_0_in_each_sequence_but_for_the_jumps() -> None:
+    assert positions_of((3, 1, 2), ()).tolist() == [0, 1, 2, 0, 0, 1]
+    assert positions_of((3, 1, 2), ((1, 4), (2, 1), (3, 7), (5, 2))).tolist() == [0, 5, 7, 7, 0, 3]
 
 
 async def test_steps_and_prompts_go_on_between_the_pieces_of_a_job_and_change_nothing() -> None:

@@ -17,12 +17,13 @@ from peers.model.adapters import WIDTH, Adapter, as_rows, of_rows
 from peers.runtime.gradients import Graph, Outcome, Passage
 from peers.serving import training
 from peers.serving.adapters import AdapterLimits
+from peers.serving.metrics import training_metrics
 from peers.serving.shelves import Shelf, TrainingLimits
 from peers.serving.training import Training
 from peers.transport.links import Link
 from peers.wire import parts, tensors
+from peers.wire.messages import PREFIX, AdapterGradient, AdapterTarget, Code, Forget, Train, Trained, Untrained
 from peers.wire.messages import Adapter as AdapterMessage
-from peers.wire.messages import AdapterGradient, AdapterTarget, Code, Forget, Train, Trained, Untrained
 from routing.ids import BlockSpan, PeerId
 from tests.peers.serving.hops import HIDDEN, MODEL, Client, Hop, Route, rows
 
@@ -32,6 +33,10 @@ GRAPH_BYTES = 1000
 class ToyModel:
     max_positions = 100
     device = "cpu"
+
+    @staticmethod
+    def prefix_shape(block: int) -> tuple[int, int]:
+        return (2, 2)
 
 
 class ToyParts:
@@ -189,6 +194,10 @@ NAN[3, 1] = float("nan")
         ({"lengths": (3, 3), "count": 7}, Code.MALFORMED),
         ({"lengths": (101,)}, Code.TOO_LONG),
         ({"lengths": (90,) * 3}, Code.TOO_LONG),
+        ({"jumps": ((3, 99),)}, Code.TOO_LONG),
+        ({"jumps": ((5, 1),)}, Code.MALFORMED),
+        ({"jumps": ((1, 1), (1, 1))}, Code.MALFORMED),
+        ({"lengths": (1 << 24,) * 1024, "jumps": ((0, 1),)}, Code.TOO_LONG),
         ({"end": 5}, Code.WRONG_MODEL),
         ({"start": 4, "end": 4}, Code.WRONG_MODEL),
         ({"model": bytes(32)}, Code.WRONG_MODEL),
@@ -322,11 +331,12 @@ async def test_an_adapter_serves_its_owner_alone_and_its_gradient_comes_first(mo
         (adapter_of(), bytes(32), Code.MALFORMED),
         (adapter_of(module="experts"), b"", Code.MALFORMED),
         (adapter_of(inputs=HIDDEN + 1), b"", Code.MALFORMED),
+        (adapter_of(module=PREFIX), b"", Code.MALFORMED),
         (adapter_of(block=4), b"", Code.MALFORMED),
         (adapter_of(scaling=float("inf")), b"", Code.MALFORMED),
         (adapter_of(rank=256, inputs=1 << 16), b"", Code.MALFORMED),
     ],
-    ids=["nan", "another name", "no linear layer", "shape", "block", "scaling", "large"],
+    ids=["nan", "another name", "no linear layer", "shape", "prefix", "block", "scaling", "large"],
 )
 async def test_an_adapter_that_makes_no_sense_is_refused(
     monkeypatch: pytest.MonkeyPatch, adapter: Adapter, name: bytes, code: str
@@ -349,6 +359,37 @@ async def test_adapters_of_one_client_take_no_more_than_its_share(monkeypatch: p
         await asks(lesson, adapter=names[0])
         assert await refusal(lesson.client) == Code.UNKNOWN_ADAPTER
         lesson.hop.handler.adapters.wardrobe.drop_where(lambda _: True)
+
+
+@pytest.mark.looptime
+async def test_what_was_done_is_counted_and_accounted_to_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Lesson(monkeypatch) as lesson:
+        await asks(lesson)
+        await answer(lesson.client)
+        for _ in range(2):  # with the graph, and without
+            await asks(lesson, backward=True, hidden=rows(1, 5))
+            await answer(lesson.client)
+        await asks(lesson, 2, lengths=(101,))
+        await refusal(lesson.client)
+        told = {
+            (sample.name.removeprefix("hiveswarm_peer_training_"), *sample.labels.values()): sample.value
+            for family in training_metrics(lesson.training)
+            for sample in family.samples
+        }
+        assert told == {
+            ("works_total", "forward"): 1,
+            ("works_total", "backward"): 2,
+            ("tokens_total",): 15,
+            ("graphs_total",): 1,
+            ("recomputes_total",): 1,
+            ("refusals_total", Code.TOO_LONG): 1,
+            ("bytes",): rows(0, 5).nbytes,
+            ("queued_tokens",): 0,
+        }
+        account = lesson.hop.admission.account(lesson.client.transport.peer_id)
+        assert (account.trained, account.positions) == (15, 15)
+        await lesson.client.send(lesson.hop, Forget(works=(work_of().work,)))
+        await asyncio.sleep(1.0)
 
 
 @given(

@@ -80,6 +80,7 @@ MESSAGES: list[AnyMessage] = [
     Train(
         work=SESSION, model=bytes(32), start=65_536, end=65_536, lengths=(1 << 24,) * MAX_SEQUENCES, backward=True,
         again=True, keep=True, regime_length=1 << 24, first=1 << 24, count=1 << 24, dtype="d" * 64, hidden=1 << 24,
+        jumps=((1 << 24, 1 << 24),) * MAX_SEQUENCES, adapter=bytes(32), dropout=0.1, seed=1 << 62, sequence=1 << 24,
     ),
     Trained(work=SESSION, backward=True, first=1, count=2, dtype="float32", hidden=4, queue_s=0.5, compute_s=1.5),
     Untrained(work=SESSION, code="busy", message="later", retry_after_s=0.5),

@@ -602,7 +602,7 @@ def test_metrics_that_dashboards_and_alerts_name_are_told(world: GatewayWorld, u
     assert len(named) > 30
     # families with labels that only failures bring have no sample yet
     assert {name for name in named if name not in told_names} <= {
-        f"hiveswarm_{part}_rpc_errors_total" for part in ("peer", "session")
+        f"hiveswarm_{what}_total" for what in ("peer_rpc_errors", "session_rpc_errors", "peer_training_refusals")
     }
     scrapes = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     assert scrapes["rule_files"] == ["alerts.yml"]

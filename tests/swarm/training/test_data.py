@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from swarm.testing import model_folder
-from swarm.training.data import IGNORED, MAX_LINE_BYTES, BadData, Encoded, Example, encode, encode_all, read_examples
+from swarm.training.data import (
+    IGNORED,
+    MAX_LINE_BYTES,
+    PAIRS,
+    BadData,
+    Encoded,
+    Example,
+    encode,
+    encode_all,
+    read_examples,
+    read_preferences,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +67,41 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: bytes, says: 
     with pytest.raises(BadData, match=f"line 2: {says}") as caught:
         read_examples(file)
     assert caught.value.hint
+
+
+def test_preferences_are_text_or_messages_as_trl_takes_them(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "id": 7}\n\n')
+    assert read_preferences(file) == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    question, answers = {"role": "user", "content": "a"}, [{"role": "assistant", "content": text} for text in "bc"]
+    pair = {"prompt": [question], "chosen": answers[:1], "rejected": answers[1:]}
+    file.write_text(json.dumps(pair))
+    assert read_preferences(file) == [pair]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected an object, found list"),
+        ('{"prompt": "a", "chosen": "b"}', "no prompt with a chosen and a rejected answer, but 'prompt': str"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "the answers differ"),
+        ('{"prompt": [], "chosen": [], "rejected": []}', "none of them empty"),
+        ('{"prompt": [1], "chosen": [], "rejected": []}', "a message is"),
+        (
+            '{"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}], '
+            '"rejected": [{"role": "assistant", "content": "c"}]}',
+            "text and messages do not go together",
+        ),
+    ],
+    ids=["half", "list", "no rejected", "equal", "empty", "no message", "mixed"],
+)
+def test_a_preference_that_cannot_be_used_is_named_with_what_is_expected(tmp_path: Path, line: str, says: str) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' + line)
+    with pytest.raises(BadData, match=f"line 2: .*{says}") as caught:
+        read_preferences(file)
+    assert caught.value.hint == PAIRS
 
 
 def test_a_file_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
