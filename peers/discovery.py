@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
+from peers.errors import PeerSilent
 from peers.transport.links import Links
+from peers.transport.patience import Patience
 from peers.transport.tasks import Tasks
 from routing.errors import InvalidRecord, NoRoute, PeerError, Unavailable
 from routing.ids import ModelId, PeerId
@@ -25,10 +27,14 @@ logger = logging.getLogger(__name__)
 READ_TIMEOUT_S = 10.0
 NO_ROUTE_PATIENCE_S = 4.0
 """How long a client waits for missing blocks to be announced before it names them."""
+LATE_PATIENCE_S = 30.0
+"""How long for peers that hold them and do not answer; longer than the records of those last that have died."""
 LOOK_AGAIN_S = 0.5
 PING_TIMEOUT_S = 3.0
-PING_AGAIN_TIMEOUT_S = 1.5
-"""Of peers that did not answer before, while somebody waits for them."""
+PING_AGAIN_TIMEOUT_S, PING_AGAIN_TIMEOUT_S_MAX = 1.5, 6.0
+"""Of peers that did not answer before, while somebody waits for them: twice as long each time that they do not."""
+MISSED_MAX = 2
+"""So many pings in a row that nobody answers count as a failure; a connection that ends or is refused does at once."""
 PING_EVERY_S = 30.0
 MAX_PINGS_PER_ROUND = 8
 
@@ -52,6 +58,8 @@ class Discovery:
         self._clock = clock
         self._watched: set[ModelId] = set()
         self._pinged_at_s: dict[PeerId, float] = {}
+        self._missed: dict[PeerId, int] = {}
+        """How many pings in a row each has not answered."""
         self._asked: set[PeerId] = set()
         """Whether they answer again, because somebody needs them."""
         self._answered = asyncio.Event()
@@ -75,7 +83,7 @@ class Discovery:
     async def read(self, keys: Sequence[str]) -> list[Announcement]:
         """Verified announcements under `keys`; bad records are dropped one by one, and logged."""
         try:
-            async with asyncio.timeout(READ_TIMEOUT_S):
+            async with Patience(READ_TIMEOUT_S):
                 records = await self._store.get(keys)
         except TimeoutError:
             logger.warning("the DHT did not answer within %.0f s", READ_TIMEOUT_S)
@@ -111,7 +119,7 @@ class Discovery:
         """Ping the peers whose round trip is unknown or old, a few at a time; and those more often that did not answer,
         so that they are used again soon after they do."""
         now_s = self._clock()
-        silent = {peer.peer_id for peer in self.router.silent(now_s)}
+        silent = {peer.peer_id for peer in self.router.silent(now_s)} | self._missed.keys()
         due = [
             peer
             for peer in peers
@@ -121,6 +129,7 @@ class Discovery:
         ]
         known = {peer.peer_id for peer in peers}
         self._pinged_at_s = {peer: at_s for peer, at_s in self._pinged_at_s.items() if peer in known}
+        self._missed = {peer: missed for peer, missed in self._missed.items() if peer in known}
         due.sort(key=lambda peer: self._pinged_at_s.get(peer.peer_id, 0.0))
         await asyncio.gather(*(self._ping(peer) for peer in due[:MAX_PINGS_PER_ROUND]))
 
@@ -132,8 +141,14 @@ class Discovery:
             logger.warning("peer %s was not measured: %s", peer.peer_id, error)
         except PeerError as error:
             logger.info("peer %s: %s", peer.peer_id, error)
-            self.router.on_failure(peer.peer_id, self._clock(), "does not answer pings", unreachable=True)
+            late = isinstance(error, PeerSilent)
+            missed = self._missed[peer.peer_id] = self._missed.get(peer.peer_id, 0) + 1
+            if missed >= MISSED_MAX or not late:
+                self.router.on_failure(
+                    peer.peer_id, self._clock(), "does not answer pings", unreachable=True, late=late
+                )
         else:
+            self._missed.pop(peer.peer_id, None)
             self.router.on_rtt(peer.peer_id, rtt_s, self._clock(), needed=needed)
 
     async def _look_again(self, model: ModelId, delay_s: float) -> None:
@@ -160,7 +175,8 @@ class Discovery:
 
     async def _ask_again(self, peer: Announcement) -> None:
         try:
-            await self._ping(peer, timeout_s=PING_AGAIN_TIMEOUT_S, needed=True)
+            timeout_s = PING_AGAIN_TIMEOUT_S * 2 ** self._missed.get(peer.peer_id, 0)
+            await self._ping(peer, timeout_s=min(timeout_s, PING_AGAIN_TIMEOUT_S_MAX), needed=True)
             if peer.peer_id not in {silent.peer_id for silent in self.router.silent(self._clock())}:
                 self._answered.set()
         finally:
@@ -169,16 +185,16 @@ class Discovery:
     async def route(self, request: RouteRequest, *, patience_s: float = NO_ROUTE_PATIENCE_S) -> Route:
         """A route now, or as soon as the missing blocks are announced, or a peer that has them answers again.
 
-        Raises NoRoute after `patience_s`.
+        Raises NoRoute after `patience_s`, or LATE_PATIENCE_S while peers that have them may only be late.
         """
         self.watch(request.model)
         clock_s = asyncio.get_running_loop().time
-        deadline_s = clock_s() + patience_s
-        looked = False
+        began_s, looked = clock_s(), False
         while True:
             try:
                 return self.router.plan(request, self._clock())
-            except NoRoute:
+            except NoRoute as error:
+                deadline_s = began_s + (max(patience_s, LATE_PATIENCE_S) if error.late else patience_s)
                 if clock_s() >= deadline_s:
                     raise
             with suppress(TimeoutError):  # a DHT that does not answer must not hide what is missing

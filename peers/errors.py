@@ -2,7 +2,7 @@
 
 CallerError:  UnknownModel · UnsupportedModel · CorruptCheckpoint · NotEnoughDisk · GatedModel · PeerTooSmall ·
               InsecureIdentity · AddressInUse · MissingExtra · UnsupportedPlatform
-PeerError:    ProtocolError · VersionMismatch · PeerUnreachable · StreamClosed · Refused
+PeerError:    ProtocolError · VersionMismatch · PeerUnreachable (PeerSilent) · StreamClosed · Refused
 Unavailable:  Busy · Preempted · Paused · HubUnreachable
 """
 
@@ -87,6 +87,10 @@ class PeerUnreachable(PeerError):
     """No connection could be made to a peer within the deadline."""
 
     default_hint = "is it running, and is its address right? otherwise check the network on both sides"
+
+
+class PeerSilent(PeerUnreachable):
+    """Nothing was heard of a peer within the deadline. It may be dead, or late: nobody said that it is gone."""
 
 
 class StreamClosed(PeerError):

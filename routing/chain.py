@@ -27,7 +27,8 @@ def cell_of(place: Coordinate | None) -> Cell:
     """The cell of the plane that holds a place; None for a peer of which none is known."""
     if place is None or not place.usable:
         return None
-    return (int(place.x_s // CELL_S), int(place.y_s // CELL_S), int(place.height_s // CELL_S))
+    x_s, y_s, height_s, _ = place
+    return int(x_s // CELL_S), int(y_s // CELL_S), int(height_s // CELL_S)
 
 
 def shortlist(
@@ -50,7 +51,7 @@ def cheapest_chain(candidates: Sequence[Candidate], num_blocks: int, link_s: Cal
 
     `link_s(a, b)` replaces the entry of b where it follows a. Dynamic programming over (boundary, candidate).
     """
-    links = [[link_s(a.peer_id, b.peer_id) for a in candidates] for b in candidates]
+    links: list[dict[int, float]] = [{} for _ in candidates]  # into each, as far as they were asked for
     arrived = [_Way(0.0, -1, ())]
     running: dict[int, _Way] = {}
     for block in range(num_blocks):
@@ -64,8 +65,15 @@ def cheapest_chain(candidates: Sequence[Candidate], num_blocks: int, link_s: Cal
                 way = arrived[at]
                 if way.cost_s >= entry_s:
                     break
-                taken_s = way.cost_s + (row[way.last] if way.last >= 0 else cost.enter_s)
-                if taken_s < entry_s and way.last != index:
+                if way.last == index:
+                    continue
+                if way.last < 0:
+                    taken_s = way.cost_s + cost.enter_s
+                else:
+                    if way.last not in row:
+                        row[way.last] = link_s(candidates[way.last].peer_id, peer_id)
+                    taken_s = way.cost_s + row[way.last]
+                if taken_s < entry_s:
                     entry_s, best = taken_s, way
             if best is not None:
                 way = _Way(entry_s + cost.per_block_s, index, (*best.hops, _Taken(peer_id, block)))

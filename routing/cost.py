@@ -35,15 +35,13 @@ def hop_cost(estimate: PeerEstimate, *, tokens: int, bytes_per_token: int) -> Ho
     A frame takes half a round trip into the peer, and the last hop's answer takes half of one back to this node; both
     carry the whole step. What a cap adds to that falls due twice: for what comes in, and for what goes out to whomever.
     """
+    rtt_s, queue_s, decode_s_per_block, prefill_s_per_token_block, max_bytes_per_s, bytes_per_s = estimate
     step_bytes = tokens * bytes_per_token
-    enter_s, leave_s = (
-        estimate.rtt_s / 2 + step_bytes / rate for rate in (estimate.bytes_per_s, BANDWIDTH_BYTES_PER_S)
-    )
-    capped_s = 0.0
-    if 0 < estimate.max_bytes_per_s < min(estimate.bytes_per_s, BANDWIDTH_BYTES_PER_S):
-        capped_s = 2 * (step_bytes / estimate.max_bytes_per_s - step_bytes / BANDWIDTH_BYTES_PER_S)
-    per_block_s = block_s(estimate.decode_s_per_block, estimate.prefill_s_per_token_block, tokens)
-    return HopCost(enter_s + capped_s + estimate.queue_s, per_block_s, leave_s)
+    enter_s = rtt_s / 2 + step_bytes / bytes_per_s + queue_s
+    leave_s = rtt_s / 2 + step_bytes / BANDWIDTH_BYTES_PER_S
+    if 0 < max_bytes_per_s < min(bytes_per_s, BANDWIDTH_BYTES_PER_S):
+        enter_s += 2 * (step_bytes / max_bytes_per_s - step_bytes / BANDWIDTH_BYTES_PER_S)
+    return HopCost(enter_s, block_s(decode_s_per_block, prefill_s_per_token_block, tokens), leave_s)
 
 
 def block_s(decode_s_per_block: float, prefill_s_per_token_block: float, tokens: int) -> float:

@@ -8,7 +8,7 @@ all of them together, and none has to hear of the others. Knows neither time nor
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
 from typing import Final
 
 from routing.ids import PeerId
@@ -32,6 +32,11 @@ class Dealing:
 
     def __contains__(self, session: Hashable) -> bool:
         return session in self._sessions
+
+    @property
+    def peers(self) -> Set[PeerId]:
+        """Who has any; a live view."""
+        return self._asked_s.keys()
 
     def deal(self, session: Hashable, hops: Sequence[tuple[PeerId, float]]) -> None:
         """The session is at these peers, and at none where it was before; each needs so many seconds for a token."""

@@ -45,7 +45,9 @@ class Detours:
 
     def of(self, source: PeerId, target: PeerId, now_s: float) -> float:
         """Seconds more (or fewer) than half a round trip, beside what every way takes; 0 where nothing is known."""
-        beyond_s = self.learnt_s(source, target, now_s) if self._ways else 0.0
+        if not self._ways:
+            return 0.0
+        beyond_s = self.learnt_s(source, target, now_s)
         return math.copysign(max(0.0, abs(beyond_s) - NO_MATTER_S), beyond_s)
 
     def learnt_s(self, source: PeerId, target: PeerId, now_s: float) -> float:

@@ -66,10 +66,14 @@ class InvalidRecord(PeerError):
 
 
 class NoRoute(Unavailable):
-    """No chain of reachable peers covers every block; `missing` lists the uncovered `(start, end)` ranges."""
+    """No chain of reachable peers covers every block; `missing` lists the uncovered `(start, end)` ranges, `late` says
+    that peers hold them which did not answer in time and may yet."""
 
     default_hint = "start a peer that hosts the missing blocks (`swarm join MODEL --blocks A:B`) or wait for one"
 
-    def __init__(self, message: str, *, missing: Sequence[tuple[int, int]] = (), hint: str = "") -> None:
+    def __init__(
+        self, message: str, *, missing: Sequence[tuple[int, int]] = (), late: bool = False, hint: str = ""
+    ) -> None:
         super().__init__(message, hint=hint)
         self.missing = tuple(missing)
+        self.late = late

@@ -155,7 +155,9 @@ class Estimates:
         self.detours = Detours()
         self._dealing = Dealing()
         self._idle_s = Smoothed()
-        self.load = Load()
+        self._load = Load()
+        self.cycle_s = self.turn_s = CYCLE_S
+        """From one step of a session to its next: when nobody waits, and as the swarm is loaded."""
         self.here = Coordinate()
         """Of this node; what it announces."""
 
@@ -212,6 +214,7 @@ class Estimates:
         """A session of this node goes to these peers, for so many blocks each; its steps take `idle_s` where nobody
         waits. None: one whose end nobody will tell."""
         self._idle_s.add(idle_s, now_s)
+        self._settle()
         for peer, sequence in {a.peer_id: a.sequence for a, _ in hops}.items():
             before, count = self._planned.pop(peer, (0, 0))
             if len(self._planned) >= self._max_peers:
@@ -229,33 +232,37 @@ class Estimates:
         return session is not None and session not in self._dealing
 
     @property
-    def cycle_s(self) -> float:
-        """From one step of a session to its next, when nobody waits."""
-        return self._idle_s.lately(0.0) or CYCLE_S
+    def load(self) -> Load:
+        return self._load
+
+    @load.setter
+    def load(self, load: Load) -> None:
+        self._load = load
+        self._settle()
+
+    def _settle(self) -> None:
+        # A turn is never shorter than CYCLE_S: a session with short steps does other things too, and two of them alone
+        # do not queue behind one another. In steps of a tenth, so that what follows from it need not be computed for
+        # every plan.
+        self.cycle_s = self._idle_s.lately(0.0) or CYCLE_S
+        turn_s = max(self.cycle_s, self._load.turn_s, CYCLE_S)
+        self.turn_s = CYCLE_S * 1.1 ** round(math.log(turn_s / CYCLE_S, 1.1))
 
     def price_s_per_block(self, announcement: Announcement) -> float:
         """By how much a peer is made dearer, per block, for the sessions that this node has there (see `dealing`)."""
-        part = self._dealing.part(announcement.peer_id, self.load.tokens_per_s)
-        return price_s(part, self.load.turn_s, self.cycle_s) / announcement.num_blocks if part else 0.0
+        part = self._dealing.part(announcement.peer_id, self._load.tokens_per_s)
+        return price_s(part, self._load.turn_s, self.cycle_s) / announcement.num_blocks if part else 0.0
 
     def expected_queue_s(self, announcement: Announcement) -> float:
-        """What a step waits as the peer says, or will wait behind the sessions that are there, before a queue shows it.
+        """What a step waits there, the sessions included that this node sent since the peer counted."""
+        sequence, count = self._planned.get(announcement.peer_id, (0, 0))
+        planned = count if sequence == announcement.sequence else 0
+        return queued_s(announcement, announcement.sessions + planned, self.turn_s)
 
-        n sessions that each need it for S of a cycle of T wait in a closed queue for w = R - S, where (Schweitzer 1979)
-        R² + R (T - n·S) - S·T = 0: about n·S - T once that is positive, and little before.
-        """
-        sessions = announcement.sessions
-        if self._planned:
-            sequence, count = self._planned.get(announcement.peer_id, (0, 0))
-            sessions += count if sequence == announcement.sequence else 0
-        if not sessions:
-            return announcement.queue_s
-        takes_s = announcement.spans.num_blocks / _speed(announcement)
-        # a session with short steps does other things too: two of them alone do not queue behind one another
-        turn_s = max(CYCLE_S, self.cycle_s, self.load.turn_s)
-        excess_s = (sessions + 1) * takes_s - turn_s
-        response_s = (excess_s + math.sqrt(excess_s * excess_s + 4 * takes_s * turn_s)) / 2
-        return max(announcement.queue_s, response_s - takes_s)
+    @property
+    def used(self) -> Set[PeerId]:
+        """Peers of which this node's own sessions say more than their records."""
+        return self._planned.keys() | self._dealing.peers
 
     def predicted_rtt_s(self, announcement: Announcement) -> float:
         """What the places of both ends say, where both know theirs well enough."""
@@ -275,9 +282,18 @@ class Estimates:
 
     def of(self, announcement: Announcement, now_s: float) -> PeerEstimate:
         """Measured where measured, announced or assumed where not."""
-        measured = self._measured.get(announcement.peer_id, _NOTHING)
+        measured = self._measured.get(announcement.peer_id)
         fastest, at_s = self._fastest
         assumed = fastest if now_s - at_s <= HALF_LIFE_S else BANDWIDTH_BYTES_PER_S
+        if measured is None:  # most peers of a large swarm
+            return PeerEstimate(
+                self.predicted_rtt_s(announcement),
+                self.expected_queue_s(announcement),
+                announcement.decode_s_per_block,
+                announcement.prefill_s_per_token_block,
+                announcement.max_bytes_per_s,
+                assumed,
+            )
         return PeerEstimate(
             measured.rtt_s.value(self.predicted_rtt_s(announcement), now_s),
             measured.queue_s.value(self.expected_queue_s(announcement), now_s),
@@ -293,6 +309,20 @@ class Estimates:
             del self._measured[next(iter(self._measured))]
         self._measured[peer] = measured
         return measured
+
+
+def queued_s(announcement: Announcement, sessions: int, turn_s: float) -> float:
+    """What a step waits as the peer says, or will wait behind the sessions that are there, before a queue shows it.
+
+    n sessions that each need it for S of a turn of T wait in a closed queue for w = R - S, where (Schweitzer 1979)
+    R² + R (T - n·S) - S·T = 0: about n·S - T once that is positive, and little before.
+    """
+    if not sessions:
+        return announcement.queue_s
+    takes_s = announcement.spans.num_blocks / _speed(announcement)
+    excess_s = (sessions + 1) * takes_s - turn_s
+    response_s = (excess_s + math.sqrt(excess_s * excess_s + 4 * takes_s * turn_s)) / 2
+    return max(announcement.queue_s, response_s - takes_s)
 
 
 def _speed(announcement: Announcement) -> float:

@@ -134,6 +134,10 @@ class Announcement:
     expires_at_s: float
     """Seconds since the epoch."""
 
+    def hosts(self, adapter: bytes) -> bool:
+        """Whether an adapter of this digest is among its own."""
+        return any(hosted.digest == adapter for hosted in self.adapters)
+
     def __post_init__(self) -> None:
         public_key_of(self.peer_id)
         _check_text("model name", self.model_name, max_chars=MAX_MODEL_NAME_CHARS, min_chars=1)

@@ -44,6 +44,7 @@ class _Record:
     backed_off_until_s: float = 0.0
     busy_until_s: float = 0.0
     unreachable: bool = False
+    late: bool = False
     reason: str = ""
 
     def strikes_at(self, now_s: float) -> float:
@@ -58,9 +59,11 @@ class Reputation:
         self._max_peers = max_peers
         self._records: dict[PeerId, _Record] = {}
 
-    def on_failure(self, peer: PeerId, now_s: float, reason: str, *, unreachable: bool = False) -> None:
+    def on_failure(
+        self, peer: PeerId, now_s: float, reason: str, *, unreachable: bool = False, late: bool = False
+    ) -> None:
         """Back off from a peer that erred, died or kept silent; `reason` is for people, `unreachable` says that all
-        that stands against it is that it did not answer.
+        that stands against it is that it did not answer, `late` that it may yet: nothing speaks for its end.
 
         What fails while the peer is left alone already (its other sessions, say) is the same failure.
         """
@@ -75,6 +78,7 @@ class Reputation:
             updated_at_s=now_s,
             backed_off_until_s=now_s + backoff_s,
             unreachable=unreachable,
+            late=late,
             # It may quote the peer, and ends up on somebody's terminal.
             reason="".join(c if c.isprintable() else "?" for c in reason[:200]),
         )
@@ -91,6 +95,10 @@ class Reputation:
     def silent(self, now_s: float) -> set[PeerId]:
         """Peers that are left alone only because they did not answer."""
         return {peer for peer, known in self._records.items() if known.unreachable and known.backed_off_until_s > now_s}
+
+    def late(self, now_s: float) -> set[PeerId]:
+        """Those of the silent that may be alive, as far as is known."""
+        return {peer for peer in self.silent(now_s) if self._records[peer].late}
 
     def on_busy(self, peer: PeerId, retry_after_s: float, now_s: float) -> None:
         """A healthy peer without room asks to be left alone for a while."""

@@ -7,13 +7,14 @@ driver feeds it announcements and measurements and asks it for plans. Not for se
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence, Set
+from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
-from routing.chain import Cell, Hops, cell_of, cheapest_chain, shortlist
+from routing.chain import Hops, cell_of, cheapest_chain, shortlist
 from routing.coordinates import Coordinate, distance_s
-from routing.cost import HopCost, block_s, hop_cost
+from routing.cost import HopCost, hop_cost
+from routing.crowd import Crowd
 from routing.detours import HERE
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
@@ -31,8 +32,10 @@ lost, whoever takes the place of another must save it of that one's."""
 
 SPREAD: Final = 0.1
 """A peer may serve a hop in place of the best one where that costs no more than this share of the whole route."""
-MAX_ALTERNATIVES: Final = 256
+MAX_ALTERNATIVES: Final = 128
 """Looked at per hop, beginning at another one for each session."""
+MAX_CROWDS: Final = 8
+"""Kinds of requests for which peers are sorted beforehand."""
 
 MAX_DETOURED: Final = 16
 """Peers that are priced in pairs because steps went over them lately."""
@@ -143,6 +146,8 @@ class Router:
         self._estimates = Estimates()
         self._reputation = Reputation()
         self._shares: tuple[Snapshot, ModelId, int, Shares] | None = None
+        self._crowds_of: Snapshot | None = None
+        self._crowds: dict[tuple[ModelId, int, int | None, str | None, bytes | None], Crowd] = {}
 
     @property
     def here(self) -> Coordinate:
@@ -199,10 +204,12 @@ class Router:
         ]
         return [a for _, _, a in sorted(doubted, key=lambda item: item[:2], reverse=True)]
 
-    def on_failure(self, peer: PeerId, now_s: float, reason: str, *, unreachable: bool = False) -> None:
+    def on_failure(
+        self, peer: PeerId, now_s: float, reason: str, *, unreachable: bool = False, late: bool = False
+    ) -> None:
         """The peer erred, died or kept silent: leave it alone for a while, longer each time. Who was only `unreachable`
-        may be used sooner once it answers (`on_rtt`)."""
-        self._reputation.on_failure(peer, now_s, reason, unreachable=unreachable)
+        may be used sooner once it answers (`on_rtt`), and who was `late` may be waited for (`NoRoute.late`)."""
+        self._reputation.on_failure(peer, now_s, reason, unreachable=unreachable, late=late)
 
     def silent(self, now_s: float) -> list[Announcement]:
         """Peers that announce themselves and are left alone only because they did not answer this node."""
@@ -266,7 +273,8 @@ class Router:
             return self._route(view, bridged)
         path = cheapest_path(candidates, request.num_blocks)
         if path is None:
-            raise _no_route(request, view.announcements, view.excluded, view.imprecise)
+            late = self._reputation.late(now_s) - request.avoid
+            raise _no_route(request, view.announcements, *_reasons(view), late)
         hops = self._over_links(view, candidates, path.hops)
         if view.whole:
             if view.priced_route_s(hops) > (1 - HYSTERESIS) * view.priced_route_s(previous):
@@ -293,8 +301,8 @@ class Router:
         at = hops.index((hop.peer_id, hop.span))
         able = [
             a.peer_id
-            for a in view.allowed
-            if a.spans.covers(hop.span) and a.peer_id not in view.settled | avoid and not view.last_resort(a)
+            for a in view.holders(hop.span)
+            if a.peer_id not in view.settled and a.peer_id not in avoid and not view.last_resort(a)
         ]
 
         def route_s(peer: PeerId) -> tuple[float, PeerId]:
@@ -310,9 +318,10 @@ class Router:
         options = []
         for at, (chosen, span) in enumerate(hops):
             others = {peer for peer, _ in hops if peer != chosen}
-            able = [a for a in view.allowed if a.spans.covers(span) and a.peer_id not in others]
+            able = [a for a in view.holders(span) if a.peer_id not in others]
             options.append(tuple(sorted((self._option(view, hops, at, a) for a in able), key=_best_first)))
-        reasons = view.imprecise | view.excluded
+        excluded, imprecise = _reasons(view)
+        reasons = imprecise | excluded
         left_out = [(a, _why_not(a, reasons)) for a in view.announcements if a.num_blocks == request.num_blocks]
         return Explanation(
             route=route,
@@ -341,55 +350,40 @@ class Router:
         )
 
     def _view(self, request: RouteRequest, now_s: float) -> _View:
-        announcements = self._directory.snapshot(now_s).of_model(request.model)
+        snapshot, estimates = self._directory.snapshot(now_s), self._estimates
+        crowd = self._crowd(snapshot, request)
         excluded = dict.fromkeys(request.avoid, "avoided") | self._reputation.backed_off(now_s)
-        if request.protocol is not None:
-            excluded |= {
-                a.peer_id: f"speaks protocol {a.protocol}, this node speaks {request.protocol}"
-                for a in announcements
-                if a.protocol != request.protocol
-            }
-        if request.adapter is not None:
-            digest = request.adapter.digest
-            excluded |= {
-                a.peer_id: f"does not host adapter {request.adapter}"
-                for a in announcements
-                if digest not in (adapter.digest for adapter in a.adapters)
-            }
-        imprecise = {
-            a.peer_id: f"computes in {precision(a.dtype, a.quantization)}"
-            for a in announcements
-            if request.min_precision and not is_at_least(a.dtype, a.quantization, request.min_precision)
-        }
         busy, previous = self._reputation.busy(now_s), _hops_of(request.previous)
         # These hold the session's cache already: how much more they have room for does not matter.
         settled = {peer for peer, _ in previous}
-        online, num_blocks = PeerState.ONLINE, request.num_blocks
-        allowed = [
-            a
-            for a in announcements
-            if a.num_blocks == num_blocks
-            and a.state is online
-            and a.addresses
-            and a.peer_id not in excluded
-            and a.peer_id not in imprecise
-        ]
-        known = self._estimates.measured | busy | settled | {hop.peer_id for hop in request.keep}
-        usable = _without_slow_strangers(allowed, request, self._estimates, known=known)
+        known = {*estimates.measured, *estimates.used, *busy, *settled, *(hop.peer_id for hop in request.keep)}
+        strangers = crowd.fastest(request.tokens, request.cache_tokens, estimates.turn_s, known | excluded.keys())
+        usable = {peer: crowd.by_peer[peer] for peer in known if peer in crowd.by_peer and peer not in excluded}
+        usable |= {a.peer_id: a for a in strangers}
         return _View(
             request=request,
-            estimates=self._estimates,
+            estimates=estimates,
             now_s=now_s,
-            announcements=announcements,
-            allowed=allowed,
+            announcements=snapshot.of_model(request.model),
+            crowd=crowd,
             excluded=excluded,
-            imprecise=imprecise,
             busy=busy,
             settled=settled,
             usable=usable,
             previous=previous,
             whole=bool(previous) and all(peer in usable and usable[peer].spans.covers(span) for peer, span in previous),
         )
+
+    def _crowd(self, snapshot: Snapshot, request: RouteRequest) -> Crowd:
+        if self._crowds_of is not snapshot or len(self._crowds) >= MAX_CROWDS:
+            self._crowds_of, self._crowds = snapshot, {}
+        adapter = None if request.adapter is None else request.adapter.digest
+        kind = (request.model, request.num_blocks, request.protocol, request.min_precision, adapter)
+        if (crowd := self._crowds.get(kind)) is None:
+            announcements = snapshot.of_model(request.model)
+            crowd = Crowd(announcements, request.num_blocks, request.protocol, request.min_precision, adapter)
+            self._crowds[kind] = crowd
+        return crowd
 
     def _over_links(self, view: _View, candidates: Sequence[Candidate], hops: Hops) -> Hops:
         """The cheapest hops when every trip between two peers has its own price, where any is known."""
@@ -403,27 +397,20 @@ class Router:
 
     def _spread(self, view: _View, hops: Hops, at: float, now_s: float) -> Hops:
         """One hop after the other, whoever of about equals the session's number falls to."""
-        flow, allowed = self._flow(view.request, now_s), view.allowed
-        first, turn = 0, at
-        if len(allowed) > MAX_ALTERNATIVES:
-            first, turn = int(at * len(allowed)), at * len(allowed) % 1
+        flow, count = self._flow(view.request, now_s), len(view.crowd.able)
+        first, turn = (int(at * count), at * count % 1) if count > MAX_ALTERNATIVES else (0, at)
         within_s = view.compared_route_s(hops) + SPREAD * view.route_s(hops)
         for index, (peer, span) in enumerate(hops):
-            used = {other for other, _ in hops}
-            weights: dict[PeerId, float] = {}
-            looked = 0
-            for number in range(first - len(allowed), first):
-                a = allowed[number]
-                if looked >= MAX_ALTERNATIVES:
-                    break
-                if not a.spans.covers(span) or (a.peer_id in used and a.peer_id != peer):
-                    continue
-                looked += 1
-                if view.compared_route_s((*hops[:index], (a.peer_id, span), *hops[index + 1 :])) <= within_s:
-                    weights[a.peer_id] = _share(flow, a, span)
+            others = {other for other, _ in hops if other != peer}
+            able = (a for a in view.holders(span, first) if a.peer_id not in others)
+            most_s = view.compared_part_s(hops, index, peer) + within_s - view.compared_route_s(hops)
+            weights = {
+                a.peer_id: _share(flow, a, span)
+                for a in itertools.islice(able, MAX_ALTERNATIVES)
+                if view.compared_part_s(hops, index, a.peer_id) <= most_s
+            }
             weights.setdefault(peer, _share(flow, view.by_peer[peer], span))
-            chosen = pick(weights, turn)
-            hops = (*hops[:index], (chosen, span), *hops[index + 1 :])
+            hops = (*hops[:index], (pick(weights, turn), span), *hops[index + 1 :])
         return hops
 
     def _flow(self, request: RouteRequest, now_s: float) -> Shares:
@@ -475,19 +462,25 @@ class _View:
     estimates: Estimates
     now_s: float
     announcements: Sequence[Announcement]
-    allowed: Sequence[Announcement]
+    crowd: Crowd
     excluded: dict[PeerId, str]
-    imprecise: dict[PeerId, str]
+    """Who of the crowd is not to be entered, and why."""
     busy: Set[PeerId]
     settled: Set[PeerId]
     usable: dict[PeerId, Announcement]
+    """Without strangers that others of their kind claim to beat."""
     previous: Hops
     whole: bool
-    by_peer: dict[PeerId, Announcement] = field(init=False)
+    """Whether `previous` can still be used as it is."""
     _known: dict[PeerId, _Known] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.by_peer = {a.peer_id: a for a in self.allowed}
+    @property
+    def by_peer(self) -> dict[PeerId, Announcement]:
+        return self.crowd.by_peer
+
+    def holders(self, span: BlockSpan, first: int = 0) -> Iterator[Announcement]:
+        """All that may be entered for these blocks, from a place in the crowd on."""
+        return (a for a in self.crowd.holders(span, first) if a.peer_id not in self.excluded)
 
     def cost(self, peer: PeerId) -> HopCost:
         return self._of(peer).cost
@@ -518,6 +511,13 @@ class _View:
         total_s = self.compared(hops[0][0]).enter_s + self.compared(hops[-1][0]).leave_s
         total_s += sum(len(span) * self.compared(peer).per_block_s for peer, span in hops)
         return total_s + sum(self.compared_entry_s(a, b) for (a, _), (b, _) in itertools.pairwise(hops))
+
+    def compared_part_s(self, hops: Hops, index: int, peer: PeerId) -> float:
+        """The part of `compared_route_s` that another peer at this hop changes, with `peer` there."""
+        compared = self.compared(peer)
+        part_s = len(hops[index][1]) * compared.per_block_s
+        part_s += self.compared_entry_s(hops[index - 1][0], peer) if index else compared.enter_s
+        return part_s + (self.compared_entry_s(peer, hops[index + 1][0]) if index + 1 < len(hops) else compared.leave_s)
 
     def priced_route_s(self, hops: Hops) -> float:
         """`route_s`, and what its peers are made dearer by for this node's other sessions."""
@@ -561,7 +561,8 @@ class _View:
         """
         from_s, to_s = self._of(a).estimate.rtt_s, self._of(b).estimate.rtt_s
         half_s = _half_trip_s(from_s, self.by_peer[a].place, to_s, self.by_peer[b].place)
-        return half_s + max(-half_s, self.estimates.detours.of(a, b, self.now_s))
+        detours = self.estimates.detours
+        return half_s + max(-half_s, detours.of(a, b, self.now_s)) if detours else half_s
 
 
 def _half_trip_s(from_s: float, here: Coordinate | None, to_s: float, there: Coordinate | None) -> float:
@@ -571,44 +572,26 @@ def _half_trip_s(from_s: float, here: Coordinate | None, to_s: float, there: Coo
     return min(max(distance_s(here, there), abs(from_s - to_s)), from_s + to_s) / 2
 
 
-def _without_slow_strangers(
-    announcements: Iterable[Announcement],
-    request: RouteRequest,
-    estimates: Estimates,
-    *,
-    known: Set[PeerId],
-) -> dict[PeerId, Announcement]:
-    """By peer, all `announcements` but those of strangers that one with the same spans, cap and place claims to beat.
-
-    Everything else that is assumed of peers of which nothing is known is the same for all of them. In a large swarm
-    most are strangers, and what is dropped here need not be priced.
-    """
-    kept: dict[PeerId, Announcement] = {}
-    waits_s = estimates.expected_queue_s
-    fastest: dict[tuple[tuple[object, ...], int, bool, Cell], tuple[float, Announcement]] = {}
-    for a in announcements:
-        if a.peer_id in known:
-            kept[a.peer_id] = a
-            continue
-        parts = a.spans.parts
-        takes_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, request.tokens)
-        if request.spread is not None:
-            takes_s += estimates.price_s_per_block(a)
-        takes_s = waits_s(a) + (parts[0].end - parts[0].start) * takes_s
-        ends = (parts[0].start, parts[0].end) if len(parts) == 1 else parts  # thousands are hashed
-        key = (ends, a.max_bytes_per_s, a.free_tokens < request.cache_tokens, cell_of(a.place))
-        best = fastest.get(key)
-        if best is None or takes_s < best[0] or (takes_s == best[0] and a.peer_id < best[1].peer_id):
-            fastest[key] = (takes_s, a)
-    return kept | {a.peer_id: a for _, a in fastest.values()}
-
-
 def _share(flow: Shares, announcement: Announcement, hop: BlockSpan) -> float:
     return next(flow.of(span, amount, hop) for span, amount in capacities_of(announcement) if span.covers(hop))
 
 
 def _best_first(option: Option) -> tuple[bool, float, PeerId]:
     return bool(option.note), option.route_s, option.peer_id
+
+
+def _reasons(view: _View) -> tuple[dict[PeerId, str], dict[PeerId, str]]:
+    """Why peers are not used that might be: whatever it is, and that they are not precise enough."""
+    request = view.request
+    excluded, imprecise = dict(view.excluded), {}
+    for a in view.announcements:
+        if request.protocol is not None and a.protocol != request.protocol:
+            excluded[a.peer_id] = f"speaks protocol {a.protocol}, this node speaks {request.protocol}"
+        if request.adapter is not None and not a.hosts(request.adapter.digest):
+            excluded[a.peer_id] = f"does not host adapter {request.adapter}"
+        if not is_at_least(a.dtype, a.quantization, request.min_precision):
+            imprecise[a.peer_id] = f"computes in {precision(a.dtype, a.quantization)}"
+    return excluded, imprecise
 
 
 def _why_not(announcement: Announcement, reasons: dict[PeerId, str]) -> str:
@@ -637,6 +620,7 @@ def _no_route(
     announcements: Iterable[Announcement],
     excluded: dict[PeerId, str],
     imprecise: dict[PeerId, str],
+    late: Set[PeerId],
 ) -> NoRoute:
     held = [a for a in announcements if a.num_blocks == request.num_blocks]
     excluded = {a.peer_id: reason for a in held if (reason := _why_not(a, excluded))}
@@ -669,7 +653,9 @@ def _no_route(
         named = ", ".join(reasons[:_NAMED_MAX]) + (", …" if len(reasons) > _NAMED_MAX else "")
         message += f"; held only by peers that cannot be used now: {named}"
     hint = "ask for less with --min-precision, or start a peer that computes so precisely" if by_imprecise else ""
-    return NoRoute(message, missing=[(gap.start, gap.end) for gap in missing], hint=hint)
+    answering = (span for a in held if a.peer_id in late and a.peer_id not in imprecise for span in a.spans)
+    whole = not gaps((*precise, *answering), request.num_blocks)
+    return NoRoute(message, missing=[(gap.start, gap.end) for gap in missing], late=whole, hint=hint)
 
 
 def _listed(spans: Iterable[BlockSpan]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from peers.discovery import Discovery
 from peers.transport.base import Transport
 from peers.transport.links import Links
+from peers.transport.loop import new_event_loop
 from peers.transport.tasks import Tasks
 from routing.addresses import validate_multiaddr
 from routing.errors import InvalidAddress
@@ -128,7 +129,7 @@ class NetworkThread:
 
     def __init__(self, make: Callable[[], Coroutine[Any, Any, ClientNode]]) -> None:
         """Start the thread and wait until the node that `make` builds is up. Raises what `make` raises."""
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._thread = threading.Thread(target=self._run, name="swarm network", daemon=True)
         self._thread.start()
         try:

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar, cast
+from typing import IO, Any, Self, TypeAlias, TypeVar, cast
 
 import psutil
 
@@ -28,6 +27,7 @@ from peers.model.catalog import BUILT_IN, built_in_folder
 from peers.model.progress import Progress
 from routing.errors import Unavailable
 from routing.ids import BlockSpan, BlockSpans
+from swarm import nursery
 
 START_TIMEOUT_S = 300.0
 """Seconds on an idle machine; test machines are not."""
@@ -64,7 +64,9 @@ class LocalNode:
         self._command = (*command, "--identity", str(folder / f"{label}.key"), "--json", "--exit-with-parent")
         self._environment = dict(environment)
         self._listen = LISTEN
-        self._process: subprocess.Popen[str]
+        self._process: nursery.Process
+        self._stdin: IO[bytes]
+        """Open while the process is wanted: it ends when this does."""
         self._news = threading.Condition()
         self._silent = False
         self._start()
@@ -111,7 +113,7 @@ class LocalNode:
     def kill(self) -> None:
         """End it the hard way, with its libp2p daemon, as a power cut would."""
         family: list[psutil.Process] = []
-        process = self._process  # of this life: somebody may start it again meanwhile
+        process, stdin = self._process, self._stdin  # of this life: somebody may start it again meanwhile
         if self.running:  # else its process id may be somebody else's by now
             with contextlib.suppress(psutil.NoSuchProcess):
                 family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
@@ -120,8 +122,7 @@ class LocalNode:
                 member.kill()
         process.wait()
         psutil.wait_procs(family[1:], timeout=STOP_TIMEOUT_S)
-        assert process.stdin is not None
-        process.stdin.close()
+        stdin.close()
 
     def terminate(self, *, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Ask it to leave, and return its exit code when it has. Raises NodeFailed when it does not."""
@@ -162,21 +163,24 @@ class LocalNode:
         events: list[dict[str, Any]] = []
         self.events = events
         self._silent = False
-        with self.log.open("a") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "swarm", *self._command, "--listen", self._listen],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=self._environment,
-                process_group=0,  # Ctrl-C is for the process that made it, which then stops it in order
-            )
-        threading.Thread(target=self._read, args=(self._process, events), name=self.label, daemon=True).start()
+        stdin, held = os.pipe()
+        said, stdout = os.pipe()
+        self._stdin, lines = open(held, "wb"), open(said)  # noqa: SIM115  # they live as long as the process
+        try:
+            with self.log.open("a") as log:
+                self._process = self._launch(
+                    [*self._command, "--listen", self._listen], stdin=stdin, stdout=stdout, stderr=log.fileno()
+                )
+        finally:
+            os.close(stdin)
+            os.close(stdout)
+        threading.Thread(target=self._read, args=(self._process, lines, events), name=self.label, daemon=True).start()
 
-    def _read(self, process: subprocess.Popen[str], events: list[dict[str, Any]]) -> None:
-        assert process.stdout is not None
-        with process.stdout as lines:
+    def _launch(self, arguments: Sequence[str], *, stdin: int, stdout: int, stderr: int) -> nursery.Process:
+        return nursery.fork(arguments, self._environment, stdin=stdin, stdout=stdout, stderr=stderr)
+
+    def _read(self, process: nursery.Process, lines: IO[str], events: list[dict[str, Any]]) -> None:
+        with lines:
             for line in lines:
                 with self._news:
                     events.append(json.loads(line))

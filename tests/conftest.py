@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
+import pytest
 from hypothesis import settings
 
 # One thread per process: with several processes on a few cores, OpenMP's waiting threads burn what others need.
@@ -17,3 +18,12 @@ settings.load_profile("swarm")
 # looptime asks for the current event loop before each test; unless it was told that there is none, asyncio makes one
 # up, nobody closes it, and its ResourceWarning fails whatever test is running when it is collected.
 asyncio.set_event_loop(None)
+
+
+@pytest.fixture
+def plain_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every forward is the model's own: recording others takes most of the time that a small peer takes to start, and
+    that they say the same is seen in `tests/peers/runtime`."""
+    from peers.runtime.cache import PagedCache
+
+    monkeypatch.setattr(PagedCache, "prepare", lambda _: iter(()))

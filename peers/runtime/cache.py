@@ -84,6 +84,9 @@ class SpanCache(Protocol):
         `between` is called between blocks, and may run a forward of other sessions.
         """
 
+    def is_plain(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
+        """Whether such a forward is one call of the library: it then runs as well in any thread."""
+
     def prepare(self) -> Iterator[None]:
         """What makes later forwards faster and takes a second, in steps between which forwards may run."""
 
@@ -163,9 +166,8 @@ class PagedCache:
             for table in range(len(self._pages.windows))
         ]
         adapting = _adapting(self._model, span, chunks, self._fittings)
-        short = between is None and len(hidden_TH) <= TOKENS_MAX and span == self._model.span
-        regime = self._model.regime
-        programs = self._programs if short and regime.key(regime_length) == regime.key(1) else None
+        short = between is None and self._is_recorded(len(hidden_TH), span, regime_length)
+        programs = self._programs if short else None
         if programs is not None and self._graphs is not None and adapting is None:
             output_1TH = self._graphs(hidden_TH[None], tables)
             if output_1TH is not None:
@@ -187,6 +189,16 @@ class PagedCache:
                 regime_length=regime_length,
                 between=between if adapting is None else adapting.around(between),
             )[0]
+
+    def is_plain(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
+        return (
+            self._tapes is not None and self._is_recorded(tokens, span, regime_length) and self._tapes.is_plain(tokens)
+        )
+
+    def _is_recorded(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
+        """Whether a program, where there is one, says the same as the model for such a forward."""
+        regime = self._model.regime
+        return tokens <= TOKENS_MAX and span == self._model.span and regime.key(regime_length) == regime.key(1)
 
     def prepare(self) -> Iterator[None]:
         """Afterwards short forwards of the whole span go by a program, where there is one, by tape or by graph."""
@@ -290,6 +302,9 @@ class SoloCache:
             )
         self._caches[chunk.session] = cache
         return output_1TH[0]
+
+    def is_plain(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
+        return False
 
     def prepare(self) -> Iterator[None]:
         return iter(())

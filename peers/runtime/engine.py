@@ -6,6 +6,9 @@ forward is `cache`'s. Knows no network, no step ids and no leases.
 The event loop posts works and awaits them; the thread takes what is queued, runs it, and posts the results back. Both
 sides touch the books only under one lock, which is never held while the model runs, so that a release or a cancellation
 takes effect at once, or, for what is in the running forward, when that ends.
+
+The thread lends its turn to the event loop for one kind of work: the next token of a session that nobody else's work
+came between, where that is a moment in the library. Two threads that wake each other would take a good part of it.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 DECODING_S = 1.0
 """A step so long ago says that others will follow."""
+MOMENT_S = 0.01
+"""For so long the event loop may compute: as long as a ping may wait."""
 SessionKey: TypeAlias = SessionId | Place
 """What names a session here; it is only compared."""
 Sharing = Literal["owner", "network"]
@@ -249,6 +254,10 @@ class Engine:
         """Whether the cache has nothing more to prepare."""
         self._alone = False
         """Whether torch computes in this thread alone, which is when the library's threads have the other cores."""
+        self._lent = False
+        """Whether it is the event loop's turn to compute."""
+        self._last_session: int | None = None
+        """Whose work was the last forward, where it had one to itself."""
         self._stopping = False
         self._wake = threading.Condition()  # guards everything above
         self._thread: threading.Thread | None = None
@@ -343,7 +352,11 @@ class Engine:
         self._check(work)
         with self._wake:
             ticket = self._submit(work)
-            self._wake.notify()
+            if self._is_moment(ticket):
+                self._lent = True
+                self._loop.call_soon(self._run_here)  # after all that arrived with it
+            else:
+                self._wake.notify()
         try:
             return await ticket.future
         except asyncio.CancelledError:
@@ -511,6 +524,39 @@ class Engine:
             self._cache.fork(parent.number, child.number, position)
         child.span, child.held, child.preempted = parent.span, position, False
 
+    def _is_moment(self, ticket: _Ticket) -> bool:
+        """Whether this work is the only one, and soon done without torch's threads."""
+        return (
+            self._is_only()
+            and ticket.session.number == self._last_session
+            and ticket.item.is_step
+            and ticket.work.adapter is None
+            and self._tempo.step_s <= MOMENT_S
+            and not self._tempo.is_long(ticket.item.tokens)
+            and self._cache.is_plain(ticket.item.tokens, ticket.work.span, ticket.work.longest)
+        )
+
+    def _is_only(self) -> bool:
+        return self._prepared and len(self._tickets) == 1 and not (self._running or self._errands or self._stopping)
+
+    def _run_here(self) -> None:
+        """Run the only work in this thread, unless it is no longer that."""
+        with self._wake:
+            picks = self._scheduler.next_batch(self._pace()) if self._is_only() else []
+            batch = self._begin_all([(self._tickets[pick.work], pick) for pick in picks])
+            self._running = {ticket.session.number for ticket, _ in batch}
+        if batch:
+            try:
+                with torch.inference_mode():
+                    self._run_batch(batch)
+            except Exception as error:  # the books are wrong
+                logger.exception("the engine ends")
+                self._break(error)
+        with self._wake:
+            self._lent = False
+            if self._tickets or self._errands or self._stopping:
+                self._wake.notify()
+
     def _next(self) -> int:
         self._count += 1
         return self._count
@@ -546,6 +592,16 @@ class Engine:
     def _fail_errands(self) -> None:
         for errand in self._errands.clear():
             self._loop.call_soon_threadsafe(_answer, errand.future, Unavailable("this peer is shutting down"))
+
+    def _break(self, error: Exception) -> None:
+        """Nothing runs here any more: whoever awaits `broken` ends the peer."""
+        with self._wake:
+            self._stopping = True
+            for ticket in self._tickets.values():
+                self._loop.call_soon_threadsafe(_answer, ticket.future, Unavailable("this peer is shutting down"))
+            self._tickets.clear()
+            self._fail_errands()
+        self._loop.call_soon_threadsafe(self._broken.set_exception, error)
 
     def _shorten(self, session: _Session) -> None:
         """Give back what is reserved or half-written beyond the held positions."""
@@ -591,14 +647,9 @@ class Engine:
                         self._run_errand()
                     if not self._prepared:
                         self._prepare(preparing)
-        except Exception as error:  # the books are wrong: whoever awaits `broken` ends the peer
-            logger.exception("the engine's thread ended")
-            with self._wake:
-                self._stopping = True
-                for ticket in self._tickets.values():
-                    self._loop.call_soon_threadsafe(_answer, ticket.future, Unavailable("this peer is shutting down"))
-                self._fail_errands()
-            self._loop.call_soon_threadsafe(self._broken.set_exception, error)
+        except Exception as error:  # the books are wrong
+            logger.exception("the engine ends")
+            self._break(error)
 
     def _preparation(self, library: Pool | None) -> Iterator[None]:
         """What a peer need not wait for before it announces itself."""
@@ -636,7 +687,9 @@ class Engine:
         job's piece goes first."""
         with self._wake:
             while self._tickets or not self._stopping:
-                if self._errands.due or not (picks := self._scheduler.next_batch(self._pace())):
+                if self._lent:
+                    self._wake.wait()
+                elif self._errands.due or not (picks := self._scheduler.next_batch(self._pace())):
                     if self._errands or not self._prepared:
                         return []
                     self._wake.wait()
@@ -755,8 +808,9 @@ class Engine:
             inputs.append(ticket.work.hidden[pick.offset : pick.offset + pick.tokens].to(self.model.dtype))
         hidden_TH = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         alone = self._alone
-        # in a short forward torch has little to share out, and its helpers would stand in the way of the library's
-        self._share_cores(self._accelerated and len(hidden_TH) <= TOKENS_MAX)
+        if not self._lent:  # then torch has nothing to share out
+            # in a short forward it has little, and its helpers would stand in the way of the library's
+            self._share_cores(self._accelerated and len(hidden_TH) <= TOKENS_MAX)
         try:
             return self._cache.forward(
                 chunks,
@@ -784,6 +838,7 @@ class Engine:
         answers: list[tuple[asyncio.Future[Done], Done]] = []
         with self._wake:
             self._leave(batch)
+            self._last_session = batch[0][0].session.number if len(batch) == 1 else None
             self._batch_works.add(len(batch))
             self._batch_tokens.add(len(output_TH))
             steps = sum(pick.tokens for ticket, pick in batch if ticket.item.is_step)
@@ -808,7 +863,9 @@ class Engine:
                     queue_s = max(0.0, now_s - ticket.submitted_s - ticket.compute_s)
                     done = Done(hidden=result, queue_s=queue_s, compute_s=ticket.compute_s)
                     answers.append((ticket.future, done))
-        if answers:
+        if self._lent:
+            _answer_all(answers)
+        elif answers:
             self._loop.call_soon_threadsafe(_answer_all, answers)
 
     def _fail_late(self, ticket: _Ticket, error: SwarmError) -> None:

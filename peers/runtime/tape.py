@@ -474,6 +474,11 @@ class Tapes:
                 self._library.run(part, bases, visits)
         return output_1TH
 
+    def is_plain(self, tokens: int) -> bool:
+        """Whether there is a tape for so many positions, and it is calls of the library alone."""
+        tape = self._tapes.get(tokens)
+        return tape is not None and all(isinstance(part, Tensor) for part in tape.parts)
+
     def agree(self, hidden_1TH: Tensor, batch: RaggedBatch, expected_1TH: Tensor) -> bool:
         """Whether there is a tape for this forward, and it says the same as its program."""
         try:

@@ -75,9 +75,12 @@ class Pusher:
         link = None if entry.next is None else self._links.known(entry.next)
         if link is None or entry.relay_until_s > self._clock():
             return True
+        heard_at_s = link.heard_at_s
         try:
-            await self._links.ping(link.remote, timeout_s=timeout_s)
+            await self._links.ping(link.remote, timeout_s=timeout_s, renews=False)
         except PeerError as error:
+            if link.heard_at_s > heard_at_s and not link.closed:
+                return True  # it is late with this answer, no more
             link.retire()  # who waits to send over it must not wait on
             if entry.next == link.remote:
                 self._relay_for_now(entry, error)

@@ -179,11 +179,12 @@ class Training:
         jumping = [row for row, _ in head.jumps]
         if any(row >= after for row, after in pairwise((*jumping, tokens))):
             raise ProtocolError("jumps that are out of order, or of rows that are not there")
-        longest = int(positions_of(head.lengths, head.jumps).max()) + 1
-        if longest > engine.model.max_positions:
+        end = int(positions_of(head.lengths, head.jumps).max()) + 1
+        if end > engine.model.max_positions:
             raise Refused(
-                f"a sequence up to position {longest}, this model has {engine.model.max_positions}", code=Code.TOO_LONG
+                f"a sequence of {end} positions; this model has {engine.model.max_positions}", code=Code.TOO_LONG
             )
+        longest = max(head.lengths)
         for engine_, part in engine.parts(BlockSpan(head.start, head.end)):
             needed_bytes = longest * self._graph_bytes.get(part, 0.0)
             if needed_bytes > self._limits.max_bytes:

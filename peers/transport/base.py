@@ -39,6 +39,15 @@ class Stream(Protocol):
         """
         ...
 
+    @property
+    def ready(self) -> bool:
+        """Whether a frame can be sent without waiting: neither while the other side is slow nor after the end."""
+        ...
+
+    def send_now(self, *parts: Buffer) -> None:
+        """As `send`, while it is `ready`. Raises CallerError above MAX_FRAME_BYTES."""
+        ...
+
     async def receive(self) -> bytearray | bytes:
         """The next frame, the caller's own. One task at a time may wait here.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 from peers.errors import ProtocolError, StreamClosed
@@ -70,19 +70,19 @@ class FramedStream(asyncio.BufferedProtocol):
             await self._writable.wait()
         if self._end is not None or self._closing:
             raise self._closed()
-        transport = self._connected()
-        # No await between the parts: frames of concurrent senders do not mix, and cancellation cannot cut one.
-        if size <= _JOIN_BYTES:
-            transport.write(b"".join((_LENGTH.pack(size), *parts)))
-        else:
-            transport.write(_LENGTH.pack(size))
-            for part in parts:
-                if len(part):  # an empty memoryview cannot be cast
-                    transport.write(memoryview(part).cast("B"))
+        self._write(size, parts)
         if not self._writable.is_set():
             await self._writable.wait()
             if self._end is not None or self._closing:
                 raise self._closed()
+
+    @property
+    def ready(self) -> bool:
+        return self._end is None and not self._closing and self._writable.is_set()
+
+    def send_now(self, *parts: Buffer) -> None:
+        assert self.ready
+        self._write(frame_bytes(parts), parts)
 
     async def receive(self) -> bytearray:
         while not self._frames:
@@ -187,6 +187,17 @@ class FramedStream(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._writable.set()
+
+    def _write(self, size: int, parts: Sequence[Buffer]) -> None:
+        """In one go: frames of concurrent senders do not mix, and cancellation cannot cut one."""
+        transport = self._connected()
+        if size <= _JOIN_BYTES:
+            transport.write(b"".join((_LENGTH.pack(size), *parts)))
+        else:
+            transport.write(_LENGTH.pack(size))
+            for part in parts:
+                if len(part):  # an empty memoryview cannot be cast
+                    transport.write(memoryview(part).cast("B"))
 
     # Parsing.
 

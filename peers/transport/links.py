@@ -19,7 +19,7 @@ import logging
 import math
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -28,9 +28,10 @@ from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
-from peers.errors import PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
-from peers.transport.base import Stream, Transport
+from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
+from peers.transport.base import Stream, Transport, frame_bytes
 from peers.transport.pacer import Pacer
+from peers.transport.patience import Patience
 from peers.transport.tasks import Tasks
 from peers.wire import codec
 from peers.wire.messages import (
@@ -65,6 +66,8 @@ HELLO_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 30.0
 """A peer that reads nothing for this long is given up; until then back-pressure holds the sender."""
 MAX_SKEW_S = 3.0
+ANSWER_FADES = 0.75
+"""Of the longest answer, with each that is shorter."""
 SKEW_PEERS_MIN, SKEW_PEERS_MAX, SKEW_AGE_S = 2, 64, 60.0
 """Clocks by which this node's own is judged."""
 MAX_INBOUND_LINKS_PER_PEER = 8
@@ -94,6 +97,10 @@ class Link:
         """Under way."""
         self.used_at_s = asyncio.get_running_loop().time()
         """When it last carried anything but a ping, or was asked for."""
+        self.heard_at_s = self.used_at_s
+        """When its other side gave its last sign of life."""
+        self.answer_s = 0.0
+        """What the other side lately took for an answer, at most: a short while, or the machines are busy."""
         self._owner = owner
         self._addresses = tuple(addresses)
         self._lanes: dict[str, Lane] = {}
@@ -109,7 +116,8 @@ class Link:
         """One message, in order within its lane. Waits for back-pressure up to SEND_TIMEOUT_S. Raises StreamClosed.
 
         Where this node's bandwidth is bounded, a payload waits for its turn before that, and may be overtaken by
-        messages without one. Messages that several tasks send in one turn of the event loop share a frame.
+        messages without one. Messages that several tasks send in one turn of the event loop share a frame, which leaves
+        at its end: `payload` must not change any more.
         """
         if self.closed:
             raise StreamClosed(f"the link with {self.remote} is closed")
@@ -117,13 +125,16 @@ class Link:
             self.used_at_s = asyncio.get_running_loop().time()
         if self._owner.upload is not None and len(payload):
             await self._owner.upload.admit(_size(payload), bulk=bulk)
+        lane = self._lanes.get(BULK if bulk else SMALL)
+        if lane is not None and lane.ready and not bulk:  # a token on its way waits for nothing
+            lane.post(message, payload)
+            return
         try:
-            lane = self._lanes.get(BULK if bulk else SMALL)
             if lane is None:
                 lane = await self._missing_lane()
             began_s, before = asyncio.get_running_loop().time(), lane.queued_bytes
             timed = bulk and self._worth_timing(_size(payload), began_s)
-            async with asyncio.timeout(SEND_TIMEOUT_S):
+            async with Patience(SEND_TIMEOUT_S):
                 await lane.send(message, payload)
             if timed:
                 self._owner.tasks.spawn(self._time(lane, before, began_s), name=f"time {self.remote[-8:]}")
@@ -168,7 +179,7 @@ class Link:
         if not self.closed:
             self.closed = True
             self._owner.forget(self)
-            await asyncio.gather(*(lane.stream.close() for lane in self._lanes.values()))
+            await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
 
     def retire(self) -> None:
         """As `close`, in the background: nobody gets this link any more."""
@@ -176,7 +187,7 @@ class Link:
             self.closed = True
             self._owner.forget(self)
             for lane in self._lanes.values():
-                self._owner.tasks.spawn(lane.stream.close(), name=f"close {self.remote[-8:]}")
+                self._owner.tasks.spawn(lane.close(), name=f"close {self.remote[-8:]}")
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -201,18 +212,19 @@ class Volume:
 class _Frame:
     """Messages that will leave together."""
 
-    sent: asyncio.Future[None]
     parts: list[codec.Buffer] = field(default_factory=list)
     size: int = 0
+    sent: asyncio.Future[None] | None = None
+    """For those who wait for it."""
 
-    def fail(self, error: PeerError) -> None:
-        self.sent.set_exception(error)
-        self.sent.exception()  # marked as seen: every sender may have been cancelled
-
-    def ended(self, _: object) -> None:
-        """Whoever was to send it has ended, perhaps before it began."""
-        if not self.sent.done():
-            self.fail(StreamClosed("this node is closing"))
+    def settle(self, error: PeerError | None = None) -> None:
+        if self.sent is None:
+            return
+        if error is None:
+            self.sent.set_result(None)
+        else:
+            self.sent.set_exception(error)
+            self.sent.exception()  # marked as seen: every sender may have been cancelled
 
 
 class Lane:
@@ -225,32 +237,74 @@ class Lane:
         self.queued_bytes = 0
         """Handed over so far."""
         self._next: _Frame | None = None
+        self._waiting: deque[_Frame] = deque()
+        """Frames for which the stream had no room yet, while a task sends them."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether what is sent now need not wait."""
+        return not self._waiting and self.stream.ready
 
     async def send(self, message: AnyMessage, payload: codec.Buffer) -> None:
         """Returns when the frame with this message was sent; raises what the stream raises."""
-        payload_bytes = _size(payload)
-        head = codec.encode(message, payload_bytes)
-        size = len(head) + payload_bytes
+        frame = self.post(message, payload)
+        if frame.sent is None:
+            frame.sent = asyncio.get_running_loop().create_future()
+        await asyncio.shield(frame.sent)
+
+    def post(self, message: AnyMessage, payload: codec.Buffer) -> _Frame:
+        """The frame in which the message will leave. Raises CallerError above MAX_FRAME_BYTES."""
+        head = codec.encode(message, _size(payload))
+        size = frame_bytes((head, payload))
+        if self._next is not None and self._next.size + size > JOINED_BYTES:
+            self._flush(self._next)
         frame = self._next
-        if frame is None or frame.size + size > JOINED_BYTES:
-            frame = self._next = _Frame(asyncio.get_running_loop().create_future())
-            flush = self._tasks.spawn(self._flush(frame), name="send")  # after all who have something to send now
-            flush.add_done_callback(frame.ended)
+        if frame is None:
+            frame = self._next = _Frame()
+            asyncio.get_running_loop().call_soon(self._flush, frame)  # after all who have something to send now
         self.queued_bytes += size
         frame.parts += (head, payload)
         frame.size += size
-        await asyncio.shield(frame.sent)
+        return frame
 
-    async def _flush(self, frame: _Frame) -> None:
-        if self._next is frame:
-            self._next = None
-        try:
-            await self.stream.send(*frame.parts)
-        except PeerError as error:
-            frame.fail(error)
-        else:
-            self._volume.sent_bytes += frame.size
-            frame.sent.set_result(None)
+    async def close(self) -> None:
+        """As of the stream."""
+        if self._next is not None:
+            self._flush(self._next)
+        await self.stream.close()
+
+    def _flush(self, frame: _Frame) -> None:
+        if frame is not self._next:
+            return  # it has left
+        self._next = None
+        if self.ready:
+            self.stream.send_now(*frame.parts)
+            self._sent(frame)
+            return
+        self._waiting.append(frame)
+        if len(self._waiting) == 1:
+            self._tasks.spawn(self._send_waiting(), name="send").add_done_callback(self._ended)
+
+    async def _send_waiting(self) -> None:
+        while self._waiting:
+            frame = self._waiting[0]
+            try:
+                await self.stream.send(*frame.parts)
+            except PeerError as error:
+                frame.settle(error)
+            else:
+                self._sent(frame)
+            self._waiting.popleft()
+
+    def _sent(self, frame: _Frame) -> None:
+        self._volume.sent_bytes += frame.size
+        frame.settle()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Who was to send what waits may have been cancelled, perhaps before it began."""
+        if task.cancelled():
+            while self._waiting:
+                self._waiting.popleft().settle(StreamClosed("this node is closing"))
 
 
 class Links:
@@ -326,7 +380,7 @@ class Links:
             raise PeerUnreachable(f"{peer} is not dialled: this node is closing")
         lock = self._dialling.setdefault(peer, asyncio.Lock())
         try:
-            async with asyncio.timeout(timeout_s), lock:
+            async with Patience(timeout_s), lock:
                 if (link := self._outbound.get(peer)) is not None:
                     return link
                 link = Link(self, peer, outbound=True, addresses=addresses)
@@ -339,13 +393,18 @@ class Links:
                     self._closing_idle = self.tasks.spawn(self._close_idle(), name="close idle links")
                 return link
         except TimeoutError as error:
-            raise PeerUnreachable(f"{peer} did not answer within {timeout_s:.0f} s") from error
+            raise PeerSilent(f"{peer} did not answer within {timeout_s:.0f} s") from error
         except StreamClosed as error:
             raise PeerUnreachable(f"{peer} closed the connection before saying hello") from error
 
     def known(self, peer: PeerId) -> Link | None:
         """The link dialled to `peer`, if it is up."""
         return self._outbound.get(peer)
+
+    def vouch(self, peer: PeerId) -> None:
+        """Others brought a sign of life of `peer`, which works for us without a word to us."""
+        if (link := self._outbound.get(peer)) is not None:
+            link.heard_at_s = asyncio.get_running_loop().time()
 
     async def arrived(self, peer: PeerId, *, timeout_s: float) -> bool:
         """Whether everything large that was sent over the link that this node dialled to `peer` has been read there.
@@ -362,9 +421,16 @@ class Links:
         return True
 
     async def ping(
-        self, peer: PeerId, addresses: Sequence[str] = (), *, timeout_s: float = 5.0, detail: bool = False
+        self,
+        peer: PeerId,
+        addresses: Sequence[str] = (),
+        *,
+        timeout_s: float = 5.0,
+        detail: bool = False,
+        renews: bool = True,
     ) -> tuple[float, Pong]:
-        """Round-trip seconds through both event loops, and the peer's present load. Raises as `to` does.
+        """Round-trip seconds through both event loops, and the peer's present load. Raises as `to` does; `renews` as in
+        `request`.
 
         With `detail` the peer is asked for its status, too. A link that was made only for this is closed again: peers
         have room for so many, and most of a swarm is pinged.
@@ -373,7 +439,9 @@ class Links:
         link.pings += 1
         try:
             started_s = asyncio.get_running_loop().time()
-            reply = await self.request(link, lambda nonce: Ping(nonce=nonce, detail=detail), timeout_s=timeout_s)
+            reply = await self.request(
+                link, lambda nonce: Ping(nonce=nonce, detail=detail), timeout_s=timeout_s, renews=renews
+            )
             if not isinstance(reply, Pong):
                 raise ProtocolError(f"{peer} answered a ping with {type(reply).__name__}")
             return asyncio.get_running_loop().time() - started_s, reply
@@ -383,18 +451,31 @@ class Links:
                 link.retire()
 
     async def request(
-        self, link: Link, build: Callable[[int], Ping | Trace | DialBack], *, timeout_s: float, bulk: bool = False
+        self,
+        link: Link,
+        build: Callable[[int], Ping | Trace | DialBack],
+        *,
+        timeout_s: float,
+        bulk: bool = False,
+        renews: bool = True,
     ) -> Pong | Traced | DialBackReply:
-        """Send a message with a fresh nonce and wait for its reply. Raises PeerUnreachable on silence, StreamClosed."""
-        nonce = next(self._nonces)
-        future: asyncio.Future[AnyMessage] = asyncio.get_running_loop().create_future()
+        """Send a message with a fresh nonce and wait for its reply. Raises PeerSilent, StreamClosed.
+
+        In the small lane, where an answer waits for nothing, a peer is silent that says nothing else either: whatever
+        it says renews the time that it has, unless `renews` is false.
+        """
+        nonce, loop = next(self._nonces), asyncio.get_running_loop()
+        future: asyncio.Future[AnyMessage] = loop.create_future()
         self._requests[nonce] = (link, future)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with Patience(timeout_s, (lambda: link.heard_at_s) if renews and not bulk else None):
+                asked_at_s = loop.time()
                 await link.send(build(nonce), bulk=bulk)
                 reply = await future
+                if not bulk:
+                    link.answer_s = max(loop.time() - asked_at_s, link.answer_s * ANSWER_FADES)
         except TimeoutError as error:
-            raise PeerUnreachable(f"{link.remote} did not answer within {timeout_s:.1f} s") from error
+            raise PeerSilent(f"{link.remote} did not answer within {timeout_s:.1f} s") from error
         finally:
             del self._requests[nonce]
         assert isinstance(reply, Pong | Traced | DialBackReply)
@@ -435,7 +516,7 @@ class Links:
         except InvalidAddress as error:  # others told us these addresses: our caller did not err
             raise PeerUnreachable(f"{link.remote} cannot be dialled: {error}") from error
         try:
-            async with asyncio.timeout(timeout_s):
+            async with Patience(timeout_s):
                 await stream.send(codec.encode(self._hello(lane)))
                 hello = await self._receive_hello(stream)
             self._check(hello, stream.remote)
@@ -443,7 +524,7 @@ class Links:
                 raise StreamClosed(f"the link with {link.remote} was closed meanwhile")
         except TimeoutError as error:
             await stream.close()
-            raise PeerUnreachable(f"{link.remote} did not say hello within {timeout_s:.0f} s") from error
+            raise PeerSilent(f"{link.remote} did not say hello within {timeout_s:.0f} s") from error
         except BaseException:  # whatever happened, also cancellation: the stream must not outlive this call
             await stream.close()
             raise
@@ -452,7 +533,7 @@ class Links:
 
     async def _accept(self, stream: Stream) -> None:
         try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
+            async with Patience(HELLO_TIMEOUT_S):
                 hello = await self._receive_hello(stream)
                 await stream.send(codec.encode(self._hello(hello.lane)))
             self._check(hello, stream.remote)
@@ -486,6 +567,7 @@ class Links:
         try:
             while True:
                 frame = await stream.receive()
+                link.heard_at_s = asyncio.get_running_loop().time()
                 self.volume.received_bytes += len(frame)
                 for message, payload in codec.decode(frame):
                     await self._dispatch(link, message, payload)
@@ -520,6 +602,7 @@ class Links:
         for waiting_link, future in self._requests.values():
             if waiting_link is link and not future.done():
                 future.set_exception(StreamClosed(f"{link.remote} went away"))
+                future.exception()  # marked as seen: whoever asked may learn it from sending the question
         for callback in self._lost:
             callback(link)
 

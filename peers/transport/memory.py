@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
-from peers.errors import PeerUnreachable, ProtocolError, StreamClosed
+from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed
 from peers.transport.base import MAX_FRAME_BYTES, MAX_STREAMS_PER_PEER, Buffer, Handler, frame_bytes
+from peers.transport.patience import Patience
 from peers.transport.record_table import RecordTable
 from routing.addresses import peer_id_in, validate_multiaddr
 from routing.errors import CallerError, InvalidAddress, InvalidRecord, SwarmError, Unavailable
@@ -154,9 +155,23 @@ class MemoryStream:
             self.abort("the connection broke")
         if self._end is not None:
             raise self._closed()
-        if self._arriving and self._arriving[-1][1] is None and self._arriving[-1][0] <= _now():
+        if self._closed_there():
             raise StreamClosed(f"the stream with {self.remote} is over: the other side closed it")
         self.other.arrive(frame)
+
+    @property
+    def ready(self) -> bool:
+        return self._end is None and not self._closed_there() and self.other._room.is_set()
+
+    def send_now(self, *parts: Buffer) -> None:
+        assert self.ready
+        frame_bytes(parts)
+        if self._network.breaks():
+            self.abort("the connection broke")  # and the frame is lost
+        self.other.arrive(b"".join(parts))
+
+    def _closed_there(self) -> bool:
+        return bool(self._arriving) and self._arriving[-1][1] is None and self._arriving[-1][0] <= _now()
 
     async def receive(self) -> bytearray:
         while True:
@@ -259,12 +274,12 @@ class MemoryTransport:
             if peer_id_in(validate_multiaddr(address, need_peer_id=True)) != peer:
                 raise InvalidAddress(f"{address} is not an address of peer {peer}")
         try:
-            async with asyncio.timeout(timeout_s):
+            async with Patience(timeout_s):
                 await asyncio.sleep(2 * self._network.latency(self._peer_id, peer))
                 while self._network.separated(self._peer_id, peer):
                     await asyncio.Event().wait()  # no answer comes, until the timeout
         except TimeoutError as error:
-            raise PeerUnreachable(f"peer {peer} did not answer in time") from error
+            raise PeerSilent(f"peer {peer} did not answer in time") from error
         remote = self._network.find(peer)
         if remote is None or self._network.is_cut(peer, self._peer_id):
             raise PeerUnreachable(f"cannot reach peer {peer}: connection refused")

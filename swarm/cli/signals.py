@@ -111,6 +111,8 @@ def run(main: Coroutine[Any, Any, None], *, stop: Callable[[], bool] = lambda: F
     """
     import asyncio
 
+    from peers.transport.loop import new_event_loop
+
     async def supervise() -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
@@ -135,7 +137,7 @@ def run(main: Coroutine[Any, Any, None], *, stop: Callable[[], bool] = lambda: F
             interrupted.append(received[0])
 
     interrupted: list[int] = []
-    runner = asyncio.Runner()
+    runner = asyncio.Runner(loop_factory=new_event_loop)
     runner.run(supervise())
     if interrupted:  # without closing the runner, which would wait for threads
         raise Interrupted(interrupted[0])

@@ -5,7 +5,6 @@ are, names of inner functions included: they stay no strings.
 """
 
 import asyncio
-import logging
 import math
 import time
 from collections import OrderedDict
@@ -18,11 +17,8 @@ from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
-from sse_starlette import EventSourceResponse
-from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from peers.transport.links import Links
 from routing.addresses import is_public, peer_id_in, validate_multiaddr
@@ -57,13 +53,11 @@ from swarm.dashboard.schemas import History as HistoryAnswer
 from swarm.web.bodies import BoundedBodies
 from swarm.web.headers import OwnPagesOnly
 from swarm.web.pages import add_page
-
-logger = logging.getLogger(__name__)
+from swarm.web.streams import EventStream
 
 MAX_BODY_BYTES: Final = 4096
 MAX_READERS: Final = 128
 """Streams at once."""
-PING_S: Final = 15
 SEND_TIMEOUT_S: Final = 30.0
 """A reader that takes nothing for so long has gone."""
 STALE_S: Final = 60.0
@@ -107,6 +101,9 @@ class Dashboard:
     readers: int = 0
     asks: "Asks" = field(default_factory=lambda: Asks())
     dials: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DIALS))
+
+    def reader_left(self) -> None:
+        self.readers -= 1
 
     def model(self, name: str) -> ModelId:
         model = self.core.model(name)
@@ -161,7 +158,10 @@ def make_app(dashboard: Dashboard) -> FastAPI:
         """Server-sent events: `snapshot` first (or what was missed since the given id), then `delta` by `delta`."""
         if dashboard.readers >= MAX_READERS:
             raise HTTPException(503, "too many readers", {"Retry-After": "10"})
-        return _Stream(dashboard, last or last_event_id)
+        dashboard.readers += 1
+        return EventStream(
+            _messages(dashboard, last or last_event_id), dashboard.reader_left, send_timeout_s=SEND_TIMEOUT_S
+        )
 
     @app.get("/api/v1/overview")
     async def overview() -> Overview:
@@ -287,24 +287,8 @@ def make_app(dashboard: Dashboard) -> FastAPI:
     return app
 
 
-class _Stream(EventSourceResponse):
-    """One reader's stream; all it costs is its place in the feed."""
-
-    def __init__(self, dashboard: Dashboard, last_id: str) -> None:
-        super().__init__(_messages(dashboard, last_id), ping=PING_S, sep="\n", send_timeout=SEND_TIMEOUT_S)
-        self._dashboard = dashboard
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._dashboard.readers += 1
-        try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            logger.info("a reader took nothing for %.0f s and was left", SEND_TIMEOUT_S)
-        finally:
-            self._dashboard.readers -= 1
-
-
 async def _messages(dashboard: Dashboard, last_id: str) -> AsyncIterator[bytes]:
+    """One reader's; all it costs is its place in the feed."""
     stopping = asyncio.create_task(dashboard.stopping.wait())
     try:
         while not stopping.done():

@@ -5,7 +5,6 @@ engines, and no network. FastAPI reads annotations as they are, names of inner f
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,9 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from sse_starlette import EventSourceResponse
-from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from routing.errors import CallerError, SwarmError
 from routing.version import VERSION
@@ -53,14 +49,11 @@ from swarm.gateway.tools import call_schema
 from swarm.web.bodies import BoundedBodies
 from swarm.web.headers import OwnPagesOnly
 from swarm.web.pages import add_page
-
-logger = logging.getLogger(__name__)
+from swarm.web.streams import EventStream
 
 MAX_BODY_BYTES = 8 << 20
 MAX_SCORED_TOKENS = 16_384
 """Of one request's prompts: the hidden states of all of them wait here to be scored."""
-PING_S = 15
-"""A stream that has nothing to say sends a comment so often, so that nobody between takes it for dead."""
 SEND_TIMEOUT_S = 60.0
 """A reader that takes nothing for so long has gone."""
 CLOSED_REQUEST = 499
@@ -308,7 +301,8 @@ async def _answer(gateway: Gateway, request: Request, body: AnyRequest, prepared
     gateway.metrics.prompt_tokens.labels(prepared.served.name).inc(prepared.format.totals.prompt)
     pieces = _watched(gateway, prepared.served, feed)
     if body.stream:
-        return _Stream(_events(pieces, prepared.format), lambda: engine.cancel(feed))
+        events = _events(pieces, prepared.format)
+        return EventStream(events, lambda: engine.cancel(feed), send_timeout_s=SEND_TIMEOUT_S)
 
     async def collect() -> dict[str, Any]:
         async for piece in pieces:
@@ -320,22 +314,6 @@ async def _answer(gateway: Gateway, request: Request, body: AnyRequest, prepared
     finally:
         engine.cancel(feed)
     return Response(status_code=CLOSED_REQUEST) if answer is None else JSONResponse(answer)
-
-
-class _Stream(EventSourceResponse):
-    """Calls `left` however it ends, also before its first event."""
-
-    def __init__(self, events: AsyncIterator[bytes], left: Callable[[], None]) -> None:
-        super().__init__(events, ping=PING_S, sep="\n", send_timeout=SEND_TIMEOUT_S)
-        self._left = left
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            logger.info("a reader took nothing for %.0f s and was left", SEND_TIMEOUT_S)
-        finally:
-            self._left()
 
 
 async def _events(pieces: AsyncIterator[Any], form: Format) -> AsyncIterator[bytes]:

@@ -225,7 +225,7 @@ class Engine:
         return self._remote.traffic
 
     def coverage(self) -> ModelHealth | None:
-        """Who serves the model now; None where nobody announces it, or the network does not answer. Not in its loop."""
+        """Who serves the model now, as `SwarmRemote.coverage` says."""
         return self._remote.coverage()
 
     def counts(self) -> Counts:

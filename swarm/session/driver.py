@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import math
 import random
@@ -18,7 +19,7 @@ from dataclasses import replace
 import torch
 from msgspec.structs import replace as replace_fields
 
-from peers.errors import PeerUnreachable, StreamClosed
+from peers.errors import PeerSilent, PeerUnreachable, StreamClosed
 from peers.model.adapters import Adapter
 from peers.transport.links import BULK_BYTES, Link
 from peers.transport.tasks import Tasks
@@ -115,6 +116,8 @@ class SwarmRemote:
         self._guard = Tasks()
         self._starting: set[RemoteSession] = set()
         """Sessions of steps that `start` was asked for and whose tasks have not begun."""
+        self._covered: ModelHealth | None = None
+        """What `coverage` said last."""
         self._failure: SwarmError | None = None
         """Why nothing can be run any more, should this client's own node have ended."""
         self._closed = False
@@ -188,14 +191,13 @@ class SwarmRemote:
         return self._sessions.traffic
 
     def coverage(self) -> ModelHealth | None:
-        """Who serves the model now; None where nobody announces it, or the network does not answer. Any thread but its
-        own."""
+        """Who serves the model now, or did as far as was known last, where the network's thread is late; None where
+        nobody announces it, or the network is closed. Any thread but its own."""
         if self._closed or self._network.closed:
             return None
-        try:
-            return self._network.call(self._coverage(), timeout_s=LOOK_TIMEOUT_S)
-        except concurrent.futures.TimeoutError:
-            return None
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            self._covered = self._network.call(self._coverage(), timeout_s=LOOK_TIMEOUT_S)
+        return self._covered
 
     async def _coverage(self) -> ModelHealth | None:
         if (known := self._known_coverage()) is not None:
@@ -807,7 +809,8 @@ class SwarmRemote:
             self._sessions.observer.lost(peer)
         unreachable = isinstance(error, PeerUnreachable | StreamClosed)
         now_s = self._client.discovery.now_s()
-        self._client.router.on_failure(peer, now_s, str(error), unreachable=unreachable)
+        late = isinstance(error, PeerSilent)
+        self._client.router.on_failure(peer, now_s, str(error), unreachable=unreachable, late=late)
 
 
 def _switches(before: Route | None, action: OpenHops) -> int:

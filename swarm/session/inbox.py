@@ -196,7 +196,7 @@ class Inbox:
 
     def _link_lost(self, link: Link) -> None:
         error = PeerUnreachable(f"the connection to {link.remote} ended")
-        if not link.outbound:
+        if not (link.outbound and link.wanted):  # it carried no session: perhaps a ping's own, which ends with it
             return
         affected = [
             (session, session.core)
@@ -226,6 +226,7 @@ class Inbox:
             timings.append(HopTiming(peer=hop.peer_id, span=hop.span, queue_s=queue_s, compute_s=compute_s))
             self._sessions.client.router.on_step(hop.peer_id, len(hop.span), step.count, compute_s, queue_s, now_s)
             self._sessions.client.router.on_success(hop.peer_id, now_s)
+            self._sessions.client.links.vouch(hop.peer_id)
         timed, session.timed_step = session.timed_step, None
         if timed is not None and timed[0] == step.step:
             trips_s = asyncio.get_running_loop().time() - timed[1] - sum(map(sum, message.hops))

@@ -528,10 +528,10 @@ class TrainingRoute:
             exchanging.cancel()
             await asyncio.gather(exchanging, return_exceptions=True)
         if gradient_TH is not None:
-            limit = self.config.max_growth * float(gradient_TH.norm())
+            limit = self.config.max_growth * _norm(gradient_TH)
             _believable(peer.peer_id, "input", result_TH, limit)
             if extra is not None:
-                _believable(peer.peer_id, "adapter", extra.rows, limit * max(1.0, float(stretch.input_TH.norm())))
+                _believable(peer.peer_id, "adapter", extra.rows, limit * max(1.0, _norm(stretch.input_TH)))
         if extra is not None and adapter is not None and batch.adapter is not None and added is not None:
             first, end = batch.adapter.place(stretch.span)
             added[first:end] += of_rows(adapter.targets, extra.rows)
@@ -631,9 +631,14 @@ class _Trouble:
 
 def _believable(peer: PeerId, what: str, gradient: torch.Tensor, limit: float) -> None:
     """Raises ProtocolError for one that is longer than that."""
-    norm = float(gradient.float().norm())
-    if not norm <= limit:
-        raise ProtocolError(f"{peer} sent a gradient of the {what} of length {norm:.1e}, where {limit:.1e} is the most")
+    if not _norm(gradient) <= limit:
+        length = f"of length {_norm(gradient):.1e}, where {limit:.1e} is the most"
+        raise ProtocolError(f"{peer} sent a gradient of the {what} {length}")
+
+
+def _norm(rows: torch.Tensor) -> float:
+    """L2, whatever the dtype's range."""
+    return float(torch.linalg.vector_norm(rows, dtype=torch.float32))
 
 
 def micro_batches(lengths: Sequence[int], tokens: int) -> list[tuple[int, ...]]:

@@ -5,19 +5,33 @@ what was lost between two hops that live is sent again, through the client where
 from __future__ import annotations
 
 import asyncio
+import logging
 
-from peers.errors import PeerUnreachable, ProtocolError
+from peers.errors import PeerSilent, PeerUnreachable, ProtocolError
 from peers.transport.tasks import Tasks
 from peers.wire.messages import Trace, Traced
 from routing.errors import PeerError, Unavailable
-from routing.ids import SessionId
+from routing.ids import PeerId, SessionId
 from routing.router import Hop
 from swarm.session.core import SessionCore
 from swarm.session.live import Driver, LiveSession, Sessions
 
+logger = logging.getLogger(__name__)
+
 IDLE_LOOKS = 3
 """Looks at which all hops live, none computes and nothing is on its way, after which the step is taken for lost."""
 WATCH_S = 0.1
+DIAL_TRIPS = 3
+"""What dialling a hop may take, times an answer."""
+LATE = 2.0
+"""Times what a peer's answers took lately, before it is taken for silent."""
+STRETCH_MAX = 4.0
+"""Times the usual patience, where this machine or the peers' are late."""
+LATE_FADES, MISTAKEN_FADES = 0.8, 0.999
+"""What is left of either reason for that after each WATCH_S."""
+SECOND_LOOK_S = 10.0
+"""Whoever answers within this time after it was given up was late, not dead."""
+LATE_S_MAX = 10.0
 STANDBY_PATIENCE_S = 30.0
 """A standby works when nobody else wants to: only one that does nothing for so long is let go of."""
 
@@ -30,11 +44,20 @@ class Watch:
         self._driver = driver
         self._tasks = tasks
         self._investigating: set[SessionId] = set()
+        self._given_up: set[PeerId] = set()
+        """For silence, and asked once more."""
+        self._late = self._mistaken = 1.0
+        """Times the usual, what everything takes now: as this loop itself is late, and as peers were given up that were
+        alive."""
 
     async def run(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            slept_at_s = loop.time()
             await asyncio.sleep(WATCH_S)
-            now_s = asyncio.get_running_loop().time()
+            now_s = loop.time()
+            self._late = max((now_s - slept_at_s) / WATCH_S - 0.5, self._late * LATE_FADES)
+            self._mistaken = max(1.0, self._mistaken * MISTAKEN_FADES)
             for session_id, session in tuple(self._sessions.by_id.items()):
                 if session.core is not None and session.core.standby_hops:
                     self._let_go_of_silent(session, session.core, now_s)
@@ -50,7 +73,8 @@ class Watch:
 
     async def _investigate(self, session_id: SessionId, session: LiveSession) -> None:
         """Ask every hop of an overdue session. Half of the silence that is tolerated has passed; the other half is the
-        time to answer, and half of that for the hops to ask their successors."""
+        time to answer, and half of that for the hops to ask their successors. Where this loop was late to ask, the hops
+        have no less time."""
         core = session.core
         assert core is not None
         try:
@@ -58,7 +82,8 @@ class Watch:
             if route is None:
                 return
             late_s = asyncio.get_running_loop().time() - session.deadline_s
-            patience_s = max(session.silence_s / 4, session.silence_s / 2 - late_s)
+            stretch = min(max(1.0, self._late, self._mistaken), STRETCH_MAX)
+            patience_s = (session.silence_s / 2 - min(late_s, WATCH_S)) * stretch
             first = self._sessions.client.links.arrived(route.hops[0].peer_id, timeout_s=patience_s / 2)
             traces = (self._trace(session_id, hop, timeout_s=patience_s) for hop in route.hops)
             arrived, answers = await asyncio.gather(first, asyncio.gather(*traces, return_exceptions=True))
@@ -70,6 +95,10 @@ class Watch:
             silent = {hop.peer_id: answer for hop, answer in replies if isinstance(answer, PeerError)}
             for peer, error in silent.items():  # all of them: another one, found out later, would cost as long again
                 self._driver.lose(session, peer, error)
+                if isinstance(error, PeerSilent) and peer not in self._given_up:
+                    self._given_up.add(peer)
+                    hop = next(hop for hop in route.hops if hop.peer_id == peer)
+                    self._tasks.spawn(self._ask_once_more(hop), name=f"ping {peer[-8:]} once more")
                 if (link := self._sessions.client.links.known(peer)) is not None:
                     link.retire()  # who waits to send over it must not wait on
             if silent:
@@ -95,6 +124,18 @@ class Watch:
         finally:
             self._investigating.discard(session_id)
 
+    async def _ask_once_more(self, hop: Hop) -> None:
+        """Was it dead, or late? In the latter case whoever is asked next has more time (Chandra and Toueg 1996, section
+        6.2: with each mistake the time grows until there are none)."""
+        try:
+            await self._sessions.client.links.ping(hop.peer_id, hop.addresses, timeout_s=SECOND_LOOK_S)
+        except (PeerError, Unavailable):
+            return
+        finally:
+            self._given_up.discard(hop.peer_id)
+        self._mistaken = min(2 * self._mistaken, STRETCH_MAX)
+        logger.info("peer %s was late, not dead: all have %.1f times as long now", hop.peer_id, self._mistaken)
+
     async def _trace(self, session: SessionId, hop: Hop, *, timeout_s: float) -> Traced:
         """Raises PeerError, and Unavailable where this client's own node cannot dial."""
         links = self._sessions.client.links
@@ -102,7 +143,9 @@ class Watch:
         def trace(nonce: int) -> Trace:
             return Trace(nonce=nonce, session=session.raw, block=hop.span.start, patience_s=timeout_s / 2)
 
-        link = await links.to(hop.peer_id, hop.addresses, timeout_s=timeout_s)
+        dial_s = max(timeout_s, min(DIAL_TRIPS * timeout_s, LATE_S_MAX))
+        link = await links.to(hop.peer_id, hop.addresses, timeout_s=dial_s)
+        timeout_s = max(timeout_s, min(LATE * link.answer_s, LATE_S_MAX))
         answer = await links.request(link, trace, timeout_s=timeout_s)
         if not isinstance(answer, Traced):
             raise ProtocolError(f"{hop.peer_id} answered a trace with {type(answer).__name__}")

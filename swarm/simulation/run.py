@@ -45,6 +45,8 @@ USERS_BOUND_S: Final = 300.0
 """It takes long to compute, and changes little."""
 WARM_UP_S: Final = 120.0
 """Users and queues settle before anything is counted."""
+SETTLING: Final = 4
+"""Rounds in which waits and rates come to fit each other, each second."""
 CHUNK: Final = 64
 """Tokens of a prompt per step."""
 
@@ -335,8 +337,6 @@ class Simulation:
     def _serve(self) -> tuple[float, float]:
         """One second of everybody; returns the tokens that passed the swarm, and those of them that are new."""
         now_s, processed, written = self._now_s, 0.0, 0.0
-        for peer in self._peers.values():
-            peer.steps.demand = peer.prompts.demand = 0.0
         for user in self._users:
             if not user.hops:
                 if now_s >= user.resumes_at_s:
@@ -355,11 +355,16 @@ class Simulation:
                 self._free(user)
                 user.resumes_at_s = now_s + REPAIR_S
                 continue
-            user.rate = user.tokens_per_s
-            for peer, blocks in user.hops:
-                user.line(peer).demand += user.rate * blocks * peer.token_s
-        for peer in self._peers.values():
-            peer.settle()
+        served = [user for user in self._users if user.hops]
+        for _ in range(SETTLING):
+            for peer in self._peers.values():
+                peer.steps.demand = peer.prompts.demand = 0.0
+            for user in served:
+                user.rate = user.tokens_per_s
+                for peer, blocks in user.hops:
+                    user.line(peer).demand += user.rate * blocks * peer.token_s
+            for peer in self._peers.values():
+                peer.settle()
         for user in self._users:
             if user.hops:
                 rate = user.rate / max(user.line(peer).excess for peer, _ in user.hops)

@@ -200,6 +200,9 @@ def test_the_page_is_for_everybody(browser: Browser, url: str) -> None:
         page.get_by_role("button", name="Conversations").click()
         found += violations(page)
         page.keyboard.press("Escape")
+        page.get_by_role("button", name="Settings").click()
+        found += violations(page)
+        page.keyboard.press("Escape")
         page.get_by_role("button", name="Edit this message").click()
         found += violations(page)
         assert found == []

@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import time
+from collections.abc import Container
 
 import psutil
 
@@ -36,10 +37,11 @@ class Family:
                     found.append(process)
         return found
 
-    def survivors(self, *, timeout_s: float = 20.0) -> list[str]:
-        """Who is still there after so long, in words; they are ended then. Empty as soon as nobody is left."""
+    def survivors(self, *, besides: Container[int] = (), timeout_s: float = 20.0) -> list[str]:
+        """Who is still there after so long, in words; they are ended then. Empty as soon as nobody is left, or nobody
+        but the processes `besides`."""
         deadline_s = time.monotonic() + timeout_s
-        while members := self.members():
+        while members := [member for member in self.members() if member.pid not in besides]:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 break

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from peers.wire.messages import Pong
 from swarm import SwarmModelForCausalLM
 from swarm.network import Entrance, NetworkThread, enter
+from swarm.nursery import PRELOADED, Nursery
 from swarm.session.driver import SwarmRemote
 from swarm.testing import LocalPeer, LocalSwarm, model_folder
 from tests.helpers.processes import Family
@@ -117,15 +117,19 @@ def observer(swarm: LocalSwarm) -> Iterator[Observer]:
 
 
 @pytest.fixture(scope="session")
-def command() -> Swarm:
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
     """Run `swarm …` to its end, which is also the end of everything that it started."""
+    family, folder = Family(), tmp_path_factory.mktemp("command")
+    forking = Nursery(family.environment, preload=[*PRELOADED, "swarm.models"])
 
     def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        line, family = [sys.executable, "-m", "swarm", *arguments], Family()
-        done = subprocess.run(
-            line, input=stdin, capture_output=True, text=True, timeout=300, check=False, env=family.environment
-        )
-        assert family.survivors() == []
-        return done
+        given, said, noted = (folder / name for name in ("stdin", "stdout", "stderr"))
+        given.write_text(stdin)
+        with given.open() as reading, said.open("w") as stdout, noted.open("w") as stderr:
+            child = forking.start(arguments, stdin=reading.fileno(), stdout=stdout.fileno(), stderr=stderr.fileno())
+        code = child.wait(timeout=300)
+        assert family.survivors(besides=[forking.pid]) == []
+        return subprocess.CompletedProcess(child.args, code, said.read_text(), noted.read_text())
 
-    return run
+    yield run
+    forking.close()

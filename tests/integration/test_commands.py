@@ -36,7 +36,7 @@ def test_status_shows_blocks_peers_and_latency(command: Swarm, swarm: LocalSwarm
 def test_status_of_a_model_that_nobody_announces_names_those_announced(command: Swarm, swarm: LocalSwarm) -> None:
     done = command("status", "gpt-17", "--invite", swarm.invite)
     assert done.returncode == 1
-    error, hint = done.stderr.splitlines()
+    _, error, hint = done.stderr.splitlines()
     assert "nobody announces a model 'gpt-17'" in error
     assert MODEL in hint
 

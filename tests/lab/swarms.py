@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 import psutil
 import torch
 
-from swarm import SwarmModelForCausalLM
+from swarm import SwarmModelForCausalLM, nursery
 from swarm.session.driver import SwarmRemote
 from swarm.session.remote import Resilience
 from swarm.testing import LocalNode, LocalPeer
@@ -91,6 +91,10 @@ class LabNode(LocalNode):
         self._listen = self.host.listen
         with self.host.entered():
             super()._start()
+
+    def _launch(self, arguments: Sequence[str], *, stdin: int, stdout: int, stderr: int) -> nursery.Process:
+        """From this very thread, which has entered the host: a nursery is where it was made."""
+        return nursery.execute(arguments, self._environment, stdin=stdin, stdout=stdout, stderr=stderr)
 
 
 class LabPeer(LabNode, LocalPeer):

@@ -27,6 +27,8 @@ from tests.helpers.memory_swarm import MemorySwarm
 from tests.numerics.test_gradients import distance
 from tests.numerics.test_trouble import AtToken
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 SPANS = [(0, 1), (1, 3), (3, NUM_BLOCKS)]
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
 

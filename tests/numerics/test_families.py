@@ -1,7 +1,6 @@
 """Client and peers of every family equal the whole local model, through real engines, handlers and drivers.
 
-One process, memory transport, spans of unequal size, two rows of unequal length in one batch. Every forward is the
-model's own: that recorded ones say the same is seen in `tests/peers/runtime`.
+One process, memory transport, spans of unequal size, two rows of unequal length in one batch.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from peers.runtime.cache import PagedCache
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 
@@ -27,11 +25,9 @@ def ragged_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+@pytest.mark.usefixtures("plain_forwards")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_through_peers_equals_the_local_model(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(PagedCache, "prepare", lambda _: iter(()))
+def test_a_family_through_peers_equals_the_local_model(family: str, tmp_path: Path) -> None:
     local = save_checkpoint(FAMILIES[family], tmp_path / "model")
     ids, mask = ragged_batch()
     greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}

@@ -43,6 +43,8 @@ from swarm.session.training import TrainingConfig, TrainingRoute, micro_batches
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 SPANS = [(0, 1), (1, NUM_BLOCKS)]
 LAYERS = {"gpt-neox": ("query_key_value", "dense_4h_to_h"), "bloom": ("query_key_value", "dense_4h_to_h")}
 EVERY_ROW = TrainingConfig(micro_batch_tokens=8)

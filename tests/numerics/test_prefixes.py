@@ -21,6 +21,8 @@ from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkp
 from tests.helpers.memory_swarm import MemorySwarm
 from tests.numerics.test_trouble import AtToken, generate
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 SPANS = [(0, 1), (1, 3), (3, NUM_BLOCKS)]
 BLOCK = PREFIX_POSITIONS
 

@@ -32,6 +32,8 @@ from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 from tests.numerics.test_trouble import AtToken, generate, prompt
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 SPANS = [(0, 1), (1, 2), (2, NUM_BLOCKS)]
 PROMPT = prompt(length=100)
 CONFIG = SessionConfig(chunk_positions=32)

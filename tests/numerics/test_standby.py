@@ -18,6 +18,8 @@ from tests.helpers.families import FAMILIES, save_checkpoint
 from tests.numerics.test_repair import LENGTH, PROMPT, Scene
 from tests.numerics.test_trouble import AtToken, generate
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 LAG = 8
 
 

@@ -26,6 +26,8 @@ from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkp
 from tests.helpers.memory_swarm import MemorySwarm
 from tests.helpers.traces import check_trace
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
 
 
@@ -339,6 +341,20 @@ def test_a_conversation_keeps_its_session_and_survives_the_loss_of_every_page(
         third = generate(model, torch.cat([second, prompt(seed=8)], 1))
         assert torch.equal(third, generate(local, torch.cat([second, prompt(seed=8)], 1)))
     assert swarm.eventually_settled()
+
+
+def test_what_came_through_a_hop_shows_that_it_lives_although_it_says_nothing_itself(
+    make_swarm: Callable[..., MemorySwarm],
+) -> None:
+    swarm = make_swarm([(0, 1), (1, 2), (2, NUM_BLOCKS)])
+    model, mine = swarm.model(), swarm.thread.client.links
+    heard_s: list[list[float]] = []
+
+    def note() -> None:
+        heard_s.append([mine._outbound[hop.peer_id].heard_at_s for hop in model.route.hops])
+
+    generate(model, prompt(), stopping_criteria=[AtToken(5, note), AtToken(12, note)])
+    assert all(early_s < late_s for early_s, late_s in zip(*heard_s, strict=True))
 
 
 def test_several_threads_share_a_model(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:

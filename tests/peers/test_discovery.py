@@ -154,6 +154,47 @@ async def test_a_peer_that_answers_again_is_used_at_once_where_nobody_else_holds
     await reader.discovery._tasks.close()
 
 
+async def test_a_ping_that_is_missed_says_little_and_a_refused_connection_all(reader: Reader) -> None:
+    for number in (2, 3):
+        await reader.announce(number, 0, 30)
+    reader.discovery.watch(MODEL)
+    await reader.discovery.refresh()
+    router, peers = reader.discovery.router, reader.discovery.router.snapshot(reader.discovery.now_s()).peers
+    lost, gone = sorted(peers, key=lambda peer: peer.peer_id != PEER.peer_id)
+    reader.network.cut(gone.peer_id)
+    reader.network.partition([lost.peer_id], [reader.discovery.peer_id])
+    left_alone = []
+    for _ in range(module.MISSED_MAX):
+        for peer in (lost, gone):
+            await reader.discovery._ping(peer, timeout_s=0.05)
+        left_alone.append({peer.peer_id for peer in router.silent(reader.discovery.now_s())})
+    assert left_alone == [{gone.peer_id}] * (module.MISSED_MAX - 1) + [{gone.peer_id, lost.peer_id}]
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_peers_that_may_only_be_late_are_waited_for_and_those_that_are_gone_are_not(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    monkeypatch.setattr(module, "LATE_PATIENCE_S", 60.0)
+    await reader.announce(2, 0, 30)
+    reader.discovery.watch(MODEL)
+    await reader.discovery.refresh()
+    now_s = reader.discovery.now_s()
+    for second in (-30, 0):
+        reader.discovery.router.on_failure(PEER.peer_id, now_s + second, "silent", unreachable=True, late=late)
+    reader.network.cut(PEER.peer_id)
+    waiting = asyncio.create_task(reader.discovery.route(REQUEST, patience_s=0.1))
+    await asyncio.wait([waiting], timeout=0.6)
+    if late:
+        assert not waiting.done()
+        reader.network.heal(PEER.peer_id)
+        assert [hop.peer_id for hop in (await waiting).hops] == [PEER.peer_id]
+    else:
+        with pytest.raises(NoRoute):
+            await waiting
+    await reader.discovery._tasks.close()
+
+
 async def test_a_node_that_cannot_dial_for_a_moment_blames_nobody_and_goes_on(
     reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

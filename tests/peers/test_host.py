@@ -126,7 +126,7 @@ class Life:
         self._config = config
 
     async def wait_for(self, kind: str) -> Event:
-        async with self._said, asyncio.timeout(30):
+        async with self._said, asyncio.timeout(100):
             await self._said.wait_for(lambda: kind in self.events)
         return self.events[kind]
 

@@ -102,6 +102,15 @@ def test_a_peer_that_answers_again_is_used_soon_and_at_once_where_nobody_else_is
     assert told.strikes > 1, "its failures still count"
 
 
+def test_who_may_only_be_late_is_told_from_who_is_gone() -> None:
+    reputation = Reputation()
+    reputation.on_failure(peer(1), NOW_S, "the connection ended", unreachable=True)
+    reputation.on_failure(peer(2), NOW_S, "did not answer", unreachable=True, late=True)
+    reputation.on_failure(peer(3), NOW_S, "sent nonsense")
+    assert reputation.late(NOW_S) == {peer(2)}
+    assert reputation.late(NOW_S + BACKOFF_S_MIN) == set()
+
+
 def test_an_answer_excuses_nobody_who_erred() -> None:
     reputation = Reputation()
     reputation.on_failure(BAD, NOW_S, "sent nonsense")

@@ -14,7 +14,7 @@ from routing.cost import hop_cost
 from routing.errors import NoRoute
 from routing.estimates import Estimates
 from routing.health import coverage
-from routing.ids import BlockSpan, BlockSpans
+from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.path import Candidate, cheapest_path
 from routing.placement import choose_span
 from routing.records import Announcement, PeerState
@@ -154,6 +154,20 @@ def test_a_backed_off_holder_is_named_with_the_reason() -> None:
         router.plan(REQUEST, NOW_S)
     assert raised.value.missing == ((10, 20),)
     assert "nobody" not in str(raised.value)
+
+
+def test_a_missing_route_tells_whether_peers_that_may_only_be_late_would_make_it_whole() -> None:
+    def late(gone: int | None = None, *, avoid: frozenset[PeerId] = frozenset()) -> bool:
+        router = router_with(*THREE)
+        for number in (0, 1):
+            router.on_failure(peer(number), NOW_S, "no answer", unreachable=True, late=number != gone)
+        with pytest.raises(NoRoute) as raised:
+            router.plan(replace(REQUEST, avoid=avoid), NOW_S)
+        return raised.value.late
+
+    assert late()
+    assert not late(gone=1)
+    assert not late(avoid=frozenset({peer(0)}))
 
 
 def test_a_peer_that_says_it_paused_is_left_alone_until_it_announces_that_it_is_back() -> None:

@@ -27,7 +27,7 @@ from routing.ids import BlockSpan, BlockSpans, ModelId
 from routing.invites import parse
 from routing.records import Announcement, HostedAdapter, PeerState
 from routing.router import Router
-from swarm.cli import dashboard, gateway, node, output, signals
+from swarm.cli import dashboard, gateway, node, output, route, signals, status, top
 from swarm.cli import status as status_view
 from swarm.cli.app import app, spread
 from swarm.cli.options import bytes_of
@@ -219,6 +219,21 @@ def test_what_serves_http_listens_here_only_and_lets_nobody_else_in_unless_asked
     assert [config.host for config in configs] == ["127.0.0.1", "0.0.0.0"] * 2
     assert [is_exposed(config.host) for config in configs] == [False, True] * 2
     assert (configs[0].cors_origins, configs[0].accounts, configs[0].port) == ((), (), 8000)
+
+
+@pytest.mark.parametrize("arguments", [("status",), ("top", "--once"), ("route", "m"), ("dashboard",)])
+def test_who_waits_for_a_network_sees_at_once_that_it_is_looked_for(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """And programs see results only."""
+    for view in (status, top, route, dashboard):
+        monkeypatch.setattr(view, "run" if view is dashboard else arguments[0], lambda *_, **__: None, raising=False)
+    entry = ("--initial-peers", ADDRESS, *(("--history", str(tmp_path / "h")) if arguments == ("dashboard",) else ()))
+    done = run(*arguments, *entry)
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "network 'hive'" in done.stderr
+    if arguments[0] != "top":
+        assert run(*arguments, *entry, "--json").stderr == ""
 
 
 @pytest.mark.parametrize("text", ["", "B", "GB", "-1GB", "0", "nan", "inf", "1PB", "12 apples"])

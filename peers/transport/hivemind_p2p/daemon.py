@@ -28,9 +28,10 @@ from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.multiaddr.exceptions import Error as MultiaddrError
 
-from peers.errors import AddressInUse, PeerUnreachable, ProtocolError, Refused, StreamClosed
+from peers.errors import AddressInUse, PeerSilent, PeerUnreachable, ProtocolError, Refused, StreamClosed
 from peers.transport.framing import FramedStream
 from peers.transport.hivemind_p2p.folder import SocketFolder, remove_abandoned
+from peers.transport.patience import Patience
 from routing.addresses import validate_multiaddr
 from routing.errors import InvalidAddress, Unavailable
 from routing.identity import SigningKey, identity_file_bytes, public_key_of
@@ -59,7 +60,7 @@ def translated(peer: PeerId | None) -> Iterator[None]:
     except TimeoutError as error:
         if peer is None:
             raise Unavailable("the libp2p daemon does not answer", hint="is this machine overloaded?") from error
-        raise PeerUnreachable(f"peer {peer} did not answer in time") from error
+        raise PeerSilent(f"peer {peer} did not answer in time") from error
     except P2PHandlerError as error:
         raise Refused(f"peer {peer} refused: {str(error)[:300]}", code="dht") from error
     except P2PDaemonError as error:
@@ -67,7 +68,8 @@ def translated(peer: PeerId | None) -> Iterator[None]:
         reason = str(error).splitlines()[-1].removeprefix("Connect failed. msg=").lstrip(" *")
         if peer is None:
             raise Unavailable(f"the libp2p daemon refused: {reason}") from error
-        raise PeerUnreachable(f"cannot reach peer {peer}: {reason}") from error
+        late = "deadline exceeded" in reason or "timeout" in reason
+        raise (PeerSilent if late else PeerUnreachable)(f"cannot reach peer {peer}: {reason}") from error
     except (OSError, EOFError, StreamClosed) as error:
         raise Unavailable("the libp2p daemon is not running", hint="start this node again") from error
     except (DecodeError, ValueError) as error:
@@ -158,7 +160,7 @@ class Daemon:
         """One question on a connection of its own. `peer` is whom a failure is about."""
         response = p2pd_pb2.Response()
         with translated(peer):
-            async with asyncio.timeout(timeout_s):
+            async with Patience(timeout_s):
                 reader, writer = await asyncio.open_unix_connection(self.control_path)
                 try:
                     await write_pbmsg(writer, request)
@@ -189,7 +191,7 @@ class Daemon:
         stream = FramedStream()
         with translated(peer):
             try:
-                async with asyncio.timeout(timeout_s):
+                async with Patience(timeout_s):
                     loop = asyncio.get_running_loop()
                     transport, _ = await loop.create_unix_connection(lambda: stream, str(self.control_path))
                     transport.write(_delimited(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=request)))

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
-from peers.errors import PeerUnreachable
+from peers.errors import PeerSilent, PeerUnreachable
+from peers.transport.patience import Patience
 from routing.ids import PeerId
 
 _PROBE_TIMEOUT_S: Final = 3.0
@@ -25,7 +26,7 @@ async def listening(peer: PeerId, addresses: Sequence[str]) -> list[str]:
         if protocol != "tcp" or "/p2p-circuit" in address or not family.startswith(("ip", "dns")):
             return True
         try:
-            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            async with Patience(_PROBE_TIMEOUT_S):
                 _, writer = await asyncio.open_connection(host, int(port))
         except OSError as error:  # TimeoutError too
             failures.append(error)
@@ -37,5 +38,7 @@ async def listening(peer: PeerId, addresses: Sequence[str]) -> list[str]:
         probes = {address: group.create_task(probe(address)) for address in addresses}
     alive = [address for address, task in probes.items() if task.result()]
     if addresses and not alive:
+        if all(isinstance(failure, TimeoutError) for failure in failures):
+            raise PeerSilent(f"nothing answers at {', '.join(addresses)}") from failures[0]
         raise PeerUnreachable(f"nothing listens at {', '.join(addresses)}: {failures[0] or 'timeout'}") from failures[0]
     return alive

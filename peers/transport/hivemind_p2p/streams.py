@@ -21,6 +21,7 @@ from peers.transport.base import MAX_STREAMS_PER_PEER, Handler
 from peers.transport.framing import FramedStream
 from peers.transport.hivemind_p2p.daemon import Daemon, address_text, peer_id_from, translated
 from peers.transport.hivemind_p2p.probe import listening
+from peers.transport.patience import Patience
 from routing.addresses import peer_id_in, validate_multiaddr
 from routing.errors import CallerError, InvalidAddress, SwarmError
 from routing.ids import PeerId
@@ -78,7 +79,7 @@ class HivemindTransport:
                 raise InvalidAddress(f"{address} is not an address of peer {peer}")
         try:
             with translated(peer):
-                async with asyncio.timeout(timeout_s):
+                async with Patience(timeout_s):
                     if addresses:
                         if peer in self._gone:
                             addresses = await listening(peer, addresses)

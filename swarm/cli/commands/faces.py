@@ -22,7 +22,7 @@ from swarm.cli.options import (
     Verbose,
     entrance_of,
 )
-from swarm.cli.output import command
+from swarm.cli.output import command, say
 
 
 def gateway(
@@ -187,6 +187,8 @@ def dashboard(
         entrance = entrance_of(initial_peers, invite, network)
         from swarm.extras import require_extra
 
+        if not as_json:
+            say(f"starting a dashboard of network {entrance.network!r} …")
         require_extra("dashboard", "fastapi", "fastapi_offline", "prometheus_client", "sse_starlette", "uvicorn")
         from swarm.cli import dashboard as view
         from swarm.dashboard.history import default_file

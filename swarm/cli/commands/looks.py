@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 from swarm.cli.options import Debug, InitialPeers, InviteLink, Json, Network, Verbose, entrance_of
-from swarm.cli.output import command
+from swarm.cli.output import command, say
+
+ENTERING = "entering network {!r} …"
+"""Said before anything that takes time: how long the rest takes is the network's affair."""
 
 
 def status(
@@ -24,6 +27,8 @@ def status(
     """Show what a swarm can do now: models, holders of every block, gaps, and peers with their measured latency."""
     with command(verbose=verbose, debug=debug):
         entrance = entrance_of(initial_peers, invite, network)
+        if not as_json:
+            say(ENTERING.format(entrance.network))
         from swarm.cli import status as view
 
         view.status(entrance, model=model, as_json=as_json)
@@ -43,6 +48,7 @@ def top(
     """
     with command(verbose=verbose, debug=debug):
         entrance = entrance_of(initial_peers, invite, network)
+        say(ENTERING.format(entrance.network))
         from swarm.cli import top as view
 
         view.top(entrance, once=once)
@@ -69,6 +75,8 @@ def route(
     """
     with command(verbose=verbose, debug=debug):
         entrance = entrance_of(initial_peers, invite, network)
+        if not as_json:
+            say(ENTERING.format(entrance.network))
         from swarm.cli import route as view
 
         view.route(entrance, model=model, tokens=tokens, explain=explain, as_json=as_json)

@@ -134,7 +134,7 @@ def test_a_quantization_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 
 def test_fewer_bits_plan_for_more_blocks() -> None:
     config = FAMILIES["llama"].config()
-    config.update({"num_hidden_layers": 400, "hidden_size": 256, "intermediate_size": 512})
+    config.update({"num_hidden_layers": 100, "hidden_size": 512, "intermediate_size": 1024})
     plans = {
         quantization: plan_capacity(
             config, device="cpu", dtype="float32", max_memory_bytes=850_000_000, quantization=quantization

@@ -16,6 +16,7 @@ from torch import Tensor
 from peers.errors import Busy, Preempted
 from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool, linear
+from peers.runtime import engine as engine_module
 from peers.runtime.cache import PagedCache
 from peers.runtime.engine import (
     CacheTooSmall,
@@ -28,6 +29,7 @@ from peers.runtime.engine import (
     SessionReleased,
     Work,
 )
+from peers.runtime.scheduler import Tempo
 from routing.errors import CallerError, Unavailable
 from routing.ids import BlockSpan, PeerId, SessionId
 from tests.peers.runtime.spans import ALICE, Local, Sequence, assert_same, new_session, running, together
@@ -52,6 +54,8 @@ class Gate:
 
     def __init__(self, of: Engine | SpanModel) -> None:
         owner: Any = of._cache if isinstance(of, Engine) else of
+        if isinstance(of, Engine):
+            of._is_moment = lambda _: False  # type: ignore[method-assign]  # the event loop must not stop there
         self._forward = owner.forward
         self._open = threading.Event()
         self._reached = threading.Event()
@@ -588,3 +592,79 @@ async def test_a_start_that_is_cancelled_says_nothing_to_who_no_longer_waits() -
     await engine.stop()
     await asyncio.sleep(0)
     assert not complaints
+
+
+def record_threads(engine: Engine) -> list[bool]:
+    """For each forward from now on, whether it ran in this thread."""
+    here, forward, threads = threading.get_ident(), engine._cache.forward, list[bool]()
+
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
+        threads.append(threading.get_ident() == here)
+        return forward(*args, **kwargs)
+
+    engine._cache.forward = recorded  # type: ignore[method-assign]
+    return threads
+
+
+@pytest.fixture
+def momentary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library multiplies, and whatever it does takes but a moment."""
+    monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(engine_module, "MOMENT_S", 1e9)
+    monkeypatch.setattr(Tempo, "is_long", lambda *_: False)
+
+
+@pytest.mark.usefixtures("momentary")
+async def test_tokens_of_a_lone_session_are_computed_where_they_arrive(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(local.cut()) as engine:
+        await engine.prepared()
+        one, other = Sequence(local, engine), Sequence(local, engine, seed=50)
+        threads = record_threads(engine)
+        for tokens in (20, 1, 1, 1):
+            await one.step(tokens)
+        assert threads == [False, False, True, True]  # a tape is written by the engine's thread, with its first token
+        threads.clear()
+        await other.step(1)
+        await one.step(1)
+        await together(one.step(1), other.step(1))
+        assert not any(threads)  # somebody else's work came between, or with it
+        await one.step(1)
+        monkeypatch.setattr(engine_module, "MOMENT_S", 0.0)
+        await one.step(1)
+        await one.step(1)
+        assert not any(threads)
+
+
+@pytest.mark.usefixtures("momentary")
+async def test_what_is_released_before_its_turn_is_not_computed_where_it_arrived(local: Local) -> None:
+    async with running(local.cut()) as engine:
+        await engine.prepared()
+        session = new_session()
+        for start in range(2):
+            await engine.run(work(session, start, 1))
+        threads = record_threads(engine)
+        last = asyncio.create_task(engine.run(work(session, 2, 1)))
+        asyncio.get_running_loop().call_soon(engine.release, session)  # behind its submission, before its turn
+        with pytest.raises(SessionReleased):
+            await last
+        assert not threads
+        assert_all_free(engine)
+        await engine.run(work(session, 0, 1))
+
+
+@pytest.mark.usefixtures("momentary")
+async def test_a_work_that_fails_where_it_arrived_fails_alone(local: Local) -> None:
+    async with running(local.cut()) as engine:
+        await engine.prepared()
+        session = new_session()
+        for start in range(2):
+            await engine.run(work(session, start, 1))
+        threads, bad = record_threads(engine), work(session, 2, 1)
+        bad.hidden[:] = torch.nan
+        with pytest.raises(NonFiniteOutput):
+            await engine.run(bad)
+        await engine.run(work(session, 2, 1))
+        assert engine.held(session) == 3
+        assert threads == [True, True]

@@ -13,6 +13,8 @@ from peers.wire.messages import PREFIX_POSITIONS
 from routing.ids import BlockSpan, PeerId
 from tests.peers.runtime.spans import ALICE, Local, Sequence, assert_same, new_session, random_ids, running, together
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 BLOCK = PREFIX_POSITIONS
 SPAN = BlockSpan(1, 4)
 KEYS = [bytes([index]) * 16 for index in range(4)]

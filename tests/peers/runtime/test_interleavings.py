@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -27,6 +28,8 @@ TOKENS_MAX = 90
 SLACK = 10
 BOB = PeerId("bob")
 LOCAL = Local("llama", SPAN)
+OPERATIONS = int(os.environ.get("OPERATIONS", "4000"))
+"""Of the long life; 20,000 take a minute."""
 
 
 def configured(local: Local = LOCAL, **others: Any) -> Engine:
@@ -167,11 +170,11 @@ TestHybridInterleavings = HybridInterleavings.TestCase
 
 @pytest.mark.timeout(600)
 async def test_a_long_life_leaks_no_page_no_session_and_no_memory() -> None:
-    """20,000 operations of eight clients; memory is compared between the ends of the second and the last quarter."""
+    """Operations of eight clients; memory is compared between the ends of the second and the last quarter."""
     rng = random.Random(0)
     engine = configured(cache_tokens=600)
     await engine.start()
-    left = 20_000
+    left = OPERATIONS
     resident_bytes: list[int] = []
 
     async def live(owner: PeerId) -> None:
@@ -179,7 +182,7 @@ async def test_a_long_life_leaks_no_page_no_session_and_no_memory() -> None:
         sequence: Sequence | None = None
         while left > 0:
             left -= 1
-            if left % 5000 == 0:
+            if left % (OPERATIONS // 4) == 0:
                 gc.collect()
                 resident_bytes.append(psutil.Process().memory_info().rss)
             if sequence is None:

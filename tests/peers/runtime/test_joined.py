@@ -19,6 +19,8 @@ from routing.errors import CallerError
 from routing.ids import BlockSpan, PeerId, SessionId
 from tests.peers.runtime.spans import ALICE, Local, Sequence, new_session, together
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 SPAN = BlockSpan(1, 4)
 PARTS = (BlockSpan(1, 2), BlockSpan(2, 4))
 

@@ -21,6 +21,8 @@ from routing.records import PeerState
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 HALF = NUM_BLOCKS // 2
 
 

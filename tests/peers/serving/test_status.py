@@ -12,6 +12,8 @@ from routing.ids import BlockSpan, BlockSpans
 from tests.helpers.families import FAMILIES, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 
+pytestmark = pytest.mark.usefixtures("plain_forwards")
+
 
 def status(swarm: MemorySwarm, number: int) -> Status:
     peer = swarm.peers[number]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import time
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from peers.errors import PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
+from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
 from peers.transport import links as module
 from peers.transport.base import Stream
 from peers.transport.links import BULK, MAX_INBOUND_LINKS_PER_PEER, SMALL, STREAM_PROTOCOL, Link, Links
 from peers.transport.memory import MemoryNetwork, MemoryTransport
+from peers.transport.patience import RENEWALS_MAX
 from peers.wire import codec
 from peers.wire.messages import PROTOCOL_VERSION, AnyMessage, Close, Failed, Hello, Ping, Pong, Status, Step
 from routing.errors import PeerError
@@ -422,6 +424,36 @@ async def test_a_request_to_a_silent_peer_times_out_and_the_link_stays(world: Wo
     assert await world.dial() is link
 
 
+@pytest.mark.parametrize("vouched", [False, True])
+async def test_a_peer_that_says_other_things_has_more_time_for_an_answer_but_not_for_ever(
+    world: World, vouched: bool
+) -> None:
+    link = await world.dial()
+    await link.send(Close(sessions=()))
+    await asyncio.sleep(0.1)
+    back = world.other.received[0][0]
+    world.other.links.pong = lambda nonce: Pong(nonce=nonce + 1_000_000)  # nobody's
+    ended_s = []
+
+    async def ping(*, renews: bool) -> None:
+        started_s = now_s()
+        with pytest.raises(PeerSilent):
+            await world.one.links.ping(OTHER, timeout_s=2.0, renews=renews)
+        ended_s.append(now_s() - started_s)
+
+    pinging = asyncio.gather(ping(renews=False), ping(renews=True))
+    while not pinging.done():
+        await asyncio.sleep(0.5)
+        if vouched:
+            world.one.links.vouch(OTHER)
+        else:
+            await back.send(Close(sessions=()))
+    await pinging
+    assert ended_s == [pytest.approx(2.0), pytest.approx(2.0 * (1 + RENEWALS_MAX))]
+    world.one.links.vouch(THIRD)  # nobody this node has a link to: no matter
+    assert not link.closed
+
+
 async def test_a_request_ends_with_its_link(world: World) -> None:
     await world.dial()
     world.network.partition({ONE}, {OTHER})
@@ -432,6 +464,26 @@ async def test_a_request_ends_with_its_link(world: World) -> None:
     with pytest.raises(StreamClosed):
         await pinging
     assert now_s() == started_s
+
+
+async def test_who_learns_of_the_end_from_sending_leaves_no_error_behind(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    link = await world.dial()
+
+    async def send(*_: object, **__: object) -> None:
+        world.one.links.forget(link)
+        raise StreamClosed("while it was sent")
+
+    with monkeypatch.context() as during:
+        during.setattr(link, "send", send)
+        with pytest.raises(StreamClosed, match="while it was sent"):
+            await world.one.links.ping(OTHER, world.other.transport.addresses)
+    gc.collect()
+    assert complaints == []
+    await link.close()
 
 
 async def test_a_reply_from_another_peer_is_nobodys(world: World) -> None:
@@ -640,8 +692,25 @@ async def test_messages_of_one_frame_are_dispatched_in_order(world: World) -> No
     stream = await world.raw()
     await stream.receive()
     await stream.send(b"".join(codec.encode(Ping(nonce=nonce)) for nonce in (1, 2, 3)))
-    answers = [codec.decode(await stream.receive()) for _ in range(3)]
-    assert [message for frame in answers for message, _ in frame] == [Pong(nonce=nonce) for nonce in (1, 2, 3)]
+    answers = codec.decode(await stream.receive())
+    assert [message for message, _ in answers] == [Pong(nonce=nonce) for nonce in (1, 2, 3)]
+
+
+async def test_what_was_sent_before_a_link_was_closed_arrives(world: World) -> None:
+    third = world.network.transport(THIRD)
+    received: asyncio.Future[AnyMessage] = asyncio.get_running_loop().create_future()
+
+    async def take(stream: Stream) -> None:
+        await stream.receive()
+        await stream.send(codec.encode(a_hello()))
+        received.set_result(codec.decode(await stream.receive())[0][0])
+
+    await third.serve(STREAM_PROTOCOL, take)
+    link = await world.one.links.to(THIRD)
+    await link.send(Ping(nonce=7))
+    await link.close()
+    assert await received == Ping(nonce=7)
+    await third.close()
 
 
 async def test_a_link_that_only_pings_wanted_is_closed_again_and_any_other_stays(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import random
@@ -29,10 +30,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from peers.exposition import told
 from routing.ids import BlockSpan
+from swarm.cli.commands import faces
 from swarm.gateway.engine import Ask
 from swarm.gateway.kept import KeptLimits
 from swarm.gateway.keys import Account, hash_key
 from swarm.gateway.sampling import Sampling
+from swarm.session import driver
 from tests.helpers.gateway import GatewayWorld, serving
 from tests.helpers.schemas import random_schema
 
@@ -40,6 +43,7 @@ KEYS = ["a-key-that-belongs-to-alice", "a-key-that-belongs-to-bobby"]
 MONITORING = Path(__file__).parents[3] / "scripts" / "monitoring"
 PROMPT = "Once upon a time there was a hive"
 MODEL = "talker"
+FACES = ("gateway", "dashboard")
 SCHEMAS = int(os.environ.get("SCHEMAS", "12"))
 """Random ones; more on request."""
 
@@ -239,6 +243,21 @@ def test_a_seed_makes_chances_repeatable_and_choices_differ(client: openai.OpenA
     assert texts != [choice.text for choice in complete(client, **{**options, "seed": 6}).choices]
 
 
+def test_each_way_to_choose_a_token_is_heard(client: openai.OpenAI, world: GatewayWorld) -> None:
+    greedy = world.text(PROMPT, 12)
+    for narrow in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-9}):
+        assert complete(client, temperature=1.5, seed=1, extra_body=narrow).choices[0].text == greedy, narrow
+    ids_1T = torch.tensor([world.tokenizer(PROMPT).input_ids])
+    penalized_1T = world.local.generate(
+        ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=12, repetition_penalty=3.0, pad_token_id=0
+    )
+    expected = world.tokenizer.decode(penalized_1T[0, ids_1T.shape[1] :])
+    assert complete(client, extra_body={"repetition_penalty": 3.0}).choices[0].text == expected != greedy
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        once = complete(client, max_tokens=60, **{penalty: 2}).choices[0].text
+        assert len({*once}) > len({*world.text(PROMPT, 60)}), penalty
+
+
 def test_bias_decides(client: openai.OpenAI, world: GatewayWorld) -> None:
     (token,) = world.tokenizer("Q").input_ids
     assert complete(client, logit_bias={str(token): 100}, max_tokens=3).choices[0].text == "QQQ"
@@ -249,7 +268,9 @@ def test_bias_decides(client: openai.OpenAI, world: GatewayWorld) -> None:
     assert going_on.usage.completion_tokens == 12
 
 
-def test_health_names_the_blocks_that_nobody_serves(world: GatewayWorld, url: str) -> None:
+def test_health_names_the_blocks_that_nobody_serves_and_none_because_this_machine_is_late(
+    world: GatewayWorld, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (last,) = (peer for peer in world.swarm.peers if peer.handler.served.spans.covers(BlockSpan(2, 4)))
 
     def health() -> tuple[str, list[list[int]]]:
@@ -265,6 +286,8 @@ def test_health_names_the_blocks_that_nobody_serves(world: GatewayWorld, url: st
     finally:
         world.swarm.pause_peer(last.links.transport.peer_id, False)
     assert eventually(lambda: health() == ("ok", []))
+    monkeypatch.setattr(driver, "LOOK_TIMEOUT_S", 0.0)
+    assert health() == ("ok", [])
 
 
 # --- JSON and tools ---
@@ -474,6 +497,53 @@ def test_the_death_of_a_peer_is_not_seen_in_the_stream(world: GatewayWorld, clie
         assert "".join(texts) == world.text(PROMPT, 60)
 
 
+def test_whatever_happens_to_peers_while_many_streams_run_every_text_is_the_undisturbed_one(tmp_path: Path) -> None:
+    """They die, fall silent, step back, return and come anew; blocks 2:4 for a moment have no holder at all."""
+    world, tokens, streams = GatewayWorld(tmp_path), 32, 20
+    swarm, network = world.swarm, world.swarm.network
+    for span in ((0, 2), (2, 4)):
+        swarm.add_peer(*span)
+    ids = [peer.links.transport.peer_id for peer in swarm.peers]
+    client_id = swarm.thread.client.node.transport.peer_id
+
+    def leave_a_gap() -> None:
+        swarm.kill_peer(ids[3])
+        threading.Timer(0.5, swarm.pause_peer, (ids[1], False)).start()
+
+    acts: list[Callable[[], object]] = [
+        lambda: swarm.kill_peer(ids[0]),
+        lambda: swarm.pause_peer(ids[1]),
+        lambda: swarm.add_peer(0, 2),
+        lambda: swarm.thread.post(network.partition, [ids[2]], [client_id, *ids[:2], ids[3]]),
+        leave_a_gap,
+        lambda: swarm.thread.post(network.partition),
+    ]
+    left = iter(acts)
+    lock, seen = threading.Lock(), 0
+
+    def read(url: str, prompt: str) -> str:
+        nonlocal seen
+        text = ""
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            for chunk in complete(client, prompt, max_tokens=tokens, stream=True):
+                text += chunk.choices[0].text
+                with lock:
+                    seen += 1
+                    if seen % (tokens * streams // (len(acts) + 2)) == 0:
+                        next(left, lambda: None)()
+        return text
+
+    prompts = [f"{PROMPT}, number {at}" for at in range(streams)]
+    try:
+        with serving(world.served) as gateway, ThreadPoolExecutor(streams) as pool:
+            texts = list(pool.map(lambda prompt: read(gateway.url, prompt), prompts))
+        assert next(left, None) is None, "all of it happened"
+        assert world.served.engine.traffic.rebuilds >= streams
+        assert texts == [world.text(prompt, tokens) for prompt in prompts]
+    finally:
+        world.close()
+
+
 # --- keys, errors, pages ---
 
 
@@ -606,7 +676,12 @@ def test_metrics_that_dashboards_and_alerts_name_are_told(world: GatewayWorld, u
     }
     scrapes = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     assert scrapes["rule_files"] == ["alerts.yml"]
-    assert all(re.fullmatch("hiveswarm-.*", job["job_name"]) for job in scrapes["scrape_configs"])
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in scrapes["scrape_configs"]}
+    ports = {
+        "peers": 9100,
+        **{face: inspect.signature(getattr(faces, face)).parameters["port"].default for face in FACES},
+    }
+    assert targets == {f"hiveswarm-{part}": [f"127.0.0.1:{port}"] for part, port in ports.items()}
 
 
 async def made(make: Callable[[], Any]) -> Any:

@@ -1,6 +1,6 @@
 // The conversation that is open, and what happens in it. Knows no page: whoever shows it is told of changes.
 
-import { announce, Announcer } from "./announce.js";
+import { announce, Announcer } from "../shared/announce.js";
 import { addStep, newTrace } from "./route.js";
 import * as store from "./store.js";
 import { answer, models, Trouble } from "./stream.js";

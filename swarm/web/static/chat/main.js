@@ -1,7 +1,7 @@
 // The chat page: draws what the conversation is whenever it changes, and hears the keys that work everywhere.
 
 import { render } from "../vendor/lit-html/lit-html.js";
-import { media } from "../shared/ui.js";
+import { media, onceAFrame } from "../shared/ui.js";
 import { loadModels, newChat, shownTrace, state, stop, whenChanged } from "./conversation.js";
 import { show } from "./markdown.js";
 import { drawColumns, pulse } from "./route.js";
@@ -9,21 +9,10 @@ import { leaveEditing, page, startAnew } from "./view.js";
 
 const app = document.querySelector("#app");
 
-let due = false;
 let lit = null; // the step that the route was lit up for last
 
-function update({ now = false } = {}) {
-  if (now) {
-    draw();
-    return;
-  }
-  if (due) return;
-  due = true;
-  requestAnimationFrame(() => {
-    due = false;
-    draw();
-  });
-}
+const drawSoon = onceAFrame(draw);
+const update = ({ now = false } = {}) => (now ? draw() : drawSoon());
 
 function draw() {
   render(page(), app);

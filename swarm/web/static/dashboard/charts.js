@@ -46,6 +46,7 @@ function options({ title, ink, show, whole, steps }, width) {
   return {
     width,
     height: HEIGHT,
+    padding: [null, 28, null, null], // half of the last time of day
     legend: { show: false },
     cursor: { y: false, points: { size: 6 } },
     scales: { y: { range: (_, low, high) => [0, high > 0 ? high * 1.15 : 1] } },

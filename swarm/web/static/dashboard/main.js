@@ -1,7 +1,8 @@
 // The dashboard: which page is open, what it has asked for, and when it is drawn again. `live` brings what changes.
 
 import { html, nothing, render } from "../vendor/lit-html/lit-html.js";
-import { icon, themeButton } from "../shared/ui.js";
+import { announce } from "../shared/announce.js";
+import { icon, onceAFrame, themeButton } from "../shared/ui.js";
 import { drawCharts, forgetCharts } from "./charts.js";
 import { eventsPage, eventsPath, noQuery } from "./events.js";
 import { joinPage } from "./join.js";
@@ -13,7 +14,6 @@ import { noFilter, peersPage } from "./peers.js";
 import { drawTopology, topologyPage } from "./topology.js";
 
 const app = document.querySelector("#app");
-const announcer = document.querySelector("#announcer");
 const HISTORY_MS = 15000;
 const PEER_MS = 2000;
 const TOPOLOGY_MS = 5000;
@@ -144,16 +144,9 @@ function changed() {
     const news = knownEventId === null ? [] : live.events.filter((event) => event.id > knownEventId);
     if (knownEventId !== live.latestEventId && state.page === "events" && knownEventId !== null) askForEvents();
     knownEventId = live.latestEventId;
-    for (const event of news.filter(({ kind }) => kind.startsWith("gap")).slice(0, 3)) say(event.text);
+    for (const event of news.filter(({ kind }) => kind.startsWith("gap")).slice(0, 3)) announce(event.text);
   }
   update();
-}
-
-function say(text) {
-  const line = document.createElement("p");
-  line.textContent = text;
-  announcer.append(line);
-  while (announcer.childElementCount > 5) announcer.firstElementChild.remove();
 }
 
 function goTo() {
@@ -206,15 +199,7 @@ function choose(modelId) {
 
 // --- what is shown ---
 
-let due = false;
-function update() {
-  if (due) return;
-  due = true;
-  requestAnimationFrame(() => {
-    due = false;
-    draw();
-  });
-}
+const update = onceAFrame(draw);
 
 function draw() {
   askForPage();

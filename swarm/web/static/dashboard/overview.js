@@ -1,9 +1,9 @@
 // The first page: how the chosen model is, now and over the last hours.
 
 import { html, nothing } from "../vendor/lit-html/lit-html.js";
-import { blocks, bytes, number, rate } from "../shared/ui.js";
+import { bytes, number, rate } from "../shared/ui.js";
 import { charts } from "./charts.js";
-import { empty, eventList, modelHealth, peerLink, states, strip } from "./parts.js";
+import { bestRoute, empty, eventList, modelHealth, states, strip } from "./parts.js";
 
 function tile(label, value, unit, note) {
   return html`<div class="card tile">
@@ -65,13 +65,7 @@ export function overviewPage({ live, model, history, hours, setHours, choose }) 
         <h2>Best route from here</h2>
         <a class="small" href="#/topology">Topology</a>
       </div>
-      ${
-        model.route
-          ? html`<ol class="route">
-              ${model.route.map((hop) => html`<li>${peerLink(hop)} <span class="small soft">blocks ${blocks(hop.span)}</span></li>`)}
-            </ol>`
-          : html`<p class="soft">There is none: ${model.route_problem || "blocks are missing"}.</p>`
-      }
+      ${bestRoute(model)}
     </section>
     <section class="card">
       <div class="head">

@@ -31,6 +31,13 @@ function peerName({ peer_id: id, name }) {
 export const peerLink = (peer) =>
   html`<a class="peer" href=${`#/peers/${encodeURIComponent(peer.peer_id)}`}>${peerName(peer)}</a>`;
 
+export const bestRoute = (model) =>
+  model.route
+    ? html`<ol class="route">
+        ${model.route.map((hop) => html`<li>${peerLink(hop)} <span class="small soft">blocks ${blocks(hop.span)}</span></li>`)}
+      </ol>`
+    : html`<p class="soft">There is none: ${model.route_problem || "blocks are missing"}.</p>`;
+
 export const spansText = (spans) => spans.map(blocks).join(", ") || "none";
 
 export function age(seconds) {

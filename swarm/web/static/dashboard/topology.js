@@ -3,7 +3,7 @@
 import { html, nothing } from "../vendor/lit-html/lit-html.js";
 import { blocks, color, number, prepare, seconds, shortId } from "../shared/ui.js";
 import { byBlocks, byDistance } from "./layout.js";
-import { empty, peerLink, problemNotice, states } from "./parts.js";
+import { bestRoute, empty, peerLink, problemNotice, states } from "./parts.js";
 
 const MAX_LINKS = 400;
 const MAX_LISTED = 100;
@@ -284,13 +284,7 @@ export function topologyPage({ live, model, topology, mode, setMode, selected, s
     }
     <section class="card">
       <h2>Best route from here</h2>
-      ${
-        model.route
-          ? html`<ol class="route">
-              ${model.route.map((hop) => html`<li>${peerLink(hop)} <span class="small soft">blocks ${blocks(hop.span)}</span></li>`)}
-            </ol>`
-          : html`<p class="soft">There is none: ${model.route_problem || "blocks are missing"}.</p>`
-      }
+      ${bestRoute(model)}
     </section>
   `;
 }

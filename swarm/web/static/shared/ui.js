@@ -44,6 +44,19 @@ export function bytes(value) {
   return `${value.toFixed(at && value < 10 ? 1 : 0)} ${units[at]}`;
 }
 
+/** A function that has `draw` called with the next frame, however often it is called before. */
+export function onceAFrame(draw) {
+  let due = false;
+  return () => {
+    if (due) return;
+    due = true;
+    requestAnimationFrame(() => {
+      due = false;
+      draw();
+    });
+  };
+}
+
 /** The end of a peer id: its beginning is the same for all. */
 export function shortId(id) {
   return id.length > 10 ? `…${id.slice(-8)}` : id;

@@ -1,0 +1,126 @@
+"""What plans share changes no plan: everything is compared with looking at everybody each time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from routing.coordinates import Coordinate
+from routing.cost import block_s
+from routing.crowd import Crowd
+from routing.errors import NoRoute
+from routing.estimates import queued_s
+from routing.ids import BlockSpan, BlockSpans
+from routing.records import Announcement, PeerState
+from routing.router import Route, Router, RouteRequest
+from tests.routing.swarms import MODEL, NOW_S, announcement, peer
+
+BLOCKS = 6
+
+
+@st.composite
+def announcements(draw: st.DrawFn) -> list[Announcement]:
+    said = []
+    for number in range(draw(st.integers(1, 14))):
+        start = draw(st.integers(0, BLOCKS - 1))
+        spans = [BlockSpan(start, draw(st.integers(start + 1, BLOCKS)))]
+        if start >= 2 and draw(st.booleans()):
+            spans.append(BlockSpan(0, 1))
+        said.append(
+            announcement(
+                peer(number),
+                num_blocks=BLOCKS,
+                spans=BlockSpans.of(*spans),
+                state=draw(st.sampled_from([PeerState.ONLINE, PeerState.ONLINE, PeerState.DRAINING])),
+                protocol=draw(st.sampled_from([1, 1, 2])),
+                dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
+                decode_s_per_block=draw(st.sampled_from([0.01, 0.02, 0.5])),
+                prefill_s_per_token_block=draw(st.sampled_from([0.001, 0.01])),
+                free_tokens=draw(st.sampled_from([0, 8192])),
+                sessions=draw(st.integers(0, 3)),
+                queue_s=draw(st.sampled_from([0.0, 0.1])),
+                max_bytes_per_s=draw(st.sampled_from([0, 1000])),
+                place=draw(
+                    st.sampled_from([None, Coordinate(0.0, 0.0, 0.001, 0.1), Coordinate(0.05, 0.0, 0.001, 0.1)])
+                ),
+            )
+        )
+    return said
+
+
+@settings(max_examples=60)
+@given(announcements(), st.integers(1, 3), st.integers(0, 14), st.frozensets(st.integers(0, 13), max_size=5))
+def test_of_peers_that_are_alike_the_fastest_with_room_is_told_and_all_who_hold_blocks_are_found(
+    said: list[Announcement], tokens: int, first: int, without: frozenset[int]
+) -> None:
+    crowd = Crowd(said, BLOCKS, 1, "float32")
+    able = [a for a in said if (a.state, a.protocol, a.dtype) == (PeerState.ONLINE, 1, "float32")]
+    assert list(crowd.able) == able
+    for turn_s in (0.5, 2.0, 0.5):
+        told = list(crowd.fastest(tokens, 100, turn_s, frozenset(map(peer, without))))
+        best: dict[object, tuple[object, Announcement]] = {}
+        for a in able:
+            if a.peer_id not in set(map(peer, without)):
+                compute_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, tokens)
+                takes_s = queued_s(a, a.sessions, turn_s) + len(a.spans.parts[0]) * compute_s
+                rank, kind = (a.free_tokens < 100, takes_s, a.peer_id), (a.spans, a.max_bytes_per_s, a.place)
+                best[kind] = min(best.get(kind, (rank, a)), (rank, a), key=lambda ranked: ranked[0])
+        assert {a.peer_id for a in told} == {a.peer_id for _, a in best.values()}
+        assert len(told) == len(best)
+    for span in (BlockSpan(0, 1), BlockSpan(2, 5)):
+        around = [*able[first:], *able[:first]]
+        assert list(crowd.holders(span, first)) == [a for a in around if a.spans.covers(span)]
+
+
+@settings(max_examples=60)
+@given(
+    announcements(),
+    st.lists(st.tuples(st.integers(0, 13), st.sampled_from([0.01, 0.3]), st.booleans(), st.booleans()), max_size=8),
+)
+def test_plans_that_follow_each_other_are_those_of_a_router_that_looks_at_everybody_anew(
+    said: list[Announcement], events: list[tuple[int, float, bool, bool]]
+) -> None:
+    remembering, forgetting = Router(), Router()
+    routes: list[Route | None] = [None, None]
+    for router in (remembering, forgetting):
+        router.on_announcements(said, NOW_S)
+    for number, (measured, seconds, fails, renewed) in enumerate(events):
+        request = RouteRequest(
+            model=MODEL, num_blocks=BLOCKS, bytes_per_token=100, cache_tokens=10, spread=number / 8, session=number
+        )
+        forgetting._crowds_of = forgetting._shares = None
+        for index, router in enumerate((remembering, forgetting)):
+            router.on_rtt(peer(measured), seconds, NOW_S)
+            if fails:
+                router.on_failure(peer(measured), NOW_S, "died")
+            if renewed and measured < len(said):
+                router.on_announcements([replace(said[measured], sequence=2 + number, sessions=9)], NOW_S)
+            try:
+                routes[index] = router.plan(replace(request, previous=routes[index]), NOW_S)
+            except NoRoute:
+                routes[index] = None
+        assert routes[0] == routes[1]
+
+
+@settings(max_examples=60)
+@given(announcements(), st.integers(0, 5))
+def test_the_part_of_a_route_that_another_peer_changes_is_what_it_changes(said: list[Announcement], which: int) -> None:
+    router = Router()
+    router.on_announcements(said, NOW_S)
+    for number in range(0, 14, 2):
+        router.on_rtt(peer(number), 0.01 * number, NOW_S)
+    request = RouteRequest(model=MODEL, num_blocks=BLOCKS, bytes_per_token=100)
+    try:
+        hops = tuple((hop.peer_id, hop.span) for hop in router.plan(request, NOW_S).hops)
+    except NoRoute:
+        return
+    view, index = router._view(request, NOW_S), which % len(hops)
+    span = hops[index][1]
+    for a in view.holders(span):
+        other = (*hops[:index], (a.peer_id, span), *hops[index + 1 :])
+        difference_s = view.compared_route_s(other) - view.compared_route_s(hops)
+        parts_s = [view.compared_part_s(hops, index, served) for served in (a.peer_id, hops[index][0])]
+        assert parts_s[0] - parts_s[1] == pytest.approx(difference_s)
