@@ -144,11 +144,11 @@ def noting_adaptable(model: SpanModel, tokens: int) -> Iterator[set[Place]]:
     calls: Counter[Place] = Counter()
     handles = []
 
-    def noted(place: Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def noted(place: Place) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
+        def note(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
             calls[place] += 1
             whole = len(args) == 1 and args[0].numel() == tokens * getattr(module, "in_features", 0)
-            if whole and output.is_contiguous():
+            if whole and isinstance(output, Tensor) and output.is_contiguous():
                 found.add(place)
 
         return note

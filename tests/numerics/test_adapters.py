@@ -20,7 +20,7 @@ from peers import discovery
 from peers.model.lora import AdapterFolder, open_adapter
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.errors import CallerError, NoRoute
-from swarm.errors import UnsupportedCache, UnsupportedGradient
+from swarm.errors import UnsupportedAdapter, UnsupportedCache, UnsupportedGradient
 from swarm.session.core import SessionConfig
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
@@ -160,6 +160,9 @@ def test_what_another_adapter_computed_is_never_gone_on_with(local: Any, swarm: 
                 weight.fill_(float("nan"))
     with pytest.raises(CallerError, match="not finite"):
         tuned.generate(input_ids=ids, **GREEDY)
+    dropping = get_peft_model(swarm.model(guest=True), lora("q_proj", lora_dropout=0.5)).train()
+    with pytest.raises(UnsupportedAdapter, match="lora_dropout"):
+        dropping.generate(input_ids=ids, **GREEDY)
     assert swarm.eventually_settled()
 
 

@@ -509,7 +509,7 @@ def test_lora_by_peft_equals_local_and_its_adapter_loads_locally(
     kept = inputs["attention_mask"][..., None] > 0
     loaded = PeftModel.from_pretrained(copy.deepcopy(local), tmp_path / "adapter")
     with torch.no_grad():
-        assert distance(remote(**inputs).logits * kept, loaded(**inputs).logits * kept) <= TOLERANCE
+        assert distance(remote(**inputs, use_cache=False).logits * kept, loaded(**inputs).logits * kept) <= TOLERANCE
         with remote.disable_adapter():
             assert distance(remote(**inputs).logits * kept, local(**inputs).logits * kept) <= TOLERANCE
     # uploaded once for each step and hop, whatever the number of micro-batches
