@@ -35,13 +35,25 @@ def hop_cost(estimate: PeerEstimate, *, tokens: int, bytes_per_token: int) -> Ho
     A frame takes half a round trip into the peer, and the last hop's answer takes half of one back to this node; both
     carry the whole step. What a cap adds to that falls due twice: for what comes in, and for what goes out to whomever.
     """
-    rtt_s, queue_s, decode_s_per_block, prefill_s_per_token_block, max_bytes_per_s, bytes_per_s = estimate
+    rtt_s, _, decode_s_per_block, prefill_s_per_token_block, max_bytes_per_s, bytes_per_s = estimate
     step_bytes = tokens * bytes_per_token
-    enter_s = rtt_s / 2 + step_bytes / bytes_per_s + queue_s
+    enter_s = rtt_s / 2 + step_bytes / bytes_per_s + waits_s(estimate, tokens)
     leave_s = rtt_s / 2 + step_bytes / BANDWIDTH_BYTES_PER_S
     if 0 < max_bytes_per_s < min(bytes_per_s, BANDWIDTH_BYTES_PER_S):
         enter_s += 2 * (step_bytes / max_bytes_per_s - step_bytes / BANDWIDTH_BYTES_PER_S)
     return HopCost(enter_s, block_s(decode_s_per_block, prefill_s_per_token_block, tokens), leave_s)
+
+
+def waits_s(estimate: PeerEstimate, tokens: int) -> float:
+    """What a step of `tokens` positions waits at a peer where one of a single position waits `estimate.queue_s`: peers
+    are shared, so what takes longer waits as many times longer."""
+    _, queue_s, decode_s_per_block, prefill_s_per_token_block, *_ = estimate
+    return queue_s * longer(decode_s_per_block, prefill_s_per_token_block, tokens) if queue_s else 0.0
+
+
+def longer(decode_s_per_block: float, prefill_s_per_token_block: float, tokens: int) -> float:
+    """How many times as long as a step of one position a step of `tokens` takes."""
+    return 1 + (tokens - 1) * prefill_s_per_token_block / decode_s_per_block if decode_s_per_block else 1.0
 
 
 def block_s(decode_s_per_block: float, prefill_s_per_token_block: float, tokens: int) -> float:

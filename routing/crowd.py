@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Final
 
 from routing.chain import Cell, cell_of
-from routing.cost import block_s
+from routing.cost import block_s, longer
 from routing.estimates import queued_s
 from routing.ids import BlockSpan, PeerId
 from routing.precision import is_at_least
@@ -108,8 +108,8 @@ class Crowd:
                 blocks = first.end - first.start
                 ranked = [
                     (
-                        (queued_s(a, a.sessions, turn_s) if a.sessions else a.queue_s)
-                        + blocks * block_s(a.decode_s_per_block, a.prefill_s_per_token_block, tokens),
+                        blocks * block_s(a.decode_s_per_block, a.prefill_s_per_token_block, tokens)
+                        + (_waits_s(a, tokens, turn_s) if a.sessions or a.queue_s else 0.0),
                         a.peer_id,
                         a,
                     )
@@ -118,6 +118,10 @@ class Crowd:
                 ranked.sort(key=_time_and_peer)
                 ranking.append(ranked)
         return ranking
+
+
+def _waits_s(a: Announcement, tokens: int, turn_s: float) -> float:
+    return queued_s(a, a.sessions, turn_s) * longer(a.decode_s_per_block, a.prefill_s_per_token_block, tokens)
 
 
 _time_and_peer: Final = itemgetter(0, 1)

@@ -94,14 +94,16 @@ class StepEstimates:
 
     def add(self, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
         """`tokens` positions went through `blocks` blocks in `compute_s`, after waiting `queue_s`."""
-        self.queue_s.add(queue_s, now_s)
         per_block_s = compute_s / blocks
         if tokens == 1:
+            self.queue_s.add(queue_s, now_s)
             self.decode_s_per_block.add(per_block_s, now_s)
         else:
             # A block takes decode + (tokens - 1) × prefill; the first term is known, or small beside a long prompt.
             first_s = min(per_block_s, self.decode_s_per_block.value(0.0, now_s))
             self.prefill_s_per_token_block.add((per_block_s - first_s) / (tokens - 1), now_s)
+            if first_s:  # what takes longer waits as many times longer (`cost.waits_s`)
+                self.queue_s.add(queue_s * first_s / per_block_s, now_s)
 
 
 @dataclass(slots=True)

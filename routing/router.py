@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from routing.chain import Hops, cell_of, cheapest_chain, shortlist
 from routing.coordinates import Coordinate, distance_s
-from routing.cost import HopCost, hop_cost
+from routing.cost import HopCost, hop_cost, longer, waits_s
 from routing.crowd import Crowd
 from routing.detours import HERE
 from routing.directory import Directory, Snapshot
@@ -282,9 +282,8 @@ class Router:
         elif request.spread is not None and not previous:
             hops = self._spread(view, hops, request.spread, now_s)
         if request.spread is not None and (hops != previous or self._estimates.is_new(request.session)):
-            idle_s = view.route_s(hops) - sum(view.estimate(peer).queue_s for peer, _ in hops)
             parts = [(view.by_peer[peer], len(span)) for peer, span in hops]
-            self._estimates.on_planned(request.session, parts, idle_s, now_s)
+            self._estimates.on_planned(request.session, parts, view.idle_s(hops), now_s)
         return self._route(view, hops)
 
     def route_s(self, request: RouteRequest, now_s: float) -> float | None:
@@ -332,7 +331,8 @@ class Router:
     def _option(self, view: _View, hops: Hops, at: int, announcement: Announcement) -> Option:
         peer, (chosen, span) = announcement.peer_id, hops[at]
         cost, estimate = view.cost(peer), view.estimate(peer)
-        trip_s = (view.entry_s(hops[at - 1][0], peer) if at else cost.enter_s) - estimate.queue_s
+        queue_s = waits_s(estimate, view.request.tokens)
+        trip_s = (view.entry_s(hops[at - 1][0], peer) if at else cost.enter_s) - queue_s
         alternative = (*hops[:at], (peer, span), *hops[at + 1 :])
         return Option(
             peer_id=peer,
@@ -340,7 +340,7 @@ class Router:
             spans=announcement.spans,
             route_s=view.route_s(alternative),
             trip_s=trip_s + (cost.leave_s if at == len(hops) - 1 else 0.0),
-            queue_s=estimate.queue_s,
+            queue_s=queue_s,
             compute_s=len(span) * cost.per_block_s,
             chosen=peer == chosen,
             measured=peer in self._estimates.measured,
@@ -507,6 +507,15 @@ class _View:
         total_s += sum(len(span) * self.cost(peer).per_block_s for peer, span in hops)
         return total_s + sum(self.entry_s(a, b) for (a, _), (b, _) in itertools.pairwise(hops))
 
+    def idle_s(self, hops: Hops) -> float:
+        """What one step of one position takes where nobody waits."""
+        total_s = self.route_s(hops)
+        for peer, span in hops:
+            estimate = self.estimate(peer)
+            longer_s = self.cost(peer).per_block_s - estimate.decode_s_per_block
+            total_s -= waits_s(estimate, self.request.tokens) + len(span) * longer_s
+        return total_s
+
     def compared_route_s(self, hops: Hops) -> float:
         total_s = self.compared(hops[0][0]).enter_s + self.compared(hops[-1][0]).leave_s
         total_s += sum(len(span) * self.compared(peer).per_block_s for peer, span in hops)
@@ -548,6 +557,7 @@ class _View:
                 trip_s *= 1 - HYSTERESIS
             price_s = self.estimates.price_s_per_block(announcement) if request.spread is not None else 0.0
             if price_s:
+                price_s *= longer(estimate.decode_s_per_block, estimate.prefill_s_per_token_block, request.tokens)
                 compared = compared._replace(per_block_s=compared.per_block_s + price_s)
             if self.last_resort(announcement):
                 compared = compared._replace(enter_s=compared.enter_s + _LAST_RESORT_S)

@@ -48,6 +48,8 @@ class Pattern:
     """What each segment sees under this pattern; filled by the first layer that uses it."""
     plans: dict[int, Plan] = field(default_factory=dict)
     """For each table, which segments the library attends for; made by the first layer that uses both."""
+    layouts: dict[int, object] = field(default_factory=dict)
+    """For each table, what `Whole` made of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,22 @@ class Attender(Protocol):
         """Called once per layer, in order. Returns [1, T, H, V], contiguous."""
 
 
+class Whole(Protocol):
+    """Attends for all segments of a forward at once."""
+
+    def __call__(
+        self,
+        segments: Sequence[Segment],
+        q_1HTK: Tensor,
+        pool: LayerPool,
+        pattern: Pattern,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor | None:
+        """[1, T, H, V], contiguous; None where it cannot."""
+
+
 class NotPluggable(Exception):
     """A layer wants something of its attention function that this one does not know how to do."""
 
@@ -132,6 +150,7 @@ class RaggedBatch:
         pools: Iterable[LayerPool],
         device: torch.device,
         library: Pool | None = None,
+        whole: Whole | None = None,
     ) -> None:
         self.positions_T = torch.tensor([p for s in tables[0] for p in range(s.start, s.end)], device=device)
         self._tables = tables
@@ -141,6 +160,7 @@ class RaggedBatch:
         self._rows = list(accumulate((segment.tokens for segment in tables[0]), initial=0))
         self._pools = iter(pools)
         self._library = library
+        self._whole = whole
 
     def attend(
         self,
@@ -156,6 +176,11 @@ class RaggedBatch:
         keys, values = pool.keys_1JSK, pool.values_1JSV
         keys.index_copy_(2, self._slots[pool.table], k_1JTK)
         values.index_copy_(2, self._slots[pool.table], v_1JTV)
+        if self._whole is not None:
+            segments = self._tables[pool.table]
+            out_1THV = self._whole(segments, q_1HTK, pool, pattern, scale, softcap, sinks_H)
+            if out_1THV is not None:
+                return out_1THV
         plan = pattern.plans.get(pool.table)
         if plan is None:
             plan = pattern.plans[pool.table] = self._plan(pattern, pool.table, q_1HTK)

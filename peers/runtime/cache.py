@@ -13,7 +13,9 @@ paged one only if it understands every layer and says the same.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -27,6 +29,7 @@ from peers.errors import UnsupportedModel
 from peers.model.adapters import Adapter
 from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool
+from peers.model.support import one_line
 from peers.runtime.adapting import Adapting, Fittings, Place, noting_adaptable
 from peers.runtime.attention import (
     RAGGED,
@@ -36,18 +39,23 @@ from peers.runtime.attention import (
     Pattern,
     RaggedBatch,
     Segment,
+    Whole,
     attend_one,
     attending,
     look,
     register,
 )
-from peers.runtime.graphs import NOBODYS, Graphs, Record
+from peers.runtime.flex import Flex, compiled
+from peers.runtime.graphs import DIFFERENCE, NOBODYS, Graphs, Record, fastest_s
 from peers.runtime.pages import Arrangement, PagePool, SlotCopy, arrange
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
 from peers.runtime.tape import Tapes
 from routing.ids import BlockSpan
 
 logger = logging.getLogger(__name__)
+
+SAMPLE = ((500, 1), (40, 1), (0, 150), (260, 1), (100, 50))
+"""Positions that sessions hold, and those that are new, of a forward in which ways to attend are compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +146,7 @@ class PagedCache:
         self._tapes: Tapes | None = None
         self._recorder = recorder
         self._graphs: Graphs | None = None
+        self._whole: Whole | None = None
         own: dict[int, LayerPool] = {}
         for shape, (_, place) in zip(shapes, places, strict=True):
             if place not in own:
@@ -173,7 +182,7 @@ class PagedCache:
             if output_1TH is not None:
                 return output_1TH[0]
         pools = self._pools[span.start - self._model.span.start :]
-        batch = RaggedBatch(tables, pools, self._model.device, self._library)
+        batch = RaggedBatch(tables, pools, self._model.device, self._library, self._whole)
         if programs is not None:
             output_1TH = None if self._tapes is None else self._tapes(hidden_TH[None], batch, adapting)
             if output_1TH is None and adapting is None:
@@ -218,6 +227,44 @@ class PagedCache:
                 graphs = Graphs(self._programs, self._pools, _random_hidden(model, 1)[0], self._recorder)
                 yield from graphs.prepare()
                 self._graphs = graphs
+        if model.device.type == "cuda":  # a compiler takes its time, for which nobody waits
+            threading.Thread(target=self.attend_at_once, args=(Flex(compiled()),), name="compile", daemon=True).start()
+
+    @torch.inference_mode()
+    def attend_at_once(self, whole: Whole) -> None:
+        """Let `whole` attend from now on, if it says the same for some sessions as they do one by one, and is faster.
+
+        In any thread, while forwards run.
+        """
+        model, segments, slots = self._model, [], 0
+        for start, tokens in SAMPLE:
+            tokens = min(tokens, model.max_positions)
+            start = min(start, model.max_positions - tokens)
+            segments.append(Segment(start=start, tokens=tokens, runs=[(slots, start + tokens)]))
+            slots += start + tokens
+        own = {id(pool.keys_1JSK): _zeros(pool, slots + 1) for pool in self._own}  # one layer after another uses it
+        pools = [replace(own[id(pool.keys_1JSK)], table=pool.table) for pool in self._pools]
+        hidden_TH = _random_hidden(model, sum(segment.tokens for segment in segments))
+
+        def run(backend: Whole | None) -> Tensor:
+            tables = [segments] * len(self._pages.windows)
+            batch = RaggedBatch(tables, pools, model.device, self._library, backend)
+            positions_1T, longest = batch.positions_T[None], max(segment.end for segment in segments)
+            with attending(batch) as cache:
+                return model.forward(hidden_TH[None], positions_1T, past_key_values=cache, regime_length=longest)[0]
+
+        name = model.config.model_type
+        try:
+            difference = (run(whole) - (right_TH := run(None))).float().norm()
+            whole_s, usual_s = (fastest_s(functools.partial(run, backend), model.device) for backend in (whole, None))
+        except Exception as error:  # whatever a compiler, or what it makes, may raise
+            logger.info("%s: sessions attend one by one: %s", name, one_line(error))
+            logger.debug("flex attention failed", exc_info=True)
+            return
+        times = f"{1000 * whole_s:.1f} ms at once, {1000 * usual_s:.1f} ms one by one"
+        if difference <= DIFFERENCE * (right_TH - hidden_TH).float().norm() and whole_s <= usual_s:
+            self._whole = whole
+        logger.info("%s: sessions attend %s: %s", name, "at once" if self._whole else "one by one", times)
 
     def _checked_tapes(self, programs: Programs) -> Tapes | None:
         """Tapes, if they say the same as programs of a few tokens with a past, over a small cache of their own."""
@@ -476,6 +523,13 @@ def _agrees(model: SpanModel, shapes: Sequence[LayerShape], tables: Arrangement,
 def _random_hidden(model: SpanModel, tokens: int) -> Tensor:
     hidden_TH = torch.randn(tokens, model.hidden_size, generator=torch.Generator().manual_seed(0))
     return hidden_TH.to(model.device, model.dtype)
+
+
+def _zeros(pool: LayerPool, slots: int) -> LayerPool:
+    """So many slots of the same kind."""
+    (_, J, _, K), V = pool.keys_1JSK.shape, pool.values_1JSV.shape[3]
+    keys_1JSK, values_1JSV = (pool.keys_1JSK.new_zeros(1, J, slots, width) for width in (K, V))
+    return LayerPool(keys_1JSK=keys_1JSK, values_1JSV=values_1JSV)
 
 
 def _some(of_1JSX: Tensor) -> Tensor:

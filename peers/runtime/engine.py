@@ -28,7 +28,7 @@ from torch import Tensor
 from peers.errors import Busy, Preempted
 from peers.model.adapters import Adapter
 from peers.model.cutting import SpanModel
-from peers.model.kernels import Pool, accelerate, pool_for
+from peers.model.kernels import Pool, accelerate, accelerate_by_torch, pool_for
 from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.errands import Errand, Errands, Job
 from peers.runtime.graphs import recorder_for
@@ -655,8 +655,10 @@ class Engine:
         """What a peer need not wait for before it announces itself."""
         if library is not None:
             self._accelerated = accelerate(self.model.module, library) > 0
-            self.model.forget_views()
-            yield
+        else:
+            accelerate_by_torch(self.model.module)
+        self.model.forget_views()
+        yield
         yield from self._cache.prepare()
 
     def _prepare(self, preparing: Iterator[None]) -> None:

@@ -187,8 +187,8 @@ class Graphs:
         expected = rows.run(self._programs).clone()  # also makes the tensors that the masks need
         try:
             graph = _Graph(rows, *self._record(lambda: rows.run(self._programs)))
-            wanted_s = _seconds(lambda: rows.run(self._programs), rows.hidden_1TH.device)
-            taken_s = _seconds(graph.repeat, rows.hidden_1TH.device)
+            wanted_s = fastest_s(lambda: rows.run(self._programs), rows.hidden_1TH.device)
+            taken_s = fastest_s(graph.repeat, rows.hidden_1TH.device)
         except RuntimeError as error:  # of the device: out of memory, or an operation that no graph can hold
             logger.info("steps of %s sessions run without a graph: %s", count, one_line(error))
             return None
@@ -247,7 +247,7 @@ def _bucket(buckets: Sequence[int], least: int) -> int:
     return next(bucket for bucket in buckets if bucket >= least)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def fastest_s(run: Callable[[], object], device: torch.device) -> float:
     """The fastest of a few runs, until the device has ended it."""
     seconds = []
     for _ in range(TRIALS):

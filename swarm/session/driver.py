@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
-import math
 import random
 import secrets
 from collections.abc import Callable, Sequence
@@ -57,6 +56,7 @@ from swarm.session.inbox import Inbox
 from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
 from swarm.session.prefix import describe_blocks, prefix_keys
 from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
+from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_tokens, worth_leaving
 from swarm.session.training import TrainingConfig, TrainingRoute
 from swarm.session.trial import Trials
 from swarm.session.uploads import Uploads
@@ -66,10 +66,6 @@ logger = logging.getLogger(__name__)
 
 RECONSIDER_S_MIN, RECONSIDER_S = 0.5, 5.0
 """Between two looks for a better route for a session whose steps have become slow: twice as long each time."""
-REVIEW_S_MAX = 60.0
-"""Between two looks at any other session, which may have been slow from the start; the first after RECONSIDER_S."""
-CLEAR_GAIN = 2.0
-"""How much faster another route promises to be than the present one is, to be worth a replay."""
 LOOK_TIMEOUT_S = 2.0
 """How long somebody who only looks waits for the network's thread."""
 _NOTHING = memoryview(b"")
@@ -404,7 +400,7 @@ class SwarmRemote:
                     self.traffic.switches += _switches(session.route, action)
                     self.traffic.rebuilds += action.epoch > 1 and action.route is not session.route
                     self._sessions.last_route = action.route
-                    session.begin(action.route, review_in_s=RECONSIDER_S)
+                    session.begin(action.route, review_in_s=REVIEW_S_MIN)
                     for index, prefix in enumerate(self._offer(session, action)):
                         work = self._open_hop(session, action, index, prefix)
                         self._tasks.spawn(work, name=f"open {core.session}")
@@ -468,7 +464,7 @@ class SwarmRemote:
         self._turn = (self._turn + GOLDEN) % 1.0
         request = replace(
             self._request(need.avoid, previous, length),
-            tokens=max((step.count for step in pending), default=1),
+            tokens=usual_tokens([step.count for step in pending]),
             keep=need.keep,
             spread=self._turn,
             session=core.session,
@@ -526,18 +522,11 @@ class SwarmRemote:
         if session.pace.slowed:
             session.reconsider_at_s = loop_s + min(RECONSIDER_S, RECONSIDER_S_MIN * 2.0 ** min(session.looks, 9))
             session.looks += 1
-        session.review_at_s = loop_s + min(REVIEW_S_MAX, max(RECONSIDER_S, loop_s - session.began_s))
+        session.review_at_s = loop_s + next_review_s(loop_s - session.began_s)
         slowest = max(timings, key=lambda hop: hop.queue_s + hop.compute_s).peer
-        others = tuple(hop for hop in core.route.hops if hop.peer_id != slowest)
-        request = replace(self._request(frozenset(), core.route, session.length), keep=others)
-        router, now_s, present_s = self._client.router, self._client.discovery.now_s(), session.pace.usual_s(1)
-        if not session.pace.slowed:  # other things take time as well, with any peers
-            present_s = min(present_s, router.route_s(request, now_s) or math.inf)
-        try:
-            better = router.plan(request, now_s)
-        except NoRoute:  # the records of the others ran out
-            return
-        if better.cost_s * CLEAR_GAIN < present_s and all(hop.peer_id != slowest for hop in better.hops):
+        request, now_s = self._request(frozenset(), core.route, session.length), self._client.discovery.now_s()
+        usual_s, slowed = session.pace.usual_s(1), session.pace.slowed
+        if worth_leaving(self._client.router, request, slowest, now_s, step_s=usual_s, slowed=slowed):
             error = PeerUnreachable(f"{slowest} has become slow")
             logger.info("session %s: %s", core.session, error)
             self.perform(session, core.hop_leaves(slowest, core.epoch, error, answers=True))

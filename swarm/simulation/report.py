@@ -51,7 +51,9 @@ class Report:
     healed_s_max: float
     """The longest gap."""
     downloaded_bytes: int
-    broken_routes: int
+    rebuilt_routes: int
+    """By sessions that went on: because of a hop that died, left, moved, or was slow."""
+    failed_sessions: int
     hops: float
     """Mean, per route."""
 
@@ -90,7 +92,7 @@ class Report:
             f"coverage     {self.coverage:.3%} of the time; longest gap {self.healed_s_max:.0f} s",
             f"placement    {self.joins} joins, {self.moves} moves, {self.heals} of them to close a gap; "
             f"{self.downloaded_bytes / 1e9:,.0f} GB downloaded",
-            f"routes       {self.broken_routes} broken by churn and moves",
+            f"sessions     {self.rebuilt_routes} went on over other hops, {self.failed_sessions} failed",
         ]
 
     def page(self) -> str:

@@ -11,23 +11,21 @@ import math
 import random
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
-from routing.coordinates import Coordinate
 from routing.errors import NoRoute
-from routing.flow import BATCH, GOLDEN, by_span, max_flow
+from routing.flow import BATCH, by_span, max_flow
 from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.path import gaps
 from routing.placement import TURN_S, choose_move, choose_span, gives_way
 from routing.records import RECORD_LIFETIME_S, RECORD_RENEW_S, Announcement, PeerState
-from routing.router import Route, Router, RouteRequest
+from routing.router import Router, RouteRequest
 from swarm.simulation.report import Report, Sample
+from swarm.simulation.users import CHUNK, Client, User, trips_s
 from swarm.simulation.world import (
     BYTES_PER_TOKEN,
     MODEL,
-    Line,
     Peer,
     SimulationConfig,
     draw_peer,
@@ -35,8 +33,6 @@ from swarm.simulation.world import (
     round_trip_s,
 )
 
-REPAIR_S: Final = 1.5
-"""What a user waits when a hop of its route died: the worst median that the lab may show."""
 LOOK_S: Final = 4.0
 SETTLE_S: Final = 3.0
 REST_S: Final = 600.0
@@ -47,56 +43,6 @@ WARM_UP_S: Final = 120.0
 """Users and queues settle before anything is counted."""
 SETTLING: Final = 4
 """Rounds in which waits and rates come to fit each other, each second."""
-CHUNK: Final = 64
-"""Tokens of a prompt per step."""
-
-
-@dataclass(slots=True, eq=False)
-class Client:
-    """A node that users come through."""
-
-    where: Coordinate
-    reads_at_s: float
-    router: Router = field(default_factory=Router)
-    turn: float = 0.0
-    seen: dict[PeerId, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class User:
-    number: int
-    client: Client
-    route: Route | None = None
-    hops: tuple[tuple[Peer, int], ...] = ()
-    trips_s: float = 0.0
-    asked_at_s: float = 0.0
-    resumes_at_s: float = 0.0
-    unread: float = 0.0
-    """Of the prompt, or of what is replayed."""
-    left: float = 0.0
-    prompt: int = 0
-    kept: int = 0
-    """Positions held at each hop."""
-    tokens: float = 0.0
-    """Through all blocks, since counting began."""
-    rate: float = 0.0
-    """Tokens per second, if nobody is asked for more than it can do."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        """If nobody is asked for more than it can do."""
-        tokens = CHUNK if self.unread > 0 else 1
-        return tokens / (
-            self.trips_s
-            + sum(
-                blocks * peer.decode_s * (1 + (tokens - 1) / BATCH) * self.line(peer).slowdown
-                for peer, blocks in self.hops
-            )
-        )
-
-    def line(self, peer: Peer) -> Line:
-        """Where it waits."""
-        return peer.prompts if self.unread > 0 else peer.steps
 
 
 class Simulation:
@@ -104,46 +50,49 @@ class Simulation:
 
     def __init__(self, config: SimulationConfig) -> None:
         self.config = config
-        self._rng = random.Random(config.seed)
+        self.rng = random.Random(config.seed)
         self._numbers = itertools.count()
-        self._peers: dict[PeerId, Peer] = {}
+        self.peers: dict[PeerId, Peer] = {}
         self._dead: list[Peer] = []
         """Whose record has not expired yet."""
-        self._counts: Counter[str] = Counter()
-        self._first_token_s: list[float] = []
+        self.counts: Counter[str] = Counter()
+        self.first_token_s: list[float] = []
         self._open_since_s: float | None = None
         self._healed_s: list[float] = []
-        self._now_s = 0.0
+        self.now_s = 0.0
         for _ in range(config.peers):
             self._join(ready=True)
         self._clients = [
-            Client(draw_place(self._rng), self._rng.uniform(0, RECORD_RENEW_S), turn=self._rng.random())
+            Client(draw_place(self.rng), self.rng.uniform(0, RECORD_RENEW_S), turn=self.rng.random())
             for _ in range(config.clients)
         ]
-        self._users = [User(number, self._clients[number % config.clients]) for number in range(config.users)]
+        self._users = [  # they do not come all at once
+            User(number, self._clients[number % config.clients], self.rng.uniform(0, WARM_UP_S / 2))
+            for number in range(config.users)
+        ]
 
     def run(self) -> Report:
         samples: list[Sample] = []
         seconds = int(WARM_UP_S + self.config.minutes * 60)
         covered = counted = 0
         users_bound = 0.0
-        joins = self._counts["joins"]
-        spread = max(1.0, WARM_UP_S / 2)
-        for user in self._users:  # they do not come all at once
-            user.resumes_at_s = self._rng.uniform(0, spread)
+        joins = self.counts["joins"]
         done = Counter[str]()
         for second in range(seconds):
-            self._now_s = float(second)
+            self.now_s = float(second)
             self._live()
             self._read()
             processed, written = self._serve()
             if second < WARM_UP_S:
-                joins, done = self._counts["joins"], Counter(self._counts)
+                joins, done = self.counts["joins"], Counter(self.counts)
+                self.first_token_s.clear()
+                for user in self._users:
+                    user.tokens = 0.0
                 continue
             whole = not self._gaps()
             covered, counted = covered + whole, counted + 1
-            self._counts["processed"] += round(processed)
-            self._counts["written"] += round(written)
+            self.counts["processed"] += round(processed)
+            self.counts["written"] += round(written)
             if (second - WARM_UP_S) % USERS_BOUND_S == 0:
                 users_bound = self._users_bound()
             if second % SAMPLE_S == 0:
@@ -154,10 +103,10 @@ class Simulation:
                         bound_tokens_per_s=self._bound(),
                         users_bound_tokens_per_s=users_bound,
                         covered=whole,
-                        peers=sum(peer.state is PeerState.ONLINE for peer in self._peers.values()),
+                        peers=sum(peer.state is PeerState.ONLINE for peer in self.peers.values()),
                     )
                 )
-        counts = self._counts - done
+        counts = self.counts - done
         rates = [user.tokens / counted for user in self._users]
         return Report(
             config=self.config,
@@ -167,50 +116,51 @@ class Simulation:
             bound_tokens_per_s=statistics.fmean(sample.bound_tokens_per_s for sample in samples),
             users_bound_tokens_per_s=statistics.fmean(sample.users_bound_tokens_per_s for sample in samples),
             coverage=covered / counted,
-            first_token_s=statistics.median(self._first_token_s) if self._first_token_s else math.nan,
+            first_token_s=statistics.median(self.first_token_s) if self.first_token_s else math.nan,
             fairness=_jain(rates),
             slowest_to_mean=min(rates) / (statistics.fmean(rates) or 1.0),
-            joins=self._counts["joins"] - joins,
+            joins=self.counts["joins"] - joins,
             moves=counts["moves"],
             heals=counts["heals"],
             healed_s_max=max(self._healed_s, default=0.0),
             downloaded_bytes=counts["downloaded"],
-            broken_routes=counts["broken"],
+            rebuilt_routes=counts["rebuilt"],
+            failed_sessions=counts["failed"],
             hops=statistics.fmean([len(user.hops) for user in self._users if user.hops] or [0]),
         )
 
     # --- peers ---
 
     def _join(self, *, ready: bool = False) -> None:
-        peer = draw_peer(next(self._numbers), self.config, self._rng)
-        span = choose_span(self._records(), self.config.blocks, peer.max_blocks, self._now_s, peer.decode_s)
-        downloaded = peer.load(BlockSpans.of(span), self._now_s)
-        peer.looks_at_s = self._now_s + self._rng.uniform(0, TURN_S)
+        peer = draw_peer(next(self._numbers), self.config, self.rng)
+        span = choose_span(self._records(), self.config.blocks, peer.max_blocks, self.now_s, peer.decode_s)
+        downloaded = peer.load(BlockSpans.of(span), self.now_s)
+        peer.looks_at_s = self.now_s + self.rng.uniform(0, TURN_S)
         if ready:
-            peer.state, peer.ready_at_s = PeerState.ONLINE, self._now_s
+            peer.state, peer.ready_at_s = PeerState.ONLINE, self.now_s
         else:
-            self._counts["downloaded"] += downloaded
-        self._counts["joins"] += 1
+            self.counts["downloaded"] += downloaded
+        self.counts["joins"] += 1
         rate = self.config.churn_per_hour / 3600
         if rate:
-            end_s = self._now_s + self._rng.expovariate(rate)
-            if self._rng.random() < 0.5:
+            end_s = self.now_s + self.rng.expovariate(rate)
+            if self.rng.random() < 0.5:
                 peer.dies_at_s = end_s
             else:
                 peer.leaves_at_s = end_s
-        self._peers[peer.peer_id] = peer
-        peer.announce(self.config.blocks, self._now_s)
+        self.peers[peer.peer_id] = peer
+        peer.announce(self.config.blocks, self.now_s)
 
     def _live(self) -> None:
-        now_s = self._now_s
-        for peer in list(self._peers.values()):
+        now_s = self.now_s
+        for peer in list(self.peers.values()):
             if peer.dies_at_s is not None and now_s >= peer.dies_at_s:
-                del self._peers[peer.peer_id]
+                del self.peers[peer.peer_id]
                 self._dead.append(peer)
                 self._join()
             elif peer.leaves_at_s is not None and now_s >= peer.leaves_at_s:
                 if peer.state is PeerState.DRAINING:
-                    del self._peers[peer.peer_id]
+                    del self.peers[peer.peer_id]
                     self._join()
                 else:
                     peer.state, peer.leaves_at_s = PeerState.DRAINING, now_s + 2 * RECORD_RENEW_S
@@ -225,12 +175,12 @@ class Simulation:
 
     def _records(self) -> list[Announcement]:
         """What can be read now: also of the dead, until it expires."""
-        return [peer.record for peer in (*self._peers.values(), *self._dead) if peer.record is not None]
+        return [peer.record for peer in (*self.peers.values(), *self._dead) if peer.record is not None]
 
     def _rebalance(self) -> None:
         """What every peer's `peers.serving.rebalance` would do now. Without a gap they look once a turn: more often
         changes nothing, because who may move stays the same for a turn."""
-        now_s, records = self._now_s, self._records()
+        now_s, records = self.now_s, self._records()
         online = (span for a in records if a.state is PeerState.ONLINE for span in a.spans)
         missing = bool(gaps(online, self.config.blocks))
         if not missing:
@@ -240,7 +190,7 @@ class Simulation:
         elif self._open_since_s is None:
             self._open_since_s = now_s
         open_for_s = 0.0 if self._open_since_s is None else now_s - self._open_since_s
-        for peer in list(self._peers.values()):
+        for peer in list(self.peers.values()):
             if peer.intent is not None:
                 if now_s >= peer.moves_at_s:
                     self._move(peer, records)
@@ -257,144 +207,51 @@ class Simulation:
         assert intent is not None
         if gives_way(records, peer.peer_id, intent):
             peer.intent = None
-            peer.announce(self.config.blocks, self._now_s)
+            peer.announce(self.config.blocks, self.now_s)
             return
         heals = self._open_since_s is not None
         room = peer.max_blocks - peer.spans.num_blocks
         extends = len(intent) <= room and all(intent.end <= s.start or s.end <= intent.start for s in peer.spans)
         spans = BlockSpans.of(*peer.spans, intent) if heals and extends else BlockSpans.of(intent)
-        self._counts["downloaded"] += peer.load(spans, self._now_s)
-        self._counts["moves"] += 1
-        self._counts["heals"] += heals
-        peer.announce(self.config.blocks, self._now_s)
+        self.counts["downloaded"] += peer.load(spans, self.now_s)
+        self.counts["moves"] += 1
+        self.counts["heals"] += heals
+        peer.announce(self.config.blocks, self.now_s)
 
     # --- users ---
 
     def _read(self) -> None:
         for client in self._clients:
-            if self._now_s >= client.reads_at_s:
+            if self.now_s >= client.reads_at_s:
                 client.reads_at_s += RECORD_RENEW_S
                 fresh = [a for a in self._records() if client.seen.get(a.peer_id, -1) < a.sequence]
                 client.seen.update((a.peer_id, a.sequence) for a in fresh)
-                client.router.on_announcements(fresh, self._now_s)
-
-    def _plan(self, user: User, tokens: int) -> Route | None:
-        client = user.client
-        client.turn = (client.turn + GOLDEN) % 1.0
-        request = RouteRequest(
-            model=MODEL,
-            num_blocks=self.config.blocks,
-            tokens=tokens,
-            bytes_per_token=BYTES_PER_TOKEN,
-            cache_tokens=user.prompt + int(user.left),
-            previous=user.route,
-            spread=client.turn,
-            session=user.number,
-        )
-        try:
-            return client.router.plan(request, self._now_s)
-        except NoRoute:
-            return None
-
-    def _begin(self, user: User) -> None:
-        user.prompt = 1 + int(self._rng.expovariate(1 / self.config.prompt_tokens))
-        user.left = 1.0 + self._rng.expovariate(1 / self.config.new_tokens)
-        user.asked_at_s = self._now_s
-        self._enter(user, self._plan(user, 1))
-
-    def _enter(self, user: User, route: Route | None) -> None:
-        """Take a route, or wait for one; what is held already is replayed as a prompt."""
-        self._free(user)
-        now_s, client = self._now_s, user.client
-        if route is None:
-            user.resumes_at_s = now_s + 1
-            return
-        found = [self._peers.get(hop.peer_id) for hop in route.hops]
-        for hop, peer in zip(route.hops, found, strict=True):
-            if peer is None or not peer.spans.covers(hop.span) or peer.state is not PeerState.ONLINE:
-                client.router.on_failure(hop.peer_id, now_s, "no answer")
-                user.resumes_at_s = now_s + 1
-                return
-        user.route = route
-        user.hops = tuple(
-            (peer, len(hop.span)) for peer, hop in zip(found, route.hops, strict=True) if peer is not None
-        )
-        user.trips_s = _trips_s(client.where, [peer for peer, _ in user.hops])
-        user.unread = float(user.prompt) if now_s > WARM_UP_S / 2 else 0.0  # the first are in the midst of an answer
-        user.kept = user.prompt + int(user.left)
-        for peer, blocks in user.hops:
-            peer.used_tokens += user.kept
-            peer.sessions += 1
-            client.router.on_rtt(peer.peer_id, round_trip_s(client.where, peer.where), now_s)
-            client.router.on_step(peer.peer_id, blocks, 1, *peer.step_s(blocks), now_s)
-
-    def _free(self, user: User) -> None:
-        for peer, _ in user.hops:
-            peer.used_tokens -= user.kept
-            peer.sessions -= 1
-        user.hops, user.kept = (), 0
+                client.router.on_announcements(fresh, self.now_s)
 
     def _serve(self) -> tuple[float, float]:
         """One second of everybody; returns the tokens that passed the swarm, and those of them that are new."""
-        now_s, processed, written = self._now_s, 0.0, 0.0
+        processed = written = 0.0
         for user in self._users:
-            if not user.hops:
-                if now_s >= user.resumes_at_s:
-                    if user.left > 0:
-                        self._enter(user, self._plan(user, 1))
-                    else:
-                        self._begin(user)
-                if not user.hops:
-                    continue
-            broken = [peer for peer, _ in user.hops if self._peers.get(peer.peer_id) is not peer]
-            gone = [peer for peer, _ in user.hops if peer.state is not PeerState.ONLINE]
-            if broken or gone:
-                self._counts["broken"] += 1
-                for peer in broken:
-                    user.client.router.on_failure(peer.peer_id, now_s, "died")
-                self._free(user)
-                user.resumes_at_s = now_s + REPAIR_S
-                continue
-        served = [user for user in self._users if user.hops]
+            user.act(self)
+        served = [user for user in self._users if user.works]
         for _ in range(SETTLING):
-            for peer in self._peers.values():
+            for peer in self.peers.values():
                 peer.steps.demand = peer.prompts.demand = 0.0
             for user in served:
                 user.rate = user.tokens_per_s
-                for peer, blocks in user.hops:
+                for peer, blocks in user.works[0].hops:
                     user.line(peer).demand += user.rate * blocks * peer.token_s
-            for peer in self._peers.values():
+            for peer in self.peers.values():
                 peer.settle()
-        for user in self._users:
-            if user.hops:
-                rate = user.rate / max(user.line(peer).excess for peer, _ in user.hops)
-                processed += rate
-                written += self._advance(user, rate)
+        for user in served:
+            rate = user.rate / max(user.line(peer).excess for peer, _ in user.works[0].hops)
+            passed, new = user.advance(self, rate)
+            user.tokens += passed
+            processed, written = processed + passed, written + new
         return processed, written
 
-    def _advance(self, user: User, rate: float) -> float:
-        """A second of a user who has a route; returns the new tokens."""
-        counting = self._now_s >= WARM_UP_S
-        user.tokens += rate if counting else 0.0
-        if user.unread > 0:
-            user.unread -= rate
-            return 0.0
-        if user.asked_at_s >= 0:
-            if counting:
-                self._first_token_s.append(self._now_s - user.asked_at_s)
-            user.asked_at_s = -1.0
-        user.left -= rate
-        user.prompt += round(rate)
-        if user.left <= 0:
-            for peer, blocks in user.hops:
-                user.client.router.on_step(peer.peer_id, blocks, 1, *peer.step_s(blocks), self._now_s)
-            self._free(user)
-            user.client.router.on_ended(user.number)
-            user.route, user.resumes_at_s = None, self._now_s
-        return rate
-
     def _gaps(self) -> bool:
-        online = (span for peer in self._peers.values() if peer.state is PeerState.ONLINE for span in peer.spans)
+        online = (span for peer in self.peers.values() if peer.state is PeerState.ONLINE for span in peer.spans)
         return bool(gaps(online, self.config.blocks))
 
     def _users_bound(self) -> float:
@@ -403,37 +260,31 @@ class Simulation:
         total = 0.0
         for client in self._clients:
             router = Router()
-            router.on_announcements(idle, self._now_s)
+            router.on_announcements(idle, self.now_s)
             for peer in client.seen:
-                if peer in self._peers:
-                    router.on_rtt(peer, round_trip_s(client.where, self._peers[peer].where), self._now_s)
+                if peer in self.peers:
+                    router.on_rtt(peer, round_trip_s(client.where, self.peers[peer].where), self.now_s)
             request = RouteRequest(model=MODEL, num_blocks=self.config.blocks, bytes_per_token=BYTES_PER_TOKEN)
             try:
-                planned = router.plan(request, self._now_s).hops
+                planned = router.plan(request, self.now_s).hops
             except NoRoute:
                 return 0.0
-            hops = [(self._peers[hop.peer_id], len(hop.span)) for hop in planned]
-            trips_s = _trips_s(client.where, [peer for peer, _ in hops])
+            hops = [(self.peers[hop.peer_id], len(hop.span)) for hop in planned]
+            way_s = trips_s(client.where, [peer for peer, _ in hops])
             compute_s = sum(blocks * peer.decode_s for peer, blocks in hops)
-            prompt_s = (trips_s + compute_s * (1 + (CHUNK - 1) / BATCH)) / CHUNK
+            prompt_s = (way_s + compute_s * (1 + (CHUNK - 1) / BATCH)) / CHUNK
             prompt, new = self.config.prompt_tokens, self.config.new_tokens
             users = sum(user.client is client for user in self._users)
-            total += users * (prompt + new) / (prompt * prompt_s + new * (trips_s + compute_s))
+            total += users * (prompt + new) / (prompt * prompt_s + new * (way_s + compute_s))
         return total
 
     def _bound(self) -> float:
         """The maximum flow through those who are there now."""
         parts: list[tuple[BlockSpan, float]] = []
-        for peer in self._peers.values():
+        for peer in self.peers.values():
             if peer.state is PeerState.ONLINE:
                 parts += [(span, len(span) / peer.spans.num_blocks / peer.token_s) for span in peer.spans]
         return max_flow(by_span(parts), self.config.blocks)
-
-
-def _trips_s(where: Coordinate, peers: Sequence[Peer]) -> float:
-    """From a client through all of them and back."""
-    places = [where, *(peer.where for peer in peers), where]
-    return sum(round_trip_s(a, b) / 2 for a, b in itertools.pairwise(places))
 
 
 def simulate(config: SimulationConfig) -> Report:

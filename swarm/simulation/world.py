@@ -118,9 +118,11 @@ class Peer:
         self.steps.settle(of_steps)
         self.prompts.settle(of_prompts)
 
-    def step_s(self, blocks: int) -> tuple[float, float]:
-        """What a step of one token takes here now: its computation, and its wait."""
-        return blocks * self.decode_s, (self.steps.slowdown - 1) * blocks * self.decode_s
+    def step_s(self, blocks: int, tokens: int = 1) -> tuple[float, float]:
+        """What a step takes here now: its computation, and its wait."""
+        takes_s = blocks * self.decode_s * (1 + (tokens - 1) / BATCH)
+        line = self.steps if tokens == 1 else self.prompts
+        return takes_s, (line.slowdown - 1) * takes_s
 
     def announce(self, num_blocks: int, now_s: float) -> Announcement:
         self.sequence += 1

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from peers.model.catalog import resolve
+from peers.model.kernels import accelerate_by_torch
 from peers.model.loading import load_span
-from peers.model.quantization import QUANTIZATIONS
+from peers.model.quantization import QUANTIZATIONS, quantize
 from peers.runtime.cache import PagedCache, open_cache
+from peers.runtime.flex import Flex, compiled
 from peers.runtime.graphs import COUNTS, recorder_for
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 from tests.peers.runtime.spans import assert_graphs_say_the_same
+from tests.peers.runtime.test_attention import assert_attends_as_each_alone, assert_sessions_are_apart
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,6 +57,17 @@ def test_packed_weights_say_the_same_on_a_gpu(family: str, quantization: str, tm
     assert (outputs[1] - outputs[0]).norm() <= 1e-3 * outputs[0].norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bit_products_on_a_gpu_are_right_whoever_makes_them(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(512, 1024), nn.Linear(1024, 512)).to("cuda:0", dtype).requires_grad_(False)
+    quantize(module, "int8")
+    x = torch.randn(4, 512, device="cuda:0", dtype=dtype)
+    whole = module(x).float()
+    accelerate_by_torch(module)  # which may stay with whole weights
+    assert (module(x).float() - whole).norm() <= 2e-2 * whole.norm()
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-oss"])
 def test_steps_run_as_graphs_that_say_the_same(family: str, tmp_path: Path) -> None:
     save_checkpoint(FAMILIES[family], tmp_path / "model")
@@ -63,3 +81,23 @@ def test_steps_run_as_graphs_that_say_the_same(family: str, tmp_path: Path) -> N
     assert cache._graphs is not None
     assert any(cache._graphs._graphs.values())
     assert_graphs_say_the_same(cache, COUNTS[-1])
+
+
+@functools.cache
+def way(name: str) -> Flex | None:
+    return Flex(compiled()) if name == "at once" else None
+
+
+WAYS = pytest.mark.parametrize("name", ["one by one", "at once"])
+
+
+@WAYS
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_ragged_batch_on_a_gpu_attends_as_each_of_its_sessions_would_alone(name: str, data: st.DataObject) -> None:
+    assert_attends_as_each_alone(data, None, way(name), "cuda:0", shapes=st.just((2, 3, 64, 64)), error=1e-3)
+
+
+@WAYS
+def test_what_one_session_made_of_itself_on_a_gpu_reaches_no_other(name: str) -> None:
+    assert_sessions_are_apart(None, way(name), "cuda:0")

@@ -10,10 +10,10 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any, Final, TypeVar
 
 import torch
@@ -62,6 +62,10 @@ class Notebook:
     bars: list[Bar] = field(default_factory=list)
     network: dict[str, Any] = field(default_factory=dict)
     started_s: float = field(default_factory=time.monotonic)
+    first: int = 0
+    """Number of the first run."""
+    allowed_s: float = math.inf
+    """Since the start; then no further run begins."""
     resilience: Resilience = "replay"
     """Of users, where an experiment looks at it."""
     rng: random.Random = field(init=False)
@@ -74,6 +78,15 @@ class Notebook:
         self.rng = random.Random(f"{self.experiment} {self.seed}")
         git = ("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
         self.commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+    def numbers(self) -> Iterator[int]:
+        """Of the runs, as long as there is time. Each draws by its own number, so a series may be made in parts."""
+        for number in range(self.first, self.first + self.runs):
+            if self.rows and time.monotonic() - self.started_s > self.allowed_s:
+                self.say(f"time is up before run {number}")
+                return
+            self.rng = random.Random(f"{self.experiment} {self.seed} {number}")
+            yield number
 
     def row(self, **values: Any) -> dict[str, Any]:
         """Write down one observation, and say it."""
@@ -112,6 +125,7 @@ class Notebook:
         about = {
             "experiment": self.experiment,
             "seed": self.seed,
+            "first": self.first,
             "runs": self.runs,
             "short": self.short,
             "resilience": self.resilience,
@@ -136,11 +150,15 @@ class Notebook:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """`run` writes into the notebook; it is run `runs` times over inside, or `runs_short` with `--short`."""
+    """`run` writes rows into the notebook, `runs` times over inside, or `runs_short` with `--short`; `report` makes
+    bars of rows, also of those of several notebooks."""
 
     name: str
     title: str
     run: Callable[[Notebook], None]
+    report: Callable[[Notebook], None] | None = None
+    """None: bars are written by `run`."""
+    _: KW_ONLY
     runs: int
     runs_short: int = 1
 

@@ -27,6 +27,34 @@ def test_a_seed_draws_the_same_prompts_again() -> None:
     assert notebook(1).prompt(20) == notebook(1).prompt(20) != notebook(2).prompt(20)
 
 
+def test_a_series_in_parts_draws_what_it_draws_in_one() -> None:
+    def drawn(first: int, runs: int) -> list[tuple[int, list[int]]]:
+        book = Notebook("kill", 1, runs, True, say=lambda text: None)
+        book.first = first
+        return [(number, book.prompt(3)) for number in book.numbers()]
+
+    whole = drawn(0, 6)
+    assert drawn(0, 2) + drawn(2, 4) == whole
+    assert len({tuple(prompt) for _, prompt in whole}) == 6
+
+
+def test_no_run_begins_once_time_is_up_but_the_first() -> None:
+    book = Notebook("kill", 1, 5, True, say=lambda text: None)
+    book.allowed_s = 0.0
+    assert [book.row(run=number, identical=True)["run"] for number in book.numbers()] == [0]
+
+
+def test_bars_follow_from_the_rows_of_several_parts() -> None:
+    book = notebook()
+    kill = {"identical": True, "hops": [1], "uplink": 10, "into_healthy": 0, "anyway": 0}
+    book.row(run=0, when="token", stall_s=1.0, **kill)
+    book.row(run=1, when="token", stall_s=3.0, **kill)
+    report = EXPERIMENTS["kill"].report
+    assert report is not None
+    report(book)
+    assert {bar.name: bar.value for bar in book.bars}["median stall, s"] == 2.0
+
+
 def test_a_bar_is_met_on_its_own_side_and_what_never_came_is_null() -> None:
     book = notebook()
     book.row(identical=True, stall_s=math.inf)

@@ -65,7 +65,8 @@ def test_of_peers_that_are_alike_the_fastest_with_room_is_told_and_all_who_hold_
         for a in able:
             if a.peer_id not in set(map(peer, without)):
                 compute_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, tokens)
-                takes_s = queued_s(a, a.sessions, turn_s) + len(a.spans.parts[0]) * compute_s
+                waits_s = queued_s(a, a.sessions, turn_s) * compute_s / a.decode_s_per_block
+                takes_s = len(a.spans.parts[0]) * compute_s + waits_s
                 rank, kind = (a.free_tokens < 100, takes_s, a.peer_id), (a.spans, a.max_bytes_per_s, a.place)
                 best[kind] = min(best.get(kind, (rank, a)), (rank, a), key=lambda ranked: ranked[0])
         assert {a.peer_id for a in told} == {a.peer_id for _, a in best.values()}

@@ -40,7 +40,8 @@ def test_a_peer_with_room_costs_nothing_and_one_without_costs_more_the_more_it_h
     assert 0 < price_s(1.0, turn_s=0.5, cycle_s=0.5) < price_s(1.2, turn_s=0.5, cycle_s=0.5)
 
 
-def test_in_a_crowded_swarm_a_node_shares_its_sessions_out_by_what_peers_can_carry() -> None:
+@pytest.mark.parametrize("prompt", [1, 200])
+def test_in_a_crowded_swarm_a_node_shares_its_sessions_out_by_what_peers_can_carry(prompt: int) -> None:
     speeds = (0.002, 0.002, 0.004)
     router = Router()
     router.on_announcements(
@@ -52,7 +53,7 @@ def test_in_a_crowded_swarm_a_node_shares_its_sessions_out_by_what_peers_can_car
     )
     uses = Counter[PeerId]()
     for session in range(120):
-        route = router.plan(replace(REQUEST, spread=session / 120, session=session), NOW_S)
+        route = router.plan(replace(REQUEST, tokens=prompt, spread=session / 120, session=session), NOW_S)
         uses[route.hops[0].peer_id] += 1
     assert [uses[peer(n)] for n in range(3)] == pytest.approx([48, 48, 24], abs=4)
 

@@ -96,7 +96,9 @@ def test_a_hop_costs_latency_plus_bytes_over_bandwidth_plus_queue_plus_blocks() 
     one = hop_cost(estimate, tokens=1, bytes_per_token=12_500)
     assert one == pytest.approx((0.02 + 0.001 + 0.003, 0.002, 0.021))
     many = hop_cost(estimate, tokens=101, bytes_per_token=12_500)
-    assert many == pytest.approx((0.02 + 0.101 + 0.003, 0.002 + 0.01, 0.121))
+    assert many == pytest.approx((0.02 + 0.101 + 6 * 0.003, 0.002 + 0.01, 0.121)), (
+        "it waits as much longer as it takes longer"
+    )
 
 
 def test_a_cap_below_the_assumed_bandwidth_is_paid_on_the_way_in_and_on_the_way_out() -> None:
@@ -175,3 +177,10 @@ def test_a_transfer_of_any_length_gives_a_bandwidth(size: float, seconds: float,
     estimates.on_rtt(peer(1), rtt_s, NOW_S)
     estimates.on_transfer(peer(1), int(size), seconds, NOW_S)
     assert 0 < estimates.of(SAID, NOW_S).bytes_per_s < float("inf")
+
+
+def test_what_a_prompt_waited_counts_as_what_a_step_of_one_position_would_have_waited() -> None:
+    estimates = Estimates()
+    estimates.on_trial(peer(1), 10, 0.01, NOW_S)
+    estimates.on_step(peer(1), 10, 91, 0.1, 2.0, NOW_S)
+    assert estimates.of(announcement(peer(1)), NOW_S).queue_s == pytest.approx(0.2)

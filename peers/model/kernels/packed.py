@@ -67,7 +67,9 @@ class PackedLinear(nn.Module):
         """Of inputs and outputs."""
         self.pool: Pool | None = None
         self.rows_max = 0
-        """Up to so many rows `pool` makes the product."""
+        """Up to so many rows `pool` makes the product, or torch where `scales_like` are there."""
+        self.scales_like: Tensor | None = None
+        """In the input's dtype, for torch's own product of 8-bit weights."""
         codes, scales = packed(layer.weight.detach(), format_)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
@@ -88,15 +90,23 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's own name
         if (
-            self.pool is not None
-            and input.dtype is self.dtype
+            input.dtype is self.dtype
             and 0 < input.numel() <= self.rows_max * self.in_features
             and not (torch.is_grad_enabled() and input.requires_grad)
         ):
-            return self.pool.linear(input.contiguous(), self.codes, self.bias, self.scales, self.format.value)
+            if self.pool is not None:
+                return self.pool.linear(input.contiguous(), self.codes, self.bias, self.scales, self.format.value)
+            if self.scales_like is not None:
+                return self._product_of_int8(input, self.scales_like)
         if torch.is_grad_enabled() and input.requires_grad:
             return _Product.apply(input, self)  # type: ignore[no-any-return, no-untyped-call]
         return F.linear(input, self.whole(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+
+    def _product_of_int8(self, input: Tensor, scales_N: Tensor) -> Tensor:  # noqa: A002
+        output_MN = torch._weight_int8pack_mm(input.reshape(-1, self.in_features), self.codes, scales_N)
+        if self.bias is not None:
+            output_MN = output_MN + self.bias.to(input.dtype)
+        return output_MN.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.format.value}"

@@ -91,7 +91,6 @@ def run(notebook: Notebook) -> None:
                 thread.join()
         notebook.saw(network)
         notebook.network["moves"] = moves
-    report(notebook)
 
 
 def churn(notebook: Notebook, swarm: LabSwarm, length_s: float) -> list[dict[str, Any]]:
@@ -147,4 +146,4 @@ def longest_gap_s(rows: list[dict[str, Any]]) -> float:
     return worst_s
 
 
-EXPERIMENTS: Final = (Experiment("churn", __doc__, run, runs=2, runs_short=1),)
+EXPERIMENTS: Final = (Experiment("churn", __doc__, run, report, runs=2, runs_short=1),)

@@ -120,7 +120,7 @@ def run(notebook: Notebook) -> None:
         user = swarm.add_user("user")
         for _ in range(2):
             user.generate(notebook.prompt(PROMPT), 8)
-        for number in range(notebook.runs):
+        for number in notebook.numbers():
             for length in lengths:
                 prompt = notebook.prompt(PROMPT)
                 expected = notebook.local(prompt, length)
@@ -133,6 +133,11 @@ def run(notebook: Notebook) -> None:
                                  finished=len(ids) == length, identical=ids == expected[: len(ids)],
                                  tokens_per_s=len(ids) / seconds)  # fmt: skip
         notebook.saw(network)
+
+
+def report(notebook: Notebook) -> None:
+    lengths = sorted({row["tokens"] for row in notebook.rows})
+    probabilities = sorted({row["p"] for row in notebook.rows})
     notebook.all_identical()
     ours = [row for row in notebook.rows if row["way"] == "swarm"]
     notebook.at_least("share of our answers that finish", sum(row["finished"] for row in ours) / len(ours), 1)
@@ -168,4 +173,4 @@ def speed(notebook: Notebook, way: str, tokens: int, probability: float) -> floa
     return median(r["tokens_per_s"] for r in notebook.rows if (r["way"], r["tokens"], r["p"]) == asked)
 
 
-EXPERIMENTS: Final = (Experiment("drawn", __doc__, run, runs=3),)
+EXPERIMENTS: Final = (Experiment("drawn", __doc__, run, report, runs=3),)

@@ -40,7 +40,7 @@ def disk(notebook: Notebook) -> None:
         with LabSwarm(network, MODEL, PEERS, environment=lambda host: small, options=options) as swarm:
             user = swarm.add_user("user")
             user.generate(notebook.prompt(PROMPT), 8)
-            for number in range(notebook.runs):
+            for number in notebook.numbers():
                 for full in (False, True):
                     disk_run(notebook, swarm, user, number, full=full)
                     swarm.revive()
@@ -118,7 +118,7 @@ def clock(notebook: Notebook) -> None:
         with LabSwarm(network, MODEL, PEERS, environment=lambda host: hooked(LAB_CLOCK=str(clocks[host]))) as swarm:
             user = swarm.add_user("user")
             user.generate(notebook.prompt(40), 8)
-            for number in range(notebook.runs):
+            for number in notebook.numbers():
                 for skew_s in SKEWS_S:
                     clock_run(notebook, swarm, user, clocks, number, skew_s)
             notebook.saw(network)

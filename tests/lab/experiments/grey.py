@@ -129,11 +129,14 @@ def run(notebook: Notebook) -> None:
         user = swarm.add_user("user")
         for _ in range(2):
             user.generate(notebook.prompt(PROMPT), 8)
-        for number in range(notebook.runs):
+        for number in notebook.numbers():
             for name, trouble in TROUBLES.items():
                 one_run(notebook, swarm, user, number, name, trouble, hold_s)
             swizzle(notebook, swarm, user, number)
         notebook.saw(network)
+
+
+def report(notebook: Notebook) -> None:
     notebook.all_identical()
     for name in (*TROUBLES, "swizzled"):
         rows = [row for row in notebook.rows if row["trouble"] == name]

@@ -6,6 +6,7 @@ import itertools
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -90,10 +91,18 @@ def run(notebook: Notebook) -> None:
         user = swarm.add_user("user", resilience=notebook.resilience)
         prompt_s = warm_up(notebook, user)
         calm = Calm.of(network)
-        for number in range(notebook.runs):
-            one_run(notebook, swarm, user, number, prompt_s, calm)
-            swarm.revive()
+        with ThreadPoolExecutor(1) as pool:
+            revived = pool.submit(swarm.revive)
+            for number in notebook.numbers():
+                prompt = notebook.prompt(PROMPT)
+                expected = notebook.local(prompt, COUNT)  # while those that were killed come back
+                revived.result()
+                one_run(notebook, swarm, user, number, prompt, expected, prompt_s, calm)
+                revived = pool.submit(swarm.revive)
         notebook.saw(network)
+
+
+def report(notebook: Notebook) -> None:
     stalls = [row["stall_s"] for row in notebook.rows]
     notebook.all_identical()
     notebook.at_most("median stall, s", median(stalls), 1.5)
@@ -113,11 +122,18 @@ def warm_up(notebook: Notebook, user: User) -> float:
     return median(answer.times_s[0] - answer.started_s for answer in answers)
 
 
-def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt_s: float, calm: Calm) -> None:
+def one_run(
+    notebook: Notebook,
+    swarm: LabSwarm,
+    user: User,
+    number: int,
+    prompt: list[int],
+    expected: list[int],
+    prompt_s: float,
+    calm: Calm,
+) -> None:
     when, hops = CASES[number % len(CASES)]
-    prompt = notebook.prompt(PROMPT)
     at_token, at_s = notebook.rng.randrange(2, COUNT - 5), notebook.rng.uniform(0.1, 0.9) * prompt_s
-    expected = notebook.local(prompt, COUNT)
     kill = Kill(swarm, user, hops)
     timer = threading.Timer(at_s, kill.strike) if when == "prompt" else None
 
@@ -141,7 +157,7 @@ def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt
     for strike in kill.strikes:
         strike.join()
     traffic = user.remote.traffic
-    about = {"run": number, "when": when, "hops": hops, "rebuilds": traffic.rebuilds - rebuilds}
+    about: dict[str, Any] = {"run": number, "when": when, "hops": hops, "rebuilds": traffic.rebuilds - rebuilds}
     about["switches"] = traffic.switches - switches
     if error:
         notebook.row(**about, identical=False, stall_s=math.inf, error=error)
@@ -158,4 +174,4 @@ def one_run(notebook: Notebook, swarm: LabSwarm, user: User, number: int, prompt
     notebook.row(**about, identical=ids == expected, stall_s=after.at_s - before.at_s, **carried)
 
 
-EXPERIMENTS: Final = (Experiment("kill", __doc__, run, runs=100, runs_short=9),)
+EXPERIMENTS: Final = (Experiment("kill", __doc__, run, report, runs=100, runs_short=9),)

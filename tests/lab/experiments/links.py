@@ -27,7 +27,7 @@ def delay(notebook: Notebook) -> None:
         user = swarm.add_user("user")
         user.generate(notebook.prompt(40), 8)
         network.shape(profile)
-        for number in range(notebook.runs):
+        for number in notebook.numbers():
             link_run(notebook, user, TRIPS * profile.delay_s, run=number)
         notebook.saw(network)
     notebook.all_identical()
@@ -39,7 +39,7 @@ def profiles(notebook: Notebook) -> None:
     with Network(["entry", *THREE, "user"], seed=notebook.seed) as network, LabSwarm(network, MODEL, THREE) as swarm:
         user = swarm.add_user("user")
         user.generate(notebook.prompt(40), 8)
-        for number in range(notebook.runs):
+        for number in notebook.numbers():
             for name, profile in PROFILES.items():
                 network.shape(profile)
                 link_run(notebook, user, TRIPS * profile.delay_s, run=number, profile=name)
@@ -73,7 +73,7 @@ def nat(notebook: Notebook) -> None:
             network.put_behind_nat(host)
         with LabSwarm(network, MODEL, THREE) as swarm:
             user = swarm.add_user("user")
-            for number in range(notebook.runs):
+            for number in notebook.numbers():
                 prompt = notebook.prompt(40)
                 answer = ends(lambda prompt=prompt: user.generate(prompt, COUNT))
                 notebook.row(run=number, identical=answer.ids == notebook.local(prompt, COUNT),
@@ -100,7 +100,7 @@ def partition(notebook: Notebook) -> None:
         users = [swarm.add_user("west"), swarm.add_user("east")]
         for user in users:
             user.generate(notebook.prompt(40), 8)
-        for number in range(notebook.runs):
+        for number in notebook.numbers():
             prompt = notebook.prompt(40)
             expected = notebook.local(prompt, COUNT)
             network.cut(network.between(western, eastern))

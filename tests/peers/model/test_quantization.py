@@ -13,7 +13,7 @@ from torch import nn
 
 from peers.capacity import plan_capacity
 from peers.model.catalog import resolve
-from peers.model.kernels import Pool, accelerate, linear
+from peers.model.kernels import Pool, accelerate, accelerate_by_torch, linear
 from peers.model.kernels.packed import NF4_LEVELS, Format, PackedLinear, packed, whole
 from peers.model.loading import load_span
 from peers.model.quantization import QUANTIZATIONS, quantize
@@ -112,6 +112,50 @@ def test_a_quantized_span_says_nearly_the_same_in_less_memory(
             if hasattr(module, rows_max):
                 setattr(module, rows_max, 0)
     torch.testing.assert_close(model.forward(hidden, positions), alone, **same)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_there_is_no_library_torch_multiplies_by_8_bits_if_that_is_faster(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blocks() -> nn.Sequential:
+        torch.manual_seed(0)
+        module = nn.Sequential(*(nn.Linear(64, 64, bias=biased) for biased in (True, False))).to(dtype)
+        quantize(module.requires_grad_(False), "int8")
+        return module
+
+    plain, changed, x = blocks(), blocks(), torch.randn(2, 3, 64).to(dtype)
+    monkeypatch.setattr(linear, "_fastest_s", lambda _, rows_MK, __: (len(rows_MK) / 12, 1.0))
+    assert accelerate_by_torch(changed) == 2
+    products, multiply = list[int](), torch._weight_int8pack_mm
+
+    def counted(rows_MK: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        products.append(len(rows_MK))
+        return multiply(rows_MK, *others)
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", counted)
+    error = {"atol": 4 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(changed(x), plain(x), **error)
+    assert products == [6, 6]
+    torch.testing.assert_close(changed(x.repeat(3, 1, 1)), plain(x.repeat(3, 1, 1)))  # more rows than it was faster for
+    with torch.enable_grad():
+        changed(x.float().to(dtype).requires_grad_()).sum().backward()
+    assert products == [6, 6]
+
+
+def test_where_torch_has_no_product_of_8_bits_weights_are_made_whole(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(*_: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("Could not run 'aten::_weight_int8pack_mm'")
+
+    layer = nn.Sequential(nn.Linear(64, 64).requires_grad_(False))
+    quantize(layer, "int8")
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", missing)
+    caplog.set_level("INFO")
+    assert accelerate_by_torch(layer) == 0
+    assert caplog.text.count("made whole") == 1
+    assert layer(torch.ones(1, 64)).isfinite().all()
 
 
 def test_embeddings_and_other_modules_are_left_alone() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import flex_attention
 from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
@@ -17,18 +19,20 @@ from transformers.masking_utils import (
 )
 
 from peers.model.kernels import Pool
-from peers.runtime import attention
+from peers.runtime import attention, flex
 from peers.runtime.attention import (
     LayerPool,
     NotPluggable,
     Pattern,
     RaggedBatch,
     Segment,
+    Whole,
     attend_one,
     look,
     ragged_attention,
     ragged_mask,
 )
+from peers.runtime.flex import Flex, Layout
 
 Sees = Callable[[int, int], bool]
 
@@ -86,16 +90,23 @@ def by_definition(
     return torch.einsum("hl,lhv->hv", scores_HL.softmax(1)[:, : len(seen)], values_LH)
 
 
-LIBRARIES = {"torch": None, "library": Pool(1), "library in two threads": Pool(2)}
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 6), st.sampled_from([4, 8, 32, 64, 72])).flatmap(
+    lambda shape: st.tuples(*map(st.just, shape), st.sampled_from([shape[2], shape[2], 6, 84]))
+)
+"""J, G, K, V"""
 
 
-@pytest.mark.parametrize("backend", LIBRARIES)
-@settings(max_examples=70, deadline=None)
-@given(data=st.data())
-def test_a_ragged_batch_attends_as_each_of_its_sessions_would_alone(backend: str, data: st.DataObject) -> None:
-    J, G = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
-    K = data.draw(st.sampled_from([4, 8, 32, 64, 72]))
-    V = data.draw(st.sampled_from([K, K, 6, 84]))
+def assert_attends_as_each_alone(
+    data: st.DataObject,
+    library: Pool | None,
+    whole: Whole | None,
+    device: str = "cpu",
+    *,
+    shapes: st.SearchStrategy[tuple[int, int, int, int]] = SHAPES,
+    error: float = 4e-6,
+) -> None:
+    """Some ragged batch, against the definition. Slots that are nobody's to read are NaN, and the last one is zero."""
+    J, G, K, V = data.draw(shapes)
     extents = data.draw(
         st.lists(st.tuples(st.integers(0, 40), st.one_of(st.just(1), st.integers(1, 20))), min_size=1, max_size=6)
     )
@@ -110,8 +121,9 @@ def test_a_ragged_batch_attends_as_each_of_its_sessions_would_alone(backend: str
     sinks = random(J * G) if data.draw(st.booleans()) else random(0)
     slots = sum(start + tokens for start, tokens in extents)
     pool = LayerPool(
-        keys_1JSK=torch.full((1, J, slots, K), math.nan), values_1JSV=torch.full((1, J, slots, V), math.nan)
+        keys_1JSK=torch.full((1, J, slots + 1, K), math.nan), values_1JSV=torch.full((1, J, slots + 1, V), math.nan)
     )
+    pool.keys_1JSK[:, :, slots] = pool.values_1JSV[:, :, slots] = 0
     segments, queries, keys, values, expected = [], [], [], [], []
     for (start, tokens), session_runs in zip(extents, segment_runs, strict=True):
         q, k, v = random(tokens, J * G, K), random(start + tokens, J, K), random(start + tokens, J, V)
@@ -127,15 +139,70 @@ def test_a_ragged_batch_attends_as_each_of_its_sessions_would_alone(backend: str
             expected.append(by_definition(q[query - start], k, v, seen, 0.3, softcap, sinks))
 
     def packed(parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts).transpose(0, 1)[None]
+        return torch.cat(parts).transpose(0, 1)[None].to(device)
 
-    batch = RaggedBatch([segments], [pool], torch.device("cpu"), LIBRARIES[backend])
+    pool = replace(pool, keys_1JSK=pool.keys_1JSK.to(device), values_1JSV=pool.values_1JSV.to(device))
+    batch, pattern = RaggedBatch([segments], [pool], torch.device(device), library, whole), Pattern(function)
     output = batch.attend(
-        packed(queries), packed(keys), packed(values), Pattern(function), 0.3, softcap, sinks if len(sinks) else None
+        packed(queries), packed(keys), packed(values), pattern, 0.3, softcap, sinks.to(device) if len(sinks) else None
     )
-    torch.testing.assert_close(output[0].double(), torch.stack(expected), atol=4e-6, rtol=1e-5)
+    torch.testing.assert_close(output[0].double().cpu(), torch.stack(expected), atol=error, rtol=2.5 * error)
     for (start, _), session_runs, k in zip(extents, segment_runs, keys, strict=True):
-        assert torch.equal(pool.keys_1JSK[0, :, slots_of(session_runs)[start:]], k.transpose(0, 1))
+        assert torch.equal(pool.keys_1JSK[0, :, slots_of(session_runs)[start:]].cpu(), k.transpose(0, 1))
+    if isinstance(layout := pattern.layouts.get(0), Layout):
+        assert_blocks_hold_all_that_is_seen(layout)
+
+
+def assert_sessions_are_apart(library: Pool | None, whole: Whole | None, device: str = "cpu") -> None:
+    """What one session makes of itself (NaN) reaches no other."""
+    lengths, firsts = (150, 5), (0, 150)
+    slots = sum(lengths)
+    pool = LayerPool(
+        keys_1JSK=torch.zeros(1, 1, slots + 1, 64, device=device),
+        values_1JSV=torch.zeros(1, 1, slots + 1, 64, device=device),
+    )
+    segments = [
+        Segment(start=0, tokens=length, runs=[(first, length)]) for first, length in zip(firsts, lengths, strict=True)
+    ]
+    q, k, v = (torch.randn(1, heads, slots, 64, device=device) for heads in (2, 1, 1))
+    k[:, :, lengths[0] :] = v[:, :, lengths[0] :] = math.nan
+    batch = RaggedBatch([segments], [pool], torch.device(device), library, whole)
+    output = batch.attend(q, k, v, Pattern(causal_mask_function), 0.3, None, None)
+    assert output[0, : lengths[0]].isfinite().all()
+    assert not output[0, lengths[0] :].isfinite().any()
+
+
+def assert_blocks_hold_all_that_is_seen(layout: Layout) -> None:
+    """A compiled kernel looks nowhere else; the definition looks everywhere."""
+    sizes, device = (1, layout.queries, len(layout.slots_N)), layout.rows_T.device
+    zero, every_P, every_N = (torch.arange(size, device=device) for size in sizes)
+    seen_PN = layout.mask.mask_mod(zero, zero, every_P[:, None], every_N[None])
+    seen_blocks = seen_PN.view(layout.queries // flex.BLOCK, flex.BLOCK, -1, flex.BLOCK).any(3).any(1)
+    assert torch.equal(seen_blocks, layout.mask.to_dense()[0, 0].bool())
+
+
+LIBRARIES = {"torch": None, "library": Pool(1), "library in two threads": Pool(2)}
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+@settings(max_examples=70, deadline=None)
+@given(data=st.data())
+def test_a_ragged_batch_attends_as_each_of_its_sessions_would_alone(backend: str, data: st.DataObject) -> None:
+    assert_attends_as_each_alone(data, LIBRARIES[backend], None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_ragged_batch_at_once_attends_as_each_of_its_sessions_would_alone(data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # no compiler: its definition
+        patch.setattr(flex, "BLOCK", 8)
+        assert_attends_as_each_alone(data, None, Flex(flex_attention.flex_attention))
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_what_one_session_made_of_itself_reaches_no_other(backend: str) -> None:
+    assert_sessions_are_apart(LIBRARIES[backend], None)
 
 
 def test_long_sessions_are_shared_out_among_threads_in_bfloat16() -> None:

@@ -1,0 +1,355 @@
+"""Users of a simulated swarm: each answer is a session, and the session core of real clients decides about it.
+
+Owns what a user asks for, and carries out the core's actions on simulated peers: opens are answered at once, and what
+was sent waits in `works` until seconds of the peers' time have gone by. Journals reach back to the beginning. A step
+of the core stands for PIECE decoded tokens, one after the other: so many are computed again when a hop dies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from routing.coordinates import Coordinate
+from routing.errors import NoRoute, PeerError
+from routing.flow import BATCH, GOLDEN
+from routing.ids import PeerId, SessionId
+from routing.records import PeerState
+from routing.router import Route, Router, RouteRequest
+from swarm.session.core import (
+    Action,
+    Fail,
+    NeedRoute,
+    OpenHops,
+    PendingStep,
+    Release,
+    SendStep,
+    SessionConfig,
+    SessionCore,
+    Skip,
+    State,
+    StepDone,
+    Wait,
+)
+from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_tokens, worth_leaving
+from swarm.simulation.world import BYTES_PER_TOKEN, MODEL, Line, Peer, SimulationConfig, round_trip_s
+
+CHUNK: Final = 64
+"""Tokens of a prompt, or of a replay, per forward."""
+PIECE: Final = 8
+"""Decoded tokens per step of the core."""
+OPENING_S: Final = 0.4
+"""From a hop's death, or from a question, until all hops are open: two round trips between regions."""
+NO_ROUTE_PATIENCE_S: Final = 4.0
+"""As in `peers.discovery`."""
+MIDST_S: Final = 60.0
+"""Who comes first is in the midst of an answer: its prompt has one token."""
+BUSY_S: Final = 5.0
+"""What a peer without room asks for."""
+SESSION: Final = SessionConfig()
+
+
+class Stage(Protocol):
+    """What users see of a simulation."""
+
+    config: SimulationConfig
+    rng: random.Random
+    peers: dict[PeerId, Peer]
+    counts: Counter[str]
+    first_token_s: list[float]
+    now_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """A node that users come through."""
+
+    where: Coordinate
+    reads_at_s: float
+    router: Router = field(default_factory=Router)
+    turn: float = 0.0
+    seen: dict[PeerId, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Work:
+    """A step that was sent and is not answered."""
+
+    step: PendingStep
+    left: float
+    """Positions."""
+    tokens: int
+    """Per forward."""
+    hops: tuple[tuple[Peer, int], ...]
+    """Those that run it, with their blocks."""
+
+    def follows(self, other: Work) -> bool:
+        """It goes on where the other one went, in the same way."""
+        return self.tokens == other.tokens and self.hops == other.hops
+
+
+class User:
+    """Asks, reads, and asks again."""
+
+    def __init__(self, number: int, client: Client, resumes_at_s: float) -> None:
+        self.number = number
+        self.client = client
+        self.core: SessionCore | None = None
+        self.hops: tuple[tuple[Peer, int], ...] = ()
+        """Of the route that was opened last: there its cache is."""
+        self.works: deque[Work] = deque()
+        self.tokens = 0.0
+        """Through all blocks, since counting began."""
+        self.rate = 0.0
+        """Tokens per second, if nobody is asked for more than it can do."""
+        self._need: NeedRoute | None = None
+        self._needed_at_s = 0.0
+        self._route: Route | None = None
+        self._trips_s = 0.0
+        self._resumes_at_s = resumes_at_s
+        self._opening_s = 0.0
+        self._leaving: set[PeerId] = set()
+        self._asked_at_s = 0.0
+        self._opened_at_s = self._review_at_s = 0.0
+        self._answers = 0
+        self._prompt = self._sent = self._kept = 0
+        self._left = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """If nobody is asked for more than it can do; only while there are `works`."""
+        work = self.works[0]
+        longer = 1 + (work.tokens - 1) / BATCH
+        compute_s = sum(blocks * peer.decode_s * longer * self.line(peer).slowdown for peer, blocks in work.hops)
+        return work.tokens / (self._trips_s + compute_s)
+
+    def line(self, peer: Peer) -> Line:
+        """Where it waits."""
+        return peer.prompts if self.works[0].tokens > 1 else peer.steps
+
+    def act(self, stage: Stage) -> None:
+        """What happened to its hops since, and what it waited for."""
+        core, now_s = self.core, stage.now_s
+        if core is None:
+            if now_s >= self._resumes_at_s:
+                self._ask(stage)
+            return
+        if self._need is not None:
+            self._plan(stage)
+        elif core.state in (State.WAITING, State.PAUSING):
+            if now_s >= self._resumes_at_s:
+                self._perform(stage, core.timer())
+        else:
+            for peer, _ in self.hops:
+                if not core.alive:  # no other route was there
+                    return
+                if stage.peers.get(peer.peer_id) is not peer:
+                    self._lose(stage, peer.peer_id)
+                elif peer.state is not PeerState.ONLINE and peer.peer_id not in self._leaving:
+                    self._leave(stage, peer.peer_id, answers=peer.state is PeerState.DRAINING)
+            if core.alive and now_s >= self._review_at_s and self.works and self.works[0].tokens == 1:
+                self._review(stage)
+
+    def advance(self, stage: Stage, rate: float) -> tuple[float, float]:
+        """A second at so many tokens per second; returns the tokens that passed the swarm and those of them that are
+        new. A replay through some of the blocks counts for its part."""
+        credit, processed, written = rate * (1 - self._opening_s), 0.0, 0.0
+        self._opening_s = 0.0
+        while credit > 0 and self.works and self.core is not None:
+            work = self.works[0]
+            done = min(credit, work.left)
+            work.left -= done
+            credit -= done
+            processed += done * sum(blocks for _, blocks in work.hops) / stage.config.blocks
+            written += done if work.tokens == 1 else 0.0
+            if work.left > 1e-9:
+                break
+            self.works.popleft()
+            self._perform(stage, self.core.result(work.step.step, self.core.epoch))
+            self._go_on(stage)
+            if self.works and not self.works[0].follows(work):
+                break
+        return processed, written
+
+    # --- an answer ---
+
+    def _ask(self, stage: Stage) -> None:
+        config, rng = stage.config, stage.rng
+        self._prompt = self._sent = 1 + int(rng.expovariate(1 / config.prompt_tokens))
+        if stage.now_s < MIDST_S:
+            self._prompt = self._sent = 1
+        self._left = 1.0 + rng.expovariate(1 / config.new_tokens)
+        self._kept = self._prompt + int(self._left)
+        self._asked_at_s = stage.now_s
+        self._answers += 1
+        name = f"{config.seed}/{self.number}/{self._answers}".encode()
+        self.core = SessionCore(SessionId(name[:16].ljust(16, b".")), SESSION)
+        chunk = SESSION.chunk(self._prompt)
+        for first in range(0, self._prompt, chunk):
+            self._submit(stage, first, min(chunk, self._prompt - first))
+
+    def _go_on(self, stage: Stage) -> None:
+        """Once everything is answered: the next piece, or the end."""
+        core = self.core
+        if core is None or core.pending:
+            return
+        if self._asked_at_s >= 0:
+            stage.first_token_s.append(stage.now_s - self._asked_at_s)
+            self._asked_at_s = -1.0
+            tokens = min(CHUNK, SESSION.chunk(self._prompt))
+            for peer, blocks in self.hops if tokens > 1 else ():
+                self.client.router.on_step(peer.peer_id, blocks, tokens, *peer.step_s(blocks, tokens), stage.now_s)
+        if self._left <= 0:
+            for peer, blocks in self.hops:
+                self.client.router.on_step(peer.peer_id, blocks, 1, *peer.step_s(blocks), stage.now_s)
+            self._perform(stage, core.close())
+            self._end(stage)
+            return
+        count = min(PIECE, -int(-self._left // 1))
+        self._left -= count
+        self._submit(stage, self._sent, count)
+        self._sent += count
+
+    def _submit(self, stage: Stage, first: int, count: int) -> None:
+        assert self.core is not None
+        _, actions = self.core.submit(first, count, count - 1)
+        self._perform(stage, actions)
+
+    def _end(self, stage: Stage) -> None:
+        assert self.core is not None
+        self.client.router.on_ended(self.core.session)
+        self._hold(())
+        self.works.clear()
+        self._leaving.clear()
+        self.core = self._need = self._route = None
+        self._resumes_at_s = stage.now_s
+
+    # --- what the core wants ---
+
+    def _perform(self, stage: Stage, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case SendStep(step=step):
+                    tokens = 1 if step.first >= self._prompt and not step.replay else min(CHUNK, step.count)
+                    self.works.append(Work(step, float(step.count), tokens, self.hops[step.hop : step.until]))
+                case NeedRoute():
+                    self.works.clear()
+                    self._need, self._needed_at_s = action, stage.now_s
+                    self._plan(stage)
+                case OpenHops():
+                    self._open(stage, action)
+                case Wait(delay_s=delay_s):
+                    self.works.clear()
+                    self._resumes_at_s = stage.now_s + delay_s * stage.rng.uniform(1.0, 1.5)
+                case Release(hops=hops):
+                    gone = {hop.peer_id for hop in hops}
+                    self._hold(tuple((peer, blocks) for peer, blocks in self.hops if peer.peer_id not in gone))
+                case Fail():
+                    stage.counts["failed"] += 1
+                    self._end(stage)
+                case StepDone() | Skip():
+                    pass
+                case _:
+                    raise AssertionError(f"{action} needs a standby, and nobody has one")
+
+    def _plan(self, stage: Stage) -> None:
+        core, need, client = self.core, self._need, self.client
+        assert core is not None
+        assert need is not None
+        client.turn = (client.turn + GOLDEN) % 1.0
+        request = RouteRequest(
+            model=MODEL,
+            num_blocks=stage.config.blocks,
+            avoid=need.avoid,
+            tokens=usual_tokens([step.count for step in core.pending]) if self._asked_at_s >= 0 else 1,
+            bytes_per_token=BYTES_PER_TOKEN,
+            cache_tokens=self._kept,
+            previous=self._route,
+            keep=need.keep,
+            spread=client.turn,
+            session=core.session,
+        )
+        try:
+            route = client.router.plan(request, stage.now_s)
+        except NoRoute as error:
+            if stage.now_s - self._needed_at_s >= NO_ROUTE_PATIENCE_S:
+                self._need = None
+                self._perform(stage, core.no_route(error))
+            return
+        self._need = None
+        self._perform(stage, core.route_ready(route))
+
+    def _open(self, stage: Stage, action: OpenHops) -> None:
+        core, route, router = self.core, action.route, self.client.router
+        assert core is not None
+        stage.counts["rebuilt"] += action.epoch > 1
+        self._route, self._opening_s = route, OPENING_S
+        self._leaving.clear()
+        self._opened_at_s, self._review_at_s = stage.now_s, stage.now_s + REVIEW_S_MIN
+        self.works.clear()
+        found = [stage.peers.get(hop.peer_id) for hop in route.hops]
+        self._hold(tuple((p, len(hop.span)) for p, hop in zip(found, route.hops, strict=True) if p is not None))
+        self._trips_s = trips_s(self.client.where, [peer for peer, _ in self.hops])
+        for hop, peer, keep in zip(route.hops, found, action.keep, strict=True):
+            if core.epoch != action.epoch or core.state is not State.OPENING:
+                return  # a hop was replaced meanwhile
+            if peer is None:
+                self._lose(stage, hop.peer_id)
+            elif peer.state is not PeerState.ONLINE or not peer.spans.covers(hop.span):
+                self._leave(stage, hop.peer_id, answers=False)
+            elif not keep and peer.used_tokens > peer.cache_tokens:
+                router.on_busy(hop.peer_id, BUSY_S, stage.now_s)
+                error = PeerError(f"{hop.peer_id} has no room")
+                self._perform(stage, core.busy(hop.peer_id, action.epoch, BUSY_S, error, preempted=False))
+            else:
+                router.on_rtt(hop.peer_id, round_trip_s(self.client.where, peer.where), stage.now_s)
+                router.on_step(hop.peer_id, len(hop.span), 1, *peer.step_s(len(hop.span)), stage.now_s)
+                self._perform(stage, core.opened(hop.peer_id, hop.span.start, action.epoch, held=keep))
+
+    def _lose(self, stage: Stage, peer: PeerId) -> None:
+        assert self.core is not None
+        self.client.router.on_failure(peer, stage.now_s, "died", unreachable=True)
+        self._perform(stage, self.core.hop_lost(peer, PeerError(f"{peer} died")))
+
+    def _leave(self, stage: Stage, peer: PeerId, *, answers: bool) -> None:
+        assert self.core is not None
+        self._leaving.add(peer)
+        self.client.router.on_draining(peer)
+        error = PeerError(f"{peer} leaves")
+        self._perform(stage, self.core.hop_leaves(peer, self.core.epoch, error, answers=answers))
+
+    def _review(self, stage: Stage) -> None:
+        """As `swarm.session.driver` does between two steps."""
+        core, now_s = self.core, stage.now_s
+        assert core is not None
+        self._review_at_s = now_s + next_review_s(now_s - self._opened_at_s)
+        took_s = {peer.peer_id: sum(peer.step_s(blocks)) for peer, blocks in self.hops}
+        slowest = max(took_s, key=lambda peer: took_s[peer])
+        request = RouteRequest(
+            model=MODEL,
+            num_blocks=stage.config.blocks,
+            bytes_per_token=BYTES_PER_TOKEN,
+            cache_tokens=self._kept,
+            previous=self._route,
+        )
+        step_s = self._trips_s + sum(took_s.values())
+        if worth_leaving(self.client.router, request, slowest, now_s, step_s=step_s, slowed=False):
+            error = PeerError(f"{slowest} has become slow")
+            self._perform(stage, core.hop_leaves(slowest, core.epoch, error, answers=True))
+
+    def _hold(self, hops: tuple[tuple[Peer, int], ...]) -> None:
+        for count, held in ((-1, self.hops), (1, hops)):
+            for peer, _ in held:
+                peer.used_tokens += count * self._kept
+                peer.sessions += count
+        self.hops = hops
+
+
+def trips_s(where: Coordinate, peers: Sequence[Peer]) -> float:
+    """From a client through all of them and back."""
+    places = [where, *(peer.where for peer in peers), where]
+    return sum(round_trip_s(a, b) / 2 for a, b in itertools.pairwise(places))

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from routing.router import Router, RouteRequest
+from swarm.session.review import ANSWER_STEPS, next_review_s, usual_tokens, worth_leaving
+from tests.routing.swarms import MODEL, NOW_S, announcement, peer
+
+REQUEST = RouteRequest(model=MODEL, num_blocks=30, bytes_per_token=1152)
+
+
+def test_a_route_is_planned_for_the_mean_step_of_its_session() -> None:
+    assert usual_tokens([]) == usual_tokens([1]) == 1
+    assert usual_tokens([256] * 16) == round((4096 + ANSWER_STEPS) / (16 + ANSWER_STEPS))
+    assert usual_tokens([30]) == 1, "a short prompt decides nothing"
+
+
+def test_looks_at_a_route_become_rarer() -> None:
+    assert [next_review_s(age_s) for age_s in (0.0, 12.0, 1000.0)] == [5.0, 12.0, 60.0]
+
+
+@pytest.mark.parametrize(("step_s", "slowed", "leaves"), [(2.0, True, True), (2.0, False, True), (0.2, True, False)])
+def test_a_slow_hop_is_left_only_where_others_halve_the_step(step_s: float, slowed: bool, leaves: bool) -> None:
+    router = Router()
+    slow, fast = announcement(peer(1), 0, 30, decode_s_per_block=0.05), announcement(peer(2), 0, 30)
+    router.on_announcements([slow], NOW_S)
+    request = replace(REQUEST, previous=router.plan(REQUEST, NOW_S))
+    assert not worth_leaving(router, request, peer(1), NOW_S, step_s=step_s, slowed=slowed), "nobody else is there"
+    router.on_announcements([fast], NOW_S)
+    assert worth_leaving(router, request, peer(1), NOW_S, step_s=step_s, slowed=slowed) == leaves
