@@ -12,10 +12,11 @@ import logging
 import random
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,11 +27,14 @@ from peers.discovery import Discovery
 from peers.errors import AddressInUse
 from peers.exposition import told
 from peers.identity import load_identity
+from peers.model.adapters import Adapter
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import check_folder, load_config, load_span
+from peers.model.lora import AdapterFolder, open_adapter
 from peers.model.progress import Progress
 from peers.model.quantization import NONE
 from peers.model.storage import cache_folder
+from peers.model.support import examine
 from peers.platform import require_platform
 from peers.runtime.engine import Engine, EngineConfig, Sharing
 from peers.runtime.joined import AnyEngine, JoinedEngine
@@ -57,15 +61,18 @@ from peers.transport.base import Transport
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
 from peers.wire.messages import PROTOCOL_VERSION
-from routing.errors import SwarmError, Unavailable
+from routing.errors import CallerError, SwarmError, Unavailable
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans
 from routing.placement import Move, before_me, choose_span
 from routing.records import (
     CLOCK_SLACK_S,
+    MAX_ADAPTERS,
     MAX_MODEL_NAME_CHARS,
     Announcement,
+    HostedAdapter,
     PeerState,
+    check_adapter_name,
     check_network,
     check_peer_name,
 )
@@ -149,6 +156,8 @@ class PeerConfig(NodeOptions):
     """Whose sessions may begin with what another one computed: see `EngineConfig`."""
     training: bool = True
     """Compute gradients, too, for clients that fine-tune adapters of their own."""
+    adapters: tuple[tuple[str, str], ...] = ()
+    """To host for whoever asks for them: a name, and a folder or hub id."""
     token: str | None = None
     """Access token of the model hub."""
     stay: bool = False
@@ -162,6 +171,9 @@ class PeerConfig(NodeOptions):
         check_peer_name(self.name)
         if self.threads is not None and self.threads < 1:
             raise ValueError("threads is at least 1")
+        names = [check_adapter_name(name) for name, _ in self.adapters]
+        if len(names) > MAX_ADAPTERS or len(set(names)) < len(names):
+            raise CallerError(f"a peer hosts up to {MAX_ADAPTERS} adapters, each under a name of its own")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
             raise ValueError(f"{self.metrics_port} is no port")
         check_comfort(nice=self.nice, load_percent=self.pause_on_load_percent, max_bytes_per_s=self.max_bytes_per_s)
@@ -202,6 +214,10 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         cache_tokens=config.cache_tokens,
         quantization=config.quantization,
     )
+    adapters = {
+        name: await asyncio.to_thread(open_adapter, source, token=config.token, progress=progress)
+        for name, source in config.adapters
+    }
     if config.nice is not None:
         be_nice(config.nice)
     async with AsyncExitStack() as stack:
@@ -214,6 +230,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             name=config.name,
             max_bytes_per_s=config.max_bytes_per_s,
             journal_disk_bytes=config.journal_disk_bytes,
+            adapters=adapters,
             outage=lambda problem: emit(_outage(problem, node.clock_skew_s)),
         )
         stack.push_async_callback(peer.close)
@@ -323,9 +340,11 @@ class ServerPeer:
         lease_s: float = 60.0,
         max_bytes_per_s: int | None = None,
         journal_disk_bytes: int = 0,
+        adapters: Mapping[str, AdapterFolder] = MappingProxyType({}),
         outage: Callable[[Unavailable | None], None] | None = None,
     ) -> None:
-        """`outage` hears when no other node takes this peer's record any more, and (None) when that is over."""
+        """`adapters` are hosted, by name. `outage` hears when no other node takes this peer's record any more, and
+        (None) when that is over."""
         self.tasks = Tasks()
         self.links = Links(transport, network=network, software=SOFTWARE, max_bytes_per_s=max_bytes_per_s)
         self.router = Router()
@@ -344,6 +363,7 @@ class ServerPeer:
         self._lease_s = lease_s
         self._max_bytes_per_s = max_bytes_per_s
         self._journal_disk_bytes = journal_disk_bytes
+        self._adapters = adapters
         self._status: StatusReport
         self._describe_static: Announcement | None = None
         self._announcing: asyncio.Task[None] | None = None
@@ -410,6 +430,7 @@ class ServerPeer:
             cache_tokens=self.cache_tokens,
             free_tokens=self.cache_tokens,
             max_bytes_per_s=self._max_bytes_per_s or 0,
+            adapters=tuple(HostedAdapter(name, folder.digest) for name, folder in self._adapters.items()),
             sequence=0,
             expires_at_s=0.0,
         )
@@ -452,11 +473,14 @@ class ServerPeer:
         )
         if page_size is not None:
             engine_config = replace(engine_config, page_size=page_size)
+        hosted = await asyncio.to_thread(self._read_adapters, checkpoint, spans)
         async with AsyncExitStack() as trial:
             engines = [Engine(model, engine_config) for model in models]
             self.engine = engines[0] if len(engines) == 1 else JoinedEngine(engines)
             trial.push_async_callback(self.engine.stop)
             await self.engine.start()
+            for name, adapter in hosted.items():
+                self._check_adapter(name, adapter)
             self.probe = probe or await measure(self.engine)
             final = plan.beside(self.probe.forward_bytes, blocks=spans.num_blocks)
             fits = plan.cache_tokens <= final.cache_tokens
@@ -509,6 +533,7 @@ class ServerPeer:
             )
         else:
             self.handler.settle(engine=self.engine, served=served, ledger=ledger)
+        self.handler.adapters.hosted = {self._adapters[name].digest: adapter for name, adapter in hosted.items()}
 
         async def reload(spans: BlockSpans) -> None:
             fitting = replace(plan, forwards=len(spans.parts))
@@ -530,6 +555,28 @@ class ServerPeer:
             checkpoint, spans, plan, self.probe.decode_s_per_block, self.probe.prefill_s_per_token_block
         )
         self._describe_static = replace(static, max_blocks=most if movable else 0)
+
+    def _read_adapters(self, checkpoint: Checkpoint, spans: BlockSpans) -> dict[str, Adapter | None]:
+        """What of each hosted adapter is of these blocks. Raises CallerError, CorruptCheckpoint."""
+        if not self._adapters:
+            return {}
+        anatomy, blocks = examine(load_config(checkpoint)), {block for span in spans for block in span}
+        return {
+            name: folder.read(anatomy.layers_path, anatomy.num_blocks, blocks)
+            for name, folder in self._adapters.items()
+        }
+
+    def _check_adapter(self, name: str, adapter: Adapter | None) -> None:
+        """Raises CallerError."""
+        for engine, part in self.engine.parts(self.engine.model.span):
+            for target in () if adapter is None else adapter.targets:
+                shape = (target.inputs, target.outputs)
+                if target.block in part and engine.linear_shape(target.block, target.module) != shape:
+                    raise CallerError(
+                        f"adapter {name} does not fit: block {target.block} has no linear layer {target.module} of "
+                        f"{shape[0]} inputs and {shape[1]} outputs",
+                        hint="an adapter goes with the model that it was trained on",
+                    )
 
     def _journal(self, max_bytes: int) -> Journal:
         limits = JournalLimits(max_bytes=max_bytes, max_bytes_per_peer=max_bytes // 2)

@@ -28,10 +28,16 @@ class Crowd:
     """The peers of one model that a node can use at all, at one snapshot. Never changes but for what it remembers."""
 
     def __init__(
-        self, announcements: Iterable[Announcement], num_blocks: int, protocol: int | None, min_precision: str | None
+        self,
+        announcements: Iterable[Announcement],
+        num_blocks: int,
+        protocol: int | None,
+        min_precision: str | None,
+        adapter: bytes | None = None,
     ) -> None:
-        """Left out are peers of another number of blocks or another protocol, not online, without an address or less
-        precise. `announcements` are of one model; None: any protocol, any precision."""
+        """Left out are peers of another number of blocks or another protocol, not online, without an address or the
+        adapter of that digest, or less precise. `announcements` are of one model; None: any protocol, any precision,
+        with any adapters."""
         online = PeerState.ONLINE
         self.by_peer = {
             a.peer_id: a
@@ -41,6 +47,7 @@ class Crowd:
             and a.addresses
             and (protocol is None or a.protocol == protocol)
             and (min_precision is None or is_at_least(a.dtype, a.quantization, min_precision))
+            and (adapter is None or a.hosts(adapter))
         }
         self.able: Sequence[Announcement] = tuple(self.by_peer.values())
         self._at: dict[tuple[object, ...], list[int]] = {}

@@ -21,7 +21,7 @@ import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgpack
 import msgspec
@@ -51,12 +51,26 @@ MAX_SECONDS_PER_BLOCK: Final = 3600.0
 MAX_BYTES_PER_S: Final = 2**50
 MAX_QUEUE_S: Final = 3600.0
 MAX_SESSIONS: Final = 2**20
+MAX_ADAPTERS: Final = 4
+ADAPTER_DIGEST_BYTES: Final = 16
 
 _FORMAT: Final = 1
 _DOMAIN: Final = b"hive/record/1"
 _HEADER_BYTES: Final = 1 + SIGNATURE_BYTES
 _NETWORK: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}", re.ASCII)
+_ADAPTER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", re.ASCII)
 _KEY: Final = re.compile(rf"hive/1/({_NETWORK.pattern})/(?:model/([0-9a-f]{{64}})|index)/(?:0|[1-9][0-9]?)", re.ASCII)
+
+
+class HostedAdapter(NamedTuple):
+    """An adapter of the model that a peer computes with for whoever asks it to."""
+
+    name: str
+    digest: bytes
+    """Of what it is: the same at every peer that hosts the same, whatever they call it."""
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.digest.hex()[:12]}"
 
 
 class PeerState(StrEnum):
@@ -110,6 +124,8 @@ class Announcement:
     """Where it is among others, by the round trips that it measured; None where it does not say."""
     max_blocks: int = 0
     """So many blocks fit here, and it may be asked to serve others than now; 0: what it serves was chosen for it."""
+    adapters: tuple[HostedAdapter, ...] = ()
+    """For its blocks."""
     intent: BlockSpan | None = None
     """It is about to serve these blocks instead, or where it joins at all, unless a peer with a smaller id intends the
     same."""
@@ -117,6 +133,10 @@ class Announcement:
     """Grows with every record of this peer; the highest wins."""
     expires_at_s: float
     """Seconds since the epoch."""
+
+    def hosts(self, adapter: bytes) -> bool:
+        """Whether an adapter of this digest is among its own."""
+        return any(hosted.digest == adapter for hosted in self.adapters)
 
     def __post_init__(self) -> None:
         public_key_of(self.peer_id)
@@ -136,6 +156,10 @@ class Announcement:
         _check_number("sessions", self.sessions, 0, MAX_SESSIONS)
         _check_number("queue", self.queue_s, 0, MAX_QUEUE_S)
         _check_number("blocks that fit", self.max_blocks, 0, self.num_blocks)
+        _check_number("number of adapters", len(self.adapters), 0, MAX_ADAPTERS)
+        for adapter in self.adapters:
+            check_adapter_name(adapter.name)
+            _check_number("bytes of an adapter's digest", len(adapter.digest), *[ADAPTER_DIGEST_BYTES] * 2)
         if self.place is not None:
             check_coordinate(self.place)
         if self.intent is not None:
@@ -177,6 +201,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     place: tuple[float, float, float, float] | None = None
     max_blocks: int = 0
     intent: tuple[int, int] | None = None
+    adapters: tuple[tuple[str, bytes], ...] = ()
 
 
 def check_network(network: str) -> str:
@@ -191,6 +216,15 @@ def check_network(network: str) -> str:
 def check_peer_name(name: str) -> str:
     """The name itself, when a record can carry it. Raises CallerError."""
     _check_text("peer name", name, max_chars=48)
+    return name
+
+
+def check_adapter_name(name: str) -> str:
+    """The name itself, when peers can be asked for it: 1 to 32 of `A-Z a-z 0-9 . _ -`. Raises CallerError."""
+    if not _ADAPTER_NAME.fullmatch(name):
+        raise CallerError(
+            f"{name[:64]!r} is not a name of an adapter", hint="use 1 to 32 letters, digits, '.', '_' and '-'"
+        )
     return name
 
 
@@ -293,6 +327,7 @@ def _encode(announcement: Announcement) -> bytes:
         place=announcement.place,
         max_blocks=announcement.max_blocks,
         intent=None if announcement.intent is None else (announcement.intent.start, announcement.intent.end),
+        adapters=tuple((adapter.name, adapter.digest) for adapter in announcement.adapters),
     )
     packed: bytes = msgpack.packb(msgspec.to_builtins(body, builtin_types=(bytes,)))
     return packed
@@ -337,6 +372,7 @@ def _decode(peer_id: PeerId, body: bytes) -> Announcement:
         place=None if fields.place is None else Coordinate(*fields.place),
         max_blocks=fields.max_blocks,
         intent=None if fields.intent is None else BlockSpan(*fields.intent),
+        adapters=tuple(HostedAdapter(*adapter) for adapter in fields.adapters),
         sequence=fields.sequence,
         expires_at_s=fields.expires_at_s,
     )

@@ -23,7 +23,7 @@ from routing.flow import Shares, by_span, capacities_of, pick, shares
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
 from routing.path import Candidate, bridge, cheapest_path, gaps
 from routing.precision import is_at_least, precision
-from routing.records import Announcement, PeerState
+from routing.records import Announcement, HostedAdapter, PeerState
 from routing.reputation import Opinion, Reputation
 
 HYSTERESIS: Final = 0.2
@@ -87,6 +87,8 @@ class RouteRequest:
     """The version that the asking node speaks; peers of another one cannot be understood."""
     min_precision: str | None = None
     """Peers that compute less precisely than this, one of `routing.precision.PRECISIONS`, are not entered."""
+    adapter: HostedAdapter | None = None
+    """Only peers that host it are entered."""
     previous: Route | None = None
     """The route in use: kept unless another one is clearly better, and where it lost a hop, so are its other peers."""
     keep: tuple[Hop, ...] = ()
@@ -145,7 +147,7 @@ class Router:
         self._reputation = Reputation()
         self._shares: tuple[Snapshot, ModelId, int, Shares] | None = None
         self._crowds_of: Snapshot | None = None
-        self._crowds: dict[tuple[ModelId, int, int | None, str | None], Crowd] = {}
+        self._crowds: dict[tuple[ModelId, int, int | None, str | None, bytes | None], Crowd] = {}
 
     @property
     def here(self) -> Coordinate:
@@ -375,10 +377,11 @@ class Router:
     def _crowd(self, snapshot: Snapshot, request: RouteRequest) -> Crowd:
         if self._crowds_of is not snapshot or len(self._crowds) >= MAX_CROWDS:
             self._crowds_of, self._crowds = snapshot, {}
-        kind = (request.model, request.num_blocks, request.protocol, request.min_precision)
+        adapter = None if request.adapter is None else request.adapter.digest
+        kind = (request.model, request.num_blocks, request.protocol, request.min_precision, adapter)
         if (crowd := self._crowds.get(kind)) is None:
             announcements = snapshot.of_model(request.model)
-            crowd = Crowd(announcements, request.num_blocks, request.protocol, request.min_precision)
+            crowd = Crowd(announcements, request.num_blocks, request.protocol, request.min_precision, adapter)
             self._crowds[kind] = crowd
         return crowd
 
@@ -594,6 +597,8 @@ def _reasons(view: _View) -> tuple[dict[PeerId, str], dict[PeerId, str]]:
     for a in view.announcements:
         if request.protocol is not None and a.protocol != request.protocol:
             excluded[a.peer_id] = f"speaks protocol {a.protocol}, this node speaks {request.protocol}"
+        if request.adapter is not None and not a.hosts(request.adapter.digest):
+            excluded[a.peer_id] = f"does not host adapter {request.adapter}"
         if not is_at_least(a.dtype, a.quantization, request.min_precision):
             imprecise[a.peer_id] = f"computes in {precision(a.dtype, a.quantization)}"
     return excluded, imprecise
@@ -641,7 +646,8 @@ def _no_route(
         return NoRoute(
             f"no peer serves model {request.model}: blocks {everything} are missing", missing=[(0, request.num_blocks)]
         )
-    message = f"no route for model {request.model}: blocks {_listed(missing)} are missing"
+    model = f"model {request.model}" + (f" with adapter {request.adapter}" if request.adapter else "")
+    message = f"no route for {model}: blocks {_listed(missing)} are missing"
     if unheld:
         message += f"; nobody holds {_listed(unheld)}"
     if by_imprecise:

@@ -41,7 +41,7 @@ def num_rows(targets: Sequence[AdapterTarget]) -> int:
     return -(-sum(map(num_values, targets)) // WIDTH)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """Values of targets in order of blocks, each its A and then its B, as one float32 vector on the CPU."""
 
@@ -81,6 +81,11 @@ class Adapter:
             a_RK, b_NR = self.values[first:middle], self.values[middle:end]
             found.append((a_RK.view(target.rank, target.inputs), b_NR.view(target.outputs, target.rank)))
         return found
+
+
+def same(one: Adapter | None, other: Adapter | None) -> bool:
+    """Whether both would compute the same."""
+    return one is other or (one is not None and other is not None and one.name == other.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,10 @@ class SpanModel:
         view = self._view(span or self.span)
         return view.split(like_1TH, position_ids_1T, past_key_values, attention_mask, regime_length)
 
+    def layers(self, span: BlockSpan | None = None) -> list[nn.Module]:
+        """The modules of the blocks of `span` through which `forward` goes, in order; of whole forwards only."""
+        return list(_layer_list(self._view(span or self.span).module, self._anatomy))
+
     def linear_shape(self, block: int, path: str) -> tuple[int, int] | None:
         """Inputs and outputs of the linear layer at `path` of a block of the span; None where there is none."""
         module = dict(_layer_list(self.module, self._anatomy)[block - self.span.start].named_modules()).get(path)

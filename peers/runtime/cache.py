@@ -17,6 +17,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,9 +26,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from peers.errors import UnsupportedModel
+from peers.model.adapters import Adapter
 from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool
 from peers.model.support import one_line
+from peers.runtime.adapting import Adapting, Fittings, Place, noting_adaptable
 from peers.runtime.attention import (
     RAGGED,
     Attender,
@@ -62,6 +65,8 @@ class Chunk:
     session: int
     start: int
     tokens: int
+    adapter: Adapter | None = None
+    """Of its client's own, which adds to these positions alone."""
 
 
 class SpanCache(Protocol):
@@ -71,6 +76,8 @@ class SpanCache(Protocol):
     """Whether a forked session really uses its parent's memory."""
     packs_sessions: bool
     """Whether one forward may hold several sessions."""
+    adaptable: frozenset[Place]
+    """Linear layers to which a chunk's adapter may add."""
 
     def forward(
         self,
@@ -126,8 +133,11 @@ class PagedCache:
         pages: PagePool,
         library: Pool | None = None,
         recorder: Record | None = None,
+        adaptable: frozenset[Place] = frozenset(),
     ) -> None:
         """`places`: of `arrange`. Layers in the same place of different tables share memory."""
+        self.adaptable = adaptable
+        self._fittings = Fittings(model.device)
         slots = pages.num_pages * pages.page_size
         self._model = model
         self._pages = pages
@@ -164,27 +174,29 @@ class PagedCache:
             ]
             for table in range(len(self._pages.windows))
         ]
+        adapting = _adapting(self._model, span, chunks, self._fittings)
         short = between is None and self._is_recorded(len(hidden_TH), span, regime_length)
         programs = self._programs if short else None
-        if programs is not None and self._graphs is not None:
+        if programs is not None and self._graphs is not None and adapting is None:
             output_1TH = self._graphs(hidden_TH[None], tables)
             if output_1TH is not None:
                 return output_1TH[0]
         pools = self._pools[span.start - self._model.span.start :]
         batch = RaggedBatch(tables, pools, self._model.device, self._library, self._whole)
         if programs is not None:
-            output_1TH = None if self._tapes is None else self._tapes(hidden_TH[None], batch)
-            if output_1TH is None:
+            output_1TH = None if self._tapes is None else self._tapes(hidden_TH[None], batch, adapting)
+            if output_1TH is None and adapting is None:
                 output_1TH = programs(hidden_TH[None], batch.positions_T[None], batch)
-            return output_1TH[0]
-        with attending(batch) as cache:
+            if output_1TH is not None:
+                return output_1TH[0]
+        with attending(batch) as cache, adapting or nullcontext():
             return self._model.forward(
                 hidden_TH[None],
                 batch.positions_T[None],
                 span=span,
                 past_key_values=cache,
                 regime_length=regime_length,
-                between=between,
+                between=between if adapting is None else adapting.around(between),
             )[0]
 
     def is_plain(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
@@ -272,7 +284,9 @@ class PagedCache:
             if not tapes.agree(hidden_1TH, batch, programs(hidden_1TH, again.positions_T[None], again)):
                 logger.info("%s: short forwards run as programs", model.config.model_type)
                 return None
-        return Tapes(programs, like_H, self._pools, library)
+        layers = dict(zip(model.span, model.layers(), strict=True))
+        places = {id(layers[block].get_submodule(path)): (block, path) for block, path in self.adaptable}
+        return Tapes(programs, like_H, self._pools, library, places)
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         for move in copies:
@@ -300,8 +314,10 @@ class SoloCache:
     shares_pages = False
     packs_sessions = False
 
-    def __init__(self, model: SpanModel) -> None:
+    def __init__(self, model: SpanModel, adaptable: frozenset[Place] = frozenset()) -> None:
+        self.adaptable = adaptable
         self._model = model
+        self._fittings = Fittings(model.device)
         self._caches: dict[int, DynamicCache] = {}
 
     def forward(
@@ -320,15 +336,17 @@ class SoloCache:
             cache = model.new_cache(span)
             # a sliding layer would forget what a rollback needs
             cache.layers = [DynamicLayer() if layer.is_sliding else layer for layer in cache.layers]
-        output_1TH = model.forward(
-            hidden_TH[None],
-            torch.arange(chunk.start, end, device=model.device)[None],
-            span=span,
-            past_key_values=cache,
-            attention_mask=torch.ones(1, end, dtype=torch.long, device=model.device),  # ALiBi is built from it
-            regime_length=regime_length,
-            between=between,
-        )
+        adapting = _adapting(model, span, chunks, self._fittings)
+        with adapting or nullcontext():
+            output_1TH = model.forward(
+                hidden_TH[None],
+                torch.arange(chunk.start, end, device=model.device)[None],
+                span=span,
+                past_key_values=cache,
+                attention_mask=torch.ones(1, end, dtype=torch.long, device=model.device),  # ALiBi is built from it
+                regime_length=regime_length,
+                between=between if adapting is None else adapting.around(between),
+            )
         self._caches[chunk.session] = cache
         return output_1TH[0]
 
@@ -387,33 +405,44 @@ def open_cache(
 
     Raises UnsupportedModel when its layers keep nothing that could be rolled back.
     """
-    shapes = _observe(model)
-    if shapes is not None:
+    observed = _observe(model)
+    if observed is not None:
+        shapes, adaptable = observed
         # pages of any table lie in the same memory, so that layers of several kinds can only have one
         tables = arrange(model.windows if len(set(shapes)) == 1 else [None] * len(shapes))
         for backend in dict.fromkeys((library, None)):
             if _agrees(model, shapes, tables, backend):
                 pages = PagePool(num_pages * len(tables.windows), page_size, tables.windows, slack)
-                return PagedCache(model, shapes, tables.places, pages, backend, recorder), pages
+                return PagedCache(model, shapes, tables.places, pages, backend, recorder, adaptable), pages
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
-    _bytes_per_token_alone(model)
-    return SoloCache(model), PagePool(num_pages, page_size)
+    _, adaptable = _observe_alone(model)
+    return SoloCache(model, adaptable), PagePool(num_pages, page_size)
 
 
 def bytes_per_token(model: SpanModel) -> int:
     """What one position costs at all layers of the span. Raises UnsupportedModel when nothing is kept."""
-    shapes = _observe(model)
-    if shapes is not None:
-        return sum(shape.kv_heads * (shape.key_width + shape.value_width) * shape.dtype.itemsize for shape in shapes)
-    return _bytes_per_token_alone(model)
+    observed = _observe(model)
+    if observed is None:
+        return _observe_alone(model)[0]
+    shapes, _ = observed
+    return sum(shape.kv_heads * (shape.key_width + shape.value_width) * shape.dtype.itemsize for shape in shapes)
+
+
+def _adapting(model: SpanModel, span: BlockSpan, chunks: Sequence[Chunk], fittings: Fittings) -> Adapting | None:
+    """None where no chunk has an adapter."""
+    if all(chunk.adapter is None for chunk in chunks):
+        return None
+    return Adapting(model.layers(span), span, [(chunk.tokens, chunk.adapter) for chunk in chunks], fittings)
 
 
 @torch.inference_mode()
-def _bytes_per_token_alone(model: SpanModel) -> int:
+def _observe_alone(model: SpanModel) -> tuple[int, frozenset[Place]]:
+    """Bytes per token, and which layers can be adapted. Raises UnsupportedModel when nothing is kept."""
     cache = SoloCache(model)
-    cache.forward([Chunk(session=0, start=0, tokens=4)], _random_hidden(model, 4), model.span, 4)
-    return cache.bytes_per_token(0)
+    with noting_adaptable(model, 4) as adaptable:
+        cache.forward([Chunk(session=0, start=0, tokens=4)], _random_hidden(model, 4), model.span, 4)
+    return cache.bytes_per_token(0), frozenset(adaptable)
 
 
 class _Observer:
@@ -441,18 +470,19 @@ class _Observer:
 
 
 @torch.inference_mode()
-def _observe(model: SpanModel) -> list[LayerShape] | None:
-    """Shapes per layer, and ragged attention selected; None, and the model's own, where it does not understand them."""
+def _observe(model: SpanModel) -> tuple[list[LayerShape], frozenset[Place]] | None:
+    """Shapes per layer, what can be adapted, and ragged attention selected; None, and the model's own, where it does
+    not understand the layers."""
     if model.pluggable:
         register()
         model.set_attention(RAGGED)
         observer = _Observer()
         positions_1T = torch.arange(4, device=model.device)[None]
         try:
-            with attending(observer) as cache:
+            with attending(observer) as cache, noting_adaptable(model, 4) as adaptable:
                 model.forward(_random_hidden(model, 4)[None], positions_1T, past_key_values=cache, regime_length=4)
             if len(observer.shapes) == len(model.span):
-                return observer.shapes
+                return observer.shapes, frozenset(adaptable)
             logger.warning("%s attends otherwise than once per block: sessions run alone", model.config.model_type)
         except NotPluggable as error:
             logger.warning("%s: sessions run alone: %s", model.config.model_type, error)

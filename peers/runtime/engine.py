@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from peers.errors import Busy, Preempted
+from peers.model.adapters import Adapter
 from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool, accelerate, accelerate_by_torch, pool_for
 from peers.runtime.cache import Chunk, SpanCache, open_cache
@@ -133,6 +134,8 @@ class Work:
     """Blocks to run; within the span of the model."""
     regime_length: int = 0
     """Total length of the user's forward that this work is a part of; 0 when it is the whole."""
+    adapter: Adapter | None = None
+    """Of these blocks; the same in all works of a session and its forks."""
     parent: tuple[SessionKey, int] | None = None
     """Begin the (new) session with that many positions of another one, as it is when this work is submitted."""
     urgency: Urgency = Urgency.INTERACTIVE
@@ -299,11 +302,19 @@ class Engine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, deadline_s)
 
-    def open(self, session: SessionKey, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
+    def open(
+        self,
+        session: SessionKey,
+        owner: PeerId,
+        span: BlockSpan,
+        keys: Sequence[bytes],
+        adapter: bytes | None = None,
+    ) -> int:
         """Begin a new session with what is kept of the prefix that `keys` name; returns how many positions it holds.
 
-        Key i stands for everything that decides positions `[0, (i + 1) · PREFIX_POSITIONS)` of the session here. What
-        its works compute in that order from now on is kept under the keys, also after its release.
+        Key i stands for everything that decides positions `[0, (i + 1) · PREFIX_POSITIONS)` of the session here, but
+        for the `adapter` of its works: what one computed is never another's. What its works compute in that order from
+        now on is kept under the keys, also after its release.
         """
         with self._wake:
             assert session not in self._sessions
@@ -311,7 +322,7 @@ class Engine:
                 return 0
             state = self._admit(session, owner)
             state.span = span
-            scope = (span, owner if self.config.share_prefixes == "owner" else None)
+            scope = (span, adapter, owner if self.config.share_prefixes == "owner" else None)
             state.held = self._prefixes.open(state.number, scope, keys)
             return state.held
 
@@ -377,6 +388,11 @@ class Engine:
     @property
     def num_blocks(self) -> int:
         return len(self.model.span)
+
+    def linear_shape(self, block: int, path: str) -> tuple[int, int] | None:
+        """Inputs and outputs of the linear layer at `path` of a block; None where there is none to which an adapter
+        could add."""
+        return self.model.linear_shape(block, path) if (block, path) in self._cache.adaptable else None
 
     @property
     def packs_sessions(self) -> bool:
@@ -514,6 +530,7 @@ class Engine:
             self._is_only()
             and ticket.session.number == self._last_session
             and ticket.item.is_step
+            and ticket.work.adapter is None
             and self._tempo.step_s <= MOMENT_S
             and not self._tempo.is_long(ticket.item.tokens)
             and self._cache.is_plain(ticket.item.tokens, ticket.work.span, ticket.work.longest)
@@ -788,7 +805,8 @@ class Engine:
         chunks, inputs = [], []
         for ticket, pick in batch:
             start = ticket.work.start + pick.offset
-            chunks.append(Chunk(session=ticket.session.number, start=start, tokens=pick.tokens))
+            adapter = ticket.work.adapter
+            chunks.append(Chunk(session=ticket.session.number, start=start, tokens=pick.tokens, adapter=adapter))
             inputs.append(ticket.work.hidden[pick.offset : pick.offset + pick.tokens].to(self.model.dtype))
         hidden_TH = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         alone = self._alone

@@ -96,9 +96,16 @@ class JoinedEngine:
         with self._engines[0].gathering():
             yield
 
-    def open(self, session: SessionKey, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
+    def open(
+        self,
+        session: SessionKey,
+        owner: PeerId,
+        span: BlockSpan,
+        keys: Sequence[bytes],
+        adapter: bytes | None = None,
+    ) -> int:
         assert session not in self._lives
-        held = min(engine.open(session, owner, part, keys) for engine, part in self.parts(span))
+        held = min(engine.open(session, owner, part, keys, adapter) for engine, part in self.parts(span))
         self._admit(session, owner)
         return held
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch.fx import Node
 from peers.model.kernels import FastLinear, PackedLinear, Pool
 from peers.model.kernels.pool import INPUTS, WEIGHTS
 from peers.model.support import one_line
+from peers.runtime.adapting import Adapting, Place
 from peers.runtime.attention import LayerPool, Pattern, RaggedBatch
 from peers.runtime.program import Attention, NotFlat, Programs, Recording, constant_of
 
@@ -103,6 +105,19 @@ class _Place:
 
 
 @dataclass(frozen=True, slots=True)
+class _Adding:
+    """Behind a linear layer: what adapters add to its output, in place."""
+
+    layer: Place
+    given: _Place
+    out: _Place
+
+    def run(self, bases: Sequence[Tensor], adapting: Adapting) -> None:
+        if self.layer in adapting.layers:
+            adapting.add(self.layer, self.given.at(bases), self.out.at(bases))
+
+
+@dataclass(frozen=True, slots=True)
 class _Outside:
     """An operation that the library does not know."""
 
@@ -140,9 +155,15 @@ class _Writer:
     """Writes the instructions for T positions."""
 
     def __init__(
-        self, recordings: tuple[Recording, Recording], like_H: Tensor, tokens: int, pools: Iterable[LayerPool]
+        self,
+        recordings: tuple[Recording, Recording],
+        like_H: Tensor,
+        tokens: int,
+        pools: Iterable[LayerPool],
+        adaptable: Mapping[int, Place],
     ) -> None:
-        self.steps: list[np.ndarray[Any, Any] | _Outside] = []
+        """`adaptable`: the linear layers, by id, behind which there is a stop for what adapters add."""
+        self.steps: list[np.ndarray[Any, Any] | _Outside | _Adding] = []
         self.kept: list[Tensor] = []
         """Tensors whose addresses are written."""
         self.uses: list[tuple[int, int]] = []
@@ -151,6 +172,7 @@ class _Writer:
         self._first, self._second = recordings
         self._tokens = tokens
         self._pools = iter(pools)
+        self._adaptable = adaptable
         self._places: dict[Node, _Place] = {}
         self._parts: dict[Node, list[_Place]] = {}
         """Of operations with several outputs."""
@@ -276,6 +298,8 @@ class _Writer:
         addresses = map(self._address, (weight, scales, bias))
         extra = [INPUTS.index(owner.dtype), WEIGHTS.index(format_name), *addresses, M, N, K]
         self._emit("linear", place, [self._contiguous(given)], extra=extra, whole=False)
+        if id(owner) in self._adaptable:
+            self.steps.append(_Adding(self._adaptable[id(owner)], given, place))
         return place
 
     def _attend(self, node: Node, call: Attention, q: _Place, k: _Place, v: _Place, *sinks: _Place) -> _Place:
@@ -393,29 +417,44 @@ class _Writer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tape:
-    parts: Sequence[Tensor | _Outside]
+    parts: Sequence[Tensor | _Outside | _Adding]
     """Instructions for one call of the library each, and what is called between them."""
     uses: list[tuple[int, int]]
     """The pattern and the table of each visit that the instructions name."""
     kept: list[Tensor]
     """Tensors whose addresses are in the instructions."""
+    stops: frozenset[Place]
+    """Layers to which adapters can add."""
 
 
 class Tapes:
     """The tapes of one span over the pools of its layers, made as they are needed."""
 
-    def __init__(self, programs: Programs, like_H: Tensor, pools: Sequence[LayerPool], library: Pool) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        like_H: Tensor,
+        pools: Sequence[LayerPool],
+        library: Pool,
+        adaptable: Mapping[int, Place] = MappingProxyType({}),
+    ) -> None:
+        """`adaptable`: linear layers of the programs, by id."""
         self._programs, self._like_H, self._pools, self._library = programs, like_H, pools, library
+        self._adaptable = adaptable
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._tapes: dict[int, _Tape | None] = {}
+        """By the number of positions."""
+        self._stopping: dict[int, _Tape | None] = {}
+        """Likewise those that stop behind linear layers, for what adapters add."""
 
-    def __call__(self, hidden_1TH: Tensor, batch: RaggedBatch) -> Tensor | None:
-        """What the program makes of it, [1, T, H]; None where the library cannot."""
+    def __call__(self, hidden_1TH: Tensor, batch: RaggedBatch, adapting: Adapting | None = None) -> Tensor | None:
+        """What the program makes of it, with what `adapting` adds, [1, T, H]; None where the library cannot."""
         tokens = hidden_1TH.shape[1]
-        if tokens not in self._tapes:
-            self._tapes[tokens] = self._write(tokens)
-        tape = self._tapes[tokens]
-        if tape is None:
+        tapes, adaptable = (self._tapes, {}) if adapting is None else (self._stopping, self._adaptable)
+        if tokens not in tapes:
+            tapes[tokens] = self._write(tokens, adaptable)
+        tape = tapes[tokens]
+        if tape is None or (adapting is not None and not tape.stops.issuperset(adapting.layers)):
             return None
         patterns = [Pattern(pattern.function) for pattern in self._programs.recordings[tokens > 1][1].patterns]
         visits = batch.visits([(patterns[number], table) for number, table in tape.uses], hidden_1TH)
@@ -428,6 +467,9 @@ class Tapes:
         for part in tape.parts:
             if isinstance(part, _Outside):
                 part.run(tensors)
+            elif isinstance(part, _Adding):
+                assert adapting is not None
+                part.run(tensors, adapting)
             else:
                 self._library.run(part, bases, visits)
         return output_1TH
@@ -449,16 +491,18 @@ class Tapes:
         distance = (output_1TH.double() - expected_1TH.double()).norm()
         return bool(distance <= ERROR_MAX[hidden_1TH.dtype] * expected_1TH.double().norm())
 
-    def _write(self, tokens: int) -> _Tape | None:
+    def _write(self, tokens: int, adaptable: Mapping[int, Place]) -> _Tape | None:
+        recordings = self._programs.recordings[tokens > 1]
         try:
-            written = _Writer(self._programs.recordings[tokens > 1], self._like_H, tokens, self._pools)
+            written = _Writer(recordings, self._like_H, tokens, self._pools, adaptable)
         except (NotFlat, RuntimeError) as error:  # the latter from torch, where a view of T positions is none
             logger.info("forwards of %d positions run as programs: %s", tokens, one_line(error))
             return None
         if self._arena.numel() < written.arena_bytes + ALIGNMENT:
             self._arena = torch.empty(written.arena_bytes + ALIGNMENT, dtype=torch.uint8)
-        parts: list[Tensor | _Outside] = []
+        parts: list[Tensor | _Outside | _Adding] = []
         for inside, group in groupby(written.steps, lambda step: isinstance(step, np.ndarray)):
             steps: list[Any] = list(group)
             parts += [torch.from_numpy(np.stack(steps))] if inside else steps
-        return _Tape(parts, written.uses, written.kept)
+        stops = frozenset(part.layer for part in parts if isinstance(part, _Adding))
+        return _Tape(parts, written.uses, written.kept, stops)

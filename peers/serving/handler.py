@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
@@ -21,6 +22,7 @@ from msgspec.structs import replace
 from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
 from peers.runtime.engine import BehindWindow, CacheTooSmall, Done, EngineStats, PositionGap, SessionReleased, Work
 from peers.runtime.joined import AnyEngine
+from peers.serving.adapters import AdapterLimits, Adapters
 from peers.serving.admission import Admission
 from peers.serving.journal import Journal, JournalLimits
 from peers.serving.ledger import Entry, Ledger, Repeat, Run
@@ -35,6 +37,7 @@ from peers.wire.codec import OVERHEAD_BYTES
 from peers.wire.messages import (
     MAX_HOPS,
     MAX_POSITIONS,
+    PREFIX,
     Adapter,
     Close,
     Code,
@@ -110,8 +113,12 @@ class Handler:
         ledger: Ledger[Delivery, Link],
         admission: Admission,
         journal: Journal | None = None,
+        adapters: AdapterLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.adapters = Adapters(
+            links=links, check=self._check_adapter, limits=adapters or AdapterLimits(), clock=clock
+        )
         self.served = served
         self.ledger = ledger
         self.admission = admission
@@ -185,6 +192,7 @@ class Handler:
         """After `drain`, before other blocks are served: no session is known any more, and clients go elsewhere."""
         for place in self.ledger.expire(math.inf):
             self.release(place)
+        self.adapters.clear()
 
     def leave_engine(self) -> None:
         """After `vacate` and the end of every step: let go of what it holds; until `settle`, everything is refused."""
@@ -212,6 +220,10 @@ class Handler:
     async def _open(self, link: Link, message: Open, _: memoryview) -> None:
         try:
             self.check(message)
+            if message.adapter is not None:
+                adapter = self.adapters.take(link, message.adapter, BlockSpan(message.start, message.end))
+                if adapter is not None and any(target.module == PREFIX for target in adapter.targets):
+                    raise Refused("a prefix is for works of training, not for sessions", code=Code.MALFORMED)
             self._make_room(standby=message.standby)
             entry = self.ledger.resume(link.remote, link, message, self._clock())
             if entry is not None:
@@ -219,12 +231,12 @@ class Handler:
                 self._tasks.spawn(self._resume(link, entry), name=f"resume {entry.place}")
                 return
             entry = self.ledger.open(link.remote, link, message, self._clock())
-        except (Busy, Refused) as error:
+        except (Busy, Refused, ProtocolError) as error:
             await link.send(self._failure(error, message.session, message.start, message.epoch))
             return
         self.counts.opened += 1
         self.release(entry.place)  # a new route starts from nothing but a prefix that is kept here
-        entry.positions = self._engine.open(entry.place, entry.owner, entry.span, message.prefix)
+        entry.positions = self._engine.open(entry.place, entry.owner, entry.span, message.prefix, message.adapter)
         if entry.next is not None:
             self.journal.open(entry.place, entry.owner, entry.span, message.prefix, entry.positions)
         await self._opened(link, entry)
@@ -299,6 +311,8 @@ class Handler:
         try:
             if self.ledger.get(entry.place) is not entry:
                 return  # closed or on another route before it began: the engine must not hear of it again
+            if entry.adapter is not None:
+                work = replace_fields(work, adapter=self.adapters.again(entry.owner, entry.adapter))
             with self._works.one(entry.place):
                 done = await self._engine.run(work)
         except (CallerError, PeerError, Unavailable) as error:
@@ -470,6 +484,24 @@ class Handler:
     def _paused() -> Paused:
         return Paused("its owner needs the machine", retry_after_s=PAUSED_RETRY_S)
 
+    def _check_adapter(self, message: Adapter) -> None:
+        """Raises Busy, Refused, ProtocolError."""
+        self.check(message)
+        engine = self.engine
+        if engine is None:
+            raise Refused("this peer is loading other blocks", code=Code.DRAINING)
+        for part_engine, part in engine.parts(BlockSpan(message.start, message.end)):
+            for target in message.targets:
+                if target.block in part:
+                    shape: tuple[int, int] | None
+                    if target.module == PREFIX:
+                        what, shape = "keys and values", part_engine.model.prefix_shape(target.block)
+                    else:
+                        what = f"linear layer {target.module}"
+                        shape = part_engine.linear_shape(target.block, target.module)
+                    if shape != (target.inputs, target.outputs):
+                        raise ProtocolError(f"block {target.block} has no {what} of that shape")
+
     def _check_open(self, message: Open | Train | Adapter) -> None:
         if self._draining:
             raise Refused("this peer is leaving", code=Code.DRAINING)
@@ -485,6 +517,7 @@ class Handler:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
+            self.adapters.expire()
             for place in self.ledger.expire(self._clock()):
                 logger.info("session %s: lease expired", place)
                 self.release(place)

@@ -99,6 +99,8 @@ class Entry(Generic[Answer, OwnerLink]):
     lease_expires_at_s: float
     relay_until_s: float = 0.0
     """Until then outputs go through the client without trying `next` again."""
+    adapter: bytes | None = None
+    """Of its owner's, by name."""
     standby: bool = False
     """It is held ready only, and the first to go."""
     feeds: PeerId | None = None
@@ -185,6 +187,7 @@ class Ledger(Generic[Answer, OwnerLink]):
             next=None if message.next is None else PeerId(message.next),
             next_addresses=message.next_addresses,
             lease_expires_at_s=now_s + self.limits.lease_s,
+            adapter=message.adapter,
             standby=message.standby,
         )
         self._install(entry)
@@ -200,7 +203,7 @@ class Ledger(Generic[Answer, OwnerLink]):
         span = BlockSpan(message.start, message.end)
         if entry is None or entry.owner != owner or message.epoch <= entry.epoch or not message.keep:
             return None
-        if entry.span != span or not entry.born:
+        if entry.span != span or entry.adapter != message.adapter or not entry.born:
             return None
         self._undo(entry, beyond=message.keep)
         for step in list(entry.answers):
@@ -342,6 +345,7 @@ class Ledger(Generic[Answer, OwnerLink]):
             next_addresses=known.next_addresses,
             lease_expires_at_s=known.lease_expires_at_s,
             relay_until_s=known.relay_until_s,
+            adapter=known.adapter,
             positions=known.positions,
             born=False,
         )

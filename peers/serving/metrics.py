@@ -107,6 +107,11 @@ class PeerMetrics(Collector):
                 "hiveswarm_peer_sent_bytes", "Of frames to others; the directory comes on top.", {(): volume.sent_bytes}
             ),
             counter("hiveswarm_peer_received_bytes", "Of frames from others.", {(): volume.received_bytes}),
+            gauge(
+                "hiveswarm_peer_adapter_bytes",
+                "Of memory, for clients' adapters.",
+                {(): handler.adapters.wardrobe.num_bytes()},
+            ),
             *training_metrics(self._training),
         ]
         if (engine := handler.engine) is None:
@@ -158,9 +163,8 @@ def training_metrics(training: Training) -> Iterator[Metric]:
     )
     yield gauge(
         "hiveswarm_peer_training_bytes",
-        "Of memory, for what waits for backwards and for adapters.",
-        {("graphs",): training.shelf.num_bytes, ("adapters",): training.wardrobe.num_bytes()},
-        "kind",
+        "Of memory, for what waits for backwards.",
+        {(): training.shelf.num_bytes},
     )
     yield gauge(
         "hiveswarm_peer_training_queued_tokens", "Positions that wait or are computed.", {(): training.waiting_tokens}

@@ -25,17 +25,16 @@ import torch
 from msgspec import structs
 
 from peers.errors import Busy, ProtocolError, Refused
-from peers.model.adapters import Adapter, Dropout, as_rows, check_order
+from peers.model.adapters import Adapter, Dropout, as_rows
 from peers.runtime import gradients
 from peers.runtime.engine import Engine, NonFiniteOutput
 from peers.runtime.gradients import Graph, Outcome, Passage, positions_of
 from peers.serving.handler import Handler, code_of
-from peers.serving.shelves import Shelf, TrainingLimits, Wardrobe
+from peers.serving.shelves import Shelf, TrainingLimits
 from peers.transport.links import Link, Links
 from peers.transport.tasks import Tasks
 from peers.wire import parts, tensors
-from peers.wire.messages import PREFIX, AdapterGradient, Code, Forget, Train, Trained, Untrained
-from peers.wire.messages import Adapter as AdapterMessage
+from peers.wire.messages import AdapterGradient, Code, Forget, Train, Trained, Untrained
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId
 
@@ -89,7 +88,6 @@ class Training:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.shelf = Shelf(limits)
-        self.wardrobe = Wardrobe(limits)
         self.counts = TrainingCounts()
         self._handler = handler
         self._clock = clock
@@ -101,14 +99,11 @@ class Training:
         """What one position took lately, through whatever blocks."""
         self._graph_bytes: dict[BlockSpan, float] = {}
         """Of one position, by the blocks of an engine, as measured."""
-        self._wrong: dict[Link, tuple[bytes, SwarmError]] = {}
-        """The last adapter that was declined, and why."""
         self._busy: Counter[Link] = Counter()
         """Links on which works wait for answers."""
         self._tasks = Tasks()
         self._works: dict[asyncio.Task[None], Link] = {}
         links.handle(Train, self._train)
-        links.handle(AdapterMessage, self._adapter)
         links.handle(Forget, self._forget)
         links.on_lost(self._link_lost)
         links.keep(lambda: (*self.shelf.links(), *self._busy))
@@ -133,41 +128,8 @@ class Training:
     def vacate(self) -> None:
         """Other blocks will be served: nothing is kept of these."""
         self.shelf.clear()
-        self.wardrobe.drop_where(lambda _: True)
 
     # --- messages ---
-
-    async def _adapter(self, link: Link, message: AdapterMessage, payload: memoryview) -> None:
-        """What is wrong with it is told to the works that need it: they find it is not here."""
-        try:
-            if message.first == 0:
-                self._check_adapter(message)
-                self.wardrobe.begin(link, message, self._clock())
-            self.wardrobe.add(link, message, payload)
-        except (Busy, Refused, ProtocolError) as error:
-            self._wrong[link] = (message.adapter, error)
-            logger.info("an adapter from %s: %s", link.remote, error)
-
-    def _check_adapter(self, message: AdapterMessage) -> None:
-        """Raises Busy, Refused, ProtocolError."""
-        if not self._limits.max_bytes:
-            raise Refused("this peer computes no gradients", code=Code.NO_TRAINING)
-        self._handler.check(message)
-        span = BlockSpan(message.start, message.end)
-        check_order(message.targets, span)
-        engine = self._handler.engine
-        if engine is None:
-            raise Refused("this peer is loading other blocks", code=Code.DRAINING)
-        for part_engine, part in engine.parts(span):
-            for target in message.targets:
-                if target.block in part:
-                    model = part_engine.model
-                    shape: tuple[int, int] | None = model.prefix_shape(target.block)
-                    if target.module != PREFIX:
-                        shape = model.linear_shape(target.block, target.module)
-                    if shape != (target.inputs, target.outputs):
-                        what = "keys and values" if target.module == PREFIX else f"linear layer {target.module}"
-                        raise ProtocolError(f"block {target.block} has no {what} of that shape")
 
     async def _train(self, link: Link, message: Train, payload: memoryview) -> None:
         key = (link, message.work, message.backward)
@@ -241,25 +203,16 @@ class Training:
         return _Arriving(head, gathering, gathering.rows.nbytes, self._clock())
 
     def _adapter_of(self, link: Link, head: Train) -> Adapter | None:
-        """Raises Refused, or what was wrong with the adapter."""
+        """Raises Refused, ProtocolError, or what was wrong with the adapter."""
         if head.adapter is None:
             return None
-        wrong, error = self._wrong.get(link, (None, None))
-        if wrong == head.adapter and error is not None:
-            del self._wrong[link]
-            raise error
-        adapter, span = self.wardrobe.take(link.remote, head.adapter, self._clock())
-        if span != BlockSpan(head.start, head.end):
-            raise ProtocolError("an adapter for other blocks")
-        return adapter
+        return self._handler.adapters.take(link, head.adapter, BlockSpan(head.start, head.end))
 
     async def _forget(self, link: Link, message: Forget, _: memoryview) -> None:
         self.shelf.drop_works(link.remote, set(message.works))
 
     def _link_lost(self, link: Link) -> None:
         self.shelf.drop_link(link)
-        self.wardrobe.drop_where(lambda owned: owned.link is link)
-        self._wrong.pop(link, None)
         for task in [task for task, own in self._works.items() if own is link]:
             task.cancel()  # nobody would hear the answer
         for key in [key for key in self._arriving if key[0] is link]:
@@ -413,8 +366,6 @@ class Training:
         while True:
             await asyncio.sleep(SWEEP_S)
             self.shelf.expire(self._clock())
-            now_s = self._clock()
-            self.wardrobe.drop_where(lambda owned, now_s=now_s: owned.expires_at_s <= now_s)  # type: ignore[misc]
             before_s = self._clock() - self._limits.lease_s
             for key in [key for key, arriving in self._arriving.items() if arriving.began_s <= before_s]:
                 self._discard(key)

@@ -22,6 +22,9 @@ its journal to the replacement, and the client sends no positions at all:
       │ Replay ───────────────►│ Step ─────────►│ Step ─────────►│      the step that was under way
       │ ◄──────────────────────────────────────────────── Result │
 
+A session may have low-rank adapters of the client's own at its hops (`Adapter`, then `Open.adapter`). A hop that
+dropped one says `unknown_adapter`: it is sent again, and the hop opened under the next epoch, with what it holds.
+
 A standby is opened as the hop that it stands for is, and fed with `Replay (to)` while the route works: should that hop
 die, the next epoch keeps what the standby holds.
 
@@ -83,6 +86,7 @@ PeerText = Annotated[str, Meta(min_length=1, max_length=128)]
 Address = Annotated[str, Meta(min_length=1, max_length=512)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=8)]
 ShortText = Annotated[str, Meta(max_length=64)]
+AdapterName = Annotated[bytes, Meta(min_length=16, max_length=32)]
 PrefixKeys = Annotated[tuple[Bytes16, ...], Meta(max_length=MAX_PREFIX_KEYS)]
 Sentence = Annotated[str, Meta(max_length=1024)]
 Lengths = Annotated[
@@ -115,7 +119,7 @@ class Code:
     MALFORMED = "malformed"  # NaN, wrong dtype, impossible shape
     INTERNAL = "internal"  # the computation itself failed here
     NO_TRAINING = "no_training"  # this peer computes no gradients: choose another one
-    UNKNOWN_ADAPTER = "unknown_adapter"  # it was not sent, or dropped since: send it, and then the work again
+    UNKNOWN_ADAPTER = "unknown_adapter"  # it was not sent, or dropped since: send it, and then the rest again
     FORGOTTEN = "forgotten"  # nothing is kept of this work: send its input with the gradient
 
 
@@ -163,6 +167,9 @@ class Open(Message, tag="open", frozen=True, kw_only=True):
     next_addresses: Addresses = ()
     prefix: PrefixKeys = ()
     keep: Count = 0
+    adapter: AdapterName | None = None
+    """With which the blocks compute for this session and its forks: one of the sender's own (`Adapter`) or, by the
+    digest in its record, one that the peer hosts for everybody."""
     standby: bool = False
     """Only held ready, should another peer's hop be lost: nobody gives way for it, and it is the first to go."""
 
@@ -337,7 +344,7 @@ Targets = Annotated[tuple[AdapterTarget, ...], Meta(min_length=1, max_length=MAX
 class Adapter(Message, tag="adapter", frozen=True, kw_only=True):
     """Rows `[first, first + count)` of an adapter for blocks `[start, end)`, in order; [count, 256] in float32.
 
-    It serves the sender's own works only, and is dropped when nobody used it for a while.
+    It serves the sender's own works and sessions only, and is dropped when nobody used it for a while.
     """
 
     adapter: Bytes32

@@ -37,6 +37,8 @@ class Connection:
     dtype: str
     token: str | None
     min_precision: str | None
+    adapter: str | None = None
+    """That peers host."""
     background: bool = False
     resilience: Resilience = "replay"
 
@@ -51,6 +53,7 @@ class Connection:
                 dtype=self.dtype,
                 progress=bars,
                 min_precision=self.min_precision,
+                adapter=self.adapter,
                 background=self.background,
                 resilience=self.resilience,
             )

@@ -87,6 +87,15 @@ MinPrecision = Annotated[
         show_default=False,
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME",
+        help="With an adapter that peers host (`swarm status` shows which). NAME@DIGEST where several have that name.",
+        show_default=False,
+    ),
+]
 Resilience = Annotated[
     Literal["replay", "standby"],
     typer.Option(

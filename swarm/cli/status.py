@@ -14,7 +14,8 @@ from rich.text import Text
 
 from routing.health import ModelHealth
 from routing.ids import PeerId
-from routing.records import Announcement
+from routing.path import gaps
+from routing.records import Announcement, PeerState
 from swarm.cli import signals
 from swarm.health import View, look
 from swarm.network import Entrance, enter
@@ -76,6 +77,7 @@ def _plain_peer(peer: Announcement, rtt_s: float | None) -> dict[str, Any]:
         "cache_tokens": peer.cache_tokens,
         "free_tokens": peer.free_tokens,
         "max_bytes_per_s": peer.max_bytes_per_s or None,
+        "adapters": [{"name": adapter.name, "digest": adapter.digest.hex()} for adapter in peer.adapters],
         "addresses": list(peer.addresses),
     }
 
@@ -91,6 +93,8 @@ def show(view: View) -> None:
     for health in view.models:
         console.print(headline(health), markup=False)
         console.print(_blocks_table(health), "", _peers_table(health.peers, view.rtt_s), sep="\n")
+        for line in _adapter_lines(health):
+            console.print(line, markup=False)
 
 
 def headline(health: ModelHealth) -> str:
@@ -110,6 +114,15 @@ def _blocks_table(health: ModelHealth) -> Table:
         held_by = Text(", ".join(names[peer] for peer in holders)) if holders else Text("nobody", style="bold red")
         table.add_row(f"{start}:{end}", held_by)
     return table
+
+
+def _adapter_lines(health: ModelHealth) -> Iterable[str]:
+    """One sentence about each adapter that peers host."""
+    for adapter in sorted({adapter for peer in health.peers for adapter in peer.adapters}):
+        hosts = [peer for peer in health.peers if adapter in peer.adapters and peer.state is PeerState.ONLINE]
+        missing = gaps((span for peer in hosts for span in peer.spans), health.num_blocks)
+        condition = f"INCOMPLETE: nobody hosts it for blocks {', '.join(map(str, missing))}" if missing else "complete"
+        yield f"adapter {adapter} · {len(hosts)} peer{'' if len(hosts) == 1 else 's'} · {condition}"
 
 
 def _runs(holders: Iterable[tuple[PeerId, ...]]) -> Iterable[tuple[tuple[int, int], tuple[PeerId, ...]]]:

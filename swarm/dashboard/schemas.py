@@ -327,6 +327,8 @@ class PeerDetail(PeerRow):
     """Which its owner allows it, each way."""
     max_blocks: int | None
     """So many fit there and it may move; None: what it serves was chosen for it."""
+    adapters: list[str]
+    """That it hosts for everybody, each with the first digits of its digest."""
     intent: Span | None
     """Where it is about to move."""
     place: tuple[float, float, float, float] | None

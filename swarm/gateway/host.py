@@ -60,11 +60,15 @@ class GatewayConfig:
     dtype: str = "auto"
     token: str | None = None
     min_precision: str | None = None
+    adapters: tuple[str, ...] = ()
+    """That peers host: the model with each of them is served too, as MODEL:NAME."""
     resilience: Resilience = "replay"
 
     def __post_init__(self) -> None:
         if not self.models or len({*self.models}) < len(self.models):
             raise CallerError("a model is named twice, or none is", hint="name each model once")
+        if len({*self.adapters}) < len(self.adapters) or (self.adapters and len(self.models) > 1):
+            raise CallerError("adapters are of one model, each named once", hint="start a gateway for each model")
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"{self.port} is no port")
         if self.max_streams < 1:
@@ -113,14 +117,16 @@ def load(config: GatewayConfig, *, progress: Progress | None = None) -> dict[str
     served: dict[str, Served] = {}
     try:
         for name in config.models:
-            served[name] = _load_one(name, config, progress)
+            served[name] = _load_one(name, config, None, progress)
+            for adapter in config.adapters:
+                served[f"{name}:{adapter}"] = _load_one(name, config, adapter, progress)
     except BaseException:  # also an interrupt
         close(served.values())
         raise
     return served
 
 
-def _load_one(name: str, config: GatewayConfig, progress: Progress | None) -> Served:
+def _load_one(name: str, config: GatewayConfig, adapter: str | None, progress: Progress | None) -> Served:
     checkpoint = resolve(name, token=config.token, progress=progress, accept=check_folder)
     tokenizer = load_tokenizer(checkpoint)
     model: Any = SwarmModelForCausalLM.from_pretrained(
@@ -130,9 +136,11 @@ def _load_one(name: str, config: GatewayConfig, progress: Progress | None) -> Se
         dtype=config.dtype,
         progress=progress,
         min_precision=config.min_precision,
+        adapter=adapter,
         resilience=config.resilience,
     )
-    served = Served(name, model, tokenizer, max_answers=config.max_streams, kept=config.keep)
+    shown = name if adapter is None else f"{name}:{adapter}"
+    served = Served(shown, model, tokenizer, max_answers=config.max_streams, kept=config.keep)
     try:
         served.grammars.prepare()  # a second now, rather than of somebody's request
     except SwarmError as error:

@@ -7,11 +7,12 @@ raises UnsupportedAdapter by name; nothing is ignored. Knows PEFT by the attribu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,13 +23,32 @@ from swarm.errors import UnsupportedAdapter
 PEFT_NAMES = ("base_layer", "lora_A", "lora_B")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """What one adapter adds to one layer."""
+
+    target: AdapterTarget
+    a_RK: Tensor
+    b_NR: Tensor
+    versions: tuple[int, int]
+    """Of both weights, as torch counts writes."""
+    dropout: float
+    """Of its inputs, now."""
+
+    def is_still(self, before: _Part) -> bool:
+        same = self.a_RK is before.a_RK and self.b_NR is before.b_NR
+        return same and self.versions == before.versions and self.target == before.target
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Attached:
     """The adapters of one forward."""
 
     targets: tuple[AdapterTarget, ...]
     weights: tuple[Tensor, ...]
-    """A and B of each target in turn: the client's own parameters."""
+    """A and B of each target in turn: the client's own parameters, or what autograd makes of several adapters'."""
+    parts: tuple[_Part, ...]
+    """What these are made of."""
     dropout: float = 0.0
     """Of the inputs of all of them."""
 
@@ -40,13 +60,19 @@ class Attached:
         """Of one forward; its seed comes from torch's own generator, as local dropout does."""
         return Dropout(self.dropout, int(torch.randint(1 << 62, ()))) if self.dropout else None
 
+    def untouched_since(self, before: Attached) -> bool:
+        """Whether these are the adapters of `before`, and nobody wrote to their parameters (but by `.data`)."""
+        return len(self.parts) == len(before.parts) and all(
+            now.is_still(then) for now, then in zip(self.parts, before.parts, strict=True)
+        )
+
     def adapter(self) -> Adapter:
         """As it is now, to travel."""
         values = torch.cat([weight.detach().flatten().to("cpu", torch.float32) for weight in self.weights])
         return Adapter(self.targets, values)
 
 
-def together(one: Attached | None, other: Attached | None) -> Attached | None:
+def with_prefix(one: Attached | None, other: Attached | None) -> Attached | None:
     """Both, in order of blocks."""
     if one is None or other is None:
         return one or other
@@ -57,42 +83,84 @@ def together(one: Attached | None, other: Attached | None) -> Attached | None:
     ]
     each.sort(key=lambda found: found[0].block)
     weights = tuple(weight for _, pair in each for weight in pair)
-    return Attached(tuple(target for target, _ in each), weights, max(one.dropout, other.dropout))
+    return Attached(
+        tuple(target for target, _ in each), weights, one.parts + other.parts, max(one.dropout, other.dropout)
+    )
 
 
-def attached(layers: nn.Module) -> Attached | None:
-    """What is active on the skeleton `layers`; None where there is nothing. Raises UnsupportedAdapter."""
-    foreign = []
-    for name, weight in layers.named_parameters():
-        if weight.numel() > 1 and any(weight.stride()):
-            foreign.append(name)
-        elif weight.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedAdapter(f"{name} stands at peers, and cannot be trained", hint="freeze the model's own")
-    if not foreign:
-        return None
-    found: list[tuple[AdapterTarget, Tensor, Tensor, float]] = []
-    known: set[str] = set()
-    for name, module in layers.named_modules():
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "base_layer"):
-            known.update(f"{name}.{own}" for own, _ in module.named_parameters() if own.split(".")[0] in PEFT_NAMES)
-            found += _targets(name, module)
-    for name in foreign:
-        if name not in known:
-            raise UnsupportedAdapter(f"{name} is inside the remote layers, and no peer could compute with it")
+def attached(layers: nn.Module, *, again: bool = False) -> Attached | None:
+    """What is active on the skeleton `layers`; None where there is nothing. Raises UnsupportedAdapter.
+
+    `again`: they were looked at before, in the same sequence, so what else may be inside them is not looked for.
+    """
+    adapted = list(_lora_layers(layers))
+    found: dict[tuple[int, str], list[_Part]] = {}
+    for name, module in adapted:
+        for part in _parts(name, module):
+            found.setdefault((part.target.block, part.target.module), []).append(part)
+    if not again:
+        _check_nothing_else(layers, adapted)
     if not found:
         return None
-    places = [(target.block, target.module) for target, *_ in found]
-    if len(set(places)) < len(places):
-        raise UnsupportedAdapter("two adapters are active on one layer", hint="activate one, or combine them")
-    dropouts = {dropout for *_, dropout in found}
+    dropouts = {part.dropout for each in found.values() for part in each}
     if len(dropouts) > 1:
         raise UnsupportedAdapter("active adapters differ in their lora_dropout", hint="train one of them at a time")
-    found.sort(key=lambda each: each[0].block)
-    weights = tuple(weight for _, a, b, _ in found for weight in (a, b))
-    return Attached(tuple(target for target, *_ in found), weights, dropouts.pop())
+    parts = sorted((_together(parts) for parts in found.values()), key=lambda part: part.target.block)
+    return Attached(
+        targets=tuple(part.target for part in parts),
+        weights=tuple(weight for part in parts for weight in (part.a_RK, part.b_NR)),
+        parts=tuple(part for each in found.values() for part in each),
+        dropout=dropouts.pop(),
+    )
 
 
-def _targets(name: str, module: Any) -> Iterator[tuple[AdapterTarget, Tensor, Tensor, float]]:
+def _lora_layers(layers: nn.Module) -> Iterator[tuple[str, Any]]:
+    """As `named_modules` finds them, in a tenth of its time: this is done for each token."""
+    left = [("", layers)]
+    while left:
+        path, module = left.pop()
+        children = module._modules
+        if "lora_A" in children and "base_layer" in children:
+            yield path, module
+        else:
+            prefix = f"{path}." if path else ""
+            left += [(prefix + name, child) for name, child in children.items() if child is not None][::-1]
+
+
+def _check_nothing_else(layers: nn.Module, adapted: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises UnsupportedAdapter for parameters that are neither the skeleton's nor LoRA's."""
+    known = {
+        f"{path}.{own}"
+        for path, module in adapted
+        for own, _ in module.named_parameters()
+        if own.split(".")[0] in PEFT_NAMES
+    }
+    for name, weight in layers.named_parameters():
+        if weight.numel() > 1 and any(weight.stride()):
+            if name not in known:
+                raise UnsupportedAdapter(f"{name} is inside the remote layers, and no peer could compute with it")
+        elif weight.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedAdapter(f"{name} stands at peers, and cannot be trained", hint="freeze the model's own")
+
+
+def _together(parts: Sequence[_Part]) -> _Part:
+    """Several active adapters of one layer as one of all their ranks. Raises UnsupportedAdapter."""
+    if len(parts) == 1:
+        return parts[0]
+    target, rank = parts[0].target, sum(part.target.rank for part in parts)
+    if parts[0].dropout:
+        raise UnsupportedAdapter(
+            f"several adapters with lora_dropout on block {target.block}, {target.module}: each would draw its own",
+            hint="train one of them at a time",
+        )
+    if rank > MAX_RANK:
+        raise UnsupportedAdapter(f"the adapters on block {target.block}, {target.module} have ranks above {MAX_RANK}")
+    a_RK = torch.cat([part.a_RK.float() for part in parts])
+    b_NR = torch.cat([part.b_NR.float() * part.target.scaling for part in parts], 1)
+    return _Part(structs.replace(target, rank=rank, scaling=1.0), a_RK, b_NR, (0, 0), 0.0)
+
+
+def _parts(name: str, module: Any) -> Iterator[_Part]:
     if module.merged:
         raise UnsupportedAdapter(f"the adapter on {name} was merged, and the weights it was merged into are at peers")
     if module.disable_adapters:
@@ -124,4 +192,8 @@ def _targets(name: str, module: Any) -> Iterator[tuple[AdapterTarget, Tensor, Te
             outputs=len(b_NR),
             scaling=float(module.scaling[active]),
         )
-        yield target, a_RK, b_NR, dropout
+        yield _Part(target, a_RK, b_NR, (_version(a_RK), _version(b_NR)), dropout)
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version

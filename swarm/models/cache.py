@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from peers.model.adapters import Adapter, same
 from swarm.errors import SessionClosed, UnsupportedCache
 from swarm.models.layout import Layout
 from swarm.models.rows import UNKNOWN_TOKEN, Extension, Row, Strand, extend
@@ -74,12 +75,15 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
         want_from: int,
         repeat_last: bool,
         regime: Hashable,
+        adapter: Adapter | None = None,
     ) -> Tensor:
-        """Run one forward through the remote layers and hold its columns.
+        """Run one forward through the remote layers, with `adapter` in them, and hold its columns.
 
         Returns `[B, T, D]`: outputs from column `want_from` on, zeros before it and where there is padding. With
-        `repeat_last`, a padded last column gets the output of its row's last token instead.
+        `repeat_last`, a padded last column gets the output of its row's last token instead. Raises UnsupportedCache
+        where another adapter computed what is held.
         """
+        self.rows = [_going_on(row, adapter) for row in self.rows]
         if token_ids_BT is None:
             unknown = [UNKNOWN_TOKEN] * layout.width
             inputs: Iterable[tuple[Tensor | None, list[int]]] = [(None, unknown)] * len(layout.columns)
@@ -117,6 +121,7 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
             regime=regime,
             held=self._held,
             resilience=self._resilience,
+            adapter=adapter,
         )
         self._replace_rows(rows)
         self._columns = layout.past + layout.width
@@ -254,6 +259,18 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
     @property
     def is_dummy(self) -> list[bool]:
         return [False] * self._num_layers
+
+
+def _going_on(row: Row, adapter: Adapter | None) -> Row:
+    """What goes on with `adapter`: the row, or a new one in place of an empty one. Raises UnsupportedCache."""
+    if row.strand is None or same(row.strand.adapter, adapter):
+        return row
+    if row.length:
+        raise UnsupportedCache(
+            "the adapter inside the layers is not the one that computed what this cache holds",
+            hint="go on with the same adapter, or begin with a new cache; a session() begins anew by itself",
+        )
+    return Row()
 
 
 def _unless_all(kept_BC: Tensor) -> Tensor | None:

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peers.model.adapters import Adapter, same
 from peers.model.rotary import rotary_regime
 from peers.model.skeleton import embed_only, install_route
 from peers.model.support import find_decoder, find_layers
 from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
-from swarm.models.adapters import Attached, attached, together
+from swarm.models.adapters import Attached, attached, with_prefix
 from swarm.models.cache import SwarmCache
 from swarm.models.generation import current_generation
 from swarm.models.gradients import Documents, documents_of, packed_documents, run
@@ -58,6 +59,8 @@ class _Forward:
     attached: Attached | None
     """The client's own adapters inside the layers, and its prefix."""
     prefixed: bool
+    kept: bool
+    """Whether the cache outlives the forward, or a `generate` runs."""
     token_ids_BT: Tensor | None
     want_from: int
     repeat_last: bool
@@ -87,6 +90,8 @@ class RemoteLayers:
         """Whether the model takes what it wants from the last column, wherever a row's last token is."""
         self.on_route: Callable[[float, float], None] | None = None
         """Is told when a forward went to the peers and when it was back, by `time.perf_counter`."""
+        self._last_adapter: tuple[Attached, Adapter] | None = None
+        """What it was read from, and what travelled last."""
         layers_path = find_layers(model)
         self._layers = model.get_submodule(layers_path)
         self.num_blocks = len(self._layers)
@@ -156,7 +161,8 @@ class RemoteLayers:
         elif not isinstance(cache, SwarmCache):
             remote, prefix = self._prefix(cache)
             kwargs["past_key_values"] = cache = SwarmCache(remote, self.num_blocks, columns=cache.get_seq_length())
-        token = _current.set(self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs, prefix))
+        kept = one_shot is None or current_generation(self) is not None
+        token = _current.set(self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs, prefix, kept))
         try:
             return self._own_forward(**kwargs)
         finally:
@@ -175,18 +181,11 @@ class RemoteLayers:
         return self.remote, prefix_of(cache, self.num_blocks)
 
     def _lay_out(
-        self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any], prefix: Attached | None
+        self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any], prefix: Attached | None, kept: bool
     ) -> _Forward:
         if self.remote is None:
             raise SessionClosed("this model was closed")
         past = cache.get_seq_length()
-        adapters = None if past and prefix is None else attached(self._layers)
-        if adapters is not None and (self.remote.training is None or current_generation(self) is not None):
-            target = adapters.targets[0]
-            raise UnsupportedAdapter(
-                f"generation with an adapter inside (block {target.block}, {target.module}) is not there yet",
-                hint="disable the adapter (disable_adapter()), or load it into the local model",
-            )
         cache.prepare(self.remote, batch)
         asked = _asked.get() or kwargs
         mask, position_ids = asked.get("attention_mask"), kwargs.get("position_ids")
@@ -211,8 +210,9 @@ class RemoteLayers:
                 gaps=self.remote.training is not None and current_generation(self) is None and past == 0,
             ),
             documents=documents,
-            attached=together(adapters, prefix),
+            attached=with_prefix(attached(self._layers, again=past > 0 and prefix is None), prefix),
             prefixed=prefix is not None,
+            kept=kept,
             token_ids_BT=asked.get("input_ids") if from_ids_alone else None,
             want_from=_first_wanted(asked.get("logits_to_keep", 0), width),
             repeat_last=self.pools_last or current_generation(self) is not None,
@@ -225,8 +225,8 @@ class RemoteLayers:
         forward = _current.get()
         assert forward is not None, "the layers run only inside the decoder's own forward"
         begun_s = time.perf_counter()
-        learns, layout = hidden_BTD.requires_grad and torch.is_grad_enabled(), forward.layout
-        if learns or layout is None or any(layout.jumps) or forward.attached:
+        layout = forward.layout
+        if layout is None or forward.prefixed or any(layout.jumps) or self._is_whole(hidden_BTD, forward):
             output_BTD = self._run_whole(hidden_BTD, forward)
         else:
             output_BTD = forward.cache.advance(
@@ -236,10 +236,38 @@ class RemoteLayers:
                 want_from=forward.want_from,
                 repeat_last=forward.repeat_last,
                 regime=self.regime.key(layout.regime_length),
+                adapter=self._adapter_of(forward),
             )
         if self.on_route is not None:
             self.on_route(begun_s, time.perf_counter())
         return output_BTD
+
+    def _is_whole(self, hidden_BTD: Tensor, forward: _Forward) -> bool:
+        """Whether the forward goes as training does: for gradients; and with an adapter also where nothing is kept, as
+        in an evaluation between steps."""
+        adapters = forward.attached
+        if torch.is_grad_enabled() and (hidden_BTD.requires_grad or (adapters is not None and adapters.requires_grad)):
+            return True
+        trains = self.remote is not None and self.remote.training is not None
+        return adapters is not None and trains and not forward.kept
+
+    def _adapter_of(self, forward: _Forward) -> Adapter | None:
+        """What the layers hold now. What a cache holds is gone on with where no weight was touched since."""
+        adapters, last = forward.attached, self._last_adapter
+        if adapters is None:
+            return None
+        assert forward.layout is not None
+        if adapters.dropout:
+            raise UnsupportedAdapter(
+                "lora_dropout is on, and outside of training peers drop nothing", hint="call eval() before generating"
+            )
+        if last is not None and forward.layout.past and adapters.untouched_since(last[0]):
+            return last[1]
+        adapter = adapters.adapter()
+        if last is not None and same(last[1], adapter):
+            adapter = last[1]  # whose parts and names are known
+        self._last_adapter = (adapters, adapter)
+        return adapter
 
     def _run_whole(self, hidden_BTD: Tensor, forward: _Forward) -> Tensor:
         """As autograd wants it, or where rows hold several documents or gaps: no cache holds anything afterwards."""

@@ -56,6 +56,7 @@ class SwarmModelForCausalLM(SwarmModel):
         remote: Remote | None = None,
         background: bool = False,
         min_precision: str | None = None,
+        adapter: str | None = None,
         prefix_secret: bytes | None = None,
         resilience: Resilience = "replay",
         training: TrainingConfig | None = None,
@@ -65,14 +66,15 @@ class SwarmModelForCausalLM(SwarmModel):
         The network is entered by `invite`, or by `initial_peers` and its name; `remote` stands in for it. Only the
         client's own tensors are downloaded (`cache`: where to; `token`: for gated repositories). Layers run in each
         peer's dtype, and with `min_precision` (`routing.precision.PRECISIONS`) only at peers that are as precise as
-        that; `dtype` and `device` are those of the ends. A model in the `background` gives way to everybody who waits
-        for an answer, as befits long evaluations. Models with the same `prefix_secret` (16 to 64 bytes; by default one
-        of their own), also of different users, may begin with what peers hold of each other's prompts, at peers that
-        `--share-prefixes`. Where a peer is lost, what it held is computed again elsewhere, within about a second; with
-        `resilience="standby"` a second peer for each hop holds it already, as far as the swarm has any to spare: twice
-        the cache and the computation, and this client sends everything twice. The parameters are frozen; gradients of
-        what is put in front of the layers (prompts) and behind them flow as locally, and `training` says how they
-        travel. Raises SwarmError.
+        that; with `adapter` ("NAME", or "NAME@DIGEST") only at peers that host that adapter, which compute as if it
+        were in them, and no gradients. `dtype` and `device` are those of the ends. A model in the `background` gives
+        way to everybody who waits for an answer, as befits long evaluations. Models with the same `prefix_secret` (16
+        to 64 bytes; by default one of their own), also of different users, may begin with what peers hold of each
+        other's prompts, at peers that `--share-prefixes`. Where a peer is lost, what it held is computed again
+        elsewhere, within about a second; with `resilience="standby"` a second peer for each hop holds it already, as
+        far as the swarm has any to spare: twice the cache and the computation, and this client sends everything twice.
+        The parameters are frozen; gradients of what is put in front of the layers (prompts) and behind them flow as
+        locally, and `training` says how they travel. Raises SwarmError.
         """
         return _enter(
             cls,
@@ -89,6 +91,7 @@ class SwarmModelForCausalLM(SwarmModel):
             remote=remote,
             background=background,
             min_precision=min_precision,
+            adapter=adapter,
             prefix_secret=prefix_secret,
             resilience=resilience,
             training=training,
@@ -123,6 +126,7 @@ def _enter(
     remote: Remote | None = None,
     background: bool = False,
     min_precision: str | None = None,
+    adapter: str | None = None,
     prefix_secret: bytes | None = None,
     resilience: Resilience = "replay",
     training: TrainingConfig | None = None,
@@ -159,6 +163,7 @@ def _enter(
         connect=connect,
         progress=progress,
         min_precision=min_precision,
+        adapter=adapter,
         kind=kind,
         adapt=adapt,
     )
@@ -172,6 +177,7 @@ def load_model(
     connect: Callable[[RemoteModel, Embed], Remote],
     progress: Progress | None = None,
     min_precision: str | None = None,
+    adapter: str | None = None,
     kind: type[SwarmModel] = SwarmModelForCausalLM,
     adapt: Adapt | None = None,
 ) -> Any:
@@ -198,6 +204,7 @@ def load_model(
             hidden_size=layers.embed(torch.zeros(1, dtype=torch.long), 0).shape[-1],
             regime_key=layers.regime.key,
             min_precision=min_precision,
+            adapter=adapter,
         ),
         layers.embed,
     )

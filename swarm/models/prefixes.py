@@ -38,4 +38,4 @@ def prefix_of(cache: Cache, num_blocks: int) -> Attached:
             weights.append(part_BJPK[0].transpose(0, 1).flatten(1))
         keys_PK, values_PV = weights[-2:]
         targets.append(AdapterTarget(block, PREFIX, length, keys_PK.shape[1], values_PV.shape[1], 1.0))
-    return Attached(tuple(targets), tuple(weights))
+    return Attached(tuple(targets), tuple(weights), ())

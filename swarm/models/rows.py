@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from peers.model.adapters import Adapter, same
 from swarm.session.remote import Remote, RemoteSession, Resilience, RowStep
 
 UNKNOWN_TOKEN = -1
@@ -31,6 +32,8 @@ class Strand:
     """Position id minus index, for every token."""
     regimes: set[Hashable] = field(default_factory=set)
     """The rotary regimes under which the tokens were computed."""
+    adapter: Adapter | None = None
+    """With which they were."""
 
     def truncate(self, length: int) -> None:
         del self.tokens[length:]
@@ -81,10 +84,12 @@ def extend(
     regime: Hashable,
     held: Sequence[Strand] = (),
     resilience: Resilience | None = None,
+    adapter: Adapter | None = None,
 ) -> tuple[list[Row], list[Tensor | None]]:
     """Run what the rows add; return the rows as they then are and each one's wanted outputs, `[T − want_from, D]`.
 
     An empty row starts from the strand in `held` with which it shares the longest prefix; no row may be using those.
+    `adapter` is that of all rows.
     When this raises, nothing new is open, and strands are as before except that they may be shorter: cut down to what
     the rows still need.
     """
@@ -92,7 +97,7 @@ def extend(
     if held:
         for index, extension in enumerate(extensions):
             if extension is not None and not rows[index].length:
-                rows[index] = _longest_prefix(held, extension, regime)
+                rows[index] = _longest_prefix(held, extension, regime, adapter)
                 extensions[index] = extension.without(rows[index].length)
 
     leaders = _leaders(rows, extensions)
@@ -114,7 +119,7 @@ def extend(
             del needed[strand]
             strand.truncate(row.length)
         else:
-            strand = _fork(remote, row, resilience)
+            strand = _fork(remote, row, resilience, adapter)
             opened.append(strand.session)
         if not row.length:
             strand.offset = extension.first_position
@@ -148,12 +153,12 @@ def extend(
     )
 
 
-def _fork(remote: Remote, row: Row, resilience: Resilience | None) -> Strand:
+def _fork(remote: Remote, row: Row, resilience: Resilience | None, adapter: Adapter | None) -> Strand:
     if row.strand is None or not row.length:
-        return Strand(remote.open(resilience=resilience))
+        return Strand(remote.open(resilience=resilience, adapter=adapter), adapter=adapter)
     parent = row.strand
     session = remote.open(parent.session, row.length)
-    return Strand(session, parent.tokens[: row.length], parent.offset, set(parent.regimes))
+    return Strand(session, parent.tokens[: row.length], parent.offset, set(parent.regimes), parent.adapter)
 
 
 def _leaders(rows: Sequence[Row], extensions: Sequence[Extension | None]) -> list[int]:
@@ -174,12 +179,14 @@ def _leaders(rows: Sequence[Row], extensions: Sequence[Extension | None]) -> lis
     return leaders
 
 
-def _longest_prefix(held: Sequence[Strand], extension: Extension, regime: Hashable) -> Row:
+def _longest_prefix(held: Sequence[Strand], extension: Extension, regime: Hashable, adapter: Adapter | None) -> Row:
     """The longest prefix of `extension` that a strand holds, was computed as it would be now, and gives no output."""
     best = Row()
     limit = min(extension.want_from, len(extension.tokens) - 1)
     for strand in held:
         if strand.offset != extension.first_position or strand.regimes != {regime}:
+            continue
+        if not same(strand.adapter, adapter):
             continue
         length = 0
         for ours, theirs in zip(extension.tokens[:limit], strand.tokens, strict=False):

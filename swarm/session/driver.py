@@ -19,14 +19,17 @@ import torch
 from msgspec.structs import replace as replace_fields
 
 from peers.errors import PeerSilent, PeerUnreachable, StreamClosed
-from peers.transport.links import BULK_BYTES
+from peers.model.adapters import Adapter
+from peers.transport.links import BULK_BYTES, Link
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
 from peers.wire.messages import PREFIX_POSITIONS, PROTOCOL_VERSION, Close, Open, Replay, Step, Urgency
-from routing.errors import PeerError, SwarmError, Unavailable
+from routing.errors import CallerError, NoRoute, PeerError, SwarmError, Unavailable
 from routing.flow import GOLDEN
 from routing.health import ModelHealth, coverage
+from routing.hosting import find_adapter
 from routing.ids import PeerId, SessionId
+from routing.records import HostedAdapter
 from routing.router import Hop, Route, RouteRequest
 from swarm.errors import SessionClosed
 from swarm.network import ClientNode, Entrance, NetworkThread, enter
@@ -56,6 +59,7 @@ from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
 from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_tokens, worth_leaving
 from swarm.session.training import TrainingConfig, TrainingRoute
 from swarm.session.trial import Trials
+from swarm.session.uploads import Uploads
 from swarm.session.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -88,10 +92,14 @@ class SwarmRemote:
         """`owns_network`: `close` ends the network too. `rng` spreads retries. Sessions of remotes with the same
         `prefix_secret` (16 to 64 bytes; by default random) can share what peers hold of their prompts."""
         self.model = model
-        self.training = TrainingRoute(network, model, training)
+        self.uploads = Uploads(network.client.links, model.model)
+        self.training = None if model.adapter else TrainingRoute(network, model, self.uploads, training)
+        """None with an adapter that peers host: they compute no gradients through one."""
+        self._hosted: HostedAdapter | None = None
+        """Which one that is, once it is known."""
         self._network = network
         self._client: ClientNode = network.client
-        self._sessions = Sessions(model=model, client=network.client)
+        self._sessions = Sessions(model=model, client=network.client, uploads=self.uploads)
         self._embed = embed
         self._config = config or SessionConfig()
         self._owns_network = owns_network
@@ -119,15 +127,23 @@ class SwarmRemote:
         position: int = 0,
         *,
         resilience: Resilience | None = None,
+        adapter: Adapter | None = None,
         prefix_secret: bytes | None = None,
     ) -> RemoteSession:
         """`prefix_secret`: 16 to 64 bytes in place of this remote's own, for one of several users behind it."""
+        if adapter is not None and not tensors.finite(adapter.values):
+            raise CallerError("the adapter's weights are not finite (NaN or infinity)", hint="load or train it again")
+        if adapter is not None and self.model.adapter:
+            raise CallerError(
+                f"an adapter of your own, and adapter {self.model.adapter} that peers host, at the same time",
+                hint="disable yours, or load the model without an adapter's name",
+            )
         assert parent is None or isinstance(parent, LiveSession)
         standby = self._config.standby if parent is None else parent.standby
         if resilience is not None:
             standby = resilience == "standby"
         fork = None if parent is None else (parent, position)
-        return LiveSession(fork, prefix_secret or self._prefix_secret, standby=standby)
+        return LiveSession(fork, prefix_secret or self._prefix_secret, standby=standby, adapter=adapter)
 
     def run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._closed:
@@ -209,7 +225,8 @@ class SwarmRemote:
 
     async def _start(self) -> None:
         Inbox(self._sessions, self)
-        self.training.install()
+        if self.training is not None:
+            self.training.install()
         self._client.discovery.watch(self.model.model)
         self._tasks.spawn(Watch(self._sessions, self, self._tasks).run(), name="watch sessions")
         self._tasks.spawn(Trials(self._sessions).run(), name="try peers again")
@@ -220,7 +237,8 @@ class SwarmRemote:
         await self._goodbyes.settled(timeout_s=GOODBYE_TIMEOUT_S)
         await self._goodbyes.close()
         await self._guard.close()
-        await self.training.close()
+        if self.training is not None:
+            await self.training.close()
         await self._tasks.close()
 
     async def _end_with_network(self) -> None:
@@ -415,11 +433,14 @@ class SwarmRemote:
         hops = action.route.hops
         blocks = describe_blocks(session.history.between(0, action.offer), self.model.regime_key)
         session.offered = max(len(blocks) * PREFIX_POSITIONS, *action.keep)
-        start = (session.prefix_secret, self.model.model, session.dtype)
         return [
-            prefix_keys(*start, hops[:index], blocks) if action.forgot or not keep else ()
+            self._keys(session, hops[:index], blocks) if action.forgot or not keep else ()
             for index, keep in enumerate(action.keep)
         ]
+
+    def _keys(self, session: LiveSession, upstream: Sequence[Hop], blocks: Sequence[bytes]) -> tuple[bytes, ...]:
+        adapter = self._hosted.digest if self._hosted else None if session.adapter is None else session.adapter.name
+        return prefix_keys(session.prefix_secret, self.model.model, session.dtype, upstream, blocks, adapter)
 
     def _done(self, session: LiveSession, step: PendingStep, rows: torch.Tensor) -> None:
         session.rows.pop(step.step, None)
@@ -435,6 +456,11 @@ class SwarmRemote:
         previous = session.route
         if previous is None and length >= PREFIX_POSITIONS:  # where the last session was, its prompt may be known
             previous = self._sessions.last_route
+        try:
+            await self._find_hosted()
+        except SwarmError as error:
+            self.perform(session, core.no_route(error))
+            return
         self._turn = (self._turn + GOLDEN) % 1.0
         request = replace(
             self._request(need.avoid, previous, length),
@@ -452,6 +478,26 @@ class SwarmRemote:
             if not core.alive:  # released meanwhile
                 self._client.router.on_ended(core.session)
 
+    async def _find_hosted(self) -> None:
+        """The adapter that the model is to have, among those that peers announce. Raises CallerError, NoRoute."""
+        if self.model.adapter is None or self._hosted is not None:
+            return
+        if (found := self._known_hosted(self.model.adapter)) is None:
+            await self._client.discovery.refresh()
+            found = self._known_hosted(self.model.adapter)
+        self._hosted = found
+        if found is not None:
+            return
+        raise NoRoute(
+            f"no peer hosts adapter {self.model.adapter} of model {self.model.model}",
+            missing=[(0, self.model.num_blocks)],
+            hint="`swarm status` shows which there are; host one with `swarm join MODEL --adapter NAME=FOLDER`",
+        )
+
+    def _known_hosted(self, asked: str) -> HostedAdapter | None:
+        snapshot = self._client.router.snapshot(self._client.discovery.now_s())
+        return find_adapter(snapshot.of_model(self.model.model), asked)
+
     def _request(self, avoid: frozenset[PeerId], previous: Route | None, length: int) -> RouteRequest:
         """For a step of one position."""
         return RouteRequest(
@@ -462,6 +508,7 @@ class SwarmRemote:
             cache_tokens=length,
             protocol=PROTOCOL_VERSION,
             min_precision=self.model.min_precision,
+            adapter=self._hosted,
             previous=previous,
         )
 
@@ -488,19 +535,26 @@ class SwarmRemote:
         core, route, epoch = session.core, action.route, action.epoch
         assert core is not None
         hop = route.hops[index]
-        message = self._opening(core.session, route, index, epoch, prefix=prefix, keep=action.keep[index])
+        message = self._opening(session, route, index, epoch, prefix=prefix, keep=action.keep[index])
         try:
             link = await self._client.links.to(hop.peer_id, hop.addresses)
+            await self._upload(session, link, hop)
             if core.epoch == epoch and core.route is route:  # else it was released meanwhile
-                await link.send(message)
+                await link.send(message, bulk=message.adapter is not None)
         except PeerError as error:
             self.lose(session, hop.peer_id, error)
         except Unavailable as error:  # of this client's own node: no other route helps
             self.perform(session, core.give_up(error))
 
+    async def _upload(self, session: LiveSession, link: Link, hop: Hop) -> None:
+        """What of the session's adapter is the hop's."""
+        adapter = None if session.adapter is None else session.adapter.within(hop.span)
+        if adapter is not None:
+            await self.uploads.send(link, adapter, hop.span, told=session.renew_deadline)
+
     def _opening(
         self,
-        session: SessionId,
+        session: LiveSession,
         route: Route,
         index: int,
         epoch: int,
@@ -509,10 +563,12 @@ class SwarmRemote:
         keep: int,
         standby: bool = False,
     ) -> Open:
-        hop = route.hops[index]
+        core, hop = session.core, route.hops[index]
+        assert core is not None
+        own = None if session.adapter is None else session.adapter.within(hop.span)
         following = route.hops[index + 1] if index + 1 < len(route.hops) else None
         return Open(
-            session=session.raw,
+            session=core.session.raw,
             epoch=epoch,
             model=self.model.model.digest,
             start=hop.span.start,
@@ -522,6 +578,7 @@ class SwarmRemote:
             next_addresses=() if following is None else following.addresses,
             prefix=prefix,
             keep=keep,
+            adapter=self._hosted.digest if self._hosted else None if own is None else own.name,
             standby=standby,
         )
 
@@ -545,11 +602,9 @@ class SwarmRemote:
         prefix: tuple[bytes, ...] = ()
         if action.offer:
             blocks = describe_blocks(session.history.between(0, action.offer), self.model.regime_key)
-            prefix = prefix_keys(session.prefix_secret, self.model.model, session.dtype, route.hops[:index], blocks)
+            prefix = self._keys(session, route.hops[:index], blocks)
         standing = replace(route, hops=(*route.hops[:index], hop, *route.hops[index + 1 :]))
-        message = self._opening(
-            core.session, standing, index, action.epoch, prefix=prefix, keep=action.keep, standby=True
-        )
+        message = self._opening(session, standing, index, action.epoch, prefix=prefix, keep=action.keep, standby=True)
         await self._send_to_standby(session, hop, hop, action.epoch, message)
 
     async def _feed(self, session: LiveSession, action: Feed) -> None:
@@ -590,8 +645,12 @@ class SwarmRemote:
         assert core is not None
         try:
             link = await self._client.links.to(hop.peer_id, hop.addresses)
+            bulk = isinstance(message, Step) and message.bulk
+            if isinstance(message, Open) and message.adapter is not None:
+                await self._upload(session, link, hop)
+                bulk = True
             if core.epoch == epoch and core.standby_at(standby.peer_id, standby.span.start):
-                await link.send(message, payload, bulk=isinstance(message, Step) and message.bulk)
+                await link.send(message, payload, bulk=bulk)
                 self.traffic.bytes_sent += len(payload)
         except (PeerError, Unavailable) as error:
             logger.info("session %s: no standby at %s: %s", core.session, standby.peer_id, error)

@@ -123,6 +123,8 @@ class Inbox:
             return  # of a route that was replaced
         logger.info("session %s: %s answers %s: %s", core.session, peer, message.code, message.message)
         self._sessions.traffic.failures[message.code if message.code in CODES else "other"] += 1
+        if message.code == Code.UNKNOWN_ADAPTER and (known := self._sessions.client.links.known(peer)) is not None:
+            self._sessions.uploads.forget(known)
         text = f"{peer}: {message.message}"
         now_s = self._sessions.client.discovery.now_s()
         if (standby or fed is not None) and message.code not in (Code.PAUSED, Code.DRAINING):
@@ -153,7 +155,7 @@ class Inbox:
                         leave = other.core.hop_leaves(peer, other.core.epoch, farewell, answers=True)
                         self._driver.perform(other, leave)
                 actions = core.hop_leaves(peer, epoch, farewell, answers=message.step is None)
-            case Code.UNKNOWN_SESSION | Code.STALE_EPOCH:
+            case Code.UNKNOWN_SESSION | Code.STALE_EPOCH | Code.UNKNOWN_ADAPTER:
                 actions = core.forgotten(epoch, Refused(text, code=message.code))
             case Code.NOT_JOURNALLED:
                 actions = core.journal_lost(peer, epoch, Refused(text, code=message.code))
@@ -164,7 +166,7 @@ class Inbox:
                 self._sessions.traffic.replays += 1
                 actions = core.behind_window(epoch, Refused(text, code=message.code))
             case Code.MALFORMED:
-                if not at:
+                if not at or message.step is None:  # with an open comes nothing but the client's own
                     actions = core.give_up(ProtocolError(text, hint="the values given to the model are not usable"))
                 else:  # what the hop before it sent is not usable
                     self._driver.lose(session, route.hops[at - 1].peer_id, ProtocolError(text))

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from peers.model.adapters import Adapter
 from peers.tally import StepTimes
 from peers.wire.messages import Failed, Opened, Replay, Result, Step
 from routing.errors import SwarmError
@@ -23,6 +24,7 @@ from swarm.session.core import Action, PendingStep, SendStep, SessionCore
 from swarm.session.history import History
 from swarm.session.pace import Pace
 from swarm.session.remote import RemoteSession
+from swarm.session.uploads import Uploads
 
 SILENCE_S_MAX = 30.0
 MAX_CLAIM_S = 60.0
@@ -82,12 +84,15 @@ class RemoteModel:
     """Lengths with equal keys may share one forward (`peers.model` RotaryRegime)."""
     min_precision: str | None = None
     """Of the peers that are asked (`routing.precision`); None for any."""
+    adapter: str | None = None
+    """That they host, as of `routing.hosting`; None for the model as it is."""
 
 
 class LiveSession(RemoteSession):
     """One sequence."""
 
     __slots__ = (
+        "adapter",
         "asked_at_s",
         "began_s",
         "core",
@@ -116,8 +121,17 @@ class LiveSession(RemoteSession):
         "waiting",
     )
 
-    def __init__(self, parent: tuple[LiveSession, int] | None, prefix_secret: bytes, *, standby: bool) -> None:
+    def __init__(
+        self,
+        parent: tuple[LiveSession, int] | None,
+        prefix_secret: bytes,
+        *,
+        standby: bool,
+        adapter: Adapter | None = None,
+    ) -> None:
         super().__init__(0 if parent is None else parent[1])
+        self.adapter: Adapter | None = adapter if parent is None else parent[0].adapter
+        """Of this client's own, which every hop is sent its part of."""
         self.standby = standby
         """Whether a second peer is kept filled for every hop."""
         self.parent = parent
@@ -204,6 +218,7 @@ class Sessions:
 
     model: RemoteModel
     client: ClientNode
+    uploads: Uploads
     by_id: dict[SessionId, LiveSession] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
     last_route: Route | None = None

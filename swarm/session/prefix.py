@@ -49,15 +49,20 @@ def describe_blocks(segments: Iterable[Segment], regime_key: Callable[[int], obj
 
 
 def prefix_keys(
-    secret: bytes, model: ModelId, wire_dtype: str, upstream: Sequence[Hop], blocks: Iterable[bytes]
+    secret: bytes,
+    model: ModelId,
+    wire_dtype: str,
+    upstream: Sequence[Hop],
+    blocks: Iterable[bytes],
+    adapter: bytes | None = None,
 ) -> tuple[bytes, ...]:
     """A key for each of `blocks` at the hop that follows `upstream`.
 
     Hops before it, and the dtypes in which they compute and send, decide what arrives there, and so differs what it
-    holds. A key also commits to all blocks before its own.
+    holds; so does what `adapter`, by its name, adds in them. A key also commits to all blocks before its own.
     """
     hops = [(hop.peer_id, hop.span.start, hop.span.end, hop.dtype, hop.quantization) for hop in upstream]
-    key, keys = _hash(secret, repr((model.digest, wire_dtype, hops)).encode()), []
+    key, keys = _hash(secret, repr((model.digest, wire_dtype, hops, adapter)).encode()), []
     for block in blocks:
         key = _hash(secret, key + block)
         keys.append(key)

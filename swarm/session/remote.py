@@ -100,11 +100,17 @@ class Remote(Protocol):
     """The remote layers. Every method may be called from any thread, `release` from a garbage collector too."""
 
     def open(
-        self, parent: RemoteSession | None = None, position: int = 0, *, resilience: Resilience | None = None
+        self,
+        parent: RemoteSession | None = None,
+        position: int = 0,
+        *,
+        resilience: Resilience | None = None,
+        adapter: Adapter | None = None,
     ) -> RemoteSession:
         """A new sequence, empty or sharing the first `position` positions of `parent`. Instant, without I/O.
 
-        `resilience` None: as its parent, or as this remote was set up.
+        `resilience` None: as its parent, or as this remote was set up. With `adapter`, which a fork has of its parent,
+        the layers compute in all of its steps as if it were in them. Raises CallerError for one that is not finite.
 
         The fork happens with the child's first step, which starts at `position`; until that step has returned, the
         caller neither releases the parent nor lets it truncate below `position`. The parent may grow in the same `run`.

@@ -33,7 +33,7 @@ import logging
 import math
 import secrets
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ from typing import Any, TypeVar
 import torch
 
 from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
-from peers.model.adapters import WIDTH, Adapter, Dropout, as_rows, num_rows, of_rows
+from peers.model.adapters import WIDTH, Adapter, Dropout, num_rows, of_rows
 from peers.transport.links import Link
 from peers.transport.tasks import Tasks
 from peers.wire import parts, tensors
@@ -57,12 +57,12 @@ from peers.wire.messages import (
     Trained,
     Untrained,
 )
-from peers.wire.messages import Adapter as AdapterMessage
 from routing.errors import CallerError, NoRoute, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId
 from routing.router import Hop, Route, RouteRequest
 from swarm.network import ClientNode, NetworkThread
 from swarm.session.live import RemoteModel
+from swarm.session.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,6 @@ PATIENCE = 20.0
 LEAST_PATIENCE_S = 30.0
 NO_ROUTE_PAUSE_S = 0.5
 RETRY_S = 0.05
-MAX_REMEMBERED_UPLOADS = 64
-"""For each link."""
 MICRO_BATCH_TOKENS_MIN = 64
 """A batch is not cut into smaller ones for the sake of hops that would wait."""
 
@@ -124,7 +122,6 @@ class TrainingTraffic:
     """Steps that went to others than planned."""
     bytes_sent: int = 0
     bytes_received: int = 0
-    adapter_bytes_sent: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     """By code, `lost` for peers that failed."""
 
@@ -177,9 +174,12 @@ class _Asked:
 class TrainingRoute:
     """Gradients through the blocks of one model. `forward`, `backward` and `forget` may be called from any thread."""
 
-    def __init__(self, network: NetworkThread, model: RemoteModel, config: TrainingConfig | None = None) -> None:
+    def __init__(
+        self, network: NetworkThread, model: RemoteModel, uploads: Uploads, config: TrainingConfig | None = None
+    ) -> None:
         self.config = config or TrainingConfig()
         self.traffic = TrainingTraffic()
+        self._uploads = uploads
         self._network = network
         self._client: ClientNode = network.client
         self._model = model
@@ -192,9 +192,6 @@ class TrainingRoute:
         self._refused: dict[PeerId, float] = {}
         """Likewise those that do not train, or not this."""
         self._asked: dict[tuple[bytes, bool], _Asked] = {}
-        self._uploaded: dict[Link, OrderedDict[bytes, None]] = {}
-        """Adapters that were sent over each link."""
-        self._uploading: dict[Link, asyncio.Lock] = {}
         self._token_s = 0.0
         """What an answer takes per position, lately."""
 
@@ -454,7 +451,7 @@ class TrainingRoute:
             case Refused() if error.code == Code.UNKNOWN_ADAPTER:  # dropped since: it is sent again
                 self.traffic.failures[error.code] += 1
                 if (link := self._client.links.known(hop.peer_id)) is not None:
-                    self._uploaded.pop(link, None)
+                    self._uploads.forget(link)
                 await asyncio.sleep(RETRY_S)
                 return True
             case Refused() if error.code == Code.MALFORMED:  # what it was sent, it says; others would say the same
@@ -497,7 +494,7 @@ class TrainingRoute:
 
         async def exchange() -> torch.Tensor:
             if adapter is not None:
-                await self._upload(link, adapter, stretch.span)
+                await self._uploads.send(link, adapter, stretch.span)
             for first, count, payload in parts.cut(rows_TH, dtype):
                 message = Train(
                     work=stretch.work,
@@ -542,28 +539,6 @@ class TrainingRoute:
         self._token_s += 0.3 * (token_s - self._token_s) if self._token_s else token_s
         self._client.router.on_success(peer.peer_id, self._client.discovery.now_s())
         return result_TH
-
-    async def _upload(self, link: Link, adapter: Adapter, span: BlockSpan) -> None:
-        """Unless the peer has it."""
-        known = self._uploaded.setdefault(link, OrderedDict())
-        async with self._uploading.setdefault(link, asyncio.Lock()):
-            if adapter.name in known:
-                return
-            for first, count, payload in parts.cut(as_rows(adapter.values), "float32"):
-                message = AdapterMessage(
-                    adapter=adapter.name,
-                    model=self._model.model.digest,
-                    start=span.start,
-                    end=span.end,
-                    targets=adapter.targets,
-                    first=first,
-                    count=count,
-                )
-                await link.send(message, payload, bulk=True)
-                self.traffic.adapter_bytes_sent += len(payload)
-            known[adapter.name] = None
-            while len(known) > MAX_REMEMBERED_UPLOADS:
-                known.popitem(last=False)
 
     async def _watched(self, exchanging: asyncio.Task[T], peer: Hop, patience_s: float) -> T:
         """Its result, as long as the peer shows signs of life and is not too late. Raises PeerUnreachable."""
@@ -630,8 +605,6 @@ class TrainingRoute:
         return asked if asked is not None and asked.link is link and not asked.answer.done() else None
 
     def _link_lost(self, link: Link) -> None:
-        self._uploaded.pop(link, None)
-        self._uploading.pop(link, None)
         for asked in self._asked.values():
             if asked.link is link and not asked.answer.done():
                 asked.answer.set_exception(PeerUnreachable(f"the connection to {link.remote} ended"))

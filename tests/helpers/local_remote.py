@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from peers.model.adapters import Adapter
 from peers.model.support import examine
 from swarm.models import SwarmModelForCausalLM
 from swarm.session.remote import RemoteSession, Resilience, RowStep
@@ -85,10 +86,16 @@ class LocalRemote:
         assert not self.open_sessions, f"{len(self.open_sessions)} of {self.opened} sessions were never released"
 
     def open(
-        self, parent: RemoteSession | None = None, position: int = 0, *, resilience: Resilience | None = None
+        self,
+        parent: RemoteSession | None = None,
+        position: int = 0,
+        *,
+        resilience: Resilience | None = None,
+        adapter: Adapter | None = None,
     ) -> RemoteSession:
         with self._lock:
             assert not self.closed
+            assert adapter is None, "its own model runs every session"
             if parent is not None:
                 assert isinstance(parent, LocalSession)
                 assert parent in self.open_sessions, "forks a session that was released"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,7 @@ from peers.capacity import plan_capacity
 from peers.host import ServerPeer
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import load_config
+from peers.model.lora import AdapterFolder
 from peers.runtime.cost import ForwardCost
 from peers.runtime.engine import Sharing
 from peers.runtime.probe import Probe
@@ -118,10 +120,15 @@ class MemorySwarm:
     async def _client(self) -> ClientNode:
         return ClientNode(MemoryNode(self.network, new_key(), client_mode=True), network="test")
 
-    async def _add(self, spans: BlockSpans, quantization: str = "none") -> ServerPeer:
+    async def _add(
+        self,
+        spans: BlockSpans,
+        quantization: str = "none",
+        adapters: Mapping[str, AdapterFolder] = MappingProxyType({}),
+    ) -> ServerPeer:
         key = new_key()
         node = MemoryNode(self.network, key)
-        peer = ServerPeer(node.transport, node.store, key=key, network="test", lease_s=self._lease_s)
+        peer = ServerPeer(node.transport, node.store, key=key, network="test", lease_s=self._lease_s, adapters=adapters)
         plan = plan_capacity(
             load_config(self.checkpoint),
             dtype=self._dtype,
@@ -147,8 +154,8 @@ class MemorySwarm:
         self.peers.append(peer)
         return peer
 
-    def add_peer(self, start: int, end: int, quantization: str = "none") -> ServerPeer:
-        return self.thread.call(self._add(BlockSpans.of(BlockSpan(start, end)), quantization))
+    def add_peer(self, start: int, end: int, quantization: str = "none", **adapters: AdapterFolder) -> ServerPeer:
+        return self.thread.call(self._add(BlockSpans.of(BlockSpan(start, end)), quantization, adapters))
 
     def model(
         self,
@@ -156,6 +163,7 @@ class MemorySwarm:
         guest: bool = False,
         prefix_secret: bytes | None = None,
         min_precision: str | None = None,
+        adapter: str | None = None,
         urgency: Urgency = Urgency.INTERACTIVE,
         training: TrainingConfig | None = None,
         **options: Any,
@@ -179,7 +187,13 @@ class MemorySwarm:
             )
 
         model = load_model(
-            self.checkpoint, dtype=torch.float32, device="cpu", connect=connect, min_precision=min_precision, **options
+            self.checkpoint,
+            dtype=torch.float32,
+            device="cpu",
+            connect=connect,
+            min_precision=min_precision,
+            adapter=adapter,
+            **options,
         )
         self._models.append(model)
         return model

@@ -35,7 +35,7 @@ from peers.serving.shelves import TrainingLimits
 from peers.wire.messages import AdapterTarget, Train
 from routing.errors import CallerError, NoRoute
 from swarm import SwarmModelForSequenceClassification
-from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedCache, UnsupportedGradient, UnsupportedMask
+from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedMask
 from swarm.models.adapters import attached
 from swarm.models.classification import with_class_head
 from swarm.session import training as client
@@ -509,12 +509,12 @@ def test_lora_by_peft_equals_local_and_its_adapter_loads_locally(
     kept = inputs["attention_mask"][..., None] > 0
     loaded = PeftModel.from_pretrained(copy.deepcopy(local), tmp_path / "adapter")
     with torch.no_grad():
-        assert distance(remote(**inputs).logits * kept, loaded(**inputs).logits * kept) <= TOLERANCE
+        assert distance(remote(**inputs, use_cache=False).logits * kept, loaded(**inputs).logits * kept) <= TOLERANCE
         with remote.disable_adapter():
             assert distance(remote(**inputs).logits * kept, local(**inputs).logits * kept) <= TOLERANCE
     # uploaded once for each step and hop, whatever the number of micro-batches
     values = sum(weight.numel() for weight in remote.parameters() if weight.requires_grad)
-    assert 5 * 4 * values <= route_of(model).traffic.adapter_bytes_sent < 5 * 4 * values * 1.3
+    assert 5 * 4 * values <= route_of(model)._uploads.bytes_sent < 5 * 4 * values * 1.3
     # nobody else's work changed, and nobody else can use it
     other = swarm.model(guest=True)
     _, expected_gradient = gradient_of_inputs(local, inputs)
@@ -560,7 +560,7 @@ def test_an_adapter_that_a_peer_dropped_is_sent_again(local: Any, swarm: MemoryS
 
     async def drop() -> None:
         for peer in swarm.peers:
-            peer.training.wardrobe.drop_where(lambda _: True)
+            peer.handler.adapters.clear()
 
     swarm.thread.call(drop())
     for actual, right in zip(gradients_of_adapter(tuned, batch()), gradients_of_adapter(whole, batch()), strict=True):
@@ -625,15 +625,6 @@ def test_lora_dropout_comes_from_a_seed_and_is_the_same_whoever_computes_it_agai
     assert hit
     tuned.eval()
     assert distance(tuned(**inputs).loss, adapted(copy.deepcopy(local), "q_proj", "down_proj")(**inputs).loss) <= 1e-5
-
-
-def test_generation_with_an_adapter_inside_is_refused_and_without_it_goes_on(local: Any, model: Any) -> None:
-    tuned, ids = adapted(model, "q_proj"), batch()["input_ids"][:1]
-    greedy = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
-    with pytest.raises(UnsupportedAdapter, match="generation"):
-        tuned.generate(input_ids=ids, **greedy)
-    with tuned.disable_adapter():
-        assert torch.equal(tuned.generate(input_ids=ids, **greedy), local.generate(ids, **greedy))
 
 
 def test_where_nobody_trains_the_blocks_are_named(swarm: MemorySwarm, model: Any) -> None:

@@ -17,12 +17,14 @@ from routing.ids import MAX_SPANS, BlockSpan, BlockSpans, ModelId
 from routing.records import (
     CLOCK_SLACK_S,
     KEYS_PER_MODEL,
+    MAX_ADAPTERS,
     MAX_BLOCKS,
     MAX_BYTES_PER_S,
     MAX_EXPIRY_AHEAD_S,
     MAX_RECORD_BYTES,
     MAX_RECORDS_PER_KEY,
     Announcement,
+    HostedAdapter,
     PeerState,
     index_key,
     index_keys,
@@ -66,6 +68,7 @@ FIELD = {name: index for index, name in enumerate([
     "sequence", "expires_at_s", "model", "model_name", "num_blocks", "start", "end", "state", "dtype", "quantization",
     "version", "protocol", "name", "addresses", "decode_s_per_block", "prefill_s_per_token_block", "cache_tokens",
     "free_tokens", "max_bytes_per_s", "more_spans", "queue_s", "sessions", "place", "max_blocks", "intent",
+    "adapters",
 ])}  # fmt: skip
 
 
@@ -84,6 +87,7 @@ def spans_within(blocks: int, edges: list[int]) -> BlockSpans:
 
 
 TEXTS = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=16)
+DIGESTS = st.binary(min_size=16, max_size=16)
 ANNOUNCEMENTS = st.builds(
     lambda number, blocks, edges, cache, used, **rest: announcement(
         key(number).peer_id,
@@ -111,6 +115,10 @@ ANNOUNCEMENTS = st.builds(
     max_bytes_per_s=st.integers(0, MAX_BYTES_PER_S),
     queue_s=st.floats(0, 3600),
     place=st.none() | st.builds(Coordinate, *[st.floats(-9, 9)] * 2, st.floats(0, 9), st.floats(0, 1)),
+    adapters=st.lists(
+        st.builds(HostedAdapter, st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", fullmatch=True), DIGESTS),
+        max_size=MAX_ADAPTERS,
+    ).map(tuple),
     sequence=st.integers(0, 2**63 - 1),
     expires_at_s=st.floats(NOW_S - CLOCK_SLACK_S, NOW_S + MAX_EXPIRY_AHEAD_S),
 )
@@ -395,6 +403,7 @@ def test_every_field_of_an_announcement_travels() -> None:
         state=PeerState.DRAINING, dtype="int8", quantization="nf4", version="9", protocol=7, name="other", addresses=(),
         decode_s_per_block=0.5, prefill_s_per_token_block=0.25, cache_tokens=6, free_tokens=5, max_bytes_per_s=8,
         queue_s=0.5, sessions=3, place=Coordinate(0.1, -0.2, 0.001, 0.25), max_blocks=7, intent=BlockSpan(5, 9),
+        adapters=(HostedAdapter("poet", bytes(16)),),
         sequence=4, expires_at_s=NOW_S + 3,
     )  # fmt: skip
     for field in fields(Announcement):

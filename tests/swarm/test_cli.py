@@ -25,7 +25,7 @@ from routing.health import models
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans, ModelId
 from routing.invites import parse
-from routing.records import Announcement, PeerState
+from routing.records import Announcement, HostedAdapter, PeerState
 from routing.router import Router
 from swarm.cli import dashboard, gateway, node, output, route, signals, status, top
 from swarm.cli import status as status_view
@@ -183,6 +183,27 @@ def test_several_spans_and_shared_prefixes_reach_the_peer(
         ("0:4,8:12", "owner"),
         ("None", "network"),
     ]
+
+
+def test_adapters_reach_the_peer_and_the_gateway_by_name(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]
+) -> None:
+    configs: list[Any] = []
+    monkeypatch.setattr(node, "join", lambda config, as_json: configs.append(config))
+    monkeypatch.setattr(gateway, "run", lambda config, as_json: configs.append(config))
+    monkeypatch.setattr(node, "claim_identity", lambda path, role: Path("unused.key"))
+    both = ("--adapter", "poet=some/folder", "--adapter", "pirate=org/hub-id")
+    assert run("join", "m", "--new-swarm", *both).exit_code == 0
+    assert run("gateway", "m", "--initial-peers", ADDRESS, "--adapter", "poet").exit_code == 0
+    assert [config.adapters for config in configs] == [
+        (("poet", "some/folder"), ("pirate", "org/hub-id")),
+        ("poet",),
+    ]
+    for wrong in ("poet", "=folder", "poet="):
+        assert run("join", "m", "--new-swarm", "--adapter", wrong).exit_code == 2
+    for wrong in (("two words=a",), ("poet=a", "poet=b")):
+        assert run("join", "m", "--new-swarm", *(part for each in wrong for part in ("--adapter", each))).exit_code == 1
+    assert len(configs) == 2
 
 
 def test_what_serves_http_listens_here_only_and_lets_nobody_else_in_unless_asked(
@@ -489,7 +510,7 @@ def view() -> View:
     router = Router()
     alice = announcement(1, BlockSpan(0, 2), name="alice")
     bob = announcement(2, BlockSpan(1, 4), state=PeerState.DRAINING)
-    carol = announcement(3, BlockSpan(4, 6))
+    carol = announcement(3, BlockSpan(4, 6), adapters=(HostedAdapter("poet", bytes(16)),))
     dora = announcement(4, BlockSpan(1, 4), state=PeerState.PAUSED)
     router.on_announcements([alice, bob, carol, dora], 100.0)
     return View(network="hive", models=models(router.snapshot(100.0)), rtt_s={alice.peer_id: 0.0125})
@@ -506,6 +527,8 @@ def test_status_names_holders_and_gaps(view: View) -> None:
     assert dora["state"] == "paused"
     assert (alice["name"], alice["span"], alice["latency_ms"], alice["version"]) == ("alice", [0, 2], 12.5, "0.1.0")
     assert (bob["state"], bob["latency_ms"]) == ("draining", None)
+    hosted = [adapter for peer in model["peers"] for adapter in peer["adapters"]]
+    assert hosted == [{"name": "poet", "digest": "00" * 16}]
 
 
 def test_status_is_a_table_for_people(view: View, capsys: pytest.CaptureFixture[str]) -> None:
@@ -520,6 +543,7 @@ def test_status_is_a_table_for_people(view: View, capsys: pytest.CaptureFixture[
         "no answer",
         "draining",
         "paused",
+        "adapter poet@000000000000 · 1 peer · INCOMPLETE: nobody hosts it for blocks 0:4",
     ):
         assert expected in printed
     for peer in view.models[0].peers:

@@ -91,9 +91,37 @@ def test_adapters_of_different_dropout_are_refused() -> None:
         read(model)
 
 
-def test_two_adapters_on_one_layer_are_refused() -> None:
-    model = tuned().eval()
-    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+def test_dropout_is_nothing_in_evaluation_and_two_adapters_on_one_layer_are_their_sum() -> None:
+    model = tuned(lora_dropout=0.1, init_lora_weights=False).eval()
+    assert read(model) is not None
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"], r=2, lora_alpha=7, init_lora_weights=False))
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(UnsupportedAdapter, match="two adapters"):
+    found = read(model)
+    assert [(target.module, target.rank, target.scaling) for target in found.targets] == [
+        ("self_attn.q_proj", 6, 1.0)
+    ] * 2
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    expected = sum(
+        layer.lora_B[name].weight @ layer.lora_A[name].weight * layer.scaling[name] for name in ("default", "other")
+    )
+    a, b = found.adapter().weights()[0]
+    torch.testing.assert_close(b @ a, expected)
+    (b.sum() + found.weights[1].sum()).backward()
+    assert layer.lora_B["other"].weight.grad is not None, "gradients reach each adapter's own parameters"
+    model.add_adapter("wide", LoraConfig(target_modules=["q_proj"], r=255))
+    model.base_model.set_adapter(["default", "wide"])
+    with pytest.raises(UnsupportedAdapter, match="ranks above 256"):
         read(model)
+
+
+def test_a_parameter_that_was_written_to_is_not_what_it_was() -> None:
+    model = tuned()
+    before = read(model)
+    assert read(model).untouched_since(before)
+    with torch.no_grad():
+        before.weights[1].add_(1.0)
+    assert not read(model).untouched_since(before)
+    before = read(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.scaling["default"] *= 2
+    assert not read(model).untouched_since(before)

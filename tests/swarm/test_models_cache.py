@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
+from peers.model.adapters import Adapter
 from swarm.errors import SessionClosed, UnsupportedCache
 from swarm.models.cache import SwarmCache
 from swarm.models.layout import PositionRules, lay_out
@@ -42,7 +43,12 @@ class SummingRemote:
         self.route = None
 
     def open(
-        self, parent: RemoteSession | None = None, position: int = 0, *, resilience: Resilience | None = None
+        self,
+        parent: RemoteSession | None = None,
+        position: int = 0,
+        *,
+        resilience: Resilience | None = None,
+        adapter: Adapter | None = None,
     ) -> RemoteSession:
         assert parent is None or parent in self.open_sessions
         session = SummingSession(None if parent is None else (parent, position))  # type: ignore[arg-type]

@@ -94,6 +94,15 @@ def gateway(
         float, typer.Option("--drain", min=0.0, max=3600.0, help="Seconds that open answers have after Ctrl-C.")
     ] = 30.0,
     dtype: Dtype = "auto",
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME",
+            help="Serve the model with this adapter too, which peers host, as MODEL:NAME. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     min_precision: MinPrecision = None,
     resilience: Resilience = "replay",
     network: Network = None,
@@ -138,6 +147,7 @@ def gateway(
             dtype=dtype,
             token=token,
             min_precision=min_precision,
+            adapters=tuple(adapters or ()),
             resilience=resilience,
         )
         view.run(config, as_json=as_json)

@@ -85,6 +85,15 @@ def join(
             help="Serve the same blocks to the end. Default: go where blocks are missing, unless --blocks names yours.",
         ),
     ] = False,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME=FOLDER",
+            help="Host a LoRA adapter of the model for everybody, from PEFT's folder or a hub id. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     training: Annotated[
         bool,
         typer.Option(
@@ -244,6 +253,7 @@ def join(
             token=token,
             stay=stay,
             training=training,
+            adapters=tuple(map(_named_adapter, adapters or ())),
             metrics_host=metrics_host,
             metrics_port=metrics_port,
         )
@@ -272,3 +282,11 @@ def _node_options(
         "identity": node.claim_identity(identity, role),
         **own,
     }
+
+
+def _named_adapter(text: str) -> tuple[str, str]:
+    """Raises BadParameter."""
+    name, equals, source = text.partition("=")
+    if not (name and equals and source):
+        raise typer.BadParameter(f"{text!r} is not NAME=FOLDER", param_hint="--adapter")
+    return name, source

@@ -9,6 +9,7 @@ import typer
 
 from swarm.cli import signals
 from swarm.cli.options import (
+    Adapter,
     Debug,
     Dtype,
     InitialPeers,
@@ -58,6 +59,7 @@ def generate(
     seed: Seed = None,
     dtype: Dtype = "auto",
     min_precision: MinPrecision = None,
+    adapter: Adapter = None,
     resilience: Resilience = "replay",
     background: Annotated[
         bool, typer.Option("--background", help="Give way to everybody who waits for an answer.")
@@ -97,6 +99,7 @@ def generate(
             dtype=dtype,
             token=token,
             min_precision=min_precision,
+            adapter=adapter,
             background=background,
             resilience=resilience,
         )
@@ -134,6 +137,7 @@ def chat(
     seed: Seed = None,
     dtype: Dtype = "auto",
     min_precision: MinPrecision = None,
+    adapter: Adapter = None,
     resilience: Resilience = "replay",
     network: Network = None,
     token: Token = None,
@@ -156,6 +160,7 @@ def chat(
             dtype=dtype,
             token=token,
             min_precision=min_precision,
+            adapter=adapter,
             resilience=resilience,
         )
         sampling = Sampling(

@@ -66,12 +66,21 @@ class ToyEngine:
         self._turn = asyncio.Lock()
         self._ended: dict[SessionKey, asyncio.Event] = {}
 
-    def open(self, session: SessionKey, owner: PeerId, span: BlockSpan, keys: Sequence[bytes]) -> int:
+    def open(
+        self, session: SessionKey, owner: PeerId, span: BlockSpan, keys: Sequence[bytes], adapter: bytes | None = None
+    ) -> int:
         if not keys:
             return 0
         self.opened.append((session, owner, span, tuple(keys)))
         self.sessions[session] = rows(0, self.kept)
         return self.kept
+
+    def parts(self, span: BlockSpan) -> list[tuple[ToyEngine, BlockSpan]]:
+        return [(self, span)]
+
+    @staticmethod
+    def linear_shape(block: int, path: str) -> tuple[int, int] | None:
+        return (HIDDEN, 2) if path == "proj" else None
 
     async def run(self, work: Work) -> Done:
         if self.errors:

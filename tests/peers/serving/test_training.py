@@ -16,6 +16,7 @@ from torch import Tensor
 from peers.model.adapters import WIDTH, Adapter, as_rows, of_rows
 from peers.runtime.gradients import Graph, Outcome, Passage
 from peers.serving import training
+from peers.serving.adapters import AdapterLimits
 from peers.serving.metrics import training_metrics
 from peers.serving.shelves import Shelf, TrainingLimits
 from peers.serving.training import Training
@@ -34,10 +35,6 @@ class ToyModel:
     device = "cpu"
 
     @staticmethod
-    def linear_shape(block: int, path: str) -> tuple[int, int] | None:
-        return (HIDDEN, 2) if path == "proj" else None
-
-    @staticmethod
     def prefix_shape(block: int) -> tuple[int, int]:
         return (2, 2)
 
@@ -49,6 +46,7 @@ class ToyParts:
         self.model = ToyModel()
         self.packs_sessions = True
         self.compute_s = 0.005
+        self.linear_shape = hop.engine.linear_shape
         self.graphs: list[bool] = []
         """For each backward, whether a graph was given."""
 
@@ -322,7 +320,7 @@ async def test_an_adapter_serves_its_owner_alone_and_its_gradient_comes_first(mo
         assert torch.equal(await answer(lesson.client), rows(0, 5) + 4), "works without it are without it"
         await lesson.client.send(lesson.hop, Forget(works=(work_of().work,)))
         await asyncio.sleep(200.0)
-        assert len(lesson.training.wardrobe) == 0
+        assert len(lesson.hop.handler.adapters.wardrobe) == 0
 
 
 @pytest.mark.looptime
@@ -347,33 +345,20 @@ async def test_an_adapter_that_makes_no_sense_is_refused(
         small = Adapter(adapter.targets, adapter.values[:1000])  # the name of the large one is not what is tested
         await asks(lesson, adapter=await uploads(lesson, small, name=name or small.name))
         assert await refusal(lesson.client) == code
-        assert len(lesson.training.wardrobe) == 0
+        assert len(lesson.hop.handler.adapters.wardrobe) == 0
 
 
 @pytest.mark.looptime
 async def test_adapters_of_one_client_take_no_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with Lesson(monkeypatch, max_adapter_bytes_per_peer=3000) as lesson:
+    async with Lesson(monkeypatch) as lesson:
+        lesson.hop.handler.adapters.wardrobe.limits = AdapterLimits(max_bytes_per_peer=3000)
         names = [await uploads(lesson, adapter_of(float(seed))) for seed in range(4)]
         await asks(lesson, adapter=names[3], keep=False)
         await answer(lesson.client)
-        assert lesson.training.wardrobe.num_bytes() <= 3000
+        assert lesson.hop.handler.adapters.wardrobe.num_bytes() <= 3000
         await asks(lesson, adapter=names[0])
         assert await refusal(lesson.client) == Code.UNKNOWN_ADAPTER
-        lesson.training.wardrobe.drop_where(lambda _: True)
-
-
-@pytest.mark.looptime
-async def test_adapters_are_bounded_each_and_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with Lesson(monkeypatch, max_adapter_bytes_per_peer=2 * WIDTH * 4, max_adapter_bytes=2 * WIDTH * 4) as lesson:
-        other, small, large = lesson.another_client(), adapter_of(), adapter_of(rank=100)
-        await asks(lesson, adapter=await uploads(lesson, large))
-        assert await refusal(lesson.client) == Code.TOO_LONG
-        for seed in (1.0, 2.0):
-            await uploads(lesson, adapter_of(seed))
-        await asks(lesson, adapter=await uploads(lesson, small, other), client=other)
-        message, _ = await other.next(Untrained)
-        assert (message.code, message.retry_after_s > 0) == (Code.BUSY, True)
-        lesson.training.wardrobe.drop_where(lambda _: True)
+        lesson.hop.handler.adapters.wardrobe.drop_where(lambda _: True)
 
 
 @pytest.mark.looptime
@@ -398,8 +383,7 @@ async def test_what_was_done_is_counted_and_accounted_to_its_client(monkeypatch:
             ("graphs_total",): 1,
             ("recomputes_total",): 1,
             ("refusals_total", Code.TOO_LONG): 1,
-            ("bytes", "graphs"): rows(0, 5).nbytes,
-            ("bytes", "adapters"): 0,
+            ("bytes",): rows(0, 5).nbytes,
             ("queued_tokens",): 0,
         }
         account = lesson.hop.admission.account(lesson.client.transport.peer_id)

@@ -55,6 +55,7 @@ export function peerPage({ live, peer, update, check, checking, checked }) {
           ${status?.moved_from.length ? fact("Moved from", `blocks ${spansText(status.moved_from)}, ${age(live.ageS(status.moved_at_s))}`) : nothing}
           ${fact("Computes in", row.dtype)}
           ${fact("Weights", row.quantization === "none" ? "unquantized" : row.quantization)}
+          ${peer.adapters.length ? fact("Adapters", peer.adapters.join(", ")) : nothing}
           ${fact("Placement", peer.max_blocks === null ? "fixed by its owner" : `moves by itself, up to ${peer.max_blocks} blocks`)}
           ${fact("Version", html`<bdi>${row.version}</bdi>, protocol ${peer.protocol}`)}
           ${fact("First seen", age(live.ageS(row.first_seen_at_s)))}
