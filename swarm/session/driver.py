@@ -525,8 +525,9 @@ class SwarmRemote:
         session.review_at_s = loop_s + next_review_s(loop_s - session.began_s)
         slowest = max(timings, key=lambda hop: hop.queue_s + hop.compute_s).peer
         request, now_s = self._request(frozenset(), core.route, session.length), self._client.discovery.now_s()
-        usual_s, slowed = session.pace.usual_s(1), session.pace.slowed
-        if worth_leaving(self._client.router, request, slowest, now_s, step_s=usual_s, slowed=slowed):
+        others_s = sum(hop.queue_s + hop.compute_s for hop in timings if hop.peer != slowest)
+        took = {"step_s": session.pace.usual_s(1), "others_s": others_s}
+        if worth_leaving(self._client.router, request, slowest, now_s, **took, slowed=session.pace.slowed):
             error = PeerUnreachable(f"{slowest} has become slow")
             logger.info("session %s: %s", core.session, error)
             self.perform(session, core.hop_leaves(slowest, core.epoch, error, answers=True))

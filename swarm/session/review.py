@@ -33,12 +33,21 @@ def next_review_s(age_s: float) -> float:
 
 
 def worth_leaving(
-    router: Router, request: RouteRequest, slowest: PeerId, now_s: float, *, step_s: float, slowed: bool
+    router: Router,
+    request: RouteRequest,
+    slowest: PeerId,
+    now_s: float,
+    *,
+    step_s: float,
+    others_s: float,
+    slowed: bool,
 ) -> bool:
     """Whether `request.previous`, on which steps take `step_s`, would take less than half with another peer in place of
-    `slowest`. `slowed`: they took much less before; else other things take time as well, with any peers, and only what
-    the route is estimated to take counts."""
+    `slowest`; `others_s` of it are waits and computation at the others, and would stay. `slowed`: steps took much less
+    before; else other things take time as well, with any peers, and only what the route is estimated to take counts."""
     assert request.previous is not None
+    if others_s * CLEAR_GAIN >= step_s:
+        return False
     others = tuple(hop for hop in request.previous.hops if hop.peer_id != slowest)
     request = replace(request, keep=others)
     if not slowed:

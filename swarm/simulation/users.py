@@ -336,8 +336,9 @@ class User:
             cache_tokens=self._kept,
             previous=self._route,
         )
-        step_s = self._trips_s + sum(took_s.values())
-        if worth_leaving(self.client.router, request, slowest, now_s, step_s=step_s, slowed=False):
+        others_s = sum(took_s.values()) - took_s[slowest]
+        took = {"step_s": self._trips_s + took_s[slowest] + others_s, "others_s": others_s}
+        if worth_leaving(self.client.router, request, slowest, now_s, **took, slowed=False):
             error = PeerError(f"{slowest} has become slow")
             self._perform(stage, core.hop_leaves(slowest, core.epoch, error, answers=True))
 

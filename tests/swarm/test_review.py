@@ -27,6 +27,11 @@ def test_a_slow_hop_is_left_only_where_others_halve_the_step(step_s: float, slow
     slow, fast = announcement(peer(1), 0, 30, decode_s_per_block=0.05), announcement(peer(2), 0, 30)
     router.on_announcements([slow], NOW_S)
     request = replace(REQUEST, previous=router.plan(REQUEST, NOW_S))
-    assert not worth_leaving(router, request, peer(1), NOW_S, step_s=step_s, slowed=slowed), "nobody else is there"
+
+    def left(others_s: float) -> bool:
+        return worth_leaving(router, request, peer(1), NOW_S, step_s=step_s, others_s=others_s, slowed=slowed)
+
+    assert not left(0.0), "nobody else is there"
     router.on_announcements([fast], NOW_S)
-    assert worth_leaving(router, request, peer(1), NOW_S, step_s=step_s, slowed=slowed) == leaves
+    assert left(0.0) == leaves
+    assert not left(step_s / 2), "the others alone take half"
