@@ -50,6 +50,8 @@ VIEWS = {
     *(aten.view, aten._unsafe_view, aten.transpose, aten.permute, aten.slice, aten.unsqueeze, aten.squeeze),
     *(aten.expand, aten.select, aten.alias, aten.detach, aten.t),
 }
+OWN_PRODUCTS = (FastLinear.forward, PackedLinear.forward)
+"""As they are while nobody records: another engine's thread may be doing that (`kernels.opaque`)."""
 NOTHING_NEW = {"device", "layout", "pin_memory", "non_blocking", "memory_format"}
 SEVERAL_VIEWS = {aten.split, aten.split_with_sizes, aten.unbind, aten.chunk}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2}
@@ -283,10 +285,7 @@ class _Writer:
         places = [self._places[given] for given in inputs]  # type: ignore[union-attr,index]
         if isinstance(call, Attention):
             return self._attend(node, call, *places)
-        if (
-            not isinstance(owner, FastLinear | PackedLinear)
-            or getattr(call, "__func__", None) is not type(owner).forward
-        ):
+        if not isinstance(owner, FastLinear | PackedLinear) or getattr(call, "__func__", None) not in OWN_PRODUCTS:
             return self._outside(node, call, places, {}, places[0].like)  # experts: [T, H] for [T, H]
         (given,) = places
         K, N = owner.in_features, owner.out_features

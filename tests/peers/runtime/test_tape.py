@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peers.model.kernels import Pool, accelerate, linear
+from peers.model.kernels import Pool, accelerate, linear, opaque
 from peers.model.quantization import NONE, quantize
 from peers.runtime.cache import Chunk, PagedCache, open_cache
 from routing.ids import BlockSpan
@@ -89,3 +89,15 @@ def test_in_bfloat16_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_weights_in_fewer_bits_too(dtype: torch.dtype, quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_with_and_without(opened("llama", dtype, monkeypatch, quantization=quantization), dtype, seed=2)
+
+
+@torch.inference_mode()
+def test_a_tape_is_whole_also_while_another_engine_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = opened("llama", torch.float32, monkeypatch)
+    assert cache._programs is not None
+    with opaque.through(lambda product, _, *inputs: product(*inputs)):
+        tapes = cache._checked_tapes(cache._programs)
+        assert tapes is not None
+        tape = tapes._write(1)
+    assert tape is not None
+    assert all(isinstance(part, Tensor) for part in tape.parts)
