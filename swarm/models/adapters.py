@@ -7,7 +7,7 @@ raises UnsupportedAdapter by name; nothing is ignored. Knows PEFT by the attribu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,43 +88,56 @@ def with_prefix(one: Attached | None, other: Attached | None) -> Attached | None
     )
 
 
-def attached(layers: nn.Module, *, again: bool = False) -> Attached | None:
-    """What is active on the skeleton `layers`; None where there is nothing. Raises UnsupportedAdapter.
+class Reader:
+    """Reads what is active on skeleton layers, for each token: they are walked through only after a module was put
+    among them or taken out."""
 
-    `again`: they were looked at before, in the same sequence, so what else may be inside them is not looked for.
-    """
-    adapted = list(_lora_layers(layers))
-    found: dict[tuple[int, str], list[_Part]] = {}
-    for name, module in adapted:
-        for part in _parts(name, module):
-            found.setdefault((part.target.block, part.target.module), []).append(part)
-    if not again:
-        _check_nothing_else(layers, adapted)
-    if not found:
-        return None
-    dropouts = {part.dropout for each in found.values() for part in each}
-    if len(dropouts) > 1:
-        raise UnsupportedAdapter("active adapters differ in their lora_dropout", hint="train one of them at a time")
-    parts = sorted((_together(parts) for parts in found.values()), key=lambda part: part.target.block)
-    return Attached(
-        targets=tuple(part.target for part in parts),
-        weights=tuple(weight for part in parts for weight in (part.a_RK, part.b_NR)),
-        parts=tuple(part for each in found.values() for part in each),
-        dropout=dropouts.pop(),
-    )
+    def __init__(self, layers: nn.Module) -> None:
+        self._layers = layers
+        self._children: list[tuple[Mapping[str, nn.Module | None], Mapping[str, nn.Module | None]]] = []
+        """Of every module its own, and what they were."""
+        self._adapted: list[tuple[str, Any]] = []
 
+    def read(self, *, again: bool = False) -> Attached | None:
+        """What is active now; None where there is nothing. Raises UnsupportedAdapter.
 
-def _lora_layers(layers: nn.Module) -> Iterator[tuple[str, Any]]:
-    """As `named_modules` finds them, in a tenth of its time: this is done for each token."""
-    left = [("", layers)]
-    while left:
-        path, module = left.pop()
-        children = module._modules
-        if "lora_A" in children and "base_layer" in children:
-            yield path, module
-        else:
-            prefix = f"{path}." if path else ""
-            left += [(prefix + name, child) for name, child in children.items() if child is not None][::-1]
+        `again`: they were read before, in the same sequence, so what else may be inside them is not looked for.
+        """
+        if not self._children or any(now != before for now, before in self._children):
+            self._walk()
+        found: dict[tuple[int, str], list[_Part]] = {}
+        for name, module in self._adapted:
+            for part in _parts(name, module):
+                found.setdefault((part.target.block, part.target.module), []).append(part)
+        if not again:
+            _check_nothing_else(self._layers, self._adapted)
+        if not found:
+            return None
+        dropouts = {part.dropout for each in found.values() for part in each}
+        if len(dropouts) > 1:
+            raise UnsupportedAdapter("active adapters differ in their lora_dropout", hint="train one of them at a time")
+        parts = sorted((_together(parts) for parts in found.values()), key=lambda part: part.target.block)
+        return Attached(
+            targets=tuple(part.target for part in parts),
+            weights=tuple(weight for part in parts for weight in (part.a_RK, part.b_NR)),
+            parts=tuple(part for each in found.values() for part in each),
+            dropout=dropouts.pop(),
+        )
+
+    def _walk(self) -> None:
+        """As `named_modules` goes, down to LoRA's layers."""
+        seen: list[tuple[Mapping[str, nn.Module | None], Mapping[str, nn.Module | None]]] = []
+        adapted, left = [], [("", self._layers)]
+        while left:
+            path, module = left.pop()
+            children = module._modules
+            seen.append((children, dict(children)))
+            if "lora_A" in children and "base_layer" in children:
+                adapted.append((path, module))
+            else:
+                prefix = f"{path}." if path else ""
+                left += [(prefix + name, child) for name, child in children.items() if child is not None][::-1]
+        self._adapted, self._children = adapted, seen  # whole, as other threads read them
 
 
 def _check_nothing_else(layers: nn.Module, adapted: Iterable[tuple[str, nn.Module]]) -> None:

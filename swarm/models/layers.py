@@ -26,7 +26,7 @@ from peers.model.rotary import rotary_regime
 from peers.model.skeleton import embed_only, install_route
 from peers.model.support import find_decoder, find_layers
 from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
-from swarm.models.adapters import Attached, attached, with_prefix
+from swarm.models.adapters import Attached, Reader, with_prefix
 from swarm.models.cache import SwarmCache
 from swarm.models.generation import current_generation
 from swarm.models.gradients import Documents, documents_of, packed_documents, run
@@ -93,8 +93,9 @@ class RemoteLayers:
         self._last_adapter: tuple[Attached, Adapter] | None = None
         """What it was read from, and what travelled last."""
         layers_path = find_layers(model)
-        self._layers = model.get_submodule(layers_path)
-        self.num_blocks = len(self._layers)
+        layers = model.get_submodule(layers_path)
+        self._adapters = Reader(layers)
+        self.num_blocks = len(layers)
         self.regime = rotary_regime(model)
         self._decoder = model.get_submodule(find_decoder(model, layers_path))
         self._config = self._decoder.config
@@ -210,7 +211,7 @@ class RemoteLayers:
                 gaps=self.remote.training is not None and current_generation(self) is None and past == 0,
             ),
             documents=documents,
-            attached=with_prefix(attached(self._layers, again=past > 0 and prefix is None), prefix),
+            attached=with_prefix(self._adapters.read(again=past > 0 and prefix is None), prefix),
             prefixed=prefix is not None,
             kept=kept,
             token_ids_BT=asked.get("input_ids") if from_ids_alone else None,

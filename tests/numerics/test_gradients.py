@@ -36,7 +36,6 @@ from peers.wire.messages import AdapterTarget, Train
 from routing.errors import CallerError, NoRoute
 from swarm import SwarmModelForSequenceClassification
 from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedMask
-from swarm.models.adapters import attached
 from swarm.models.classification import with_class_head
 from swarm.session import training as client
 from swarm.session.training import TrainingConfig, TrainingRoute, micro_batches
@@ -607,7 +606,7 @@ def test_lora_dropout_comes_from_a_seed_and_is_the_same_whoever_computes_it_agai
     torch.manual_seed(11)
     dropout = Dropout(0.4, int(torch.randint(1 << 62, ())))
     layers = whole.base_model.model.model.layers
-    for target in attached(model._remote_layers._layers).targets:
+    for target in model._remote_layers._adapters.read().targets:
         module = layers[target.block].get_submodule(target.module)
         module.lora_dropout["default"] = Dropped(dropout, target, inputs["attention_mask"])
     expected = gradients(whole)

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 
 from swarm.errors import UnsupportedAdapter
-from swarm.models.adapters import Attached, attached
+from swarm.models.adapters import Attached, Reader
 from tests.helpers.local_remote import make_world
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias", "ignore:.*target_parameters")
@@ -21,7 +21,7 @@ def tuned(family: str = "llama", **settings: Any) -> Any:
 
 
 def read(model: Any) -> Attached | None:
-    return attached(model.base_model.model._remote_layers._layers)
+    return Reader(model.base_model.model._remote_layers._adapters._layers).read()
 
 
 def test_active_adapters_are_read_anew_each_time_and_travel_in_order() -> None:
@@ -125,3 +125,14 @@ def test_a_parameter_that_was_written_to_is_not_what_it_was() -> None:
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.scaling["default"] *= 2
     assert not read(model).untouched_since(before)
+
+
+def test_what_is_put_among_the_layers_or_taken_out_is_seen_at_once() -> None:
+    model = tuned()
+    reader = Reader(model.base_model.model._remote_layers._adapters._layers)
+    assert [target.module for target in reader.read().targets] == ["self_attn.q_proj"] * 2
+    model.add_adapter("other", LoraConfig(target_modules=["v_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    assert {target.module for target in reader.read(again=True).targets} == {"self_attn.q_proj", "self_attn.v_proj"}
+    model.unload()
+    assert reader.read(again=True) is None
