@@ -199,8 +199,8 @@ def test_a_hop_that_holds_less_than_it_says_costs_a_route_and_no_token(
     route = remote.route.hops
     swarm.add_peer(*SPANS[1])
     liar = next(peer for peer in swarm.peers if peer.handler.served.spans.covers(route[1].span))
-    liar.engine.open = lambda session, owner, span, keys: len(keys) * BLOCK + too_many  # type: ignore[method-assign]
+    liar.engine.open = lambda session, owner, span, keys, adapter: len(keys) * BLOCK + too_many  # type: ignore[method-assign]
     for others in (swarm.peers[0], swarm.peers[2]):
-        others.engine.open = lambda session, owner, span, keys: len(keys) * BLOCK  # type: ignore[method-assign]
+        others.engine.open = lambda session, owner, span, keys, adapter: len(keys) * BLOCK  # type: ignore[method-assign]
     assert torch.equal(generate(model, text(160)), generate(local, text(160)))
     assert (remote.route.hops == route) == same_route
