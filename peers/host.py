@@ -173,7 +173,10 @@ class PeerConfig(NodeOptions):
             raise ValueError("threads is at least 1")
         names = [check_adapter_name(name) for name, _ in self.adapters]
         if len(names) > MAX_ADAPTERS or len(set(names)) < len(names):
-            raise CallerError(f"a peer hosts up to {MAX_ADAPTERS} adapters, each under a name of its own")
+            raise CallerError(
+                f"a peer hosts up to {MAX_ADAPTERS} adapters, each under a name of its own",
+                hint="leave some out, or rename them in --adapter NAME=FOLDER",
+            )
         if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
             raise ValueError(f"{self.metrics_port} is no port")
         check_comfort(nice=self.nice, load_percent=self.pause_on_load_percent, max_bytes_per_s=self.max_bytes_per_s)

@@ -32,6 +32,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_ADAPTER_BYTES = 1 << 30
 """Of the values for the blocks of one peer, in float32."""
+WRITTEN_BY_PEFT = "an adapter is what PEFT's save_pretrained writes, as safetensors"
 BEYOND_LORA = (
     *("use_dora", "use_qalora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices"),
     *("target_parameters", "alora_invocation_tokens"),
@@ -93,13 +94,17 @@ class AdapterFolder:
             path = _path_of(name, self.source)
             block, _, module = path.removeprefix(f"{layers_path}.").partition(".")
             if not path.startswith(f"{layers_path}.") or not block.isdecimal() or int(block) >= num_blocks:
-                raise CallerError(f"{self.source} adapts {path}, which is no part of the model's {num_blocks} blocks")
+                raise CallerError(
+                    f"{self.source} adapts {path}, which is no part of the model's {num_blocks} blocks",
+                    hint="is it an adapter of this model?",
+                )
             places[int(block), module] = path
         mine = [(place, path) for place, path in sorted(places.items()) if place[0] in blocks]
         targets = [self._target(*place, path, tensors) for place, path in mine]
         if sum(target.rank * (target.inputs + target.outputs) for target in targets) * 4 > MAX_ADAPTER_BYTES:
             raise CallerError(
-                f"{self.source} takes more than {MAX_ADAPTER_BYTES >> 20} MiB for the blocks of this peer"
+                f"{self.source} takes more than {MAX_ADAPTER_BYTES >> 20} MiB for the blocks of this peer",
+                hint="serve fewer blocks, or an adapter of lower rank",
             )
         if not targets:
             return None
@@ -115,7 +120,7 @@ class AdapterFolder:
         a, b = (None if info is None or len(info.shape) != 2 else info.shape for info in found)
         rank = _matched(self.config.rank_pattern, path, self.config.r)
         if a is None or b is None or a[0] != rank or b[1] != rank:
-            raise CallerError(f"{self.source} has no A and B of rank {rank} for {path}")
+            raise CallerError(f"{self.source} has no A and B of rank {rank} for {path}", hint=WRITTEN_BY_PEFT)
         scaling = self.config.scaling(path)
         return AdapterTarget(block=block, module=module, rank=rank, inputs=a[1], outputs=b[0], scaling=scaling)
 
@@ -133,7 +138,7 @@ def open_adapter(
         repository = HubRepository.open(source, cache=(cache or cache_folder()).absolute(), token=token)
         paths = _required(repository.files, source)
         if repository.files[WEIGHTS].size > 2 * MAX_ADAPTER_BYTES or repository.files[CONFIG].size > MAX_CONFIG_BYTES:
-            raise CallerError(f"{source} is too large for an adapter")
+            raise CallerError(f"{source} is too large for an adapter", hint="is it a whole model?")
         fetched = repository.fetch(paths, progress or Silent())
         return _checked(source, fetched[CONFIG], fetched[WEIGHTS])
     _required([file.name for file in folder.iterdir()], source)
@@ -142,20 +147,20 @@ def open_adapter(
 
 def _required(files: Iterable[str], source: str) -> list[str]:
     if missing := sorted({CONFIG, WEIGHTS}.difference(files)):
-        raise CallerError(
-            f"{source} holds no {missing[0]}", hint="an adapter is what PEFT's save_pretrained writes, as safetensors"
-        )
+        raise CallerError(f"{source} holds no {missing[0]}", hint=WRITTEN_BY_PEFT)
     return [CONFIG, WEIGHTS]
 
 
 def _checked(source: str, config: Path, weights: Path) -> AdapterFolder:
     if config.stat().st_size > MAX_CONFIG_BYTES:
-        raise CallerError(f"{config} is too large for a configuration")
+        raise CallerError(f"{config} is too large for a configuration", hint=WRITTEN_BY_PEFT)
     raw = config.read_bytes()
     try:
         told = msgspec.json.decode(raw, type=_Config)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CallerError(f"{source} is no adapter that peers can compute with: {error}") from error
+        raise CallerError(
+            f"{source} is no adapter that peers can compute with: {error}", hint=WRITTEN_BY_PEFT
+        ) from error
     with weights.open("rb") as file:
         content = hashlib.sha256(raw).digest() + hashlib.file_digest(file, "sha256").digest()
     read_file_header(weights)
@@ -166,7 +171,9 @@ def _checked(source: str, config: Path, weights: Path) -> AdapterFolder:
 def _path_of(name: str, source: str) -> str:
     found = _KEY.fullmatch(name.removeprefix(_ROOT))
     if found is None or not name.startswith(_ROOT):
-        raise CallerError(f"{source} holds {name}, which is not LoRA of a linear layer")
+        raise CallerError(
+            f"{source} holds {name}, which is not LoRA of a linear layer", hint="peers host plain LoRA only"
+        )
     return found[1]
 
 
@@ -177,5 +184,5 @@ def _matched(patterns: Mapping[str, Number], path: str, default: Number) -> Numb
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
         except re.error as error:
-            raise CallerError(f"{pattern!r} is no pattern of module names") from error
+            raise CallerError(f"{pattern!r} is no pattern of module names", hint=WRITTEN_BY_PEFT) from error
     return default

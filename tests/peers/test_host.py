@@ -240,6 +240,7 @@ async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_ha
             DialBackService(links)
             await links.serve()
             await life.wait_for("reachable")
+            await life.wait_for("ready")
             await links.close()
     kinds = [kind for kind in life.kinds if not kind.startswith("reach")]
     assert kinds[:5] == ["connected", "loading", "unannounced", "announced", "ready"]

@@ -98,6 +98,6 @@ def test_a_tape_is_whole_also_while_another_engine_records(monkeypatch: pytest.M
     with opaque.through(lambda product, _, *inputs: product(*inputs)):
         tapes = cache._checked_tapes(cache._programs)
         assert tapes is not None
-        tape = tapes._write(1)
+        tape = tapes._write(1, {})
     assert tape is not None
     assert all(isinstance(part, Tensor) for part in tape.parts)
