@@ -15,16 +15,16 @@ Legend: T positions, H hidden size.
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peers.model.kernels import opaque
 from peers.model.support import one_line
@@ -104,7 +104,8 @@ class Recording:
         self.owners: list[object] = []
         self.patterns: list[Pattern] = []
         self.graph = Graph()
-        self.constants: Any = None
+        self.constants: dict[str, Tensor] = {}
+        """By the targets of the graph's `get_attr` nodes: weights, and what else the forward did not make itself."""
 
     def opaque(self, function: Callable[..., Tensor], owner: object, *inputs: Tensor) -> Tensor:
         """One operation of the recording, whatever `function` does inside; `owner` is what it belongs to."""
@@ -130,8 +131,69 @@ class Recording:
         return self.opaque(Attention(number, scale, softcap), None, q_1HTK, k_1JTK, v_1JTV, *sinks)
 
 
+class _Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down each operation that is carried out within, as a node of a recording's graph.
+
+    What `torch.fx`'s own tracer does, in a fiftieth of its time: no tensor stands for another here.
+    """
+
+    def __init__(self, recording: Recording, *inputs: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recording = recording
+        self._known: dict[int, tuple[Tensor, Node]] = {}
+        """By identity, which is unique while the tensors are held."""
+        for number, tensor in enumerate(inputs):
+            self._name(tensor, recording.graph.placeholder(f"input{number}"))
+        self._given = {node for _, node in self._known.values()}
+        """Nodes whose values depend on the inputs."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:
+            output = func.decompose(*args, **kwargs)
+        if output is not NotImplemented:
+            return output  # of operations that were heard instead
+        output = func(*args, **kwargs)
+        if func is torch.ops.aten.lift_fresh.default:
+            return output  # a literal of the forward's
+        nodes, named = map_aggregate((args, kwargs), lambda each: self._node(each))
+        node = self._recording.graph.call_function(func, nodes, named)
+        if not self._given.isdisjoint(node.all_input_nodes):
+            self._given.add(node)
+        if torch.Tag.data_dependent_output in func.tags:
+            if node in self._given:
+                raise NotFlat(f"it depends on values, by {func}")
+            return output
+        if isinstance(output, Tensor):
+            self._name(output, node)
+        elif isinstance(output, list | tuple):
+            for place, each in enumerate(output):
+                part = self._recording.graph.call_function(operator.getitem, (node, place))
+                if node in self._given:
+                    self._given.add(part)
+                self._name(each, part)
+        return output
+
+    def result(self, output: Tensor) -> None:
+        """What the forward returned."""
+        self._recording.graph.output(self._node(output))
+        self._recording.graph.eliminate_dead_code()
+
+    def _name(self, tensor: Tensor, node: Node) -> None:
+        self._known[id(tensor)] = tensor, node
+
+    def _node(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._known:
+            name = f"constant{len(self._recording.constants)}"
+            self._recording.constants[name] = value
+            self._name(value, self._recording.graph.get_attr(name))
+        return self._known[id(value)][1]
+
+
 _active = threading.local()
-_recording = threading.Lock()  # a recording changes `torch.nn.Module` for as long as it lasts, harmlessly for forwards
+_recording = threading.Lock()  # what goes through `opaque` does so for one thread at a time
 _library = torch.library.Library("hive_program", "DEF")  # type: ignore[no-untyped-call]
 _library.define("opaque(Tensor[] inputs, int call) -> Tensor")  # type: ignore[no-untyped-call]
 _library.impl(  # type: ignore[no-untyped-call]
@@ -141,18 +203,16 @@ _library.impl(  # type: ignore[no-untyped-call]
 
 def _record(forward: Forward, like_H: Tensor, tokens: int) -> Recording:
     recorder = _active.recorder = Recording()
+    inputs = _example(like_H, tokens, 0)
     try:
-        # one fake mode for all: make_fx would make one for every tensor, and that walks the stack
-        context = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
-        with _recording, context, torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
-            run = make_fx(lambda hidden, positions: forward(hidden, positions, recorder), tracing_mode="real")
-            module = run(*_example(like_H, tokens, 0))
+        with _recording, torch.inference_mode(False), torch.no_grad(), opaque.through(recorder.opaque):
+            with _Listener(recorder, *inputs) as listener:
+                output = forward(*inputs, recorder)
+            listener.result(output)
     except Exception as error:  # whatever an architecture's own code does not bear: it runs as it is
         raise NotFlat(f"its forward cannot be recorded ({one_line(error)})") from error
     finally:
         del _active.recorder
-    module.graph.eliminate_dead_code()
-    recorder.graph, recorder.constants = module.graph, module
     return recorder
 
 
@@ -270,13 +330,7 @@ class _Writer:
 
 def constant_of(first: Recording, second: Recording, node: Node, other: Node) -> Tensor:
     """The tensor that both recordings name. Raises NotFlat when it is not the same."""
-    value, same = (_attribute(r.constants, n.target) for r, n in ((first, node), (second, other)))
+    value, same = (recording.constants[str(at.target)] for recording, at in ((first, node), (second, other)))
     if value is not same and not (value.shape == same.shape and torch.equal(value, same)):
         raise NotFlat("a tensor that it makes depends on how many positions there are")
-    return value
-
-
-def _attribute(module: Any, path: Any) -> Tensor:
-    for name in str(path).split("."):
-        module = getattr(module, name)
-    return module.detach() if isinstance(module, Tensor) else module
+    return value.detach()
