@@ -44,6 +44,8 @@ class Announcer:
         self._network = network
         self._describe = describe
         self._outage = outage
+        self._problem: Unavailable | None = None
+        """Why nobody took the record when `run` announced it last."""
         self._clock = clock
         self._sequence = 0
         self._changed = asyncio.Event()
@@ -71,6 +73,7 @@ class Announcer:
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome
+        self._tell(None)
         self.heard.set()
 
     def soon(self) -> None:
@@ -79,21 +82,21 @@ class Announcer:
 
     async def run(self) -> None:
         """Announce every RECORD_RENEW_S seconds, and when told that something changed, until cancelled."""
-        before: Unavailable | None = None
         while True:
-            problem: Unavailable | None = None
             self._changed.clear()
             try:
                 await self.announce()
             except Unavailable as error:
-                problem = error
                 logger.info("not announced: %s", error)
-            if (problem is None) != (before is None):
-                self._outage(problem)
-            before = problem
+                self._tell(error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RECORD_RENEW_S):
                     await self._changed.wait()
+
+    def _tell(self, problem: Unavailable | None) -> None:
+        if (problem is None) != (self._problem is None):
+            self._outage(problem)
+        self._problem = problem
 
     async def _put(self, announcement: Announcement, key: str) -> None:
         value = sign_record(announcement, key, self._key)
