@@ -171,6 +171,10 @@ class LocalNode:
                 self._process = self._launch(
                     [*self._command, "--listen", self._listen], stdin=stdin, stdout=stdout, stderr=log.fileno()
                 )
+        except BaseException:  # nobody else would close them
+            self._stdin.close()
+            lines.close()
+            raise
         finally:
             os.close(stdin)
             os.close(stdout)

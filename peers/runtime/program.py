@@ -134,7 +134,7 @@ class Recording:
 class _Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down each operation that is carried out within, as a node of a recording's graph.
 
-    What `torch.fx`'s own tracer does, in a fiftieth of its time: no tensor stands for another here.
+    What `torch.fx`'s own tracer does, without a stand-in for each tensor, which is what takes the tracer's time.
     """
 
     def __init__(self, recording: Recording, *inputs: Tensor) -> None:
