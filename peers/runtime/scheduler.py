@@ -26,6 +26,10 @@ STEP_TOKENS = 16
 MIN_TOKEN_BUDGET = 4 * STEP_TOKENS
 """So that a whole step fits beside the quarter that is kept for longer works."""
 AGEING_BATCHES = 32
+LATE = 1.5
+"""Steps are late when they lately take so many times as long as the quickest did."""
+FORGETTING = 1.002
+"""The quickest step counts for so much more with every step that follows: contexts grow, and machines change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,8 @@ class Tempo:
         self.token_s = 0.0
         """One position of a longer work."""
         self._slices = slices
+        self._quick_s = 0.0
+        self._lately_s = 0.0
 
     def measured(self, seconds: float, *, steps: int, longer: int) -> None:
         """A forward took so long, with so many positions of steps and of longer works."""
@@ -84,6 +90,16 @@ class Tempo:
         else:
             own_s = seconds - self.step_s if steps else seconds
             self.token_s = _smoothed(self.token_s, max(own_s, 0.1 * seconds) / longer)
+
+    def answered(self, seconds: float) -> None:
+        """Steps were done so long after they had come."""
+        self._quick_s = min(seconds, FORGETTING * self._quick_s) if self._quick_s else seconds
+        self._lately_s = _smoothed(self._lately_s, seconds)
+
+    @property
+    def late(self) -> bool:
+        """Whether steps take clearly longer than they could: they wait here, or somebody else is on the same cores."""
+        return self._lately_s > LATE * self._quick_s
 
     def pace(self, budget: int, *, decoding: bool) -> Pace:
         """Such that steps wait about as long as they take themselves for a piece beside them, half as long for a slice.

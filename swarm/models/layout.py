@@ -100,7 +100,7 @@ def lay_out(
             first_positions.append(0)
             continue
         if not rules.takes_position_ids:
-            first_position = lengths[row]
+            first_position = lengths[row] + (offsets[row] or 0)
         elif positions_N is not None and count > 1 and ((skipped_N := positions_N.diff() - 1) != 0).any():
             if not gaps or (skipped_N < 0).any():
                 raise UnsupportedMask(f"the position ids of row {row} do not count its kept tokens one by one")

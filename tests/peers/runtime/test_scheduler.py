@@ -182,6 +182,22 @@ def test_steps_wait_about_as_long_as_they_take(step_s: float, token_s: float, sl
     assert tempo.pace(budget, decoding=False).alone == budget
 
 
+def test_steps_are_late_when_they_lately_take_longer_than_the_quickest_and_that_is_forgotten() -> None:
+    tempo = Tempo(1)
+    assert not tempo.late
+    for _ in range(10):
+        tempo.answered(0.01)
+    assert not tempo.late
+    for _ in range(2):
+        tempo.answered(0.03)
+    assert tempo.late
+    steps = 0
+    while tempo.late:  # they just take so long now
+        tempo.answered(0.03)
+        steps += 1
+    assert 300 < steps < 400
+
+
 def test_a_removed_work_makes_room_for_the_next_in_line() -> None:
     desk = Desk()
     first, second = desk.submit(0, 1), desk.submit(0, 1)
