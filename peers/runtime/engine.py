@@ -652,7 +652,7 @@ class Engine:
                 while (batch := self._wait_for_batch()) or not self._prepared or self._errands:
                     if batch:
                         self._run_batch(batch)
-                    elif self._errands:
+                    elif self._pause_s() == 0:
                         self._run_errand()
                     if not self._prepared:
                         self._prepare(preparing)

@@ -86,9 +86,7 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
         where another adapter computed what is held, UnsupportedMask where positions do not go on behind a prefix.
         """
         self.rows = [_going_on(row, adapter) for row in self.rows]
-        for row, first, columns_N in zip(self.rows, layout.first_positions, layout.columns, strict=True):
-            if self.before and first != self.before and not row.length and (columns_N is None or len(columns_N)):
-                raise UnsupportedMask(f"a row begins at position {first}, and its prefix ends at {self.before}")
+        self._check_beginnings(layout)
         if token_ids_BT is None:
             unknown = [UNKNOWN_TOKEN] * layout.width
             inputs: Iterable[tuple[Tensor | None, list[int]]] = [(None, unknown)] * len(layout.columns)
@@ -145,6 +143,12 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
                 if repeat_last:
                     out_BTD[row, -1] = output[-1]
         return out_BTD
+
+    def _check_beginnings(self, layout: Layout) -> None:
+        """Raises UnsupportedMask where a row does not begin right behind the prefix."""
+        for row, first, columns_N in zip(self.rows, layout.first_positions, layout.columns, strict=True):
+            if self.before and first != self.before and not row.length and (columns_N is None or len(columns_N)):
+                raise UnsupportedMask(f"a row begins at position {first}, and its prefix ends at {self.before}")
 
     def close(self) -> None:
         """Release what the rows hold. Idempotent."""
