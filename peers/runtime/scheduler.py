@@ -26,7 +26,7 @@ STEP_TOKENS = 16
 MIN_TOKEN_BUDGET = 4 * STEP_TOKENS
 """So that a whole step fits beside the quarter that is kept for longer works."""
 AGEING_BATCHES = 32
-LATE = 1.5
+LATE = 1.4
 """Steps are late when they lately take so many times as long as the quickest did."""
 FORGETTING = 1.002
 """The quickest step counts for so much more with every step that follows: contexts grow, and machines change."""
