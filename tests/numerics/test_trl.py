@@ -178,7 +178,7 @@ def test_the_command_stops_at_ctrl_c_and_goes_on_from_its_checkpoint(
         monkeypatch.setattr(view, "_say_some", lambda _: None)
     assert said[0][-2:] == [
         "writing a checkpoint after this step; again to leave at once",
-        "stopped after step 2 of 5; the same command goes on from there",
+        "stopped after step 3 of 5; the same command goes on from there",
     ]
     assert re.match(r"5 steps in \d+ s, validation loss \d", said[1][-2])
     assert said[1][-1] == f"the adapter is in {output}, its losses in {output / CURVE_FILE}"
