@@ -44,11 +44,11 @@ def test_a_fine_tuned_adapter_says_locally_what_it_says_through_peers_private_or
     assert loss.item() == pytest.approx(end["validation_loss"], rel=1e-3)
 
     prompt_ids = tuple(tokenizer("2 plus 2 is").input_ids)
-    plain, expected = (generate(base, prompt_ids, 8) for base in (model, tuned))
+    plain, expected = (generate(base, prompt_ids, 8, min_new_tokens=0) for base in (model, tuned))
     assert plain != expected, "it has learned nothing"
     private = PeftModel.from_pretrained(model, str(output)).eval()
     try:
-        assert generate(private, prompt_ids, 8) == expected
+        assert generate(private, prompt_ids, 8, min_new_tokens=0) == expected
     finally:
         private.unload()
     host = swarm.add_peer((0, 30), "--adapter", f"bees={output}")
