@@ -493,8 +493,9 @@ class TrainingRoute:
                 return False
             case _:
                 self.traffic.failures["lost"] += 1
-                logger.warning("peer %s: %s", hop.peer_id, error)
-                router.on_failure(hop.peer_id, now_s, str(error))
+                if hop.peer_id not in self._lost:  # else several micro-batches were there
+                    logger.warning("training goes on without peer %s: %s", hop.peer_id, error)
+                    router.on_failure(hop.peer_id, now_s, str(error))
         self._lost[hop.peer_id], self._lost_at_s = loop_s + AVOID_S, loop_s
         return False
 

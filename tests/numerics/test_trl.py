@@ -166,7 +166,7 @@ def test_the_command_stops_at_ctrl_c_and_goes_on_from_its_checkpoint(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(view, "_say_some", say)
-    connection: Any = SimpleNamespace(open=lambda: (swarm.model(guest=True), swarm.checkpoint))
+    connection: Any = SimpleNamespace(model="tiny", open=lambda: (swarm.model(guest=True), swarm.checkpoint))
     data, output = tmp_path / "data.jsonl", tmp_path / "adapter"
     rows = [{"prompt": prompt, "completion": right} for prompt, right, _ in QUESTIONS]
     data.write_text("\n".join(map(json.dumps, rows * 3)))
@@ -180,8 +180,12 @@ def test_the_command_stops_at_ctrl_c_and_goes_on_from_its_checkpoint(
         "writing a checkpoint after this step; again to leave at once",
         "stopped after step 3 of 5; the same command goes on from there",
     ]
-    assert re.match(r"5 steps in \d+ s, validation loss \d", said[1][-2])
-    assert said[1][-1] == f"the adapter is in {output}, its losses in {output / CURVE_FILE}"
+    assert said[1][0] == "going on from the checkpoint of step 3"
+    assert re.match(r"2 steps in \d+ s, validation loss \d", said[1][-3])
+    assert said[1][-2:] == [
+        f"the adapter is in {output}, its losses in {output / CURVE_FILE}",
+        f"to use it: swarm generate tiny --adapter {output}",
+    ]
     losses = json.loads((output / LOSSES_FILE).read_text())
     assert [entry["step"] for entry in losses if "loss" in entry] == [1, 2, 3, 4, 5]
     assert (output / CURVE_FILE).read_bytes().startswith(b"\x89PNG")
