@@ -209,6 +209,8 @@ class _Session:
     preempted: bool = False
     """Its positions were taken away and it has not begun again."""
     released: bool = False
+    stepped_at_s: float = -DECODING_S
+    """When its last step was done."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -249,7 +251,8 @@ class Engine:
         self._preemptions = 0
         self._batch_works, self._batch_tokens = Tally(BATCH_STEPS), Tally(BATCH_TOKENS)
         # on an accelerator blocks are queued, not run, by the time that the next one begins
-        self._tempo = Tempo(slices=len(model.span) if model.device.type == "cpu" else 1)
+        slices = len(model.span) if model.device.type == "cpu" else 1
+        self._tempo = Tempo(slices, len(model.span) / model.num_blocks)
         self._last_step_s = -DECODING_S
         self._paused_s = 0.0
         """What the running forward has left to others so far."""
@@ -872,7 +875,7 @@ class Engine:
             now_s = time.perf_counter()
             if steps:
                 self._last_step_s = now_s
-                self._tempo.answered(max(now_s - ticket.submitted_s for ticket, _ in batch if ticket.item.is_step))
+                self._note_steps([ticket for ticket, _ in batch if ticket.item.is_step], now_s)
             for (ticket, pick), output in zip(batch, outputs, strict=True):
                 if not all_finite and not finite(output):
                     self._fail_late(ticket, NonFiniteOutput("the model made NaN or infinity of this session's input"))
@@ -894,6 +897,13 @@ class Engine:
             _answer_all(answers)
         elif answers:
             self._loop.call_soon_threadsafe(_answer_all, answers)
+
+    def _note_steps(self, steps: Sequence[_Ticket], now_s: float) -> None:
+        gaps_s = [now_s - step.session.stepped_at_s for step in steps]
+        gap_s = min(gaps_s)
+        self._tempo.answered(max(now_s - step.submitted_s for step in steps), gap_s if gap_s < DECODING_S else None)
+        for step in steps:
+            step.session.stepped_at_s = now_s
 
     def _fail_late(self, ticket: _Ticket, error: SwarmError) -> None:
         """Fail a work of the forward that just ended, unless it was settled meanwhile."""
