@@ -237,9 +237,14 @@ def test_a_peer_that_dies_and_one_that_leaves_are_replaced_by_others_that_are_se
     assert remote.uploads.bytes_sent < 2.5 * 4 * values, "each peer once, and its part only"
 
 
-def test_a_standby_is_sent_the_adapter_and_takes_over(local: Any, doubled: MemorySwarm) -> None:
-    tuned, whole, ids = adapted(doubled.model()), adapted(copy.deepcopy(local)), prompt()
-    remote = remote_of(tuned)
+@pytest.mark.parametrize("method", ["lora", "prefix tuning"])
+def test_a_standby_is_sent_the_adapter_and_takes_over(local: Any, doubled: MemorySwarm, method: str) -> None:
+    tuned, whole = (
+        adapted(base) if method == "lora" else prompted(base, method).eval()
+        for base in (doubled.model(), copy.deepcopy(local))
+    )
+    ids, remote = prompt(), remote_of(tuned)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def filled() -> bool:
         held = [len(session.core.standby_hops) for session in remote._sessions.by_id.values()]
@@ -251,8 +256,8 @@ def test_a_standby_is_sent_the_adapter_and_takes_over(local: Any, doubled: Memor
         doubled.kill_peer(remote.route.hops[1].peer_id)
 
     with tuned.get_base_model().session(resilience="standby"):
-        answer = tuned.generate(input_ids=ids, stopping_criteria=[AtToken(8, die)], **GREEDY)
-    assert torch.equal(answer, whole.generate(input_ids=ids, **GREEDY))
+        answer = tuned.generate(**inputs, stopping_criteria=[AtToken(8, die)], **GREEDY)
+    assert torch.equal(answer, whole.generate(**inputs, **GREEDY))
     assert remote.traffic.switches
     assert not remote.traffic.failures["unknown_adapter"]
 
