@@ -292,10 +292,13 @@ def test_prompts_and_prefixes_generate_what_local_peft_does(local: Any, swarm: M
     assert swarm.eventually_settled()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt2", "phi3-longrope"])
-def test_a_prefix_stands_before_a_session_whatever_its_layers_see(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "device"), [("gemma3", "cpu"), ("gpt2", "cpu"), ("phi3-longrope", "cpu"), ("llama", "cpu,cpu")]
+)
+def test_a_prefix_stands_before_a_session_whatever_its_layers_see(family: str, device: str, tmp_path: Path) -> None:
     local = save_checkpoint(FAMILIES[family], tmp_path / "model")
-    with MemorySwarm(tmp_path / "model", [(0, 1), (1, NUM_BLOCKS)], cache=tmp_path / "cache") as swarm:
+    spans = [(0, 1), (1, NUM_BLOCKS)] if device == "cpu" else [(0, NUM_BLOCKS)]
+    with MemorySwarm(tmp_path / "model", spans, cache=tmp_path / "cache", device=device) as swarm:
         whole, tuned = (prompted(base, "prefix tuning").eval() for base in (copy.deepcopy(local), swarm.model()))
         long = prompt(100) if family == "gemma3" else prompt(20)  # more than its window and what can be gone back
         with tuned.get_base_model().session():
