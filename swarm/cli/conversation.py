@@ -28,6 +28,7 @@ from swarm.extras import require_extra
 from swarm.models.tracing import traced
 from swarm.network import Entrance
 from swarm.session.remote import Resilience
+from swarm.session.training import TrainingConfig
 
 HELP = "/reset begins a new conversation · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
 
@@ -45,6 +46,7 @@ class Connection:
     """That peers host; or a folder here, whose adapter only travels with what is asked."""
     background: bool = False
     resilience: Resilience = "replay"
+    training: TrainingConfig | None = None
 
     def open(self) -> tuple[Any, Checkpoint]:
         """The remote model (close it) and its checkpoint. Raises SwarmError."""
@@ -60,6 +62,7 @@ class Connection:
                 adapter=None if self._is_own_adapter else self.adapter,
                 background=self.background,
                 resilience=self.resilience,
+                training=self.training,
             )
         return model, checkpoint
 

@@ -91,6 +91,14 @@ def finetune(
     ] = 50,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed and data give the same adapter.")] = 0,
     dtype: Dtype = "float32",
+    wire_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            "--wire-dtype",
+            help="Number format of what travels; bfloat16 halves it, for slow lines. Default: that of --dtype.",
+            show_default=False,
+        ),
+    ] = None,
     min_precision: MinPrecision = None,
     network: Network = None,
     token: Token = None,
@@ -111,9 +119,17 @@ def finetune(
         require_extra("train", "accelerate", "matplotlib", "peft")
         from swarm.cli import finetune as view
         from swarm.cli.conversation import Connection
+        from swarm.session.training import TrainingConfig
         from swarm.training import FinetuneConfig
 
-        connection = Connection(model=model, entrance=entrance, dtype=dtype, token=token, min_precision=min_precision)
+        connection = Connection(
+            model=model,
+            entrance=entrance,
+            dtype=dtype,
+            token=token,
+            min_precision=min_precision,
+            training=TrainingConfig(dtype=wire_dtype),
+        )
         config = FinetuneConfig(
             method=method,
             rank=rank,
