@@ -23,8 +23,6 @@ import openai
 import pytest
 import torch
 import yaml
-from langchain_core.messages import ToolMessage
-from langchain_openai import ChatOpenAI
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -355,6 +353,9 @@ def test_a_template_without_tools_gets_the_default_system_text(world: GatewayWor
 
 def test_another_client_library_is_at_home_here(world: GatewayWorld, url: str) -> None:
     """LangChain's: it sends fields and reads chunks in its own ways."""
+    from langchain_core.messages import ToolMessage  # a second, for this test alone
+    from langchain_openai import ChatOpenAI
+
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "max_retries": 0, "stream_usage": True}
     talker = ChatOpenAI(base_url=f"{url}/v1", api_key=KEYS[0], model=MODEL, **options)
     expected = world.text("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n", 12)
