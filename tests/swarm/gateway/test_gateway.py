@@ -522,22 +522,25 @@ def test_whatever_happens_to_peers_while_many_streams_run_every_text_is_the_undi
     left = iter(acts)
     lock, seen = threading.Lock(), 0
 
-    def read(url: str, prompt: str) -> str:
+    def read(client: openai.OpenAI, prompt: str) -> str:
         nonlocal seen
         text = ""
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            for chunk in complete(client, prompt, max_tokens=tokens, stream=True):
-                text += chunk.choices[0].text
-                with lock:
-                    seen += 1
-                    if seen % (tokens * streams // (len(acts) + 2)) == 0:
-                        next(left, lambda: None)()
+        for chunk in complete(client, prompt, max_tokens=tokens, stream=True):
+            text += chunk.choices[0].text
+            with lock:
+                seen += 1
+                if seen % (tokens * streams // (len(acts) + 2)) == 0:
+                    next(left, lambda: None)()
         return text
 
     prompts = [f"{PROMPT}, number {at}" for at in range(streams)]
     try:
-        with serving(world.served) as gateway, ThreadPoolExecutor(streams) as pool:
-            texts = list(pool.map(lambda prompt: read(gateway.url, prompt), prompts))
+        with (
+            serving(world.served) as gateway,
+            openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client,
+            ThreadPoolExecutor(streams) as pool,
+        ):
+            texts = list(pool.map(lambda prompt: read(client, prompt), prompts))
         assert next(left, None) is None, "all of it happened"
         assert world.served.engine.traffic.rebuilds >= streams
         assert texts == [world.text(prompt, tokens) for prompt in prompts]
