@@ -9,12 +9,12 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.conftest import Swarm
+from tests.integration.conftest import Commands
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-def test_the_demo_answers_and_leaves_nothing_behind(command: Swarm) -> None:
+def test_the_demo_answers_and_leaves_nothing_behind(command: Commands) -> None:
     done = command("demo", "What is the capital of France?", "--max-new-tokens", "24")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
