@@ -1,6 +1,7 @@
 """One swarm of real processes for all tests that kill nothing; a local model to compare with.
 
-Tests that share processes belong to one worker of pytest-xdist: run with `--dist loadgroup`.
+Tests that share processes belong to one worker of pytest-xdist: run with `--dist loadgroup`. Those that share the swarm
+are many, and so are two groups: the second has those that run commands, in a swarm that looks the same.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from tests.helpers.processes import Family
 
 MODEL = "smollm2-135m-instruct"
 SPANS = [(0, 10), (10, 20), (20, 30)]
+LONGEST = ("a swarm for models", "a swarm for commands", "test_healing")
+"""Groups with which to begin: two that work, and one that waits."""
 
 Greedy = Callable[..., list[int]]
 
@@ -38,10 +41,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            shared = "swarm" in getattr(item, "fixturenames", ())
             item.add_marker(pytest.mark.integration)
-            item.add_marker(pytest.mark.xdist_group("the shared swarm" if shared else item.path.stem))
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
             item.add_marker(pytest.mark.timeout(600))
+    items.sort(key=lambda item: LONGEST.index(group) if (group := group_of(item)) in LONGEST else len(LONGEST))
+
+
+def group_of(item: pytest.Item) -> str:
+    fixtures = getattr(item, "fixturenames", ())
+    if "command" in fixtures:  # which has a price of its own in each worker
+        return "a swarm for commands"
+    return "a swarm for models" if "swarm" in fixtures else item.path.stem
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,7 @@ def test_a_model_that_nobody_serves_is_refused_with_its_blocks(
     assert time.monotonic() - started_s < 60
 
 
+@pytest.mark.usefixtures("command")  # so that it is asked of the same swarm
 def test_nobody_else_was_disturbed(model: Any, greedy: Greedy) -> None:
     assert generate(model, (5, 6, 7), 8) == greedy((5, 6, 7), 8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -123,7 +124,7 @@ def test_peers_with_different_checkpoints_are_never_mixed(swarm: LocalSwarm, twi
 
 
 def test_ctrl_c_while_loading_leaves_no_process(tmp_path: Path) -> None:
-    peer = LocalNode("early", ["join", MODEL, "--new-swarm"], folder=tmp_path, environment={})
+    peer = LocalNode("early", ["join", MODEL, "--new-swarm"], folder=tmp_path, environment=os.environ)
     peer.wait_for("connected")
     family = psutil.Process(peer.pid).children(recursive=True)
     assert family  # the libp2p daemon

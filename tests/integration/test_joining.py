@@ -75,10 +75,11 @@ def test_a_peer_has_the_same_address_after_a_restart(command: Commands, tmp_path
     assert len(seen[0][1]) == 1
 
 
-def test_peers_with_8_bit_weights_answer_and_say_so(greedy: Greedy) -> None:
-    with LocalSwarm(MODEL, [(0, 30)], dtype="float32", quantize="int8") as swarm:
+def test_peers_with_8_bit_weights_answer_and_say_so(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    with LocalSwarm(tmp_path, [(0, 2)], dtype="float32", quantize="int8") as swarm:
         assert swarm.peers[0].wait_for("ready")["quantization"] == "int8"
-        with SwarmModelForCausalLM.from_pretrained(MODEL, initial_peers=swarm.initial_peers) as model:
+        with SwarmModelForCausalLM.from_pretrained(swarm.model, initial_peers=swarm.initial_peers) as model:
             remote: Any = model._remote_layers.remote
             generate(model, (5, 6, 7), 8)
             assert [hop.quantization for hop in remote.route.hops] == ["int8"]
