@@ -136,7 +136,7 @@ def test_what_happens_is_seen_as_it_happens(page: Page, crowd: CrowdServer) -> N
 
 
 def test_adapters_are_listed_with_their_hosts_and_what_nobody_hosts(browser: Browser) -> None:
-    with serving(40) as crowd, visit(browser, crowd.url) as page:
+    with serving(200) as crowd, visit(browser, crowd.url) as page:
         card = page.locator("section", has=page.get_by_role("heading", name="Adapters"))
         row = card.get_by_role("listitem").filter(has_text="pirate@")
         (told,) = (each for each in ask(crowd, "overview")["models"][0]["adapters"] if each["name"] == "pirate")
