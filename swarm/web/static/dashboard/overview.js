@@ -98,7 +98,7 @@ function adapterList(adapters) {
       <h2>Adapters</h2>
       <span class="small soft">hosted for everybody; <code>--adapter NAME</code> generates with one</span>
     </div>
-    <ul class="models">
+    <ul class="models adapters">
       ${adapters.map(
         ({ name, digest, hosts, gaps }) =>
           html`<li>
