@@ -149,6 +149,7 @@ class MemorySwarm:
             blocks=spans,
             quantization=quantization,
             training=self._training,
+            hosted=adapters.values(),
         )
         await peer.load(
             self.checkpoint,
