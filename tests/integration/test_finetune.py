@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from swarm.testing import LocalSwarm, model_folder
 from swarm.training.data import encode_all, read_examples
-from tests.integration.conftest import MODEL, Swarm, generate
+from tests.integration.conftest import MODEL, Commands, generate
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def fresh() -> Any:
 
 
 def test_a_fine_tuned_adapter_says_locally_what_it_says_through_peers_private_or_hosted(
-    command: Swarm, swarm: LocalSwarm, model: Any, fresh: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    command: Commands, swarm: LocalSwarm, model: Any, fresh: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b} bees."} for a in range(2, 6) for b in range(2, 5)]

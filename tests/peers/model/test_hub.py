@@ -403,11 +403,12 @@ def test_a_refused_connection_is_reported_at_once(monkeypatch: pytest.MonkeyPatc
         assert time.monotonic() - started < 2
 
 
-@pytest.mark.parametrize(("drip", "deadline_s"), [(False, hub.HUB_DEADLINE_S), (True, 1.0)])
+@pytest.mark.parametrize("drip", [False, True])
 def test_a_hub_that_never_finishes_its_answer_is_given_up_within_five_seconds(
-    drip: bool, deadline_s: float, monkeypatch: pytest.MonkeyPatch, cache: Path
+    drip: bool, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    stop = threading.Event()
+    assert hub.HUB_DEADLINE_S + 1 <= 5
+    stop, deadline_s = threading.Event(), 0.5
     monkeypatch.setattr(hub, "HUB_DEADLINE_S", deadline_s)
 
     def answer() -> None:
@@ -424,7 +425,7 @@ def test_a_hub_that_never_finishes_its_answer_is_given_up_within_five_seconds(
         started = time.monotonic()
         with pytest.raises(HubUnreachable):
             resolve(REPO, cache=cache)
-        assert time.monotonic() - started < deadline_s + 1 <= 5
+        assert time.monotonic() - started < deadline_s + 1
         stop.set()
         thread.join()
 
