@@ -559,6 +559,8 @@ class TrainingRoute:
             del self._asked[key]
             exchanging.cancel()
             await asyncio.gather(exchanging, return_exceptions=True)
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # of a link that ended while it was sent to: that has been raised already
         if gradient_TH is not None:
             limit = self.config.max_growth * _norm(gradient_TH)
             _believable(peer.peer_id, "input", result_TH, limit)
