@@ -33,6 +33,8 @@ from swarm.session.remote import Embed, Remote, Resilience, check_resilience
 from swarm.session.training import TrainingConfig
 
 Adapt = Callable[[Any], Any]
+HEAD_ROWS = 16
+"""Sequences generated at once for which the head may be faster than torch's: more take seconds to find out about."""
 IGNORED_LABEL = -100
 """What transformers' losses leave out."""
 
@@ -189,11 +191,12 @@ def load_model(
     model: Any = load_client(checkpoint, dtype=dtype, device=device, progress=progress)
     model.eval().requires_grad_(False)  # without gradients to ask for, a plain forward needs no torch.no_grad()
     if (pool := pool_for(model.device, torch.get_num_threads())) is not None:
-        accelerate(model, pool)  # of all linear layers only the head is here
+        accelerate(model, pool, rows=HEAD_ROWS)  # of all linear layers only the head is here
     if adapt is not None:
         model = adapt(model)
     share_head(model)
     layers = RemoteLayers(model)
+    layers.hosted = adapter
     layers.pools_last = kind is SwarmModelForSequenceClassification
     model.__class__ = _swarm_class(model.__class__, cast(Any, kind))
     model._remote_layers = layers

@@ -1,15 +1,20 @@
 """One swarm of real processes for all tests that kill nothing; a local model to compare with.
 
-Tests that share processes belong to one worker of pytest-xdist: run with `--dist loadgroup`.
+Tests that share processes belong to one worker of pytest-xdist: run with `--dist loadgroup`. Those that share the swarm
+are many, and so are two groups: the second has those that run commands, in a swarm that looks the same.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -25,9 +30,10 @@ from tests.helpers.processes import Family
 
 MODEL = "smollm2-135m-instruct"
 SPANS = [(0, 10), (10, 20), (20, 30)]
+LONGEST = ("a swarm for models", "a swarm for commands", "test_healing")
+"""Groups with which to begin: two that work, and one that waits."""
 
 Greedy = Callable[..., list[int]]
-Swarm = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
@@ -35,10 +41,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            shared = "swarm" in getattr(item, "fixturenames", ())
             item.add_marker(pytest.mark.integration)
-            item.add_marker(pytest.mark.xdist_group("the shared swarm" if shared else item.path.stem))
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
             item.add_marker(pytest.mark.timeout(600))
+    items.sort(key=lambda item: LONGEST.index(group) if (group := group_of(item)) in LONGEST else len(LONGEST))
+
+
+def group_of(item: pytest.Item) -> str:
+    fixtures = getattr(item, "fixturenames", ())
+    if "command" in fixtures:  # which has a price of its own in each worker
+        return "a swarm for commands"
+    return "a swarm for models" if "swarm" in fixtures else item.path.stem
 
 
 @pytest.fixture(scope="session")
@@ -66,11 +79,15 @@ def local() -> Any:
 
 @pytest.fixture(scope="session")
 def greedy(local: Any) -> Greedy:
-    """What local transformers says to a prompt, greedily; `ending`: until it sets an end, at most so many tokens."""
+    return greedily(local)
+
+
+def greedily(model: Any) -> Greedy:
+    """What a local model says to a prompt, greedily; `ending`: until it sets an end, at most so many tokens."""
 
     @functools.cache
     def continuation(prompt_ids: tuple[int, ...], count: int, *, ending: bool = False) -> list[int]:
-        return generate(local, prompt_ids, count, **({"min_new_tokens": 0} if ending else {}))
+        return generate(model, prompt_ids, count, **({"min_new_tokens": 0} if ending else {}))
 
     return continuation
 
@@ -116,20 +133,75 @@ def observer(swarm: LocalSwarm) -> Iterator[Observer]:
     observer.close()
 
 
-@pytest.fixture(scope="session")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
-    """Run `swarm …` to its end, which is also the end of everything that it started."""
-    family, folder = Family(), tmp_path_factory.mktemp("command")
-    forking = Nursery(family.environment, preload=[*PRELOADED, "swarm.models"])
+class Commands:
+    """`swarm …` in processes that start in a moment. With all that they start they are one family."""
 
-    def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        given, said, noted = (folder / name for name in ("stdin", "stdout", "stderr"))
+    def __init__(self, folder: Path) -> None:
+        self._family = Family()
+        self._forking = Nursery(self._family.environment, preload=[*PRELOADED, "swarm.models"])
+        self._folder = folder
+        self._running = 0
+
+    def __call__(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run one to its end, which is also the end of everything that it started."""
+        given, said, noted = (self._folder / name for name in ("stdin", "stdout", "stderr"))
         given.write_text(stdin)
         with given.open() as reading, said.open("w") as stdout, noted.open("w") as stderr:
-            child = forking.start(arguments, stdin=reading.fileno(), stdout=stdout.fileno(), stderr=stderr.fileno())
+            child = self._forking.start(
+                arguments, stdin=reading.fileno(), stdout=stdout.fileno(), stderr=stderr.fileno()
+            )
         code = child.wait(timeout=300)
-        assert family.survivors(besides=[forking.pid]) == []
+        self._nobody_is_left()
         return subprocess.CompletedProcess(child.args, code, said.read_text(), noted.read_text())
 
-    yield run
-    forking.close()
+    @contextmanager
+    def until_interrupted(self, *arguments: str, code: int = 0) -> Iterator[Running]:
+        """One that goes on until Ctrl-C, which comes at the end; then it leaves with `code`, and nothing behind."""
+        self._running += 1
+        said, stdout = os.pipe()
+        with (
+            open(said) as lines,
+            (self._folder / f"stderr-{self._running}").open("w+") as noted,
+            open(os.devnull) as nothing,
+        ):
+            try:
+                child = self._forking.start(arguments, stdin=nothing.fileno(), stdout=stdout, stderr=noted.fileno())
+            finally:
+                os.close(stdout)
+            running = Running(lines)
+            try:
+                yield running
+            finally:
+                child.send_signal(signal.SIGINT)
+                running.rest = lines.readlines()
+                ended = child.wait(timeout=30)
+                noted.seek(0)
+                running.errors = noted.read()
+                self._running -= 1
+            assert ended == code, running.errors
+        if not self._running:
+            self._nobody_is_left()
+
+    def close(self) -> None:
+        self._forking.close()
+
+    def _nobody_is_left(self) -> None:
+        assert self._family.survivors(besides=[self._forking.pid]) == []
+
+
+@dataclass(eq=False)
+class Running:
+    """A command that runs."""
+
+    stdout: TextIO
+    errors: str = ""
+    """What it wrote to stderr, once it has ended."""
+    rest: Sequence[str] = ()
+    """The lines that it then still had to say."""
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    commands = Commands(tmp_path_factory.mktemp("command"))
+    yield commands
+    commands.close()

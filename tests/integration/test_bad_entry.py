@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
+from transformers import MambaConfig
 
 from swarm.testing import LocalSwarm
-from tests.integration.conftest import Greedy, Swarm, generate
+from tests.helpers.checkpoints import save_llama
+from tests.integration.conftest import Commands, Greedy, generate
 
 Spoil = Callable[[Path], list[str]]
 
@@ -23,9 +23,7 @@ Spoil = Callable[[Path], list[str]]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(folder)
+    save_llama(folder)
     return folder
 
 
@@ -76,7 +74,7 @@ _taken: list[socket.socket] = []
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_peer_that_cannot_join_says_why_and_what_to_do(
-    command: Swarm, swarm: LocalSwarm, tiny: Path, tmp_path: Path, spoil: Spoil, said: str
+    command: Commands, swarm: LocalSwarm, tiny: Path, tmp_path: Path, spoil: Spoil, said: str
 ) -> None:
     shutil.copytree(tiny, tmp_path / "model")
     options = spoil(tmp_path)
@@ -93,7 +91,7 @@ def test_a_peer_that_cannot_join_says_why_and_what_to_do(
         taken.close()
 
 
-def test_a_tokenizer_that_is_broken_is_named(command: Swarm, swarm: LocalSwarm, tiny: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_broken_is_named(command: Commands, swarm: LocalSwarm, tiny: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "model")
     (folder / "tokenizer.json").write_text(json.dumps(_WORDS))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
@@ -103,7 +101,9 @@ def test_a_tokenizer_that_is_broken_is_named(command: Swarm, swarm: LocalSwarm, 
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_that_nobody_serves_is_refused_with_its_blocks(command: Swarm, swarm: LocalSwarm, tiny: Path) -> None:
+def test_a_model_that_nobody_serves_is_refused_with_its_blocks(
+    command: Commands, swarm: LocalSwarm, tiny: Path
+) -> None:
     (tiny / "tokenizer.json").write_text(json.dumps(_WORDS | {"added_tokens": []}))
     (tiny / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     started_s = time.monotonic()
@@ -114,6 +114,7 @@ def test_a_model_that_nobody_serves_is_refused_with_its_blocks(command: Swarm, s
     assert time.monotonic() - started_s < 60
 
 
+@pytest.mark.usefixtures("command")  # so that it is asked of the same swarm
 def test_nobody_else_was_disturbed(model: Any, greedy: Greedy) -> None:
     assert generate(model, (5, 6, 7), 8) == greedy((5, 6, 7), 8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -13,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peers.errors import AddressInUse, InsecureIdentity, PeerTooSmall, PeerUnreachable, UnknownModel
 from peers.host import BootstrapConfig, PeerConfig, run_bootstrap, run_peer
@@ -21,7 +21,8 @@ from routing.errors import InvalidAddress, NoRoute
 from routing.identity import SigningKey
 from swarm import SwarmModelForCausalLM
 from swarm.testing import LISTEN, LocalNode, LocalSwarm, NodeFailed
-from tests.integration.conftest import MODEL, Swarm
+from tests.helpers.checkpoints import save_llama
+from tests.integration.conftest import MODEL, Commands
 
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/" + SigningKey.from_seed(bytes(32)).peer_id
 
@@ -67,7 +68,7 @@ async def test_an_identity_that_others_can_read_is_refused(tmp_path: Path) -> No
     assert "chmod 600" in caught.value.hint
 
 
-def test_a_client_says_that_nobody_is_there(command: Swarm) -> None:
+def test_a_client_says_that_nobody_is_there(command: Commands) -> None:
     done = command("status", "--initial-peers", NOBODY)
     assert done.returncode == 1
     assert "\nerror: " in f"\n{done.stderr}"
@@ -95,13 +96,9 @@ def test_a_failed_node_shows_what_it_said(swarm: LocalSwarm) -> None:
 @pytest.fixture
 def twins(tmp_path: Path) -> tuple[Path, Path]:
     """Two checkpoints that differ in their values only."""
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
     folders = (tmp_path / "a" / "twin", tmp_path / "b" / "twin")
     for seed, folder in enumerate(folders):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        save_llama(folder, seed=seed)
     return folders
 
 
@@ -127,7 +124,7 @@ def test_peers_with_different_checkpoints_are_never_mixed(swarm: LocalSwarm, twi
 
 
 def test_ctrl_c_while_loading_leaves_no_process(tmp_path: Path) -> None:
-    peer = LocalNode("early", ["join", MODEL, "--new-swarm"], folder=tmp_path, environment={})
+    peer = LocalNode("early", ["join", MODEL, "--new-swarm"], folder=tmp_path, environment=os.environ)
     peer.wait_for("connected")
     family = psutil.Process(peer.pid).children(recursive=True)
     assert family  # the libp2p daemon

@@ -7,21 +7,18 @@ import urllib.request
 from pathlib import Path
 
 import psutil
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from swarm.testing import LocalSwarm
+from tests.helpers.checkpoints import save_llama
 from tests.helpers.hours import hours_without_now
-from tests.integration.conftest import Swarm
+from tests.integration.conftest import Commands
 
 
 def test_outside_its_hours_a_peer_says_that_it_is_paused_and_counts_for_nothing(
-    swarm: LocalSwarm, command: Swarm, tmp_path: Path
+    swarm: LocalSwarm, command: Commands, tmp_path: Path
 ) -> None:
     """With a model of its own, so that nobody else's tests see its record."""
-    torch.manual_seed(7)  # other peers with the weights of 0 may have been here a moment ago
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path)
+    save_llama(tmp_path, seed=7)  # other peers with the weights of 0 may have been here a moment ago
     hours = str(hours_without_now())
     comfort = ("--schedule", hours, "--nice", "5", "--pause-on-load", "90", "--max-bandwidth", "2MB/s")
     guest = swarm.add_peer((0, 2), *comfort, "--cache-tokens", "256", "--metrics-port", "0", model=tmp_path)

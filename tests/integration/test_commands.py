@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -13,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from swarm.answers import encode_chat
 from swarm.testing import LocalSwarm
 from tests.helpers.traces import check_trace
-from tests.integration.conftest import MODEL, SPANS, Greedy, Observer, Swarm
+from tests.integration.conftest import MODEL, SPANS, Commands, Greedy, Observer
 
 QUESTION = "What is the capital of France?"
 BEGINNING = "The capital of France is"
 
 
-def test_status_shows_blocks_peers_and_latency(command: Swarm, swarm: LocalSwarm) -> None:
+def test_status_shows_blocks_peers_and_latency(command: Commands, swarm: LocalSwarm) -> None:
     model_id = swarm.peers[0].wait_for("ready")["model_id"]
     done = command("status", model_id[:8], "--invite", swarm.invite, "--json")
     assert done.returncode == 0, done.stderr
@@ -33,7 +30,7 @@ def test_status_shows_blocks_peers_and_latency(command: Swarm, swarm: LocalSwarm
         assert 0 < peer["latency_ms"] < 5000
 
 
-def test_status_of_a_model_that_nobody_announces_names_those_announced(command: Swarm, swarm: LocalSwarm) -> None:
+def test_status_of_a_model_that_nobody_announces_names_those_announced(command: Commands, swarm: LocalSwarm) -> None:
     done = command("status", "gpt-17", "--invite", swarm.invite)
     assert done.returncode == 1
     _, error, hint = done.stderr.splitlines()
@@ -42,7 +39,7 @@ def test_status_of_a_model_that_nobody_announces_names_those_announced(command: 
 
 
 def test_generate_gives_text_ids_route_and_timings(
-    command: Swarm, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy, tmp_path: Path
+    command: Commands, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy, tmp_path: Path
 ) -> None:
     common = (MODEL, "--initial-peers", *swarm.initial_peers, "--dtype", "float32", "--max-new-tokens", "8")
     trace = tmp_path / "trace.json"
@@ -67,7 +64,7 @@ def test_generate_gives_text_ids_route_and_timings(
 
 
 def test_generate_raw_continues_the_prompt_as_it_is(
-    command: Swarm, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy
+    command: Commands, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy
 ) -> None:
     arguments = ("--raw", "--prompt", BEGINNING, "--dtype", "float32", "--max-new-tokens", "6")
     done = command("generate", MODEL, "--invite", swarm.invite, *arguments)
@@ -78,7 +75,7 @@ def test_generate_raw_continues_the_prompt_as_it_is(
 
 
 def test_chat_remembers_the_turns_before(
-    command: Swarm, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy
+    command: Commands, swarm: LocalSwarm, tokenizer: PreTrainedTokenizerBase, greedy: Greedy
 ) -> None:
     turns = ["My name is Ada.", "What is my name?"]
     arguments = ("--dtype", "float32", "--max-new-tokens", "10")
@@ -95,23 +92,20 @@ def test_chat_remembers_the_turns_before(
     assert done.stdout == expected
 
 
-def test_an_interrupted_generate_frees_its_pages_at_once(swarm: LocalSwarm, observer: Observer) -> None:
-    arguments = ["generate", MODEL, "--invite", swarm.invite, "--raw", "-p", "1, 2, 3,", "--max-new-tokens", "2000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "swarm", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.read(1)
+def test_an_interrupted_generate_frees_its_pages_at_once(
+    command: Commands, swarm: LocalSwarm, observer: Observer
+) -> None:
+    arguments = ("generate", MODEL, "--invite", swarm.invite, "--raw", "-p", "1, 2, 3,", "--max-new-tokens", "2000")
     peer = swarm.peers[1]
-    assert observer.load(peer).sessions == 1
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (130, "")
+    with command.until_interrupted(*arguments, code=130) as generating:
+        assert generating.stdout.read(1)
+        assert observer.load(peer).sessions == 1
+    assert generating.errors == ""
     load = observer.load(peer)
     assert (load.sessions, load.free_tokens) == (0, peer.wait_for("ready")["cache_tokens"])
 
 
-def test_route_explains_why_the_only_three_peers_won(command: Swarm, swarm: LocalSwarm) -> None:
+def test_route_explains_why_the_only_three_peers_won(command: Commands, swarm: LocalSwarm) -> None:
     done = command("route", MODEL, "--explain", "--invite", swarm.invite, "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,32 +15,23 @@ import httpx2
 import pytest
 
 from swarm.testing import LocalSwarm
-from tests.helpers.processes import Family
 from tests.helpers.terminal import DEADLINE_S, Terminal
-from tests.integration.conftest import MODEL, SPANS, Swarm
+from tests.integration.conftest import MODEL, SPANS, Commands
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def http(swarm: LocalSwarm, tmp_path: Path) -> Iterator[httpx2.Client]:
+def http(command: Commands, swarm: LocalSwarm, tmp_path: Path) -> Iterator[httpx2.Client]:
     """Of a dashboard that is asked to leave afterwards, and leaves nothing behind but its history."""
-    family, history = Family(), tmp_path / "history.sqlite3"
-    arguments = ["dashboard", "--invite", swarm.invite, "--port", "0", "--history", str(history), "--json"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "swarm", *arguments],
-        env=family.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    with httpx2.Client(base_url=json.loads(process.stdout.readline())["url"], timeout=60) as client:
+    history = tmp_path / "history.sqlite3"
+    arguments = ("dashboard", "--invite", swarm.invite, "--port", "0", "--history", str(history), "--json")
+    with (
+        command.until_interrupted(*arguments) as dashboard,
+        httpx2.Client(base_url=json.loads(dashboard.stdout.readline())["url"], timeout=60) as client,
+    ):
         yield client
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (0, "")
-    assert family.survivors() == []
+    assert dashboard.errors == ""
     assert history.stat().st_size > 0
 
 
@@ -80,7 +70,7 @@ def test_a_dashboard_shows_real_peers_their_own_word_and_whether_they_can_be_rea
     assert not wrong["reachable"], "it dials an address at which another peer is"
 
 
-def test_top_is_drawn_until_q_and_once(swarm: LocalSwarm, command: Swarm) -> None:
+def test_top_is_drawn_until_q_and_once(swarm: LocalSwarm, command: Commands) -> None:
     terminal = Terminal("top", "--invite", swarm.invite)
     try:
         terminal.wait_for("every block at 1 or more")

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.conftest import Swarm
+from tests.helpers.processes import Family
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-def test_the_demo_answers_and_leaves_nothing_behind(command: Swarm) -> None:
-    done = command("demo", "What is the capital of France?", "--max-new-tokens", "24")
+def test_the_demo_answers_and_leaves_nothing_behind() -> None:
+    family = Family()
+    line = [sys.executable, "-m", "swarm", "demo", "What is the capital of France?", "--max-new-tokens", "24"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env=family.environment)
     assert done.returncode == 0, done.stderr
+    assert family.survivors() == []
     assert "Paris" in done.stdout
     for span in ("0:10", "10:20", "20:30"):
         assert f"serves blocks {span}" in done.stderr

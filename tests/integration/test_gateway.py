@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,34 +13,22 @@ from transformers import PreTrainedTokenizerBase
 
 from swarm.answers import encode_chat
 from swarm.testing import LocalSwarm
-from tests.helpers.processes import Family
-from tests.integration.conftest import MODEL, Greedy, Observer
+from tests.integration.conftest import MODEL, Commands, Greedy, Observer
 
 QUESTION = "What is the capital of France?"
 KEY = "a-key-for-this-test-only"
 
 
 @pytest.fixture
-def client(swarm: LocalSwarm, observer: Observer) -> Iterator[openai.OpenAI]:
+def client(command: Commands, swarm: LocalSwarm, observer: Observer) -> Iterator[openai.OpenAI]:
     """Of a gateway that is asked to leave afterwards, and leaves nothing behind."""
-    arguments = ["gateway", MODEL, "--invite", swarm.invite, "--port", "0", "--dtype", "float32", "--json"]
-    family = Family()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "swarm", *arguments],
-        env=family.environment | {"SWARM_API_KEY": KEY},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    url = json.loads(process.stdout.readline())["url"]
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
-        assert all(observer.load(peer).sessions for peer in swarm.peers)  # the conversation is kept
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert (process.returncode, "once more" in errors, "Traceback" in errors) == (0, True, False)
-    assert family.survivors() == []
+    arguments = ("gateway", MODEL, "--invite", swarm.invite, "--port", "0", "--dtype", "float32", "--json")
+    with command.until_interrupted(*arguments, "--api-key", KEY) as gateway:
+        url = json.loads(gateway.stdout.readline())["url"]
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+            yield client
+            assert all(observer.load(peer).sessions for peer in swarm.peers)  # the conversation is kept
+    assert ("once more" in gateway.errors, "Traceback" in gateway.errors) == (True, False)
     for peer in swarm.peers:
         load = observer.load(peer)
         assert (load.sessions, load.free_tokens) == (0, peer.wait_for("ready")["cache_tokens"])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from pathlib import Path
 
 from swarm import SwarmModelForCausalLM
 from swarm.testing import LocalSwarm
-from tests.integration.conftest import MODEL, Greedy, generate
+from tests.helpers.checkpoints import save_llama
+from tests.integration.conftest import generate
 
 HEALED_WITHIN_S = 60.0
 EXPIRY_S = 20.0 + 6.0
@@ -17,19 +16,17 @@ EXPIRY_S = 20.0 + 6.0
 
 
 def test_a_killed_last_holder_is_replaced_by_a_peer_that_can_be_spared(
-    tokenizer: PreTrainedTokenizerBase, greedy: Greedy
+    tmp_path: Path,
 ) -> None:
-    prompt_ids = tuple(tokenizer("The capital of France is").input_ids)
-    with LocalSwarm(MODEL, [(0, 15)], dtype="float32") as swarm:
-        spare = swarm.add_peer(None, "--num-blocks", "15")
-        assert str(spare.span) == "15:30"
-        other = swarm.add_peer((15, 30))
+    local = save_llama(tmp_path, layers=6)
+    with LocalSwarm(tmp_path, [(0, 3)], dtype="float32") as swarm:
+        spare = swarm.add_peer(None, "--num-blocks", "3")
+        assert str(spare.span) == "3:6"
+        other = swarm.add_peer((3, 6))
         swarm.peers[0].kill()
         killed_at_s = time.monotonic()
-        assert spare.wait_for("moving", timeout_s=EXPIRY_S + HEALED_WITHIN_S)["spans"] == [[0, 15]]
+        assert spare.wait_for("moving", timeout_s=EXPIRY_S + HEALED_WITHIN_S)["spans"] == [[0, 3]]
         spare.wait_for("moved", timeout_s=EXPIRY_S + HEALED_WITHIN_S - (time.monotonic() - killed_at_s))
-        with SwarmModelForCausalLM.from_pretrained(
-            MODEL, initial_peers=swarm.initial_peers, dtype=torch.float32
-        ) as model:
-            assert generate(model, prompt_ids, 8) == greedy(prompt_ids, 8)
+        with SwarmModelForCausalLM.from_pretrained(swarm.model, initial_peers=swarm.initial_peers) as model:
+            assert generate(model, (5, 6, 7), 8) == generate(local, (5, 6, 7), 8)
             assert {hop.peer_id for hop in model.route.hops} == {spare.peer_id, other.peer_id}

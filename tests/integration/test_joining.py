@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from routing.ids import BlockSpan
 from swarm import SwarmModelForCausalLM
 from swarm.testing import LocalSwarm
-from tests.helpers.processes import Family
-from tests.integration.conftest import MODEL, Greedy, driver, generate
+from tests.helpers.checkpoints import save_llama
+from tests.integration.conftest import MODEL, Commands, Greedy, driver, generate
 from tests.integration.test_failover import At
 
 GAP = BlockSpan(10, 20)
@@ -63,34 +59,27 @@ def test_a_peer_of_two_spans_serves_both_to_one_session_and_is_replaced_when_kil
     gapped.peers[:] = [other]
 
 
-def test_a_peer_has_the_same_address_after_a_restart(tmp_path: Path) -> None:
+def test_a_peer_has_the_same_address_after_a_restart(command: Commands, tmp_path: Path) -> None:
     """Without `--listen`, on the port that it chose when it started first."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path / "model")
-    line = [sys.executable, "-m", "swarm", "join", str(tmp_path / "model"), "--new-swarm", "--json"]
-    line += ["--identity", str(tmp_path / "peer.key"), "--cache-tokens", "256", "--threads", "1"]
+    save_llama(tmp_path / "model")
+    identity = ("--identity", str(tmp_path / "peer.key"))
+    line = ("join", str(tmp_path / "model"), "--new-swarm", "--json", *identity, "--cache-tokens", "256")
     seen = []
     for _ in range(2):
-        family = Family()
-        with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=family.environment) as peer:
-            assert peer.stdout is not None
-            events = map(json.loads, peer.stdout)
-            ready = next(event for event in events if event["event"] == "ready")
+        with command.until_interrupted(*line, "--threads", "1") as peer:
+            ready = next(event for event in map(json.loads, peer.stdout) if event["event"] == "ready")
             assert ready["span"] == [0, 2]
             seen.append((ready["peer_id"], {address.split("/")[4] for address in ready["addresses"]}))
-            peer.send_signal(signal.SIGINT)
-            assert [event["event"] for event in events][-2:] == ["draining", "stopped"]
-        assert peer.returncode == 0
-        assert family.survivors() == []
+        assert [json.loads(line)["event"] for line in peer.rest][-2:] == ["draining", "stopped"]
     assert seen[0] == seen[1]
     assert len(seen[0][1]) == 1
 
 
-def test_peers_with_8_bit_weights_answer_and_say_so(greedy: Greedy) -> None:
-    with LocalSwarm(MODEL, [(0, 30)], dtype="float32", quantize="int8") as swarm:
+def test_peers_with_8_bit_weights_answer_and_say_so(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    with LocalSwarm(tmp_path, [(0, 2)], dtype="float32", quantize="int8") as swarm:
         assert swarm.peers[0].wait_for("ready")["quantization"] == "int8"
-        with SwarmModelForCausalLM.from_pretrained(MODEL, initial_peers=swarm.initial_peers) as model:
+        with SwarmModelForCausalLM.from_pretrained(swarm.model, initial_peers=swarm.initial_peers) as model:
             remote: Any = model._remote_layers.remote
             generate(model, (5, 6, 7), 8)
             assert [hop.quantization for hop in remote.route.hops] == ["int8"]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from playwright.sync_api import Page, expect
 from transformers import PreTrainedTokenizerBase
@@ -16,47 +13,27 @@ from transformers import PreTrainedTokenizerBase
 from swarm.answers import encode_chat
 from swarm.testing import LocalSwarm
 from tests.helpers.browser import chromium, visit
-from tests.helpers.processes import Family
-from tests.integration.conftest import MODEL, Greedy
+from tests.integration.conftest import MODEL, Commands, Greedy
 
 QUESTION = "What is the capital of France?"
 SEEN_MS = 60_000
 """Until something must be seen, on a busy machine; what it takes is written out."""
 
 
-@contextmanager
-def serving(*arguments: str) -> Iterator[str]:
-    """The URL of a face of the swarm in a process of its own."""
-    family = Family()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "swarm", *arguments, "--port", "0", "--json"],
-        env=family.environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        yield json.loads(process.stdout.readline())["url"]
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-        process.stdout.close()
-        assert family.survivors() == []
-
-
 def test_the_pages_over_a_real_swarm(
+    command: Commands,
     swarm: LocalSwarm,
     tokenizer: PreTrainedTokenizerBase,
     greedy: Greedy,
     record_property: Callable[[str, object], None],
 ) -> None:
-    entry = ["--invite", swarm.invite]
+    options = ("--invite", swarm.invite, "--port", "0", "--json")
     with (
-        serving("gateway", MODEL, *entry, "--dtype", "float32") as gateway,
-        serving("dashboard", *entry) as dashboard,
+        command.until_interrupted("gateway", MODEL, "--dtype", "float32", *options) as gateway,
+        command.until_interrupted("dashboard", *options) as dashboard,
         chromium() as browser,
     ):
-        with visit(browser, gateway) as page:
+        with visit(browser, json.loads(gateway.stdout.readline())["url"]) as page:
             ids = greedy(tuple(encode_chat(tokenizer, [{"role": "user", "content": QUESTION}])), 8, ending=True)
             page.get_by_role("button", name="Settings").click()
             page.get_by_label("Temperature").fill("0")
@@ -72,7 +49,7 @@ def test_the_pages_over_a_real_swarm(
             for at, peer in enumerate(swarm.peers):
                 expect(hops.nth(at)).to_contain_text(peer.peer_id[-8:])
 
-        with visit(browser, dashboard) as page:
+        with visit(browser, json.loads(dashboard.stdout.readline())["url"]) as page:
             watch_a_peer(page, swarm, record_property)
 
 
