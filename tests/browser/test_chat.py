@@ -228,6 +228,13 @@ def test_what_is_refused_is_said_in_words(browser: Browser, world: GatewayWorld)
         expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
 
 
+def test_a_message_that_is_too_long_is_refused_with_what_there_is_room_for(browser: Browser, url: str) -> None:
+    with visit(browser, url, refused=True) as page:
+        say(page, "x" * 3000)
+        expect(page.get_by_role("alert")).to_contain_text("The gateway refuses this: the prompt has 3")
+        expect(page.get_by_role("alert")).to_contain_text("the model's context has 2048")
+
+
 def test_a_gap_is_said_in_a_sentence_and_the_peers_that_failed_in_details(browser: Browser, tmp_path: Path) -> None:
     world = GatewayWorld(tmp_path)
     try:

@@ -46,9 +46,13 @@ def eventually(http: httpx2.Client, path: str, met: Any) -> Any:
 def test_a_dashboard_shows_real_peers_their_own_word_and_whether_they_can_be_reached(
     http: httpx2.Client, swarm: LocalSwarm
 ) -> None:
-    overview = eventually(http, "overview", lambda said: said["totals"]["answering"] == 3 and said["models"])
+    def seen(said: Any) -> bool:
+        """Also when a peer of another test was killed a moment ago, whose record lives on for a while."""
+        return said["totals"]["answering"] == 3 and [model["holders"] for model in said["models"]] == [[1] * 30]
+
+    overview = eventually(http, "overview", seen)
     (model,) = overview["models"]
-    assert (model["name"], model["healthy"], model["replication"], model["holders"]) == (MODEL, True, 1, [1] * 30)
+    assert (model["name"], model["healthy"], model["replication"]) == (MODEL, True, 1)
     assert [hop["span"] for hop in model["route"]] == [[*span] for span in SPANS]
     assert model["stream_tokens_per_s"] > 0 < model["total_tokens_per_s"]
     assert 0 < overview["totals"]["memory_used_bytes"] < overview["totals"]["memory_offered_bytes"]

@@ -53,7 +53,8 @@ async function refusal(response) {
   ];
   const retryAfter = Number(response.headers.get("retry-after"));
   const [words, detail] = brief(said);
-  const message = said ? `${sentence} (${words})` : sentence;
+  const refused = kind === "refused" ? `The gateway refuses this: ${words}` : `${sentence} (${words})`;
+  const message = said ? refused : sentence;
   return new Trouble(kind, message, { retryAfterS: retryAfter > 0 ? retryAfter : null, detail });
 }
 
