@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from peers.errors import PeerTooSmall
 from peers.model.cutting import max_positions
+from peers.model.lora import AdapterFolder
 from peers.model.quantization import NONE, bytes_in
 from peers.model.quantization import check as check_quantization
 from peers.model.support import examine
@@ -36,6 +37,9 @@ JOURNAL_BYTES = 256 << 20
 TRAINING_SHARE = 1 / 16
 """Likewise for what is kept for backwards (`serving.training`)."""
 TRAINING_BYTES = 256 << 20
+ADAPTER_SHARE = 1 / 16
+"""Likewise for adapters that clients send (`serving.adapters`)."""
+ADAPTER_BYTES = 256 << 20
 MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -61,6 +65,8 @@ class Plan:
     """Of host memory, for what sessions sent on."""
     training_bytes: int = 0
     """Of the devices' memory, for what is kept between a forward and its backward; 0: no training."""
+    adapter_bytes: int = ADAPTER_BYTES
+    """Of host memory, and of each other device's, for adapters that clients send."""
 
     @property
     def max_blocks(self) -> int:
@@ -127,9 +133,13 @@ def plan_capacity(
     num_blocks: int | None = None,
     quantization: str = NONE,
     training: bool = False,
+    hosted: Iterable[AdapterFolder] = (),
 ) -> Plan:
-    """Raises what `check_options` raises, InvalidSpan for blocks that the model does not have, PeerTooSmall when memory
-    does not hold what is asked, or not even one block."""
+    """With the adapters `hosted` for everybody, which take their part of every block.
+
+    Raises what `check_options` raises, InvalidSpan for blocks that the model does not have, CallerError for adapters
+    that are not of this model, PeerTooSmall when memory does not hold what is asked, or not even one block.
+    """
     check_options(dtype=dtype, device=device, cache_tokens=cache_tokens, quantization=quantization)
     anatomy = examine(config)
     total_blocks = anatomy.num_blocks
@@ -154,17 +164,20 @@ def plan_capacity(
     spare_bytes = max(0, sum(limits_bytes) - len(devices) * PROCESS_BYTES)
     journal_bytes = min(JOURNAL_BYTES, int(JOURNAL_SHARE * spare_bytes)) if on_host else JOURNAL_BYTES
     training_bytes = min(TRAINING_BYTES, int(TRAINING_SHARE * spare_bytes)) if training else 0
+    adapter_bytes = min(ADAPTER_BYTES, int(ADAPTER_SHARE * spare_bytes))
+    hosted_bytes = sum(adapter.block_bytes(anatomy.layers_path, total_blocks) for adapter in hosted)
     request = Request(
         limits_bytes=limits_bytes,
         sizes=Sizes(
-            block_bytes=bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization),
+            block_bytes=bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization) + hosted_bytes,
             token_bytes=max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize,
             # with quantization, each block stands here whole for a moment
             process_bytes=PROCESS_BYTES
             - FORWARD_BYTES
             + (whole_block_bytes if quantization != NONE else 0)
             + (journal_bytes // len(devices) if on_host else 0)
-            + training_bytes // len(devices),
+            + training_bytes // len(devices)
+            + (adapter_bytes // len(devices) if on_host else adapter_bytes),
             forward_bytes=forwards * FORWARD_BYTES,
         ),
         num_blocks=total_blocks,
@@ -184,6 +197,7 @@ def plan_capacity(
         forwards=forwards,
         journal_bytes=journal_bytes,
         training_bytes=training_bytes,
+        adapter_bytes=adapter_bytes,
     )
 
 

@@ -40,6 +40,7 @@ from peers.runtime.engine import Engine, EngineConfig, Sharing
 from peers.runtime.joined import AnyEngine, JoinedEngine
 from peers.runtime.probe import Probe, measure
 from peers.runtime.probe_cache import probe_file, recall, remember
+from peers.serving.adapters import AdapterLimits
 from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.announce import Announcer
 from peers.serving.comfort import Comfort, Reason, Schedule, clock_time
@@ -253,6 +254,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             blocks=config.blocks,
             num_blocks=config.num_blocks,
             training=config.training,
+            hosted=adapters.values(),
         )
         threads = config.threads or torch.get_num_threads()
         file = _probe_file(checkpoint, plan, threads)
@@ -524,6 +526,7 @@ class ServerPeer:
                 ledger=ledger,
                 admission=Admission(AdmissionLimits()),
                 journal=self._journal(plan.journal_bytes),
+                adapters=AdapterLimits(max_bytes=plan.adapter_bytes, max_bytes_per_peer=plan.adapter_bytes // 2),
             )
             limits = TrainingLimits(max_bytes=plan.training_bytes, max_bytes_per_peer=plan.training_bytes // 2)
             self.training = Training(links=self.links, handler=self.handler, limits=limits)

@@ -14,7 +14,7 @@ from typing import TypeVar
 from routing.directory import Snapshot
 from routing.ids import BlockSpan, ModelId, PeerId
 from routing.path import gaps
-from routing.records import Announcement, PeerState
+from routing.records import Announcement, HostedAdapter, PeerState
 
 _T = TypeVar("_T", int, str)
 
@@ -42,6 +42,17 @@ class ModelHealth:
     @property
     def healthy(self) -> bool:
         return not self.gaps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterHealth:
+    """One adapter of a model that peers host for everybody."""
+
+    adapter: HostedAdapter
+    hosts: int
+    """ONLINE peers that host it."""
+    gaps: tuple[BlockSpan, ...]
+    """Blocks that none of them serves: nobody can generate with it then."""
 
 
 def coverage(snapshot: Snapshot, model: ModelId, *, num_blocks: int | None = None) -> ModelHealth | None:
@@ -74,6 +85,25 @@ def models(snapshot: Snapshot) -> tuple[ModelHealth, ...]:
     """The health of every model that somebody announces, by name and id."""
     found = [health for model in snapshot.by_model if (health := coverage(snapshot, model)) is not None]
     return tuple(sorted(found, key=lambda health: (health.model_name, health.model)))
+
+
+def adapters(health: ModelHealth, *, most: int | None = None) -> tuple[AdapterHealth, ...]:
+    """Those that peers of a model announce, by name and digest; of more than `most`, those with most hosts."""
+    hosts: dict[HostedAdapter, list[Announcement]] = {}
+    for peer in health.peers:
+        for adapter in {*peer.adapters}:
+            serving = hosts.setdefault(adapter, [])
+            if peer.state is PeerState.ONLINE:
+                serving.append(peer)
+    shown = sorted(hosts, key=lambda adapter: (-len(hosts[adapter]), adapter))[:most]
+    return tuple(
+        AdapterHealth(
+            adapter=adapter,
+            hosts=len(hosts[adapter]),
+            gaps=gaps(chain.from_iterable(peer.spans for peer in hosts[adapter]), health.num_blocks),
+        )
+        for adapter in sorted(shown)
+    )
 
 
 def _most_common(values: Iterable[_T]) -> _T:

@@ -53,6 +53,8 @@ MAX_QUEUE_S: Final = 3600.0
 MAX_SESSIONS: Final = 2**20
 MAX_ADAPTERS: Final = 4
 ADAPTER_DIGEST_BYTES: Final = 16
+DIGEST_DIGITS: Final = 12
+"""Of an adapter's digest, where people are shown it."""
 
 _FORMAT: Final = 1
 _DOMAIN: Final = b"hive/record/1"
@@ -70,7 +72,7 @@ class HostedAdapter(NamedTuple):
     """Of what it is: the same at every peer that hosts the same, whatever they call it."""
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.digest.hex()[:12]}"
+        return f"{self.name}@{self.digest.hex()[:DIGEST_DIGITS]}"
 
 
 class PeerState(StrEnum):

@@ -42,7 +42,10 @@ def main() -> int:
                 subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True)
             say("installing the locked dependencies and this project (minutes the first time)")
             install = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--constraint", LOCK]
-            subprocess.run([*install, "pip", "--editable", f"{ROOT}[dev]"], check=True)
+            subprocess.run([*install, "--no-compile", "pip", "--editable", f"{ROOT}[dev]"], check=True)
+            # pip would compile on one core; what some package has that is no Python of this version stays as it is
+            compiling = [PYTHON, "-m", "compileall", "-q", "-j", "0", VENV / "lib"]
+            subprocess.run(compiling, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         except subprocess.CalledProcessError:
             say("that failed, as printed above. Check the network and pip's index settings, then run scripts/env again")
             return 1

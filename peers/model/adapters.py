@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peers.errors import ProtocolError
-from peers.wire.messages import AdapterTarget
+from peers.wire.messages import PREFIX, AdapterTarget
 from routing.ids import BlockSpan
 
 WIDTH = 256
@@ -117,6 +117,16 @@ def as_rows(values: Tensor) -> Tensor:
 def of_rows(targets: Sequence[AdapterTarget], rows: Tensor) -> Tensor:
     """The values that `as_rows` made rows of."""
     return rows.flatten()[: sum(map(num_values, targets))]
+
+
+def prefix_length(adapter: Adapter | None, span: BlockSpan) -> int:
+    """Positions that it puts before every sequence at these blocks. Raises ProtocolError unless before all alike."""
+    if adapter is None:
+        return 0
+    ranks = [target.rank for target in adapter.targets if target.module == PREFIX and target.block in span]
+    if ranks and (len(ranks) < len(span) or len(set(ranks)) > 1):
+        raise ProtocolError(f"a prefix that is not the same length before all of blocks {span}")
+    return ranks[0] if ranks else 0
 
 
 def check_order(targets: Sequence[AdapterTarget], span: BlockSpan) -> None:

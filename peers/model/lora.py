@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from msgspec import Meta
 from safetensors import safe_open
 
 from peers.errors import CorruptCheckpoint
-from peers.model.adapters import Adapter
+from peers.model.adapters import Adapter, num_values
 from peers.model.progress import Progress, Silent
 from peers.model.safetensors_header import TensorInfo, read_file_header
 from peers.model.storage import cache_folder
@@ -30,8 +31,10 @@ from routing.records import ADAPTER_DIGEST_BYTES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
+VALUE_BYTES = 4
+"""They are held in float32."""
 MAX_ADAPTER_BYTES = 1 << 30
-"""Of the values for the blocks of one peer, in float32."""
+"""Of the values for the blocks of one peer."""
 WRITTEN_BY_PEFT = "an adapter is what PEFT's save_pretrained writes, as safetensors"
 BEYOND_LORA = (
     *("use_dora", "use_qalora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices"),
@@ -88,20 +91,9 @@ class AdapterFolder:
 
         Raises CallerError for what no peer can compute with, wherever it is.
         """
-        tensors = read_file_header(self.weights)
-        places: dict[tuple[int, str], str] = {}
-        for name in tensors:
-            path = _path_of(name, self.source)
-            block, _, module = path.removeprefix(f"{layers_path}.").partition(".")
-            if not path.startswith(f"{layers_path}.") or not block.isdecimal() or int(block) >= num_blocks:
-                raise CallerError(
-                    f"{self.source} adapts {path}, which is no part of the model's {num_blocks} blocks",
-                    hint="is it an adapter of this model?",
-                )
-            places[int(block), module] = path
-        mine = [(place, path) for place, path in sorted(places.items()) if place[0] in blocks]
-        targets = [self._target(*place, path, tensors) for place, path in mine]
-        if sum(target.rank * (target.inputs + target.outputs) for target in targets) * 4 > MAX_ADAPTER_BYTES:
+        mine = [pair for pair in self._targets(layers_path, num_blocks) if pair[0].block in blocks]
+        targets = [target for target, _ in mine]
+        if VALUE_BYTES * sum(map(num_values, targets)) > MAX_ADAPTER_BYTES:
             raise CallerError(
                 f"{self.source} takes more than {MAX_ADAPTER_BYTES >> 20} MiB for the blocks of this peer",
                 hint="serve fewer blocks, or an adapter of lower rank",
@@ -114,6 +106,28 @@ class AdapterFolder:
         if not torch.isfinite(values).all():
             raise CorruptCheckpoint(f"{self.weights} has values that are NaN or infinite", hint="copy it here again")
         return Adapter(tuple(targets), values)
+
+    def block_bytes(self, layers_path: str, num_blocks: int) -> int:
+        """What `read` holds of any one block of that model, at most. Raises as it does."""
+        sizes: Counter[int] = Counter()
+        for target, _ in self._targets(layers_path, num_blocks):
+            sizes[target.block] += VALUE_BYTES * num_values(target)
+        return max(sizes.values(), default=0)
+
+    def _targets(self, layers_path: str, num_blocks: int) -> list[tuple[AdapterTarget, str]]:
+        """All of them in order, each with its module's path in the model."""
+        tensors = read_file_header(self.weights)
+        places: dict[tuple[int, str], str] = {}
+        for name in tensors:
+            path = _path_of(name, self.source)
+            block, _, module = path.removeprefix(f"{layers_path}.").partition(".")
+            if not path.startswith(f"{layers_path}.") or not block.isdecimal() or int(block) >= num_blocks:
+                raise CallerError(
+                    f"{self.source} adapts {path}, which is no part of the model's {num_blocks} blocks",
+                    hint="is it an adapter of this model?",
+                )
+            places[int(block), module] = path
+        return [(self._target(*place, path, tensors), path) for place, path in sorted(places.items())]
 
     def _target(self, block: int, module: str, path: str, tensors: Mapping[str, TensorInfo]) -> AdapterTarget:
         found = [tensors.get(f"{_ROOT}{path}.lora_{side}.weight") for side in "AB"]

@@ -142,9 +142,9 @@ def check_supported(config: PretrainedConfig) -> None:
 def examine(config: PretrainedConfig) -> Anatomy:
     """Build the whole model on `meta`, watch it run, and describe it. Raises UnsupportedModel.
 
-    What is known is remembered: watching takes longer than loading a small span.
+    What is known is remembered, wherever the configuration lay: watching takes longer than loading a small span.
     """
-    key = f"{type(config)} {config.to_json_string(use_diff=False)}"
+    key = f"{type(config)} {config.to_dict() | {'_name_or_path': ''}}"
     if key not in _known:
         _known[key] = _examine(config)
     return _known[key]

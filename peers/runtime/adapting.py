@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from peers.model.adapters import Adapter
 from peers.model.cutting import SpanModel
 from peers.model.kernels.packed import PackedLinear
+from peers.wire.messages import PREFIX
 from routing.ids import BlockSpan
 
 Place = tuple[int, str]
@@ -38,9 +39,14 @@ class Fitted:
         values = adapter.values.to(device)
         self.places: dict[Place, tuple[Tensor, Tensor, float]] = {}
         """A [R, K], B [N, R] and scaling."""
+        self.prefixes: dict[int, tuple[Tensor, Tensor]] = {}
+        """Of a block, keys and values of its prefix: a row each position."""
         on_device = Adapter(adapter.targets, values)
         for target, (a_RK, b_NR) in zip(adapter.targets, on_device.weights(), strict=True):
-            self.places[target.block, target.module] = (a_RK, b_NR, target.scaling)
+            if target.module == PREFIX:
+                self.prefixes[target.block] = a_RK, b_NR.reshape(target.rank, -1)
+            else:
+                self.places[target.block, target.module] = (a_RK, b_NR, target.scaling)
 
 
 class Fittings:

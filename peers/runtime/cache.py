@@ -66,7 +66,7 @@ class Chunk:
     start: int
     tokens: int
     adapter: Adapter | None = None
-    """Of its client's own, which adds to these positions alone."""
+    """Of its client's own, which adds to these positions alone; a prefix of it was begun with."""
 
 
 class SpanCache(Protocol):
@@ -100,6 +100,9 @@ class SpanCache(Protocol):
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         """Move slots as `PagePool.grow` asks, before the next forward."""
+
+    def begin(self, session: int, prefix: Adapter, length: int) -> None:
+        """Fill the session's first `length` positions, which it has pages for, with what the adapter puts there."""
 
     def fork(self, parent: int, child: int, length: int) -> None:
         """May be called while a forward is running, whoever is in it."""
@@ -294,6 +297,17 @@ class PagedCache:
                 for tensor in (pool.keys_1JSK, pool.values_1JSV):
                     tensor.narrow(2, move.target, move.slots).copy_(tensor.narrow(2, move.source, move.slots))
 
+    def begin(self, session: int, prefix: Adapter, length: int) -> None:
+        prefixes = self._fittings.of(prefix).prefixes
+        for block, pool in zip(self._model.span, self._pools, strict=True):
+            if block not in prefixes:
+                continue
+            runs = self._pages.runs(session, length, pool.table)
+            slots = torch.tensor([slot for first, count in runs for slot in range(first, first + count)])
+            for tensor_1JSX, rows in zip((pool.keys_1JSK, pool.values_1JSV), prefixes[block], strict=True):
+                given_1JPX = rows.view(length, tensor_1JSX.shape[1], -1).transpose(0, 1)[None]
+                tensor_1JSX.index_copy_(2, slots.to(tensor_1JSX.device), given_1JPX.to(tensor_1JSX.dtype))
+
     def fork(self, parent: int, child: int, length: int) -> None:
         pass  # the block table says it all
 
@@ -358,6 +372,9 @@ class SoloCache:
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         pass
+
+    def begin(self, session: int, prefix: Adapter, length: int) -> None:
+        raise AssertionError("a prefix stands in pages, which sessions do not share here")
 
     def fork(self, parent: int, child: int, length: int) -> None:
         self._caches[child] = _copy(self._caches[parent], length)
@@ -430,10 +447,11 @@ def bytes_per_token(model: SpanModel) -> int:
 
 
 def _adapting(model: SpanModel, span: BlockSpan, chunks: Sequence[Chunk], fittings: Fittings) -> Adapting | None:
-    """None where no chunk has an adapter."""
+    """None where no chunk has an adapter that adds to a layer."""
     if all(chunk.adapter is None for chunk in chunks):
         return None
-    return Adapting(model.layers(span), span, [(chunk.tokens, chunk.adapter) for chunk in chunks], fittings)
+    adapting = Adapting(model.layers(span), span, [(chunk.tokens, chunk.adapter) for chunk in chunks], fittings)
+    return adapting if adapting.layers else None
 
 
 @torch.inference_mode()

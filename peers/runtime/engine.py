@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from peers.errors import Busy, Preempted
-from peers.model.adapters import Adapter
+from peers.model.adapters import Adapter, prefix_length
 from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool, accelerate, accelerate_by_torch, pool_for
 from peers.runtime.cache import Chunk, SpanCache, open_cache
@@ -135,7 +135,7 @@ class Work:
     regime_length: int = 0
     """Total length of the user's forward that this work is a part of; 0 when it is the whole."""
     adapter: Adapter | None = None
-    """Of these blocks; the same in all works of a session and its forks."""
+    """Of these blocks; the same in all works of a session and its forks. Positions count from behind its prefix."""
     parent: tuple[SessionKey, int] | None = None
     """Begin the (new) session with that many positions of another one, as it is when this work is submitted."""
     urgency: Urgency = Urgency.INTERACTIVE
@@ -204,9 +204,13 @@ class _Session:
     span: BlockSpan | None = None
     """The blocks for which positions are held."""
     held: int = 0
+    before: int = 0
+    """Positions of a prefix, which stand in its pages before those."""
     preempted: bool = False
     """Its positions were taken away and it has not begun again."""
     released: bool = False
+    stepped_at_s: float = -DECODING_S
+    """When its last step was done."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -217,6 +221,8 @@ class _Ticket:
     session: _Session
     future: asyncio.Future[Done]
     submitted_s: float
+    before: int
+    """See `_Session`."""
     compute_s: float = 0.0
     result: Tensor | None = None
     begun: bool = False
@@ -245,7 +251,8 @@ class Engine:
         self._preemptions = 0
         self._batch_works, self._batch_tokens = Tally(BATCH_STEPS), Tally(BATCH_TOKENS)
         # on an accelerator blocks are queued, not run, by the time that the next one begins
-        self._tempo = Tempo(slices=len(model.span) if model.device.type == "cpu" else 1)
+        slices = len(model.span) if model.device.type == "cpu" else 1
+        self._tempo = Tempo(slices, len(model.span) / model.num_blocks)
         self._last_step_s = -DECODING_S
         self._paused_s = 0.0
         """What the running forward has left to others so far."""
@@ -462,7 +469,10 @@ class Engine:
             raise CallerError(f"position {work.start} of blocks {work.span} is not served here")
         if work.parent is not None and (work.parent[0] == work.session or work.parent[1] < 0):
             raise CallerError(f"session {work.session} cannot begin as session {work.parent[0]} up to {work.parent[1]}")
-        if self._pages.needed(work.start, work.end) > self._pages.num_pages:
+        before = prefix_length(work.adapter, work.span)
+        if before and not self._cache.shares_pages:
+            raise CallerError(f"a prefix in {self.model.config.model_type} models, whose attention is their own")
+        if self._pages.needed(before + work.start, before + work.end) > self._pages.num_pages:
             capacity = self._pages.tokens(self._pages.num_pages)
             raise CacheTooSmall(f"a session of {work.end} positions does not fit this peer's cache of {capacity}")
 
@@ -491,6 +501,7 @@ class Engine:
             session=session,
             future=self._loop.create_future(),
             submitted_s=time.perf_counter(),
+            before=prefix_length(work.adapter, work.span),
         )
         self._scheduler.submit(item)
         return ticket
@@ -512,7 +523,7 @@ class Engine:
         kept = min([parent.held, *(ticket.work.start for ticket in queued if not ticket.begun)])
         if position > kept:  # also when the parent is about to be rolled back further
             raise PositionGap(position, kept)
-        if position and self._cache.shares_pages and not self._pages.reaches(parent.number, position):
+        if position and self._cache.shares_pages and not self._pages.reaches(parent.number, parent.before + position):
             raise BehindWindow(position)
 
     def _fork(self, parent: _Session, child: _Session, position: int) -> None:
@@ -520,9 +531,9 @@ class Engine:
         self._drop_pages(child)
         if position:
             if self._cache.shares_pages:
-                self._pages.fork(parent.number, child.number, position)
+                self._pages.fork(parent.number, child.number, parent.before + position)
             self._cache.fork(parent.number, child.number, position)
-        child.span, child.held, child.preempted = parent.span, position, False
+        child.span, child.held, child.before, child.preempted = parent.span, position, parent.before, False
 
     def _is_moment(self, ticket: _Ticket) -> bool:
         """Whether this work is the only one, and soon done without torch's threads."""
@@ -606,8 +617,9 @@ class Engine:
     def _shorten(self, session: _Session) -> None:
         """Give back what is reserved or half-written beyond the held positions."""
         if session.number in self._pages.sessions:
-            self._pages.truncate(session.number, min(session.held, self._pages.length(session.number)))
-            self._cache.truncate(session.number, session.held)
+            held = session.before + session.held
+            self._pages.truncate(session.number, min(held, self._pages.length(session.number)))
+            self._cache.truncate(session.number, held)
 
     def _reap(self, session: _Session) -> None:
         """Free a released session, once it is in no forward."""
@@ -643,7 +655,7 @@ class Engine:
                 while (batch := self._wait_for_batch()) or not self._prepared or self._errands:
                     if batch:
                         self._run_batch(batch)
-                    elif self._errands:
+                    elif self._pause_s() == 0:
                         self._run_errand()
                     if not self._prepared:
                         self._prepare(preparing)
@@ -692,14 +704,23 @@ class Engine:
                 if self._lent:
                     self._wake.wait()
                 elif self._errands.due or not (picks := self._scheduler.next_batch(self._pace())):
-                    if self._errands or not self._prepared:
+                    pause_s = self._pause_s()
+                    if not self._prepared or pause_s == 0:
                         return []
-                    self._wake.wait()
+                    self._wake.wait(pause_s)
                 elif batch := self._begin_all([(self._tickets[pick.work], pick) for pick in picks]):
                     self._errands.passed_over()
                     self._running = {ticket.session.number for ticket, _ in batch}
                     return batch
             return []
+
+    def _pause_s(self) -> float | None:
+        """How long the next piece of a job is to wait, if nothing comes; None where there is no job."""
+        if not self._errands:
+            return None
+        if self._errands.due or not self._tempo.late:
+            return 0.0
+        return max(0.0, self._last_step_s + DECODING_S - time.perf_counter())
 
     def _pace(self) -> Pace:
         decoding = time.perf_counter() - self._last_step_s < DECODING_S
@@ -754,26 +775,30 @@ class Engine:
         return [(ticket, pick) for ticket, pick in chosen if ticket.begun and not ticket.settled]
 
     def _finds_room(self, ticket: _Ticket) -> bool:
-        number = ticket.session.number
+        number, end = ticket.session.number, ticket.before + ticket.work.end
         if number not in self._pages.sessions:
-            return self._pages.needed(0, ticket.work.end) <= self._pages.free_pages
-        return ticket.work.end <= self._pages.length(number) or self._pages.missing(number, ticket.work.end) <= 0
+            return self._pages.needed(0, end) <= self._pages.free_pages
+        return end <= self._pages.length(number) or self._pages.missing(number, end) <= 0
 
     def _begin(self, ticket: _Ticket) -> None:
         """Roll back and reserve pages for the whole work. Raises PositionGap, BehindWindow or Preempted."""
         work, session = ticket.work, ticket.session
-        held = session.held if session.span == work.span else 0
+        before = ticket.before
+        held = session.held if (session.span, session.before) == (work.span, before) else 0
         if work.start > held:
             if session.preempted:
                 raise self._preemption()
             raise PositionGap(work.start, held)
-        if session.number in self._pages.sessions and not self._pages.reaches(session.number, work.start):
+        begins = work.start == 0 and (before or session.before)
+        if begins:  # its prefix may have been another, or is gone behind a window
+            self._drop_pages(session)
+        if session.number in self._pages.sessions and not self._pages.reaches(session.number, before + work.start):
             raise BehindWindow(work.start)
         ticket.begun = True
         if session.span != work.span:
             self._prefixes.close(session.number)
         self._prefixes.begun(session.number, work.start, ticket.work.end)
-        session.span, session.held, session.preempted = work.span, work.start, False
+        session.span, session.held, session.before, session.preempted = work.span, work.start, before, False
         if session.number not in self._pages.sessions:
             self._pages.open(session.number)
         self._shorten(session)
@@ -782,13 +807,15 @@ class Engine:
             self._pages,
             self._prefixes,
             session.number,
-            ticket.work.end,
+            before + ticket.work.end,
             owner_of=lambda number: self._by_number[number].owner,
         )
         for victim in victims:
             self._preempt(self._by_number[victim])
         if copies is not None:
             self._cache.copy(copies)
+            if begins and before and work.adapter is not None:
+                self._cache.begin(session.number, work.adapter, before)
 
     def _preempt(self, session: _Session) -> None:
         """Its pages are gone already; tell those who wait for it. Its age stays until it is released."""
@@ -804,7 +831,7 @@ class Engine:
     def _forward(self, batch: _Batch, *, beside: bool) -> Tensor:
         chunks, inputs = [], []
         for ticket, pick in batch:
-            start = ticket.work.start + pick.offset
+            start = ticket.before + ticket.work.start + pick.offset
             adapter = ticket.work.adapter
             chunks.append(Chunk(session=ticket.session.number, start=start, tokens=pick.tokens, adapter=adapter))
             inputs.append(ticket.work.hidden[pick.offset : pick.offset + pick.tokens].to(self.model.dtype))
@@ -848,6 +875,7 @@ class Engine:
             now_s = time.perf_counter()
             if steps:
                 self._last_step_s = now_s
+                self._note_steps([ticket for ticket, _ in batch if ticket.item.is_step], now_s)
             for (ticket, pick), output in zip(batch, outputs, strict=True):
                 if not all_finite and not finite(output):
                     self._fail_late(ticket, NonFiniteOutput("the model made NaN or infinity of this session's input"))
@@ -869,6 +897,13 @@ class Engine:
             _answer_all(answers)
         elif answers:
             self._loop.call_soon_threadsafe(_answer_all, answers)
+
+    def _note_steps(self, steps: Sequence[_Ticket], now_s: float) -> None:
+        gaps_s = [now_s - step.session.stepped_at_s for step in steps]
+        gap_s = min(gaps_s)
+        self._tempo.answered(max(now_s - step.submitted_s for step in steps), gap_s if gap_s < DECODING_S else None)
+        for step in steps:
+            step.session.stepped_at_s = now_s
 
     def _fail_late(self, ticket: _Ticket, error: SwarmError) -> None:
         """Fail a work of the forward that just ended, unless it was settled meanwhile."""

@@ -3,7 +3,8 @@
 Owns whose turn it is; knows neither what a job computes nor the engine's works. A job is a generator that yields after
 every piece; one job at a time is under way, so that only one of them holds memory, and owners take turns.
 
-- Forwards go first: a piece runs when none is to be run, or when GAP forwards have passed a waiting piece over.
+- Forwards go first: a piece runs when none is to be run, or when GAP forwards have passed a waiting piece over. Where
+  steps are late all the same (`scheduler.Tempo.late`), it waits for those forwards, or until no more steps come.
 - A job that nobody waits for any more ends at its next turn.
 """
 

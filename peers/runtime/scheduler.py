@@ -26,6 +26,11 @@ STEP_TOKENS = 16
 MIN_TOKEN_BUDGET = 4 * STEP_TOKENS
 """So that a whole step fits beside the quarter that is kept for longer works."""
 AGEING_BATCHES = 32
+EXTRA = 0.45
+"""How much longer a token may take lately than at its quickest before works that can wait do; a peer keeps to the part
+of it that is its own by the blocks it runs."""
+FORGETTING = 1.002
+"""What was quickest counts for so much more with every step that follows: contexts grow, and machines change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +74,16 @@ class Pace:
 class Tempo:
     """How long forwards take here lately, and what that allows."""
 
-    def __init__(self, slices: int) -> None:
-        """`slices`: into how many parts a long forward falls, between which steps are let in."""
+    def __init__(self, slices: int, share: float = 1.0) -> None:
+        """`slices`: into how many parts a long forward falls, between which steps are let in; `share`: of a model's
+        blocks, those that run here."""
         self.step_s = 0.0
         """A forward of steps alone."""
         self.token_s = 0.0
         """One position of a longer work."""
         self._slices = slices
+        self._share = share
+        self._quick_s = self._lately_s = self._gap_s = 0.0
 
     def measured(self, seconds: float, *, steps: int, longer: int) -> None:
         """A forward took so long, with so many positions of steps and of longer works."""
@@ -84,6 +92,18 @@ class Tempo:
         else:
             own_s = seconds - self.step_s if steps else seconds
             self.token_s = _smoothed(self.token_s, max(own_s, 0.1 * seconds) / longer)
+
+    def answered(self, seconds: float, gap_s: float | None) -> None:
+        """Steps were done so long after they had come, and so long after those before them of the same session."""
+        self._quick_s = _quickest(self._quick_s, seconds)
+        self._lately_s = _smoothed(self._lately_s, seconds)
+        if gap_s is not None:
+            self._gap_s = _quickest(self._gap_s, gap_s)
+
+    @property
+    def late(self) -> bool:
+        """Whether steps take clearly longer than they could: they wait here, or somebody else is on the same cores."""
+        return self._gap_s > 0 and self._lately_s - self._quick_s > EXTRA * self._share * self._gap_s
 
     def pace(self, budget: int, *, decoding: bool) -> Pace:
         """Such that steps wait about as long as they take themselves for a piece beside them, half as long for a slice.
@@ -100,6 +120,10 @@ class Tempo:
     def is_long(self, tokens: int) -> bool:
         """Whether a forward of so many positions takes so long that steps should be let in."""
         return tokens > MIN_TOKEN_BUDGET or tokens * self.token_s > 2 * self.step_s
+
+
+def _quickest(known_s: float, new_s: float) -> float:
+    return min(new_s, FORGETTING * known_s) if known_s else new_s
 
 
 def _smoothed(known_s: float, new_s: float) -> float:

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 from msgspec.structs import replace
 
 from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
+from peers.model.adapters import prefix_length
 from peers.runtime.engine import BehindWindow, CacheTooSmall, Done, EngineStats, PositionGap, SessionReleased, Work
 from peers.runtime.joined import AnyEngine
 from peers.serving.adapters import AdapterLimits, Adapters
@@ -221,9 +222,7 @@ class Handler:
         try:
             self.check(message)
             if message.adapter is not None:
-                adapter = self.adapters.take(link, message.adapter, BlockSpan(message.start, message.end))
-                if adapter is not None and any(target.module == PREFIX for target in adapter.targets):
-                    raise Refused("a prefix is for works of training, not for sessions", code=Code.MALFORMED)
+                message = self._with_adapter(link, message, message.adapter)
             self._make_room(standby=message.standby)
             entry = self.ledger.resume(link.remote, link, message, self._clock())
             if entry is not None:
@@ -240,6 +239,15 @@ class Handler:
         if entry.next is not None:
             self.journal.open(entry.place, entry.owner, entry.span, message.prefix, entry.positions)
         await self._opened(link, entry)
+
+    def _with_adapter(self, link: Link, message: Open, name: bytes) -> Open:
+        """What is to be opened, once its adapter is known to do. Raises Refused, ProtocolError."""
+        span = BlockSpan(message.start, message.end)
+        if not prefix_length(self.adapters.take(link, name, span), span):
+            return message
+        if not self._engine.packs_sessions:
+            raise Refused("a prefix before blocks whose attention is their own", code=Code.MALFORMED)
+        return replace(message, prefix=())  # positions are kept for others by pages, of which a prefix takes a part
 
     async def _resume(self, link: Link, entry: Entry[Delivery, Link]) -> None:
         """Say what the session goes on with, once what runs for its older route has ended: that counts too."""

@@ -6,6 +6,7 @@ Owns what people see and type: options, exit codes, signals, logging, progress b
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -21,6 +22,8 @@ def main() -> None:
         sys.exit(f"error: {error}\nhint: {error.hint}")
     # torch's threads sleep when they wait: spinning, they keep those of other peers and programs from work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # what torch and transformers are made of stays: looking for garbage among it takes a seventh of their import
+    gc.set_threshold(10_000)
     from swarm.cli import signals  # which, as the rest, another platform may not be able to import
 
     signals.end_at_once()

@@ -44,8 +44,10 @@ def run(
         if shortened + more:
             say(f"{shortened + more} of {len(examples) + len(apart)} examples are longer than {max_tokens} tokens: cut")
         with signals.noticed(_say_stopping) as asked, _shown(as_json=as_json) as show:
-            outcome = finetune(model, train, held, output, config, on_step=show, stop=lambda: bool(asked))
-    _end(outcome, output, as_json=as_json)
+            outcome = finetune(
+                model, train, held, output, config, on_resume=_say_resuming, on_step=show, stop=lambda: bool(asked)
+            )
+    _end(outcome, connection.model, output, as_json=as_json)
 
 
 def split(examples: list[Example], apart: list[Example] | None) -> tuple[list[Example], list[Example]]:
@@ -59,6 +61,10 @@ def split(examples: list[Example], apart: list[Example] | None) -> tuple[list[Ex
 
 def _say_stopping() -> None:
     say("\nwriting a checkpoint after this step; again to leave at once")
+
+
+def _say_resuming(step: int) -> None:
+    say(f"going on from the checkpoint of step {step}")
 
 
 @contextmanager
@@ -95,13 +101,14 @@ def _say_some(step: Step) -> None:
         say(f"step {step.step} of {step.of}: loss {step.loss:.4f}")
 
 
-def _end(outcome: Outcome, output: Path, *, as_json: bool) -> None:
+def _end(outcome: Outcome, model: str, output: Path, *, as_json: bool) -> None:
     if as_json:
         kind = "finished" if outcome.finished else "stopped"
         typer.echo(json.dumps({"event": kind, **asdict(outcome), "output": str(output)}))
     elif outcome.finished:
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
-        say(f"{outcome.steps} steps in {outcome.seconds:.0f} s{loss}")
+        say(f"{outcome.steps - outcome.resumed_from} steps in {outcome.seconds:.0f} s{loss}")
         say(f"the adapter is in {output}, its losses in {output / CURVE_FILE}")
+        say(f"to use it: swarm generate {model} --adapter {output}")
     else:
         say(f"stopped after step {outcome.steps} of {outcome.of}; the same command goes on from there")

@@ -91,8 +91,9 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         "--adapter",
-        metavar="NAME",
-        help="With an adapter that peers host (`swarm status` shows which). NAME@DIGEST where several have that name.",
+        metavar="NAME|FOLDER",
+        help="With an adapter: one that peers host, by its name (`swarm status` shows which; NAME@DIGEST where several "
+        "have it), or your own, in a folder that `swarm finetune` or PEFT wrote, e.g. ./my-adapter.",
         show_default=False,
     ),
 ]

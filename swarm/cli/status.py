@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from routing.health import ModelHealth
+from routing.health import ModelHealth, adapters
 from routing.ids import PeerId
-from routing.path import gaps
-from routing.records import Announcement, PeerState
+from routing.records import Announcement
 from swarm.cli import signals
 from swarm.health import View, look
 from swarm.network import Entrance, enter
@@ -118,11 +117,10 @@ def _blocks_table(health: ModelHealth) -> Table:
 
 def _adapter_lines(health: ModelHealth) -> Iterable[str]:
     """One sentence about each adapter that peers host."""
-    for adapter in sorted({adapter for peer in health.peers for adapter in peer.adapters}):
-        hosts = [peer for peer in health.peers if adapter in peer.adapters and peer.state is PeerState.ONLINE]
-        missing = gaps((span for peer in hosts for span in peer.spans), health.num_blocks)
-        condition = f"INCOMPLETE: nobody hosts it for blocks {', '.join(map(str, missing))}" if missing else "complete"
-        yield f"adapter {adapter} · {len(hosts)} peer{'' if len(hosts) == 1 else 's'} · {condition}"
+    for each in adapters(health):
+        missing = ", ".join(map(str, each.gaps))
+        condition = f"INCOMPLETE: nobody hosts it for blocks {missing}" if missing else "complete"
+        yield f"adapter {each.adapter} · {each.hosts} peer{'' if each.hosts == 1 else 's'} · {condition}"
 
 
 def _runs(holders: Iterable[tuple[PeerId, ...]]) -> Iterable[tuple[tuple[int, int], tuple[PeerId, ...]]]:

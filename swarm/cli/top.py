@@ -33,6 +33,8 @@ STRIP_CHARS = 100
 NAME_CHARS = 24
 MAX_MODELS = 4
 MAX_EVENTS = 6
+MAX_ADAPTERS = 8
+"""Of each model."""
 MARKS = {
     State.ONLINE: ("●", "green"),
     State.JOINING: ("◌", "cyan"),
@@ -199,6 +201,14 @@ def _model(view: ModelView) -> Text:
         text.append(" → you", style="dim")
     elif view.route_problem:
         text.append(f"\n{view.route_problem}", style="red")
+    if view.adapters:
+        text.append("\nadapters: ", style="dim")
+        for at, adapter in enumerate(view.adapters[:MAX_ADAPTERS]):
+            text.append(f"{', ' if at else ''}{adapter.name}@{adapter.digest} ×{adapter.hosts}")
+            if adapter.gaps:
+                text.append(" INCOMPLETE", style="bold red")
+        if len(view.adapters) > MAX_ADAPTERS:
+            text.append(", …")
     return text
 
 

@@ -16,9 +16,9 @@ from peers.wire.messages import PROTOCOL_VERSION, Pong
 from routing.cost import BYTES_PER_TOKEN
 from routing.errors import NoRoute
 from routing.flow import by_span, capacities_of, max_flow
-from routing.health import ModelHealth, coverage
+from routing.health import ModelHealth, adapters, coverage
 from routing.ids import BlockSpan, ModelId, PeerId
-from routing.records import Announcement, PeerState
+from routing.records import DIGEST_DIGITS, Announcement, PeerState
 from routing.router import Route, Router, RouteRequest
 from routing.version import VERSION
 from swarm.dashboard.peers import (
@@ -34,6 +34,7 @@ from swarm.dashboard.peers import (
     topology,
 )
 from swarm.dashboard.schemas import (
+    AdapterView,
     Event,
     EventKind,
     HopDetail,
@@ -62,6 +63,8 @@ MAX_MODELS: Final = 32
 PLANNED_BLOCKS: Final = 4096
 """Of the models that are planned anew in one look, together, those planned longest ago first: so that large models that
 somebody made up do not hold up the others."""
+MAX_ADAPTERS: Final = 32
+"""Of one model: those with most hosts, because anybody can announce any adapter."""
 MAX_EVENTS: Final = 1000
 MAX_LEFT_OUT: Final = 50
 
@@ -336,6 +339,7 @@ class Core:
             total_tokens_per_s=plan.total_tokens_per_s,
             route=plan.hops,
             route_problem=plan.problem,
+            adapters=_adapters_of(health),
         )
         return _Model(view=view, gaps=gaps, plan=plan)
 
@@ -491,6 +495,18 @@ def _deserted(members: Sequence[KnownPeer]) -> ModelHealth:
         holders=((),) * record.num_blocks,
         gaps=(BlockSpan(0, record.num_blocks),),
     )
+
+
+def _adapters_of(health: ModelHealth) -> list[AdapterView]:
+    return [
+        AdapterView(
+            name=each.adapter.name,
+            digest=each.adapter.digest.hex()[:DIGEST_DIGITS],
+            hosts=each.hosts,
+            gaps=pairs(each.gaps),
+        )
+        for each in adapters(health, most=MAX_ADAPTERS)
+    ]
 
 
 def _per_s(route: Route) -> float:

@@ -145,6 +145,17 @@ class RouteHop(Json):
     span: Span
 
 
+class AdapterView(Json):
+    name: str
+    """A claim, and not unique."""
+    digest: str
+    """The first digits of it: name@digest is what a client asks for."""
+    hosts: int
+    """Online peers that host it."""
+    gaps: list[Span]
+    """Blocks that none of those serves."""
+
+
 class ModelView(Json):
     model_id: str
     """64 hexadecimal digits."""
@@ -174,6 +185,8 @@ class ModelView(Json):
     route: list[RouteHop] | None
     route_problem: str = ""
     """Why there is no route."""
+    adapters: list[AdapterView] = []
+    """That peers host for everybody; those with most hosts where they are very many."""
 
 
 class Totals(Json):

@@ -20,6 +20,7 @@ from peers.model.loading import check_folder
 from peers.model.progress import Progress
 from routing.errors import CallerError, SwarmError, Unavailable
 from swarm.answers import load_tokenizer
+from swarm.gateway.allocation import return_large_buffers
 from swarm.gateway.app import Gateway, make_app
 from swarm.gateway.kept import KeptLimits
 from swarm.gateway.keys import Account, Keys
@@ -161,7 +162,9 @@ async def run(
     ready: Callable[[RunningGateway], None],
     progress: Progress | None = None,
 ) -> None:
-    """A gateway from start to end; `ready` is told when it takes requests. Raises SwarmError."""
+    """A gateway from start to end, which has the process to itself; `ready` is told when it takes requests. Raises
+    SwarmError."""
+    return_large_buffers()
     listener = listen(config.host, config.port)  # a port that is taken is said before anything is loaded
     try:
         served = await asyncio.to_thread(load, config, progress=progress)

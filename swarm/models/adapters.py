@@ -24,7 +24,7 @@ PEFT_NAMES = ("base_layer", "lora_A", "lora_B")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Part:
+class Part:
     """What one adapter adds to one layer."""
 
     target: AdapterTarget
@@ -35,7 +35,7 @@ class _Part:
     dropout: float
     """Of its inputs, now."""
 
-    def is_still(self, before: _Part) -> bool:
+    def is_still(self, before: Part) -> bool:
         same = self.a_RK is before.a_RK and self.b_NR is before.b_NR
         return same and self.versions == before.versions and self.target == before.target
 
@@ -47,7 +47,7 @@ class Attached:
     targets: tuple[AdapterTarget, ...]
     weights: tuple[Tensor, ...]
     """A and B of each target in turn: the client's own parameters, or what autograd makes of several adapters'."""
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     """What these are made of."""
     dropout: float = 0.0
     """Of the inputs of all of them."""
@@ -105,7 +105,7 @@ class Reader:
         """
         if not self._children or any(now != before for now, before in self._children):
             self._walk()
-        found: dict[tuple[int, str], list[_Part]] = {}
+        found: dict[tuple[int, str], list[Part]] = {}
         for name, module in self._adapted:
             for part in _parts(name, module):
                 found.setdefault((part.target.block, part.target.module), []).append(part)
@@ -156,7 +156,7 @@ def _check_nothing_else(layers: nn.Module, adapted: Iterable[tuple[str, nn.Modul
             raise UnsupportedAdapter(f"{name} stands at peers, and cannot be trained", hint="freeze the model's own")
 
 
-def _together(parts: Sequence[_Part]) -> _Part:
+def _together(parts: Sequence[Part]) -> Part:
     """Several active adapters of one layer as one of all their ranks. Raises UnsupportedAdapter."""
     if len(parts) == 1:
         return parts[0]
@@ -170,10 +170,10 @@ def _together(parts: Sequence[_Part]) -> _Part:
         raise UnsupportedAdapter(f"the adapters on block {target.block}, {target.module} have ranks above {MAX_RANK}")
     a_RK = torch.cat([part.a_RK.float() for part in parts])
     b_NR = torch.cat([part.b_NR.float() * part.target.scaling for part in parts], 1)
-    return _Part(structs.replace(target, rank=rank, scaling=1.0), a_RK, b_NR, (0, 0), 0.0)
+    return Part(structs.replace(target, rank=rank, scaling=1.0), a_RK, b_NR, (0, 0), 0.0)
 
 
-def _parts(name: str, module: Any) -> Iterator[_Part]:
+def _parts(name: str, module: Any) -> Iterator[Part]:
     if module.merged:
         raise UnsupportedAdapter(f"the adapter on {name} was merged, and the weights it was merged into are at peers")
     if module.disable_adapters:
@@ -205,7 +205,7 @@ def _parts(name: str, module: Any) -> Iterator[_Part]:
             outputs=len(b_NR),
             scaling=float(module.scaling[active]),
         )
-        yield _Part(target, a_RK, b_NR, (_version(a_RK), _version(b_NR)), dropout)
+        yield Part(target, a_RK, b_NR, (_version(a_RK), _version(b_NR)), dropout)
 
 
 def _version(weight: Tensor) -> int:

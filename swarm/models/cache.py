@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from peers.model.adapters import Adapter, same
-from swarm.errors import SessionClosed, UnsupportedCache
+from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedMask
+from swarm.models.adapters import Attached
 from swarm.models.layout import Layout
 from swarm.models.rows import UNKNOWN_TOKEN, Extension, Row, Strand, extend
 from swarm.session.remote import Remote, Resilience
@@ -36,11 +37,11 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
         held: list[Strand] | None = None,
         *,
         resilience: Resilience | None = None,
-        columns: int = 0,
+        prefix: Attached | None = None,
     ) -> None:
         """Rows may start from the strands in `held`; those that they do start from are taken out of the list.
 
-        `columns`: it seems to hold so many already, which stand elsewhere.
+        `prefix`: what stands before every row, in columns of its own; it is the caller's to put it into `adapter`.
         """
         super().__init__(layers=[])
         self.remote = remote
@@ -50,7 +51,8 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self._closed = False
         self._num_layers = num_layers
         self._resilience = resilience
-        self._columns = columns
+        self.prefix = prefix
+        self._columns = self.before = 0 if prefix is None else prefix.targets[0].rank
         self._held = held if held is not None else []
         self._strands: set[Strand] = set()
         weakref.finalize(self, _release, remote, self._strands).atexit = False  # then the network is going anyway
@@ -81,9 +83,10 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
 
         Returns `[B, T, D]`: outputs from column `want_from` on, zeros before it and where there is padding. With
         `repeat_last`, a padded last column gets the output of its row's last token instead. Raises UnsupportedCache
-        where another adapter computed what is held.
+        where another adapter computed what is held, UnsupportedMask where positions do not go on behind a prefix.
         """
         self.rows = [_going_on(row, adapter) for row in self.rows]
+        self._check_beginnings(layout)
         if token_ids_BT is None:
             unknown = [UNKNOWN_TOKEN] * layout.width
             inputs: Iterable[tuple[Tensor | None, list[int]]] = [(None, unknown)] * len(layout.columns)
@@ -140,6 +143,12 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
                 if repeat_last:
                     out_BTD[row, -1] = output[-1]
         return out_BTD
+
+    def _check_beginnings(self, layout: Layout) -> None:
+        """Raises UnsupportedMask where a row does not begin right behind the prefix."""
+        for row, first, columns_N in zip(self.rows, layout.first_positions, layout.columns, strict=True):
+            if self.before and first != self.before and not row.length and (columns_N is None or len(columns_N)):
+                raise UnsupportedMask(f"a row begins at position {first}, and its prefix ends at {self.before}")
 
     def close(self) -> None:
         """Release what the rows hold. Idempotent."""

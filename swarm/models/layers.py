@@ -25,7 +25,7 @@ from peers.model.adapters import Adapter, same
 from peers.model.rotary import rotary_regime
 from peers.model.skeleton import embed_only, install_route
 from peers.model.support import find_decoder, find_layers
-from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedCache, UnsupportedGradient, UnsupportedOutput
+from swarm.errors import SessionClosed, UnsupportedAdapter, UnsupportedGradient, UnsupportedOutput
 from swarm.models.adapters import Attached, Reader, with_prefix
 from swarm.models.cache import SwarmCache
 from swarm.models.generation import current_generation
@@ -59,6 +59,7 @@ class _Forward:
     attached: Attached | None
     """The client's own adapters inside the layers, and its prefix."""
     prefixed: bool
+    """Whether there is one, and no `generate` that would go on behind it."""
     kept: bool
     """Whether the cache outlives the forward, or a `generate` runs."""
     token_ids_BT: Tensor | None
@@ -88,6 +89,8 @@ class RemoteLayers:
         self.remote: Remote | None = None
         self.pools_last = False
         """Whether the model takes what it wants from the last column, wherever a row's last token is."""
+        self.hosted: str | None = None
+        """The adapter with which peers compute, where it is theirs."""
         self.on_route: Callable[[float, float], None] | None = None
         """Is told when a forward went to the peers and when it was back, by `time.perf_counter`."""
         self._last_adapter: tuple[Attached, Adapter] | None = None
@@ -105,14 +108,17 @@ class RemoteLayers:
         self._decoder.forward = functools.wraps(self._own_forward)(lambda *a, **kw: self._forward(*a, **kw))
         install_route(model, self._route)
 
-    def new_cache(self) -> SwarmCache:
-        """An empty cache, which belongs to the running `generate` where there is one. Raises SessionClosed."""
+    def new_cache(self, prefix: Attached | None = None) -> SwarmCache:
+        """A cache that is empty but for a prefix, which belongs to the running `generate` where there is one. Raises
+        SessionClosed."""
         if self.remote is None:
             raise SessionClosed("this model was closed")
         generation = current_generation(self)
         if generation is None:
-            return SwarmCache(self.remote, self.num_blocks)
-        cache = SwarmCache(self.remote, self.num_blocks, generation.held, resilience=generation.resilience)
+            return SwarmCache(self.remote, self.num_blocks, prefix=prefix)
+        cache = SwarmCache(
+            self.remote, self.num_blocks, generation.held, resilience=generation.resilience, prefix=prefix
+        )
         generation.caches.add(cache)
         return cache
 
@@ -152,7 +158,7 @@ class RemoteLayers:
             if self._argument(kwargs, name):
                 raise UnsupportedOutput(f"{name}: what happens inside the layers stays at the peers that run them")
 
-        cache, one_shot, prefix = kwargs.get("past_key_values"), None, None
+        cache, one_shot = kwargs.get("past_key_values"), None
         if cache is None:
             cache = self.new_cache()
             if self._argument(kwargs, "use_cache"):
@@ -160,10 +166,9 @@ class RemoteLayers:
             else:
                 one_shot = cache
         elif not isinstance(cache, SwarmCache):
-            remote, prefix = self._prefix(cache)
-            kwargs["past_key_values"] = cache = SwarmCache(remote, self.num_blocks, columns=cache.get_seq_length())
+            kwargs["past_key_values"] = cache = self.new_cache(prefix_of(cache, self.num_blocks))
         kept = one_shot is None or current_generation(self) is not None
-        token = _current.set(self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs, prefix, kept))
+        token = _current.set(self._lay_out(cache, shaped.shape[0], shaped.shape[1], kwargs, kept))
         try:
             return self._own_forward(**kwargs)
         finally:
@@ -175,15 +180,7 @@ class RemoteLayers:
         value = kwargs.get(name)
         return getattr(self._config, name, None) if value is None else value
 
-    def _prefix(self, cache: Any) -> tuple[Remote, Attached]:
-        """What a caller put before the batch, and who takes it. Raises UnsupportedCache."""
-        if self.remote is None or self.remote.training is None or current_generation(self) is not None:
-            raise UnsupportedCache(f"a {type(cache).__name__} holds keys and values here, and the layers are remote")
-        return self.remote, prefix_of(cache, self.num_blocks)
-
-    def _lay_out(
-        self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any], prefix: Attached | None, kept: bool
-    ) -> _Forward:
+    def _lay_out(self, cache: SwarmCache, batch: int, width: int, kwargs: dict[str, Any], kept: bool) -> _Forward:
         if self.remote is None:
             raise SessionClosed("this model was closed")
         past = cache.get_seq_length()
@@ -204,15 +201,15 @@ class RemoteLayers:
                 width=width,
                 past=past,
                 cached_BC=cache.kept_BC,
-                lengths=[row.length if prefix is None else past for row in cache.rows],
+                lengths=[row.length or cache.before for row in cache.rows],
                 offsets=[row.offset for row in cache.rows],
                 mask=mask,
                 position_ids=position_ids,
                 gaps=self.remote.training is not None and current_generation(self) is None and past == 0,
             ),
             documents=documents,
-            attached=with_prefix(self._adapters.read(again=past > 0 and prefix is None), prefix),
-            prefixed=prefix is not None,
+            attached=with_prefix(self._adapters.read(again=past > cache.before), cache.prefix),
+            prefixed=cache.prefix is not None and current_generation(self) is None,
             kept=kept,
             token_ids_BT=asked.get("input_ids") if from_ids_alone else None,
             want_from=_first_wanted(asked.get("logits_to_keep", 0), width),
@@ -273,6 +270,11 @@ class RemoteLayers:
     def _run_whole(self, hidden_BTD: Tensor, forward: _Forward) -> Tensor:
         """As autograd wants it, or where rows hold several documents or gaps: no cache holds anything afterwards."""
         remote = None if self.remote is None else self.remote.training
+        if self.hosted is not None:
+            raise UnsupportedGradient(
+                f"peers compute no gradients through adapter {self.hosted}, which they host for everybody",
+                hint="load the model without adapter=… to train; what they host can be trained on as your own, by PEFT",
+            )
         if remote is None:
             raise UnsupportedGradient("no gradient flows through these remote layers, but their input requires one")
         documents = forward.documents

@@ -100,10 +100,14 @@ def lay_out(
             first_positions.append(0)
             continue
         if not rules.takes_position_ids:
-            first_position = lengths[row]
+            first_position = lengths[row] + (offsets[row] or 0)
         elif positions_N is not None and count > 1 and ((skipped_N := positions_N.diff() - 1) != 0).any():
             if not gaps or (skipped_N < 0).any():
-                raise UnsupportedMask(f"the position ids of row {row} do not count its kept tokens one by one")
+                raise UnsupportedMask(
+                    f"the position ids of row {row} do not count its kept tokens one by one",
+                    hint="give it a call of its own without padding, where the gap is padding behind a learned prompt; "
+                    "else pass a 2-D mask of the whole sequence, and position ids without gaps",
+                )
             jumps[row] = tuple((at, skipped) for at, skipped in enumerate(skipped_N.tolist(), 1) if skipped)
         if (offset := offsets[row]) is not None and first_position != lengths[row] + offset:
             raise UnsupportedMask(

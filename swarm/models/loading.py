@@ -196,6 +196,7 @@ def load_model(
         model = adapt(model)
     share_head(model)
     layers = RemoteLayers(model)
+    layers.hosted = adapter
     layers.pools_last = kind is SwarmModelForSequenceClassification
     model.__class__ = _swarm_class(model.__class__, cast(Any, kind))
     model._remote_layers = layers

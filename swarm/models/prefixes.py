@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from peers.wire.messages import MAX_RANK, PREFIX, AdapterTarget
 from swarm.errors import UnsupportedCache
-from swarm.models.adapters import Attached
+from swarm.models.adapters import Attached, Part
 
 
 def prefix_of(cache: Cache, num_blocks: int) -> Attached:
@@ -38,4 +38,6 @@ def prefix_of(cache: Cache, num_blocks: int) -> Attached:
             weights.append(part_BJPK[0].transpose(0, 1).flatten(1))
         keys_PK, values_PV = weights[-2:]
         targets.append(AdapterTarget(block, PREFIX, length, keys_PK.shape[1], values_PV.shape[1], 1.0))
-    return Attached(tuple(targets), tuple(weights), ())
+    each = zip(targets, weights[::2], weights[1::2], strict=True)
+    parts = [Part(target, keys_PK, values_PV, (0, 0), 0.0) for target, keys_PK, values_PV in each]
+    return Attached(tuple(targets), tuple(weights), tuple(parts))

@@ -431,12 +431,16 @@ class SwarmRemote:
         """The keys to offer, for each hop of the route."""
         assert session.core is not None
         hops = action.route.hops
-        blocks = describe_blocks(session.history.between(0, action.offer), self.model.regime_key)
+        blocks = self._blocks(session, action.offer)
         session.offered = max(len(blocks) * PREFIX_POSITIONS, *action.keep)
         return [
             self._keys(session, hops[:index], blocks) if action.forgot or not keep else ()
             for index, keep in enumerate(action.keep)
         ]
+
+    def _blocks(self, session: LiveSession, end: int) -> list[bytes]:
+        """What the positions before `end` are, for their keys."""
+        return describe_blocks(session.history.between(0, end, self.model.regime_key), self.model.regime_key)
 
     def _keys(self, session: LiveSession, upstream: Sequence[Hop], blocks: Sequence[bytes]) -> tuple[bytes, ...]:
         adapter = self._hosted.digest if self._hosted else None if session.adapter is None else session.adapter.name
@@ -602,8 +606,7 @@ class SwarmRemote:
         index = next(at for at, other in enumerate(route.hops) if other.span == hop.span)
         prefix: tuple[bytes, ...] = ()
         if action.offer:
-            blocks = describe_blocks(session.history.between(0, action.offer), self.model.regime_key)
-            prefix = self._keys(session, route.hops[:index], blocks)
+            prefix = self._keys(session, route.hops[:index], self._blocks(session, action.offer))
         standing = replace(route, hops=(*route.hops[:index], hop, *route.hops[index + 1 :]))
         message = self._opening(session, standing, index, action.epoch, prefix=prefix, keep=action.keep, standby=True)
         await self._send_to_standby(session, hop, hop, action.epoch, message)
@@ -746,7 +749,7 @@ class SwarmRemote:
     def _replay(self, session: LiveSession, step: PendingStep, route: Route, epoch: int) -> Replay:
         core = session.core
         assert core is not None
-        segments = session.history.between(step.first, step.first + step.count)
+        segments = session.history.between(step.first, step.first + step.count, self.model.regime_key)
         return Replay(
             session=core.session.raw,
             block=route.hops[step.hop - 1].span.start,
@@ -777,7 +780,7 @@ class SwarmRemote:
             self.traffic.bytes_sent += len(payload)
 
     async def _rows_again(self, session: LiveSession, step: PendingStep) -> tuple[torch.Tensor, int]:
-        segments = session.history.between(step.first, step.first + step.count)
+        segments = session.history.between(step.first, step.first + step.count, self.model.regime_key)
         rows_TD = await asyncio.to_thread(self._embed_again, segments)
         return rows_TD, max(segment.regime_length for segment in segments)
 

@@ -6,18 +6,22 @@ states thousands, so the hidden states of a replay are computed again by the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby, pairwise, repeat
 
 import torch
 
 from swarm.session.remote import Embed
 
+RegimeKey = Callable[[int], object]
+"""Lengths with equal keys may share one forward (`peers.model` RotaryRegime)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Consecutive positions that arrived in one step."""
+    """Consecutive positions that arrived in one step, or may be sent again in one."""
 
     first: int
     count: int
@@ -53,42 +57,89 @@ class Segment:
         return embed(self.token_ids, self.first + self.position_offset)
 
 
+@dataclass(slots=True)
+class _Tokens:
+    """Consecutive positions by their token ids. An object for each of them would take a hundred times their room."""
+
+    first: int
+    position_offset: int
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    regime_lengths: array[int] = field(default_factory=lambda: array("i"))
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.ids)
+
+    def cut(self, first: int, end: int) -> _Tokens:
+        rows = slice(max(0, first - self.first), end - self.first)
+        return _Tokens(self.first + rows.start, self.position_offset, self.ids[rows], self.regime_lengths[rows])
+
+    def segments(self, regime_key: RegimeKey) -> Iterator[Segment]:
+        """One for each regime."""
+        token_ids = torch.frombuffer(self.ids, dtype=torch.int32).long()
+        at = 0
+        for _, group in groupby(self.regime_lengths, regime_key):
+            lengths = list(group)
+            yield Segment(
+                first=self.first + at,
+                count=len(lengths),
+                token_ids=token_ids[at : at + len(lengths)],
+                hidden=None,
+                position_offset=self.position_offset,
+                regime_length=max(lengths),
+            )
+            at += len(lengths)
+
+
 class History:
-    """Contiguous segments from position 0. Not for several threads at once."""
+    """Contiguous positions from 0 on. Not for several threads at once; what `between` gave may go to another."""
 
     def __init__(self) -> None:
-        self._segments: list[Segment] = []
+        self._parts: list[Segment | _Tokens] = []
 
     def __len__(self) -> int:
-        return self._segments[-1].end if self._segments else 0
+        return self._parts[-1].end if self._parts else 0
 
     def append(self, segment: Segment) -> None:
         """Add positions; a segment that starts before the end replaces what stood there."""
         assert segment.first <= len(self), f"history of {len(self)} positions, segment at {segment.first}"
         self.truncate(segment.first)
-        self._segments.append(segment)
+        if segment.token_ids is None:
+            self._parts.append(segment)
+            return
+        last = self._parts[-1] if self._parts else None
+        if not isinstance(last, _Tokens) or last.position_offset != segment.position_offset:
+            last = _Tokens(segment.first, segment.position_offset)
+            self._parts.append(last)
+        last.ids.extend(segment.token_ids.tolist())
+        last.regime_lengths.extend(repeat(segment.regime_length, segment.count))
 
     def truncate(self, positions: int) -> None:
-        while self._segments and self._segments[-1].end > positions:
-            last = self._segments.pop()
+        while self._parts and self._parts[-1].end > positions:
+            last = self._parts.pop()
             if last.first < positions:
-                self._segments.append(last.cut(last.first, positions))
+                self._parts.append(last.cut(last.first, positions))
 
     def fork(self, positions: int) -> History:
-        """The first `positions` positions, sharing storage with this history."""
+        """The first `positions` positions; hidden states share storage with this history's."""
         child = History()
-        child._segments = list(self._segments)
-        child.truncate(positions)
+        child._parts = [
+            part.cut(part.first, min(part.end, positions)) for part in self._parts if part.first < positions
+        ]
         return child
 
-    def between(self, first: int, end: int) -> list[Segment]:
-        """The segments that make up [first, end), cut to it."""
-        within = [segment for segment in self._segments if max(first, segment.first) < min(end, segment.end)]
-        return [segment.cut(first, end) for segment in within]
+    def between(self, first: int, end: int, regime_key: RegimeKey) -> list[Segment]:
+        """The segments that make up [first, end), cut to it. None of them mixes two rotary regimes."""
+        found: list[Segment] = []
+        for part in self._parts:
+            if max(first, part.first) < min(end, part.end):
+                within = part.cut(first, min(end, part.end))
+                found += within.segments(regime_key) if isinstance(within, _Tokens) else [within]
+        return found
 
-    def cuts(self, end: int, regime_key: Callable[[int], object]) -> list[int]:
+    def cuts(self, end: int, regime_key: RegimeKey) -> list[int]:
         """Positions below `end` where the rotary regime changes, so that one step of a replay never mixes two."""
-        segments = self.between(0, end)
+        segments = self.between(0, end, regime_key)
         return [
             after.first
             for before, after in pairwise(segments)

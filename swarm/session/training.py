@@ -21,6 +21,7 @@ What a peer does to a step, and what follows:
 | says `forgotten` (backward) | is sent again to it, with the input |
 | dies, is silent, fails, sends what is no answer (NaN, wrong shape) | goes to others; it is left alone for a while |
 | refuses (`no_training`, `wrong_model`, …), pauses, leaves | goes to others, without blame |
+| takes far longer than the others of its route | is waited for; the next batches go to others, where there are any |
 
 Where others divide the blocks differently, a backward begins with the forward through them, from the kept input.
 """
@@ -36,6 +37,7 @@ import weakref
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -78,6 +80,10 @@ FIRST_PATIENCE_S = 120.0
 `LEAST_PATIENCE_S`."""
 PATIENCE = 20.0
 LEAST_PATIENCE_S = 30.0
+SLOW = 4.0
+"""A peer that takes so many times as long for a block as the others is left, where somebody else serves its blocks."""
+REVIEW_S = 10.0
+"""Between two looks at that."""
 NO_ROUTE_PAUSE_S = 0.5
 RETRY_S = 0.05
 MICRO_BATCH_TOKENS_MIN = 64
@@ -187,13 +193,16 @@ class TrainingRoute:
         self._planning = asyncio.Lock()
         self._tasks = Tasks()
         self._lost: dict[PeerId, float] = {}
-        """Peers that failed, and until when they are avoided, by the loop's clock."""
+        """Peers that failed or are slow, and until when they are avoided, by the loop's clock."""
         self._lost_at_s = -math.inf
         self._refused: dict[PeerId, float] = {}
         """Likewise those that do not train, or not this."""
         self._asked: dict[tuple[bytes, bool], _Asked] = {}
         self._token_s = 0.0
         """What an answer takes per position, lately."""
+        self._block_s: dict[PeerId, float] = {}
+        """Likewise per position and block, of each peer of the route."""
+        self._review_at_s = 0.0
 
     # --- any thread ---
 
@@ -291,6 +300,7 @@ class TrainingRoute:
         adapter: Adapter | None,
         dropout: Dropout | None,
     ) -> tuple[torch.Tensor, list[_MicroBatch]]:
+        self._leave_slow()
         hops = len((await self._planned()).hops)
         # so many that every hop has one, where there is enough to be worth it
         tokens = min(self.config.micro_batch_tokens, max(MICRO_BATCH_TOKENS_MIN, len(rows_TH) // (hops + 1)))
@@ -400,17 +410,38 @@ class TrainingRoute:
             avoid = frozenset((*self._lost, *self._refused))
             if self._route is None or any(hop.peer_id in avoid for hop in self._route.hops):
                 self._route = None
-                request = RouteRequest(
-                    model=self._model.model,
-                    num_blocks=self._model.num_blocks,
-                    avoid=avoid,
-                    tokens=self.config.micro_batch_tokens,
-                    bytes_per_token=self._model.hidden_size * 4,
-                    protocol=PROTOCOL_VERSION,
-                    min_precision=self._model.min_precision,
-                )
-                self._route = await self._client.discovery.route(request)
+                self._route = await self._client.discovery.route(self._request(avoid))
+                self._block_s.clear()
+                self._review_at_s = now_s + REVIEW_S
             return self._route
+
+    def _request(self, avoid: frozenset[PeerId]) -> RouteRequest:
+        return RouteRequest(
+            model=self._model.model,
+            num_blocks=self._model.num_blocks,
+            avoid=avoid,
+            tokens=self.config.micro_batch_tokens,
+            bytes_per_token=self._model.hidden_size * 4,
+            protocol=PROTOCOL_VERSION,
+            min_precision=self._model.min_precision,
+        )
+
+    def _leave_slow(self) -> None:
+        """Avoid a peer that takes far longer than the others of the route, if there is a way without it."""
+        now_s = asyncio.get_running_loop().time()
+        if self._route is None or now_s < self._review_at_s:
+            return
+        self._review_at_s = now_s + REVIEW_S
+        on_route = {hop.peer_id for hop in self._route.hops}
+        paces = sorted((pace_s, peer) for peer, pace_s in self._block_s.items() if peer in on_route)
+        if len(paces) < 2 or paces[-1][0] < SLOW * median(pace_s for pace_s, _ in paces[:-1]):
+            return
+        slowest = paces[-1][1]
+        with contextlib.suppress(NoRoute):
+            avoid = frozenset((*self._lost, *self._refused, slowest))
+            self._client.router.plan(self._request(avoid), self._client.discovery.now_s())
+            logger.info("training: %s has become slow", slowest)
+            self._lost[slowest] = now_s + AVOID_S
 
     async def _hop(self, at: int, end: int, trouble: _Trouble) -> tuple[Hop, BlockSpan]:
         """Who runs block `at` next, and how many more up to `end`. Raises NoRoute when patience ends."""
@@ -462,8 +493,9 @@ class TrainingRoute:
                 return False
             case _:
                 self.traffic.failures["lost"] += 1
-                logger.warning("peer %s: %s", hop.peer_id, error)
-                router.on_failure(hop.peer_id, now_s, str(error))
+                if hop.peer_id not in self._lost:  # else several micro-batches were there
+                    logger.warning("training goes on without peer %s: %s", hop.peer_id, error)
+                    router.on_failure(hop.peer_id, now_s, str(error))
         self._lost[hop.peer_id], self._lost_at_s = loop_s + AVOID_S, loop_s
         return False
 
@@ -537,6 +569,9 @@ class TrainingRoute:
             added[first:end] += of_rows(adapter.targets, extra.rows)
         token_s = (loop.time() - began_s) / batch.tokens
         self._token_s += 0.3 * (token_s - self._token_s) if self._token_s else token_s
+        block_s = token_s / len(stretch.span)
+        known_s = self._block_s.get(peer.peer_id, block_s)
+        self._block_s[peer.peer_id] = known_s + 0.3 * (block_s - known_s)
         self._client.router.on_success(peer.peer_id, self._client.discovery.now_s())
         return result_TH
 

@@ -118,15 +118,20 @@ def finetune(
     output: Path,
     config: FinetuneConfig,
     *,
+    on_resume: Callable[[int], None] = lambda _: None,
     on_step: Callable[[Step], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train an adapter for `model`, whose own parameters stay as they are, and write it to `output`.
 
-    Goes on where an earlier call with the same settings and examples was stopped. `stop` is asked after every step;
-    when it says so, a checkpoint is written and the call returns. Raises RunMismatch, and what the model raises.
+    Goes on where an earlier call with the same settings and examples was stopped, and tells `on_resume` behind which
+    step. `stop` is asked after every step; when it says so, a checkpoint is written and the call returns. Raises
+    RunMismatch, and what the model raises.
     """
     resumed = _resumable(output, config, train, validation)
+    resumed_from = int(resumed.rpartition("-")[2]) if resumed else 0
+    if resumed:
+        on_resume(resumed_from)
     set_seed(config.seed)
     adapted = get_peft_model(model, config.adapter())
     trainer = Trainer(
@@ -151,7 +156,7 @@ def finetune(
     return Outcome(
         steps=state.global_step,
         of=state.max_steps,
-        resumed_from=int(resumed.rpartition("-")[2]) if resumed else 0,
+        resumed_from=resumed_from,
         loss=next(reversed(_said(state, "loss")), None),
         validation_loss=next(reversed(_said(state, "eval_loss")), None) if finished else None,
         seconds=time.monotonic() - started_s,

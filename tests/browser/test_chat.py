@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,6 +226,28 @@ def test_what_is_refused_is_said_in_words(browser: Browser, world: GatewayWorld)
             expect(page.get_by_role("alert")).to_contain_text("wait")
         page.get_by_role("button", name="Try again").click()
         expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+
+
+def test_a_gap_is_said_in_a_sentence_and_the_peers_that_failed_in_details(browser: Browser, tmp_path: Path) -> None:
+    world = GatewayWorld(tmp_path)
+    try:
+        with serving(world.served) as gateway, visit(browser, gateway.url) as page:
+            endless(page)
+            say(page, "Go on until the end")
+            expect(page.get_by_label("The model")).to_contain_text("tokens/s")
+            last = world.served.model.route.hops[-1].peer_id
+            world.swarm.kill_peer(last)
+            alert = page.get_by_role("alert")
+            expect(alert.get_by_role("paragraph").first).to_have_text(
+                re.compile(r"The answer broke off: no route for model \w+: blocks 2:4 are missing")
+            )
+            details = alert.get_by_text(last)
+            expect(details).to_be_hidden()
+            alert.get_by_text("Details").click()
+            expect(details).to_be_visible()
+            assert violations(page) == []
+    finally:
+        world.close()
 
 
 def test_an_answer_that_breaks_off_can_be_asked_for_again_when_the_gateway_is_back(

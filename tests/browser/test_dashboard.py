@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.helpers.accessibility import violations, violations_in_both_themes
 from tests.helpers.browser import chromium, visit
-from tests.helpers.crowd import HOSTILE, CrowdServer, serving
+from tests.helpers.crowd import ADAPTERS, HOSTILE, CrowdServer, serving
 
 PEERS = 1000
 
@@ -133,6 +133,25 @@ def test_what_happens_is_seen_as_it_happens(page: Page, crowd: CrowdServer) -> N
     go(page, "Peers")
     page.get_by_placeholder("Name or id").fill(new)
     expect(page.locator(".body .row")).to_have_count(1)
+
+
+def test_adapters_are_listed_with_their_hosts_and_what_nobody_hosts(browser: Browser) -> None:
+    with serving(200) as crowd, visit(browser, crowd.url) as page:
+        card = page.locator("section", has=page.get_by_role("heading", name="Adapters"))
+        row = card.get_by_role("listitem").filter(has_text="pirate@")
+        (told,) = (each for each in ask(crowd, "overview")["models"][0]["adapters"] if each["name"] == "pirate")
+        expect(row).to_contain_text("complete")
+        expect(row).to_contain_text(f"pirate@{told['digest']}")
+        expect(row).to_contain_text(f"{told['hosts']} hosts")
+        hosting = next(each for each in crowd.crowd.members.values() if len(each.record.adapters) == len(ADAPTERS))
+        page.goto(f"{crowd.url}/#/peers/{hosting.record.peer_id}")
+        expect(page.get_by_text(", ".join(map(str, ADAPTERS)))).to_be_visible()
+        go(page, "Overview")
+        crowd.do("gap")
+        expect(row).to_contain_text("gaps")
+        expect(row).to_contain_text("none for blocks")
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 def test_the_map_opens_peers_with_mouse_and_keys(page: Page, crowd: CrowdServer) -> None:

@@ -27,7 +27,7 @@ from peers.wire.messages import PROTOCOL_VERSION, Opinion, Pong, RoundTrip, Stat
 from routing.coordinates import Coordinate, distance_s
 from routing.identity import peer_id_of
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
-from routing.records import RECORD_LIFETIME_S, Announcement, PeerState
+from routing.records import RECORD_LIFETIME_S, Announcement, HostedAdapter, PeerState
 from routing.router import Router
 from swarm.dashboard.app import Dashboard, make_app
 from swarm.dashboard.core import Core
@@ -54,6 +54,9 @@ HOSTILE = (
     "",
 )
 """Names that a record may carry."""
+ADAPTERS = tuple(
+    HostedAdapter(name, hashlib.sha256(name.encode()).digest()[:16]) for name in ("pirate", "poet", "W" * 32)
+)
 ENTRY = f"/ip4/1.1.1.1/tcp/4001/p2p/{peer_id_of(hashlib.sha256(b'entry').digest())}"
 
 
@@ -116,6 +119,7 @@ class Crowd:
             free_tokens=cache_tokens,
             place=place,
             max_blocks=12,
+            adapters=ADAPTERS[: number % 4],
             sequence=1,
             expires_at_s=now_s + RECORD_LIFETIME_S,
         )

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
+import pytest
 import torch
 
 from peers.capacity import plan_capacity
+from peers.discovery import Discovery
 from peers.host import ServerPeer
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import load_config
@@ -49,6 +52,14 @@ _seeds = itertools.count(1)
 
 def new_key() -> SigningKey:
     return SigningKey.from_seed(next(_seeds).to_bytes(32, "big"))
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Blocks that nobody serves are waited for only until everybody's records were read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Discovery.route, "__kwdefaults__", {"patience_s": 0.5})
+        yield
 
 
 class MemoryNode:
@@ -138,6 +149,7 @@ class MemorySwarm:
             blocks=spans,
             quantization=quantization,
             training=self._training,
+            hosted=adapters.values(),
         )
         await peer.load(
             self.checkpoint,

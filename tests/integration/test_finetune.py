@@ -1,4 +1,4 @@
-"""`swarm finetune` over real peers: what it writes is an adapter that the local model can use."""
+"""`swarm finetune` over real peers: what it writes is an adapter that the local model, generation and hosts can use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from swarm.testing import LocalSwarm, model_folder
 from swarm.training.data import encode_all, read_examples
-from tests.integration.conftest import MODEL, Commands
+from tests.integration.conftest import MODEL, Commands, generate
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def fresh() -> Any:
     return AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=torch.float32).eval()
 
 
-def test_a_fine_tuned_adapter_says_locally_what_it_said_through_peers(
-    command: Commands, swarm: LocalSwarm, fresh: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+def test_a_fine_tuned_adapter_says_locally_what_it_says_through_peers_private_or_hosted(
+    command: Commands, swarm: LocalSwarm, model: Any, fresh: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b} bees."} for a in range(2, 6) for b in range(2, 5)]
@@ -42,3 +42,24 @@ def test_a_fine_tuned_adapter_says_locally_what_it_said_through_peers(
     with torch.no_grad():
         loss = tuned(torch.tensor([example.input_ids]), labels=torch.tensor([example.labels])).loss
     assert loss.item() == pytest.approx(end["validation_loss"], rel=1e-3)
+
+    prompt_ids = tuple(tokenizer("2 plus 2 is").input_ids)
+    plain, expected = (generate(base, prompt_ids, 8, min_new_tokens=0) for base in (model, tuned))
+    assert plain != expected, "it has learned nothing"
+    private = PeftModel.from_pretrained(model, str(output)).eval()
+    try:
+        assert generate(private, prompt_ids, 8, min_new_tokens=0) == expected
+    finally:
+        private.unload()
+    host = swarm.add_peer((0, 30), "--adapter", f"bees={output}")
+    asked = ["-p", "2 plus 2 is", "--raw", "--max-new-tokens", "8", "--dtype", "float32", "--json", "--adapter"]
+    try:
+        told = [
+            json.loads(command("generate", MODEL, "--invite", swarm.invite, *asked, name).stdout)
+            for name in ("bees", str(output))
+        ]
+    finally:
+        swarm.peers.remove(host)
+        host.close()
+    assert [each["token_ids"] for each in told] == [expected, expected]
+    assert {hop["peer"] for hop in told[0]["route"]} == {host.peer_id}

@@ -17,14 +17,15 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 
 from peers import discovery
+from peers.errors import ProtocolError
 from peers.model.lora import AdapterFolder, open_adapter
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.errors import CallerError, NoRoute
-from swarm.errors import UnsupportedAdapter, UnsupportedCache, UnsupportedGradient
+from swarm.errors import UnsupportedAdapter, UnsupportedCache, UnsupportedGradient, UnsupportedMask
 from swarm.session.core import SessionConfig
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
-from tests.numerics.test_gradients import distance
+from tests.numerics.test_gradients import PROMPTS, distance, prompted
 from tests.numerics.test_trouble import AtToken
 
 pytestmark = pytest.mark.usefixtures("plain_forwards")
@@ -236,9 +237,14 @@ def test_a_peer_that_dies_and_one_that_leaves_are_replaced_by_others_that_are_se
     assert remote.uploads.bytes_sent < 2.5 * 4 * values, "each peer once, and its part only"
 
 
-def test_a_standby_is_sent_the_adapter_and_takes_over(local: Any, doubled: MemorySwarm) -> None:
-    tuned, whole, ids = adapted(doubled.model()), adapted(copy.deepcopy(local)), prompt()
-    remote = remote_of(tuned)
+@pytest.mark.parametrize("method", ["lora", "prefix tuning"])
+def test_a_standby_is_sent_the_adapter_and_takes_over(local: Any, doubled: MemorySwarm, method: str) -> None:
+    tuned, whole = (
+        adapted(base) if method == "lora" else prompted(base, method).eval()
+        for base in (doubled.model(), copy.deepcopy(local))
+    )
+    ids, remote = prompt(), remote_of(tuned)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def filled() -> bool:
         held = [len(session.core.standby_hops) for session in remote._sessions.by_id.values()]
@@ -250,10 +256,81 @@ def test_a_standby_is_sent_the_adapter_and_takes_over(local: Any, doubled: Memor
         doubled.kill_peer(remote.route.hops[1].peer_id)
 
     with tuned.get_base_model().session(resilience="standby"):
-        answer = tuned.generate(input_ids=ids, stopping_criteria=[AtToken(8, die)], **GREEDY)
-    assert torch.equal(answer, whole.generate(input_ids=ids, **GREEDY))
+        answer = tuned.generate(**inputs, stopping_criteria=[AtToken(8, die)], **GREEDY)
+    assert torch.equal(answer, whole.generate(**inputs, **GREEDY))
     assert remote.traffic.switches
     assert not remote.traffic.failures["unknown_adapter"]
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # by PEFT, of its own doing
+@pytest.mark.parametrize("method", PROMPTS)
+def test_prompts_and_prefixes_generate_what_local_peft_does(local: Any, swarm: MemorySwarm, method: str) -> None:
+    whole, tuned = (prompted(base, method).eval() for base in (copy.deepcopy(local), swarm.model(guest=True)))
+    inputs = {"input_ids": prompt(), "attention_mask": torch.ones_like(prompt())}
+    expected = whole.generate(**inputs, **GREEDY)
+    assert not torch.equal(expected, local.generate(**inputs, **GREEDY)), "it says nothing of its own"
+    assert torch.equal(tuned.generate(**inputs, **GREEDY), expected)
+    settings = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(tuned.generate(**inputs, **settings), whole.generate(**inputs, **settings))
+    if method.startswith("prefix"):
+        assert torch.equal(tuned.generate(**ragged(), **GREEDY), whole.generate(**ragged(), **GREEDY))
+    else:  # its tokens would stand behind a gap
+        with pytest.raises(UnsupportedMask, match="one by one"):
+            tuned.generate(**ragged(), **GREEDY)
+    with tuned.disable_adapter():
+        assert torch.equal(tuned.generate(**inputs, **GREEDY), local.generate(**inputs, **GREEDY))
+    with tuned.get_base_model().session() as session:
+        ids = inputs["input_ids"]
+        for turn in range(3):  # the last one goes back to its first token
+            ids = torch.cat([ids, prompt(3, seed=turn)], 1) if turn < 2 else torch.cat([ids[:, :1], prompt(5)], 1)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            answer = tuned.generate(**inputs, **GREEDY)
+            assert torch.equal(answer, whole.generate(**inputs, **GREEDY))
+            virtual = 0 if method.startswith("prefix") else 3
+            assert session.length == answer.shape[1] - 1 + virtual
+            ids = answer
+    assert swarm.eventually_settled()
+
+
+@pytest.mark.parametrize(
+    ("family", "device"), [("gemma3", "cpu"), ("gpt2", "cpu"), ("phi3-longrope", "cpu"), ("llama", "cpu,cpu")]
+)
+def test_a_prefix_stands_before_a_session_whatever_its_layers_see(family: str, device: str, tmp_path: Path) -> None:
+    local = save_checkpoint(FAMILIES[family], tmp_path / "model")
+    spans = [(0, 1), (1, NUM_BLOCKS)] if device == "cpu" else [(0, NUM_BLOCKS)]
+    with MemorySwarm(tmp_path / "model", spans, cache=tmp_path / "cache", device=device) as swarm:
+        whole, tuned = (prompted(base, "prefix tuning").eval() for base in (copy.deepcopy(local), swarm.model()))
+        long = prompt(100) if family == "gemma3" else prompt(20)  # more than its window and what can be gone back
+        with tuned.get_base_model().session():
+            for ids in (long, long[:, :10], long):
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                assert torch.equal(tuned.generate(**inputs, **GREEDY), whole.generate(**inputs, **GREEDY))
+
+
+def test_a_prefix_survives_its_peers(local: Any, doubled: MemorySwarm) -> None:
+    bases = copy.deepcopy(local), doubled.model(prefix_secret=bytes(16))
+    whole, tuned = (prompted(base, "prefix tuning").eval() for base in bases)
+    ids, remote = prompt(2 * PREFIX_POSITIONS + 5), remote_of(tuned)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    leaving: list[Any] = []
+    acts = [
+        AtToken(3, doubled.forget_sessions),
+        AtToken(6, lambda: doubled.kill_peer(remote.route.hops[1].peer_id)),
+        AtToken(9, lambda: leaving.append(doubled.drain_peer(remote.route.hops[0].peer_id))),
+    ]
+    expected = whole.generate(**inputs, **GREEDY)
+    assert torch.equal(tuned.generate(**inputs, stopping_criteria=acts, **GREEDY), expected)
+    leaving[0].result(timeout=10.0)
+    assert torch.equal(tuned.generate(**inputs, **GREEDY), expected)
+    assert remote.traffic.prefix_positions == 0, "what follows a prefix is kept for nobody"
+
+
+def test_attention_that_is_a_models_own_generates_behind_no_prefix(tmp_path: Path) -> None:
+    save_checkpoint(FAMILIES["bloom"], tmp_path / "model")
+    with MemorySwarm(tmp_path / "model", [(0, NUM_BLOCKS)], cache=tmp_path / "cache") as swarm:
+        tuned = prompted(swarm.model(), "prefix tuning").eval()
+        with pytest.raises(ProtocolError, match="whose attention is their own"):
+            tuned.generate(input_ids=prompt(5), attention_mask=torch.ones(1, 5), **GREEDY)
 
 
 def saved(base: Any, folder: Path, seed: int) -> tuple[Any, AdapterFolder]:
@@ -285,7 +362,7 @@ def test_an_adapter_that_peers_host_is_used_by_its_name(
         with pytest.raises(CallerError, match="at the same time"):
             mine.generate(input_ids=ids, **GREEDY)
         embeds = plain.get_input_embeddings()(ids).requires_grad_()
-        with pytest.raises(UnsupportedGradient):
+        with pytest.raises(UnsupportedGradient, match="adapter pirate, which they host"):
             mine.get_base_model()(inputs_embeds=embeds)
         with pytest.raises(NoRoute, match="no peer hosts adapter pilot"):
             swarm.model(guest=True, adapter="pilot").generate(ids, **GREEDY)

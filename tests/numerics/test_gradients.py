@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -292,10 +293,6 @@ def test_prompts_and_prefixes_by_peft_equal_local_ones_and_load_locally(
         actual, here = (each.eval()(**inputs).logits[:, -9:] for each in (remote, loaded))
     kept = inputs["attention_mask"][..., None] > 0
     assert distance(actual * kept, here * kept) <= TOLERANCE
-    ids, greedy = batch()["input_ids"][:1], {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
-    if method == "prefix tuning":
-        with pytest.raises(UnsupportedCache, match="holds keys and values here"):
-            remote.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
 
 
 def test_a_prefix_that_cannot_travel_is_refused_by_name(model: Any) -> None:
@@ -373,6 +370,72 @@ def test_a_silent_peer_is_left_for_another(
     hit = interrupted(model, lambda *_: True, lambda peer: swarm.network.partition([peer], everybody - {peer}))
     assert distance(gradient_of_inputs(model, batch())[1], expected) <= TOLERANCE
     assert hit[0] not in {hop.peer_id for hop in route_of(model).route.hops}
+
+
+def test_a_paused_peer_is_left_without_blame_and_what_it_kept_is_computed_elsewhere(
+    local: Any, swarm: MemorySwarm, model: Any
+) -> None:
+    def pause(peer_id: str) -> None:
+        paused.append(next(peer for peer in swarm.peers if peer.links.transport.peer_id == peer_id))
+        paused[0].pause(True)
+
+    paused: list[Any] = []
+    _, expected = gradient_of_inputs(local, batch())
+    interrupted(model, lambda _, stretch, backward: backward and 3 in stretch.span, pause, after_s=0.0)
+    try:
+        assert distance(gradient_of_inputs(model, batch())[1], expected) <= TOLERANCE
+    finally:
+        swarm.pause_peer(paused[0].links.transport.peer_id, False)
+    traffic = route_of(model).traffic
+    assert traffic.failures["paused"]
+    assert traffic.rerouted
+    assert not traffic.failures["lost"]
+
+
+def test_a_slow_peer_is_waited_for_and_then_left(
+    local: Any, swarm: MemorySwarm, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "REVIEW_S", 0.0)
+    _, expected = gradient_of_inputs(local, batch())
+    gradient_of_inputs(model, batch())
+    slow = route_of(model).route.hops[0].peer_id
+    (peer,) = (peer for peer in swarm.peers if peer.links.transport.peer_id == slow)
+    backward = peer.training._backward
+
+    async def slowly(*arguments: Any) -> Any:
+        await asyncio.sleep(0.5)
+        return await backward(*arguments)
+
+    monkeypatch.setattr(peer.training, "_backward", slowly)
+    for left in (False, True):
+        assert distance(gradient_of_inputs(model, batch())[1], expected) <= TOLERANCE
+        assert (slow not in {hop.peer_id for hop in route_of(model).route.hops}) == left
+    assert not route_of(model).traffic.failures
+
+
+def test_micro_batches_are_at_several_hops_at_once_both_ways_and_never_more_than_so_many(
+    local: Any, swarm: MemorySwarm, model: Any
+) -> None:
+    inputs = {name: value.repeat(4, 1) for name, value in batch().items()}
+    _, expected = gradient_of_inputs(local, inputs)
+    route = route_of(model)
+    route.config = TrainingConfig(micro_batch_tokens=8, in_flight=2)
+    ask, now, seen = route._ask, Counter[tuple[bool, int]](), list[tuple[bool, int, int]]()
+
+    async def asking(batch: Any, stretch: Any, gradient: Any, **options: Any) -> Tensor:
+        backward, block = gradient is not None, stretch.span.start
+        now[backward, block] += 1
+        seen.append((backward, sum(count > 0 for count in now.values()), now.total()))
+        try:
+            return await ask(batch, stretch, gradient, **options)
+        finally:
+            now[backward, block] -= 1
+
+    route._ask = asking  # type: ignore[method-assign]
+    assert distance(gradient_of_inputs(model, inputs)[1], expected) <= TOLERANCE
+    for backward in (False, True):
+        assert max(hops for way, hops, _ in seen if way == backward) == 2
+    assert max(together for *_, together in seen) == 2 * 2, "for each hop"
 
 
 def test_a_peer_that_trains_nobody_is_left_without_blame(local: Any, swarm: MemorySwarm, model: Any) -> None:
@@ -565,6 +628,27 @@ def test_an_adapter_that_a_peer_dropped_is_sent_again(local: Any, swarm: MemoryS
     for actual, right in zip(gradients_of_adapter(tuned, batch()), gradients_of_adapter(whole, batch()), strict=True):
         assert distance(actual, right) <= TOLERANCE
     assert route_of(model).traffic.failures["unknown_adapter"]
+
+
+def test_a_peer_that_dies_while_it_is_sent_an_adapter_is_replaced(local: Any, swarm: MemorySwarm, model: Any) -> None:
+    tuned, whole = adapted(model, "q_proj"), adapted(copy.deepcopy(local), "q_proj")
+    uploads, hit = route_of(model)._uploads, list[str]()
+    send = uploads.send
+
+    async def sending(link: Any, adapter: Any, span: Any) -> None:
+        if 3 in span and not hit:
+            hit.append(link.remote)
+            asyncio.get_running_loop().call_soon(swarm.network.cut, link.remote)
+        await send(link, adapter, span)
+
+    uploads.send = sending
+    try:
+        for actual, right in zip(*(gradients_of_adapter(each, batch()) for each in (tuned, whole)), strict=True):
+            assert distance(actual, right) <= TOLERANCE
+    finally:
+        uploads.send = send
+    assert hit
+    assert route_of(model).traffic.failures["lost"]
 
 
 def test_a_peer_that_dies_in_a_backward_neither_loses_nor_doubles_an_adapters_gradient(

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import runpy
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 from datasets import Dataset
@@ -20,7 +24,9 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from swarm import SwarmModelForCausalLM
+from swarm.cli import finetune as view
 from swarm.session.training import TrainingConfig, TrainingRoute, TrainingTraffic
+from swarm.training.finetune import CURVE_FILE, LOSSES_FILE, FinetuneConfig, Step
 from tests.helpers.families import FAMILIES, GROUPED, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 from tests.helpers.tokenizers import VOCABULARY, save_tokenizer
@@ -144,6 +150,45 @@ def test_dpo_takes_the_model_without_its_adapter_as_the_reference(
     assert losses(trainer(model, tmp_path / "remote"), also=also) == pytest.approx(expected, rel=1e-3, abs=1e-5)
     traffic = traffic_of(model)
     assert traffic.forwards == traffic.backwards > 0, "neither checkpointing nor the reference sends one twice"
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_the_command_stops_at_ctrl_c_and_goes_on_from_its_checkpoint(
+    swarm: MemorySwarm,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: Literal["lora", "prompt"],
+) -> None:
+    def say(step: Step) -> None:
+        if step.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(view, "_say_some", say)
+    connection: Any = SimpleNamespace(model="tiny", open=lambda: (swarm.model(guest=True), swarm.checkpoint))
+    data, output = tmp_path / "data.jsonl", tmp_path / "adapter"
+    rows = [{"prompt": prompt, "completion": right} for prompt, right, _ in QUESTIONS]
+    data.write_text("\n".join(map(json.dumps, rows * 3)))
+    config = FinetuneConfig(method=method, rank=3, steps=5, batch_size=4, learning_rate=0.01)
+    said = []
+    for _ in range(2):
+        view.run(connection, data, None, output, config, max_tokens=64, as_json=False)
+        said.append(capsys.readouterr().err.splitlines())
+        monkeypatch.setattr(view, "_say_some", lambda _: None)
+    assert said[0][-2:] == [
+        "writing a checkpoint after this step; again to leave at once",
+        "stopped after step 3 of 5; the same command goes on from there",
+    ]
+    assert said[1][0] == "going on from the checkpoint of step 3"
+    assert re.match(r"2 steps in \d+ s, validation loss \d", said[1][-3])
+    assert said[1][-2:] == [
+        f"the adapter is in {output}, its losses in {output / CURVE_FILE}",
+        f"to use it: swarm generate tiny --adapter {output}",
+    ]
+    losses = json.loads((output / LOSSES_FILE).read_text())
+    assert [entry["step"] for entry in losses if "loss" in entry] == [1, 2, 3, 4, 5]
+    assert (output / CURVE_FILE).read_bytes().startswith(b"\x89PNG")
 
 
 EXAMPLES = {

@@ -23,7 +23,7 @@ from routing.errors import CallerError, NoRoute, Unavailable
 from routing.router import Route, RouteRequest
 from swarm.models.tracing import traced
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
-from tests.helpers.memory_swarm import MemorySwarm
+from tests.helpers.memory_swarm import MemorySwarm, impatient
 from tests.helpers.traces import check_trace
 
 pytestmark = pytest.mark.usefixtures("plain_forwards")
@@ -171,7 +171,7 @@ def test_a_conversation_whose_only_holder_pauses_hears_why_and_goes_on_when_it_i
         first = generate(model, prompt())
         more = torch.cat([first, prompt(seed=7)], 1)
         swarm.pause_peer(peer_id)
-        with pytest.raises(NoRoute, match="paused"):
+        with impatient(), pytest.raises(NoRoute, match="paused"):
             generate(model, more)
         swarm.pause_peer(peer_id, False)
         assert torch.equal(generate(model, more), generate(local, more))
@@ -235,7 +235,7 @@ def test_nothing_hangs_when_a_client_cannot_dial(
 
 def test_a_gap_is_named(make_swarm: Callable[..., MemorySwarm]) -> None:
     swarm = make_swarm([(0, 1), (3, NUM_BLOCKS)])
-    with pytest.raises(NoRoute, match="1:3") as raised:
+    with impatient(), pytest.raises(NoRoute, match="1:3") as raised:
         generate(swarm.model(), prompt())
     assert raised.value.missing == ((1, 3),)
 

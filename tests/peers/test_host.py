@@ -154,6 +154,7 @@ class Life:
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HIVESWARM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("peers.serving.announce.RECORD_RENEW_S", 0.5)
+    monkeypatch.setattr(host, "LOOK_AROUND_S", 0.0)
     save_checkpoint(FAMILIES["llama"], tmp_path / "tiny")
     return tmp_path / "tiny"
 
@@ -202,7 +203,7 @@ async def test_a_peer_measures_itself_at_its_first_start_and_remembers_it(tmp_pa
 async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_from_the_first_start_on(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for share in ("JOURNAL_SHARE", "TRAINING_SHARE"):
+    for share in ("JOURNAL_SHARE", "TRAINING_SHARE", "ADAPTER_SHARE"):
         monkeypatch.setattr(capacity, share, 0.0)  # whose size would depend on the memory that is allowed below
     plan = plan_capacity(FAMILIES["llama"].config(), device="cpu", max_memory_bytes=4 << 30)
     half_bytes = plan.max_blocks * plan.cache_tokens * plan.request.sizes.token_bytes // 2
@@ -223,11 +224,13 @@ async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_fr
 
 
 async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_have_its_record(
-    tmp_path: Path, tiny: Path
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = NodeConfig(network="hive", signing_key=SigningKey.from_seed(bytes(32)))
     bootstrap = await HivemindNode.create(entry)
     (address,) = bootstrap.transport.addresses
+    monkeypatch.setattr(host, "LOOK_AROUND_S", 2.0)  # meanwhile the bootstrap leaves
+    monkeypatch.setattr("peers.serving.joining.SETTLE_S", 0.1)
     config = peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1, initial_peers=(address,))
     async with Life(config) as life:
         await life.wait_for("connected")

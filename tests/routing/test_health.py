@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from routing.directory import Directory, Snapshot
-from routing.health import coverage, models
-from routing.records import Announcement, PeerState
+from routing.health import adapters, coverage, models
+from routing.records import Announcement, HostedAdapter, PeerState
 from tests.routing.swarms import MODEL, NOW_S, OTHER_MODEL, announcement, peer
 
 
@@ -70,3 +70,21 @@ def test_models_are_listed_by_name() -> None:
         announcement(peer(4), model=OTHER_MODEL, model_name="anteater"),
     )
     assert [(health.model_name, health.model) for health in models(seen)] == [("ant", OTHER_MODEL), ("zebra", MODEL)]
+
+
+def test_an_adapter_is_complete_where_its_own_hosts_cover_the_model() -> None:
+    poet, pirate = HostedAdapter("poet", bytes(16)), HostedAdapter("pirate", b"p" * 16)
+    rival = HostedAdapter("poet", b"r" * 16)
+    health = coverage(
+        snapshot(
+            announcement(peer(1), 0, 20, adapters=(poet, pirate)),
+            announcement(peer(2), 20, 30, adapters=(poet,)),
+            announcement(peer(3), 20, 30, adapters=(pirate,), state=PeerState.PAUSED),
+            announcement(peer(4), 10, 20, adapters=(rival,)),
+        ),
+        MODEL,
+    )
+    assert health is not None
+    said = [(each.adapter, each.hosts, [str(gap) for gap in each.gaps]) for each in adapters(health)]
+    assert said == [(pirate, 1, ["20:30"]), (poet, 2, []), (rival, 1, ["0:10", "20:30"])]
+    assert [each.adapter for each in adapters(health, most=2)] == [pirate, poet]

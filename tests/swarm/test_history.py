@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def segment(first: int, ids: list[int], *, offset: int = 0, by_ids: bool = True,
 
 
 def rows(history: History, first: int, end: int) -> list[tuple[int, int]]:
-    parts = [part.rows(embed) for part in history.between(first, end)]
+    parts = [part.rows(embed) for part in history.between(first, end, regime_key)]
     return [(int(token), int(position)) for token, position in torch.cat(parts)] if parts else []
 
 
@@ -86,12 +88,16 @@ class HistoryMachine(RuleBasedStateMachine):
         model = self.models[which]
         first = data.draw(st.integers(0, len(model)))
         end = data.draw(st.integers(first, len(model)))
-        parts = self.histories[which].between(first, end)
+        parts = self.histories[which].between(first, end, regime_key)
         assert all(part.count > 0 for part in parts)
         assert [(part.first, part.end) for part in parts] == [
             (max(first, part.first), min(end, part.end)) for part in parts
         ]
         assert rows(self.histories[which], first, end) == [row[:2] for row in model[first:end]]
+        for part in parts:
+            lengths = [length for _, _, length in model[part.first : part.end]]
+            assert {regime_key(length) for length in lengths} == {regime_key(part.regime_length)}
+            assert max(lengths) == part.regime_length
 
     @invariant()
     def every_history_is_its_list(self) -> None:
@@ -125,13 +131,27 @@ def test_a_cut_segment_embeds_to_the_same_rows(count: int, data: st.DataObject) 
 def test_nothing_lies_between_a_position_and_itself() -> None:
     history = History()
     history.append(segment(0, [1, 2, 3]))
-    assert [history.between(at, at) for at in range(4)] == [[]] * 4
+    assert [history.between(at, at, regime_key) for at in range(4)] == [[]] * 4
+
+
+def test_a_position_by_its_token_takes_eight_bytes() -> None:
+    """Also where each came in a step of its own."""
+    history, positions = History(), 10_000
+    tracemalloc.start()
+    try:
+        for at in range(positions):
+            history.append(segment(at, [1000 + at], regime_length=1000 + at))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < 10 * positions  # an array grows ahead of what it holds
+    assert rows(history, 9_998, 10_000) == [(10_998, 9_998), (10_999, 9_999)]
 
 
 def test_a_fork_shares_its_parents_rows() -> None:
     history = History()
     history.append(segment(0, [1, 2, 3], by_ids=False))
-    (mine,), (child,) = history.between(0, 3), history.fork(2).between(0, 2)
+    (mine,), (child,) = history.between(0, 3, regime_key), history.fork(2).between(0, 2, regime_key)
     assert mine.hidden is not None
     assert child.hidden is not None
     assert mine.hidden.data_ptr() == child.hidden.data_ptr()

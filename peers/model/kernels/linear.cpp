@@ -5,12 +5,14 @@
 // size of a tile follow from the target. Sums are float32 whatever the weights are.
 //
 // A tile is ROWS rows of x by COLUMNS rows of w: each vector that is loaded is used several times, and the partial sums
-// stay in registers. x is walked in slices that fit the second-level cache, w is read once per slice.
+// stay in registers. x is walked in slices that fit the second-level cache, w is read once per slice. More rows in bfloat16
+// go to the processor's matrix unit, where it has one (tiles.h).
 
 #include <exception>
 #include <type_traits>
 
 #include "pool.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -255,6 +257,76 @@ void share(const void *what, size_t part, size_t parts) {
     columns<X, W, Y>(job, tiles * part / parts * COLUMNS, std::min(job.N, tiles * (part + 1) / parts * COLUMNS));
 }
 
+#if defined(HIVE_TILES)
+constexpr size_t TILED_ROWS = ROWS + 1;  // from here on weights are read more than once without the unit
+constexpr size_t ARRANGED_BYTES = 1 << 20;  // of x, so that it stays in the second-level cache
+
+void arrange_share(const void *what, size_t part, size_t parts) {
+    const Job &job = *(const Job *)what;
+    const size_t panels = (job.M + SIDE - 1) / SIDE;
+    for (size_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
+        const size_t m = panel * SIDE;
+        arrange((const Bfloat *)job.x + m * job.K, std::min(SIDE, job.M - m), job.K, (Bfloat *)job.y + m * job.K);
+    }
+}
+
+// Sums of outputs [n, n + 16 · w_tiles) for rows [m, m + 16), as they are asked for.
+template <int w_tiles>
+void finish(const Job &job, float (*sums)[SIDE * SIDE], size_t m, size_t n) {
+    Floats rows[w_tiles][SIDE];
+    std::memcpy(rows, sums, sizeof rows);
+    for (auto &tile : rows) turn(tile);
+    for (size_t row = 0; row < std::min(SIDE, job.M - m); ++row)
+        for (size_t tile = 0, at = n; tile < w_tiles; ++tile, at += SIDE) {
+            Floats values = rows[tile][row];
+            if (job.scale) values *= floats(job.scale + at);
+            if (job.bias) values += floats(job.bias + at);
+            store((Bfloat *)job.y + (m + row) * job.N + at, values);
+        }
+}
+
+template <int w_tiles, class W>
+void band(const Job &job, size_t n, size_t from, size_t to) {
+    const Bfloat *w;
+    if constexpr (std::is_same_v<W, Bfloat>) w = (const Bfloat *)job.w + n * job.K;
+    else {
+        static thread_local Aligned buffer;
+        Bfloat *whole = aligned<Bfloat>(buffer, w_tiles * SIDE * job.K);
+        unpack(job, n, w_tiles * SIDE, W{}, whole);
+        asm volatile("" ::: "memory");  // the compiler does not know what tiles read
+        w = whole;
+    }
+    alignas(64) float sums[4][SIDE * SIDE];
+    for (size_t m = from; m < to; m += 2 * SIDE) {
+        const Bfloat *x = (const Bfloat *)job.x + m * job.K;
+        const bool ahead = m == 0 && std::is_same_v<W, Bfloat>;
+        if (m + SIDE < to) {
+            multiply<w_tiles, 2>(w, x, job.K, ahead, sums);
+            finish<w_tiles>(job, sums, m, n);
+            finish<w_tiles>(job, sums + w_tiles, m + SIDE, n);
+        } else {
+            multiply<w_tiles, 1>(w, x, job.K, ahead, sums);
+            finish<w_tiles>(job, sums, m, n);
+        }
+    }
+}
+
+// As `share`, where x is arranged.
+template <class W>
+void tiled_share(const void *what, size_t part, size_t parts) {
+    const Job &job = *(const Job *)what;
+    const size_t tiles = job.N / SIDE, end = tiles * (part + 1) / parts;
+    const size_t slice = std::max<size_t>(ARRANGED_BYTES / (job.K * sizeof(Bfloat)) / (2 * SIDE), 1) * 2 * SIDE;
+    const Tiles on;
+    for (size_t m = 0; m < job.M; m += slice) {
+        const size_t to = std::min(job.M, m + slice);
+        size_t tile = tiles * part / parts;
+        for (; tile + 2 <= end; tile += 2) band<2, W>(job, tile * SIDE, m, to);
+        for (; tile < end; ++tile) band<1, W>(job, tile * SIDE, m, to);
+    }
+}
+#endif
+
 template <class X, class W>
 void unpack_share(const void *what, size_t part, size_t parts) {
     const Job &job = *(const Job *)what;
@@ -290,6 +362,20 @@ void hive_linear(void *pool, int inputs, int weights, const void *x, const void 
     const size_t halves = weights == PLAIN ? (inputs == 0 ? 8 : 4) : weights == INT8 ? 2 : 1;  // of a byte, each weight
     Job job = packed_job(weights, w, scales, N, K);
     job.x = x, job.bias = bias, job.y = y, job.M = M;
+#if defined(HIVE_TILES)
+    if (inputs == 1 && M >= TILED_ROWS && K % DEPTH == 0 && N % SIDE == 0 && tiles_allowed()) {
+        static constexpr hive::Work TILED[4] = {tiled_share<Bfloat>, tiled_share<int8_t>, tiled_share<Even>,
+                                                tiled_share<Normal>};
+        static thread_local Aligned arranged;
+        const size_t panels = (M + SIDE - 1) / SIDE;
+        Job first = job;
+        first.y = aligned<Bfloat>(arranged, panels * SIDE * K);
+        ((hive::Pool *)pool)->run(arrange_share, &first, M * K * sizeof(Bfloat), panels);
+        job.x = first.y;
+        ((hive::Pool *)pool)->run(TILED[weights], &job, N * K * halves / 2, N / SIDE);
+        return;
+    }
+#endif
     static thread_local Aligned wide;
     if (inputs == 1 && weights != PLAIN && M <= ROWS) {  // few inputs meet each weight: widened once, not with each
         job.x = aligned<float>(wide, M * K), inputs = 2;

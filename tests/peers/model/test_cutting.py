@@ -94,7 +94,7 @@ def prompt(seed: int = 0, tokens: int = PROMPT_TOKENS) -> Tensor:
     return torch.randint(3, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES, scope="module")  # one family after another: each is loaded once
 @torch.inference_mode()
 def test_client_and_uneven_spans_equal_the_whole_model(name: str, parts_of: Callable[[str], Parts]) -> None:
     parts = parts_of(name)
@@ -111,7 +111,7 @@ def test_client_and_uneven_spans_equal_the_whole_model(name: str, parts_of: Call
     assert all(peer.pluggable == FAMILIES[name].pluggable for peer in parts.peers)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES, scope="module")
 @torch.inference_mode()
 def test_embed_only_gives_what_enters_the_first_block(name: str, parts_of: Callable[[str], Parts]) -> None:
     parts = parts_of(name)

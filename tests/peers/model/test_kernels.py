@@ -67,6 +67,31 @@ def test_products_that_are_shared_out_are_exact(dtype: torch.dtype, threads: int
         assert_exact(POOLS[threads].linear(input_MK, weight_NK, None), input_MK, weight_NK, None)
 
 
+@pytest.mark.parametrize("threads", THREADS)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(5, 90), st.integers(1, 9), st.integers(1, 12), st.booleans(), st.integers(0, 1 << 16))
+def test_products_that_a_matrix_unit_would_make_are_exact(
+    threads: int, rows: int, outputs: int, inputs: int, biased: bool, seed: int
+) -> None:
+    input_MK = matrix(rows, 32 * inputs, seed, torch.bfloat16)
+    weight_NK = matrix(16 * outputs, 32 * inputs, seed + 1, torch.bfloat16)
+    bias_N = matrix(1, 16 * outputs, seed + 2)[0] if biased else None
+    assert_exact(POOLS[threads].linear(input_MK, weight_NK, bias_N), input_MK, weight_NK, bias_N)
+    for format_ in Format:
+        codes, scales = packed(weight_NK, format_)
+        right_NK = whole(codes, scales, format_, 32 * inputs, torch.float32)
+        seen_NK = right_NK if format_ is Format.INT8 or rows <= 6 else right_NK.bfloat16()
+        product_MN = POOLS[threads].linear(input_MK, codes, bias_N, scales, format_.value)
+        right_MN = input_MK.double() @ seen_NK.double().T + (0 if bias_N is None else bias_N.double())
+        assert (product_MN.double() - right_MN).norm() <= 2 * ERROR[torch.bfloat16] * right_MN.norm()
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_products_of_more_rows_than_the_cache_holds_are_exact(threads: int) -> None:
+    input_MK, weight_NK = matrix(701, 1536, 0, torch.bfloat16), matrix(208, 1536, 1, torch.bfloat16)
+    assert_exact(POOLS[threads].linear(input_MK, weight_NK, None), input_MK, weight_NK, None)
+
+
 def test_callers_in_several_threads_get_their_own_products() -> None:
     failures: list[AssertionError] = []
 
@@ -92,6 +117,7 @@ def test_what_other_processors_run_is_compiled_once_and_exact_too(
     target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HIVESWARM_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", ("-O1", *build.FLAGS[1:]))  # half as long, and as exact
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     library = build._compiled(compiler, ((target,),))
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Generator
 from dataclasses import replace
 from itertools import accumulate
@@ -16,10 +17,12 @@ from torch import Tensor
 from peers.errors import Refused
 from peers.model.adapters import Adapter
 from peers.model.support import hidden_argument
+from peers.runtime import engine as engine_module
 from peers.runtime import gradients
 from peers.runtime.engine import ComputeFailed, Engine
 from peers.runtime.errands import GAP, Errand, Errands
 from peers.runtime.gradients import Graph, Outcome, Passage, positions_of
+from peers.runtime.scheduler import Tempo
 from peers.wire.messages import PREFIX, AdapterTarget
 from routing.errors import Unavailable
 from routing.ids import BlockSpan, PeerId
@@ -181,6 +184,31 @@ async def test_a_job_that_fails_or_is_given_up_ends_alone() -> None:
             await stopped
         with pytest.raises(Unavailable):
             await engine.run_between(ALICE, right)
+
+
+async def test_where_steps_are_late_a_job_waits_for_some_of_them_or_until_they_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def piece(_: int) -> Generator[None, None, float]:
+        yield
+        return time.perf_counter()
+
+    monkeypatch.setattr(Tempo, "late", True)
+    local = local_of("llama")
+    async with running(local.cut()) as engine:
+        session = Sequence(local, engine)
+        await session.step(1)
+        monkeypatch.setattr(engine_module, "DECODING_S", 0.2)
+        ended_s, _ = await engine.run_between(ALICE, piece)
+        assert ended_s >= engine._last_step_s + 0.2
+        monkeypatch.setattr(engine_module, "DECODING_S", 600.0)
+        await session.step(1)
+        job = asyncio.create_task(engine.run_between(ALICE, piece))
+        steps = 0
+        while not job.done():
+            await session.step(1)
+            steps += 1
+        assert GAP < steps <= 3 * GAP, "it has two pieces"
 
 
 async def test_owners_take_turns_and_a_job_waits_for_no_more_than_so_many_forwards() -> None:

@@ -182,6 +182,22 @@ def test_steps_wait_about_as_long_as_they_take(step_s: float, token_s: float, sl
     assert tempo.pace(budget, decoding=False).alone == budget
 
 
+def test_steps_are_late_when_they_add_more_to_a_token_than_these_blocks_may_and_that_is_forgotten() -> None:
+    """A third of a model, of which a token takes 0.1 s."""
+    tempo = Tempo(1, share=1 / 3)
+    tempo.answered(0.9, None)
+    assert not tempo.late
+    for seconds, late in ((0.01, False), (0.024, False), (0.03, True)):
+        for _ in range(20):
+            tempo.answered(seconds, 0.1)
+        assert tempo.late == late
+    steps = 0
+    while tempo.late:  # they just take so long now
+        tempo.answered(0.03, 0.15)
+        steps += 1
+    assert 50 < steps < 300
+
+
 def test_a_removed_work_makes_room_for_the_next_in_line() -> None:
     desk = Desk()
     first, second = desk.submit(0, 1), desk.submit(0, 1)

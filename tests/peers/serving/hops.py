@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -74,6 +75,9 @@ class ToyEngine:
         self.opened.append((session, owner, span, tuple(keys)))
         self.sessions[session] = rows(0, self.kept)
         return self.kept
+
+    packs_sessions = True
+    model = SimpleNamespace(prefix_shape=lambda _: (2, 2))
 
     def parts(self, span: BlockSpan) -> list[tuple[ToyEngine, BlockSpan]]:
         return [(self, span)]

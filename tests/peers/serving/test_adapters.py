@@ -11,8 +11,8 @@ from torch import Tensor
 from peers.model.adapters import Adapter, as_rows
 from peers.serving.adapters import AdapterLimits
 from peers.wire import tensors
+from peers.wire.messages import PREFIX, AdapterTarget, Code, Failed, Opened
 from peers.wire.messages import Adapter as AdapterMessage
-from peers.wire.messages import AdapterTarget, Code, Failed, Opened
 from tests.peers.serving.hops import HIDDEN, MODEL, Client, Hop, Route, expected, session_id
 
 
@@ -66,6 +66,28 @@ async def test_a_session_and_its_forks_compute_with_the_adapter_that_their_clien
         assert torch.equal(adapters_of(hop)[0], adapter.values)
         other = route.another_client()
         assert await declined(other, hop, session=4, adapter=name) == Code.UNKNOWN_ADAPTER
+
+
+def prefix_of(ranks: dict[int, int]) -> Adapter:
+    targets = tuple(AdapterTarget(block, PREFIX, rank, 2, 2, 1.0) for block, rank in ranks.items())
+    return Adapter(targets, torch.ones(sum(ranks.values()) * 4))
+
+
+@pytest.mark.looptime
+async def test_a_prefix_stands_before_all_blocks_of_a_session_or_before_none() -> None:
+    async with Route(1) as route:
+        client, (hop,) = route.client, route.hops
+        whole = prefix_of(dict.fromkeys(range(4), 3))
+        for part in (prefix_of({0: 3, 1: 3, 3: 3}), prefix_of({0: 3, 1: 3, 2: 2, 3: 3})):
+            assert await declined(client, hop, adapter=await upload(client, hop, part)) == Code.MALFORMED
+        name = await upload(client, hop, whole)
+        hop.engine.packs_sessions = False
+        assert await declined(client, hop, adapter=name) == Code.MALFORMED
+        hop.engine.packs_sessions = True
+        await client.open([hop], adapter=name, prefix=(bytes(16),))
+        assert hop.engine.opened == [], "what stands behind it is not kept for others"
+        await client.step(hop, 1, 0, 3)
+        assert torch.equal(await client.result(), expected([hop], 0, 3))
 
 
 @pytest.mark.looptime

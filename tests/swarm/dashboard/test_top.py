@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 
 from rich.console import Console
 
 from swarm.cli.top import frame
-from tests.helpers.crowd import HOSTILE, Crowd
+from tests.helpers.crowd import ADAPTERS, HOSTILE, Crowd
 
 T0 = 1_750_000_000.0
 
@@ -27,11 +28,16 @@ def test_a_frame_says_who_is_there_how_fast_and_what_is_missing() -> None:
     assert "you → " in text
     assert "tokens/s for one" in text
     assert "read 2 s ago" in text
+    hosted = re.compile(rf"{ADAPTERS[0]} ×\d+( INCOMPLETE)?,")
+    assert (found := hosted.search(text)) is not None
+    assert found[1] is None
     crowd.gap(T0 + 3)
     crowd.look(T0 + 3)
     crowd.publish(T0 + 3)
     text = "\n".join(drawn(crowd, T0 + 3))
     assert "INCOMPLETE: nobody serves" in text
+    assert (found := hosted.search(text)) is not None
+    assert found[1]
     assert "!" in next(line for line in text.splitlines() if line.startswith("blocks "))
     assert "paused" in text
 

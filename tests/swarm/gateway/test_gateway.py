@@ -23,8 +23,6 @@ import openai
 import pytest
 import torch
 import yaml
-from langchain_core.messages import ToolMessage
-from langchain_openai import ChatOpenAI
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -355,6 +353,9 @@ def test_a_template_without_tools_gets_the_default_system_text(world: GatewayWor
 
 def test_another_client_library_is_at_home_here(world: GatewayWorld, url: str) -> None:
     """LangChain's: it sends fields and reads chunks in its own ways."""
+    from langchain_core.messages import ToolMessage  # a second, for this test alone
+    from langchain_openai import ChatOpenAI
+
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "max_retries": 0, "stream_usage": True}
     talker = ChatOpenAI(base_url=f"{url}/v1", api_key=KEYS[0], model=MODEL, **options)
     expected = world.text("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n", 12)
@@ -521,22 +522,25 @@ def test_whatever_happens_to_peers_while_many_streams_run_every_text_is_the_undi
     left = iter(acts)
     lock, seen = threading.Lock(), 0
 
-    def read(url: str, prompt: str) -> str:
+    def read(client: openai.OpenAI, prompt: str) -> str:
         nonlocal seen
         text = ""
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            for chunk in complete(client, prompt, max_tokens=tokens, stream=True):
-                text += chunk.choices[0].text
-                with lock:
-                    seen += 1
-                    if seen % (tokens * streams // (len(acts) + 2)) == 0:
-                        next(left, lambda: None)()
+        for chunk in complete(client, prompt, max_tokens=tokens, stream=True):
+            text += chunk.choices[0].text
+            with lock:
+                seen += 1
+                if seen % (tokens * streams // (len(acts) + 2)) == 0:
+                    next(left, lambda: None)()
         return text
 
     prompts = [f"{PROMPT}, number {at}" for at in range(streams)]
     try:
-        with serving(world.served) as gateway, ThreadPoolExecutor(streams) as pool:
-            texts = list(pool.map(lambda prompt: read(gateway.url, prompt), prompts))
+        with (
+            serving(world.served) as gateway,
+            openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client,
+            ThreadPoolExecutor(streams) as pool,
+        ):
+            texts = list(pool.map(lambda prompt: read(client, prompt), prompts))
         assert next(left, None) is None, "all of it happened"
         assert world.served.engine.traffic.rebuilds >= streams
         assert texts == [world.text(prompt, tokens) for prompt in prompts]

@@ -169,7 +169,8 @@ async function run() {
       message.stopped = true;
       announce("Stopped.");
     } else if (error instanceof Trouble) {
-      message.error = { kind: error.kind, text: error.message, retryAfterS: error.retryAfterS };
+      const { kind, message: text, retryAfterS, detail } = error;
+      message.error = { kind, text, retryAfterS, detail };
       announce(error.message);
       if (isAway(error)) loadModels(); // is it the gateway, or only what it asked?
     } else throw error;

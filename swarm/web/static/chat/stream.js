@@ -2,12 +2,23 @@
 // what went wrong and whether it is worth trying again.
 
 export class Trouble extends Error {
-  /** `kind`: key, busy, down, lost, refused. `retryAfterS`: what the server asked for, or null. */
-  constructor(kind, message, retryAfterS = null) {
+  /**
+   * `kind`: key, busy, down, lost, refused. `retryAfterS`: what the server asked for, or null. `detail`: all that it
+   * said, where `message` has only the beginning.
+   */
+  constructor(kind, message, { retryAfterS = null, detail = null } = {}) {
     super(message);
     this.kind = kind;
     this.retryAfterS = retryAfterS;
+    this.detail = detail;
   }
+}
+
+const LONG = 160;
+
+/** What a server said as a sentence takes it, and all of it where that is much: which peers failed, and how. */
+function brief(said) {
+  return said.length <= LONG ? [said, null] : [said.split(/; | \(/, 1)[0], said];
 }
 
 const sentences = {
@@ -41,7 +52,9 @@ async function refusal(response) {
     `The gateway answered ${response.status}.`,
   ];
   const retryAfter = Number(response.headers.get("retry-after"));
-  return new Trouble(kind, said ? `${sentence} (${said})` : sentence, retryAfter > 0 ? retryAfter : null);
+  const [words, detail] = brief(said);
+  const message = said ? `${sentence} (${words})` : sentence;
+  return new Trouble(kind, message, { retryAfterS: retryAfter > 0 ? retryAfter : null, detail });
 }
 
 /** The models that the gateway serves: `{id, max_model_len}`. */
@@ -73,7 +86,10 @@ export async function* answer(body, key, signal) {
         const data = event.slice(6);
         if (data === "[DONE]") return;
         const chunk = JSON.parse(data);
-        if (chunk.error) throw new Trouble("down", `The answer broke off: ${chunk.error.message}`);
+        if (chunk.error) {
+          const [words, detail] = brief(chunk.error.message);
+          throw new Trouble("down", `The answer broke off: ${words}`, { detail });
+        }
         yield chunk;
       }
     }

@@ -229,9 +229,10 @@ function statsView(stats, live) {
 }
 
 function errorView(message, at) {
-  const { kind, text, retryAfterS } = message.error;
+  const { kind, text, retryAfterS, detail } = message.error;
   return html`<div class="notice bad" role="alert">
     <p>${text}</p>
+    ${detail ? html`<details class="small"><summary>Details</summary><p>${detail}</p></details>` : nothing}
     ${retryAfterS ? html`<p class="small">It asks to wait ${seconds(retryAfterS)} before the next try.</p>` : nothing}
     <p>
       ${

@@ -3,7 +3,7 @@
 import { html, nothing } from "../vendor/lit-html/lit-html.js";
 import { bytes, number, rate } from "../shared/ui.js";
 import { charts } from "./charts.js";
-import { bestRoute, empty, eventList, modelHealth, states, strip } from "./parts.js";
+import { bestRoute, empty, eventList, modelHealth, spansText, states, strip } from "./parts.js";
 
 function tile(label, value, unit, note) {
   return html`<div class="card tile">
@@ -67,6 +67,7 @@ export function overviewPage({ live, model, history, hours, setHours, choose }) 
       </div>
       ${bestRoute(model)}
     </section>
+    ${model.adapters.length ? adapterList(model.adapters) : nothing}
     <section class="card">
       <div class="head">
         <h2>History</h2>
@@ -89,6 +90,31 @@ export function overviewPage({ live, model, history, hours, setHours, choose }) 
     </section>
     ${overview.models.length > 1 ? modelList(overview, model, choose) : nothing}
   `;
+}
+
+function adapterList(adapters) {
+  return html`<section class="card">
+    <div class="head">
+      <h2>Adapters</h2>
+      <span class="small soft">hosted for everybody; <code>--adapter NAME</code> generates with one</span>
+    </div>
+    <ul class="models adapters">
+      ${adapters.map(
+        ({ name, digest, hosts, gaps }) =>
+          html`<li>
+            <span class="pill ${gaps.length ? "bad" : "good"}"
+              ><span aria-hidden="true">${gaps.length ? "✕" : "✓"}</span>${gaps.length ? "gaps" : "complete"}</span
+            >
+            <span class="adapter"
+              ><strong><bdi>${name}</bdi></strong><span class="mono soft">@${digest}</span></span
+            >
+            <span class="small soft num"
+              >${number(hosts)} ${hosts === 1 ? "host" : "hosts"}${gaps.length ? html`, none for blocks ${spansText(gaps)}` : nothing}</span
+            >
+          </li>`,
+      )}
+    </ul>
+  </section>`;
 }
 
 function modelList(overview, chosen, choose) {
