@@ -173,8 +173,8 @@ class Commands:
                 yield running
             finally:
                 child.send_signal(signal.SIGINT)
-                running.rest = lines.readlines()
                 ended = child.wait(timeout=30)
+                running.rest = lines.readlines()
                 noted.seek(0)
                 running.errors = noted.read()
                 self._running -= 1
@@ -184,6 +184,7 @@ class Commands:
 
     def close(self) -> None:
         self._forking.close()
+        self._family.survivors(timeout_s=0.0)  # of tests that failed
 
     def _nobody_is_left(self) -> None:
         assert self._family.survivors(besides=[self._forking.pid]) == []

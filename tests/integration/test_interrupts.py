@@ -27,9 +27,9 @@ MOMENTS = {"join": (5, 6.0), "demo": (3, 12.0)}
 """How many, and within how many seconds: about what it takes until a peer serves, and until the demo's peers do."""
 
 
-def moment_s(command: str, part: int) -> float:
-    parts, within_s = MOMENTS[command]
-    return (part + random.Random(f"{SEED} {command} {part}").random()) * within_s / parts
+def moment_s(start: str, part: int) -> float:
+    parts, within_s = MOMENTS[start]
+    return (part + random.Random(f"{SEED} {start} {part}").random()) * within_s / parts
 
 
 def takes_care_of_signals(pid: int) -> bool:
@@ -41,15 +41,15 @@ def takes_care_of_signals(pid: int) -> bool:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("command", "part"), [(command, part) for command, (parts, _) in MOMENTS.items() for part in range(parts)]
+    ("start", "part"), [(start, part) for start, (parts, _) in MOMENTS.items() for part in range(parts)]
 )
-def test_ctrl_c_at_any_moment_of_a_start_leaves_no_process(command: str, part: int, tmp_path: Path) -> None:
-    after_s = moment_s(command, part)
+def test_ctrl_c_at_any_moment_of_a_start_leaves_no_process(start: str, part: int, tmp_path: Path) -> None:
+    after_s = moment_s(start, part)
     print(f"HIVESWARM_TEST_SEED={SEED}: Ctrl-C after {after_s:.3f} s")  # noqa: T201 - shown with a failure
     peer = [MODEL, "--new-swarm", "--blocks", "0:10", "--listen", LISTEN, "--identity", str(tmp_path / "peer.key")]
     family = Family()
     with subprocess.Popen(
-        [sys.executable, "-m", "swarm", command, *(peer if command == "join" else ["Hello"])],
+        [sys.executable, "-m", "swarm", start, *(peer if start == "join" else ["Hello"])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -68,7 +68,7 @@ def test_ctrl_c_at_any_moment_of_a_start_leaves_no_process(command: str, part: i
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
         else:
-            assert command == "demo", errors  # which a fast machine may have finished
+            assert start == "demo", errors  # which a fast machine may have finished
             assert process.returncode == 0, errors
     assert family.survivors() == [], errors
     assert "Traceback" not in errors

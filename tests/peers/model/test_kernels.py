@@ -182,6 +182,26 @@ def test_accelerated_layers_say_the_same_and_stay_what_they_were(dtype: torch.dt
 
 
 @pytest.mark.usefixtures("eager_library")
+def test_products_of_more_rows_than_are_to_be_timed_are_torchs() -> None:
+    accelerate(layers := Layers(), POOLS[1], rows=16)
+    assert isinstance(layers.first, FastLinear)
+    assert layers.first.rows_max == 16
+
+
+def test_an_output_is_checked_wherever_a_large_layer_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lane of sixteen is wrong."""
+    right = Pool.linear
+
+    def wrong(*arguments: Tensor) -> Tensor:
+        output_MN = right(*arguments)
+        output_MN[:, 5::16] *= 1.1
+        return output_MN
+
+    monkeypatch.setattr(Pool, "linear", wrong)
+    assert accelerate(nn.Sequential(nn.Linear(8, 3 * linear.OUTPUTS_CHECKED)).requires_grad_(False), POOLS[1]) == 0
+
+
+@pytest.mark.usefixtures("eager_library")
 def test_gradients_and_other_dtypes_are_torchs_own() -> None:
     layers = Layers()
     accelerate(layers, POOLS[1])
