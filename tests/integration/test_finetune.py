@@ -51,15 +51,12 @@ def test_a_fine_tuned_adapter_says_locally_what_it_says_through_peers_private_or
         assert generate(private, prompt_ids, 8, min_new_tokens=0) == expected
     finally:
         private.unload()
-    host = swarm.add_peer((0, 30), "--adapter", f"bees={output}")
     asked = ["-p", "2 plus 2 is", "--raw", "--max-new-tokens", "8", "--dtype", "float32", "--json", "--adapter"]
-    try:
+    with LocalSwarm(MODEL, dtype="float32") as hosting:
+        host = hosting.add_peer((0, 30), "--adapter", f"bees={output}")
         told = [
-            json.loads(command("generate", MODEL, "--invite", swarm.invite, *asked, name).stdout)
+            json.loads(command("generate", MODEL, "--invite", hosting.invite, *asked, name).stdout)
             for name in ("bees", str(output))
         ]
-    finally:
-        swarm.peers.remove(host)
-        host.close()
     assert [each["token_ids"] for each in told] == [expected, expected]
     assert {hop["peer"] for hop in told[0]["route"]} == {host.peer_id}
