@@ -125,12 +125,13 @@ class HivemindNode:
     async def _start(cls, config: NodeConfig, parts: contextlib.AsyncExitStack) -> Self:
         key = config.signing_key
         daemon = Daemon(key, listen=config.listen, announce=config.announce, client_mode=config.client_mode)
+        transport = HivemindTransport(daemon, key.peer_id, config.network)
+        parts.callback(transport.stop_listening)
         parts.push_async_callback(daemon.stop)
         await daemon.start()
         with translated(None):
             p2p = await P2P.replicate(Multiaddr(f"/unix{daemon.control_path}"))
         parts.push_async_callback(p2p.shutdown)
-        transport = HivemindTransport(daemon, key.peer_id, config.network)
         parts.push_async_callback(transport.close)
         await transport.listen()
         with translated(None):

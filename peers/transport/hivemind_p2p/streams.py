@@ -48,6 +48,7 @@ class HivemindTransport:
         self._outgoing: dict[PeerId, set[FramedStream]] = {}
         self._gone: dict[PeerId, None] = {}
         """Peers whose streams ended, or that were not reached, since they were reached last. They may have died."""
+        self._closed = False
 
     @property
     def peer_id(self) -> PeerId:
@@ -117,8 +118,8 @@ class HivemindTransport:
         return peer in self._incoming or peer in self._outgoing
 
     async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        """End every stream, also those that come from now on."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -126,11 +127,19 @@ class HivemindTransport:
         for stream in [stream for streams in self._outgoing.values() for stream in streams]:
             stream.abort()
 
+    def stop_listening(self) -> None:
+        """After the daemon's end: asyncio loses a connection that it has just accepted when its server closes."""
+        if self._server is not None:
+            self._server.close()
+
     def _protocol_id(self, protocol: str) -> str:
         return f"/hive/{self._network}/{protocol}"
 
     def _accept(self) -> FramedStream:
         stream = FramedStream()
+        if self._closed:
+            stream.abort()
+            return stream
         task = asyncio.create_task(self._run_handler(stream), name="incoming stream")
         self._tasks.add(task)
         task.add_done_callback(self._handler_ended)

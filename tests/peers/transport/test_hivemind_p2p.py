@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -320,6 +321,17 @@ async def test_a_reader_that_lost_everybody_finds_them_again(swarm: Swarm, monke
     await bootstrap.store.put(mine)
     await eventually(lambda: reader.known_nodes == 1, within_s=5)
     assert await reader.store.get(KEYS) == [mine]
+
+
+async def test_a_stream_that_comes_while_a_node_closes_is_ended(swarm: Swarm) -> None:
+    closing = await swarm.node(1)
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.connect(str(closing.transport._daemon.streams_path))
+        daemon.settimeout(5)
+        for _ in range(2):  # it has been accepted, and nothing else
+            await asyncio.sleep(0)
+        await closing.transport.close()
+        assert await asyncio.to_thread(daemon.recv, 1) == b""
 
 
 async def test_new_initial_peers_can_be_given_to_a_running_node(swarm: Swarm) -> None:
