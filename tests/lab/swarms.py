@@ -25,7 +25,7 @@ import torch
 from swarm import SwarmModelForCausalLM, nursery
 from swarm.session.driver import SwarmRemote
 from swarm.session.remote import Resilience
-from swarm.testing import LocalNode, LocalPeer
+from swarm.testing import LocalNode, LocalPeer, model_folder
 from tests.lab import namespaces
 from tests.lab.network import ROOT, Host, Network
 
@@ -215,6 +215,7 @@ class LabSwarm:
     ) -> None:
         """`peers`: span by host. `entries`: the hosts of the bootstraps. Peers get `options` and, by host,
         `environment` besides."""
+        model_folder(model)  # fetched by now: hosts here reach nobody but each other
         self.network = network
         self._options = options
         self._environment = environment
