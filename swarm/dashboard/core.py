@@ -7,7 +7,7 @@ router's. Knows no network, no clock and no file: the time is an argument, in Un
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
@@ -176,7 +176,7 @@ class Core:
             if known.gone_at_s is None and known.record.peer_id not in live:
                 said_goodbye = known.record.state is PeerState.DRAINING
                 self._ended(known, State.LEFT if said_goodbye else State.LOST, now_s)
-        self._forget(now_s)
+        self._forget(live, now_s)
         self._look_at_models(now_s)
 
     def _appeared(self, record: Announcement, now_s: float) -> None:
@@ -216,9 +216,9 @@ class Core:
         else:
             self._tell(EventKind.LOST, known, now_s, f"was lost; it served blocks {known.record.spans}")
 
-    def _forget(self, now_s: float) -> None:
-        while self._gone:
-            oldest = next(iter(self._gone))
+    def _forget(self, live: Container[PeerId], now_s: float) -> None:
+        """Those longest gone; one whose record still lives would come back as one that joins."""
+        for oldest in [peer for peer in self._gone if peer not in live]:
             gone_at_s = self._peers[oldest].gone_at_s
             assert gone_at_s is not None
             if len(self._gone) <= MAX_GONE and now_s - gone_at_s < GONE_S:

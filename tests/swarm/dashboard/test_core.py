@@ -207,6 +207,20 @@ def test_models_and_the_departed_are_bounded(watch: Watch, monkeypatch: pytest.M
     assert len(watch.core.rows()) == 3
 
 
+def test_who_left_is_not_forgotten_while_its_record_lives(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be lost by the fold, and still be among a model's peers."""
+    monkeypatch.setattr("swarm.dashboard.core.MAX_GONE", 1)
+    watch.see(watch.record(1), watch.record(2), watch.record(3))
+    watch.see(*(watch.record(number, state=PeerState.DRAINING) for number in (1, 2)))
+    for number in (1, 2):
+        watch.core.silent(peer(number), "refused", watch.now_s)
+    assert watch.see() == []
+    assert (watch.state(1), watch.state(2)) == (State.LEFT, State.LEFT)
+    watch.now_s += 25.0
+    assert kinds(watch.see()) == [EventKind.LOST, EventKind.GAP_OPENED]
+    assert (watch.state(1), watch.state(2), watch.state(3)) == (None, None, State.LOST)
+
+
 @pytest.mark.parametrize(("blocks", "expected"), [([], []), ([3], [(3, 4)]), ([5, 1, 2, 3, 7, 6], [(1, 4), (5, 8)])])
 def test_neighbouring_blocks_are_one_run(blocks: list[int], expected: list[tuple[int, int]]) -> None:
     assert runs(blocks) == expected
