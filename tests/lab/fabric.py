@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
@@ -148,9 +148,10 @@ def checksum(words: bytes) -> bytes:
     return struct.pack("!H", ~total & 0xFFFF)
 
 
-def bytes_into(counts: dict[str, Any], host: str) -> int:
-    """Of `Fabric.counts`: what the links into `host` carried."""
-    return sum(link["carried_bytes"] for pair, link in counts["links"].items() if pair.split()[1] == host)
+def bytes_into(counts: dict[str, Any], host: str, sources: Container[str] | None = None) -> int:
+    """Of `Fabric.counts`: what the links into `host` carried, from `sources` alone if given."""
+    links = ((*pair.split(), link["carried_bytes"]) for pair, link in counts["links"].items())
+    return sum(size for source, target, size in links if target == host and (sources is None or source in sources))
 
 
 def bytes_out_of(counts: dict[str, Any], host: str) -> int:

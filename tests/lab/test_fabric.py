@@ -29,6 +29,7 @@ def test_a_packet_arrives_at_its_host_after_the_delay_of_that_direction() -> Non
     net.accept(10.0, tcp(A, C, data=60))
     counts = net.counts()
     assert (bytes_out_of(counts, "a"), bytes_into(counts, "a"), bytes_into(counts, "c")) == (140, 40, 100)
+    assert (bytes_into(counts, "a", {"b"}), bytes_into(counts, "a", {"c"})) == (40, 0)
 
 
 def test_packets_for_nobody_here_go_nowhere() -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import threading
 import time
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -81,9 +82,14 @@ class Calm:
         time.sleep(CALM_S)
         return cls(before, network.counts())
 
-    def bytes_into(self, hosts: list[str], seconds: float) -> int:
-        """In so many of them."""
-        return round(sum(bytes_into(self.after, n) - bytes_into(self.before, n) for n in hosts) * seconds / CALM_S)
+    def into(self, hosts: Iterable[str], sources: Container[str], seconds: float) -> int:
+        """Bytes, in so many of them."""
+        return round(into(self.before, self.after, hosts, sources) * seconds / CALM_S)
+
+
+def into(before: dict[str, Any], after: dict[str, Any], hosts: Iterable[str], sources: Container[str]) -> int:
+    """Bytes that the links from some hosts to some hosts carried between two looks."""
+    return sum(bytes_into(after, host, sources) - bytes_into(before, host, sources) for host in hosts)
 
 
 def run(notebook: Notebook) -> None:
@@ -166,11 +172,15 @@ def one_run(
     carried = {}
     if when != "prompt":
         step_bytes = kill.looks[-1].sent - kill.looks[-2].sent
-        names = [peer.label for peer in kill.survivors]
+        healthy = [peer.label for peer in kill.survivors]
+        # all who hold anything of the session; others have their own to say, records above all, often in one burst
+        session = {"user", *healthy, *(peer.label for peer in swarm.serving(user))}
+        seconds = after.at_s - before.at_s
         carried["uplink"] = after.sent - before.sent - step_bytes
         carried["uplink_packets"] = bytes_out_of(after.counts, "user") - bytes_out_of(before.counts, "user")
-        carried["into_healthy"] = sum(bytes_into(after.counts, n) - bytes_into(before.counts, n) for n in names)
-        carried["anyway"] = calm.bytes_into(names, after.at_s - before.at_s)
+        carried["into_healthy"] = into(before.counts, after.counts, healthy, session)
+        carried["anyway"] = calm.into(healthy, session, seconds)
+        carried["from_others"] = into(before.counts, after.counts, healthy, swarm.network.hosts.keys() - session)
     notebook.row(**about, identical=ids == expected, stall_s=after.at_s - before.at_s, **carried)
 
 
