@@ -7,6 +7,8 @@ next, because so is silence.
 from __future__ import annotations
 
 import math
+from collections import deque
+from statistics import median_high
 
 from peers.tally import STEP_POSITIONS
 
@@ -16,12 +18,15 @@ PATIENCE = 3.0
 SLOW = 3.0
 """Times the best that steps took, from which on another route is thought of."""
 _SMOOTHING = 0.3
+_REMEMBERED = 9
+"""Steps; silence is measured by their median, so that one which took long does not let a dead peer be waited for."""
 
 
 class Pace:
     """Measurements of one route."""
 
     def __init__(self) -> None:
+        self._steps_s: deque[float] = deque(maxlen=_REMEMBERED)
         self._step_s = 0.0
         self._best_step_s = math.inf
         self._position_s = 0.0
@@ -29,6 +34,7 @@ class Pace:
     def answered(self, positions: int, seconds: float) -> None:
         """A step over so many positions was answered, so long after the last sign of life."""
         if positions <= STEP_POSITIONS:
+            self._steps_s.append(seconds)
             self._step_s = _smoothed(self._step_s, seconds)
             self._best_step_s = min(self._best_step_s, self._step_s)
         else:
@@ -45,7 +51,10 @@ class Pace:
 
     def silence_s(self, positions: int) -> float:
         """A peer that neither answers a step over so many positions nor a ping for this long is given up."""
-        return max(SILENCE_S_MIN, PATIENCE * self.usual_s(positions))
+        usual_s = median_high(self._steps_s) if self._steps_s else 0.0
+        if positions > STEP_POSITIONS:
+            usual_s = max(usual_s, positions * self._position_s)
+        return max(SILENCE_S_MIN, PATIENCE * usual_s)
 
 
 def _smoothed(known_s: float, new_s: float) -> float:

@@ -777,7 +777,7 @@ class World:
                 silent = [hop.peer_id for hop in core.route.hops if hop.peer_id in self.stopped]
                 owner.heard_at_s = self.now_s
                 if silent:
-                    assert silent_s <= max(2.0, 3 * owner.pace.usual_s(4)) + seconds
+                    assert silent_s <= owner.pace.silence_s(4) + seconds
                     self._disturb(owner)
                     self.given_up += 1
                     self._perform(owner, core.hop_lost(silent[0], LOST))

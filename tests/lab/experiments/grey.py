@@ -254,4 +254,4 @@ def swizzle(notebook: Notebook, swarm: LabSwarm, user: User, number: int) -> Non
     )
 
 
-EXPERIMENTS: Final = (Experiment("grey", __doc__.splitlines()[0], run, runs=3),)
+EXPERIMENTS: Final = (Experiment("grey", __doc__.splitlines()[0], run, report, runs=3),)
