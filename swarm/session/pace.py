@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from statistics import median_high
+from statistics import median_low
 
 from peers.tally import STEP_POSITIONS
 
@@ -51,7 +51,7 @@ class Pace:
 
     def silence_s(self, positions: int) -> float:
         """A peer that neither answers a step over so many positions nor a ping for this long is given up."""
-        usual_s = median_high(self._steps_s) if self._steps_s else 0.0
+        usual_s = median_low(self._steps_s) if self._steps_s else 0.0
         if positions > STEP_POSITIONS:
             usual_s = max(usual_s, positions * self._position_s)
         return max(SILENCE_S_MIN, PATIENCE * usual_s)
