@@ -160,6 +160,7 @@ def _compiled_times_row(format_: Format, device: torch.device) -> Callable[..., 
     return torch.compile(FunctionType(times_row.__code__.replace(), times_row.__globals__), dynamic=True)
 
 
+@torch.inference_mode()  # as in the forwards to come: for others a compiler would do its work again
 def _rows_max_of_torch(way: Product, layers: Sequence[PackedLinear]) -> int:
     """As `_rows_max`, against weights that are made whole. Raises what `way` raises."""
     largest = max(layers, key=lambda layer: layer.codes.numel())
