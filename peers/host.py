@@ -7,6 +7,7 @@ is told to people (`Event`); every decision is made elsewhere.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import random
@@ -459,6 +460,15 @@ class ServerPeer:
         `movable`: `rebalance` may load other blocks later, up to `max_blocks`; as many as `plan` allows by default.
         """
         most = max_blocks or plan.max_blocks
+        again = functools.partial(
+            self.load,
+            checkpoint,
+            threads=threads,
+            page_size=page_size,
+            share_prefixes=share_prefixes,
+            movable=movable,
+            max_blocks=most,
+        )
         models = [
             await asyncio.to_thread(
                 load_span,
@@ -494,18 +504,7 @@ class ServerPeer:
         if not fits:
             logger.warning("a forward takes %d MiB: starting again with less cache", self.probe.forward_bytes >> 20)
             del models, engines, self.engine
-            await self.load(
-                checkpoint,
-                spans,
-                final,
-                threads=threads,
-                progress=progress,
-                page_size=page_size,
-                share_prefixes=share_prefixes,
-                probe=self.probe,
-                movable=movable,
-                max_blocks=most,
-            )
+            await again(spans, final, progress=progress, probe=self.probe)
             return
         model, stats = self.engine.model, self.engine.stats()
         self.cache_tokens = stats.longest_tokens
@@ -543,17 +542,7 @@ class ServerPeer:
 
         async def reload(spans: BlockSpans) -> None:
             fitting = replace(plan, forwards=len(spans.parts))
-            await self.load(
-                checkpoint,
-                spans,
-                fitting.beside(self.probe.forward_bytes, blocks=spans.num_blocks),
-                threads=threads,
-                page_size=page_size,
-                share_prefixes=share_prefixes,
-                probe=self.probe,
-                movable=movable,
-                max_blocks=most,
-            )
+            await again(spans, fitting.beside(self.probe.forward_bytes, blocks=spans.num_blocks), probe=self.probe)
 
         self._reload = reload
         self._loaded = True

@@ -147,11 +147,9 @@ def resolve(
         return _from_folder(path.absolute(), cache, progress, accept)
     if path.is_file() and path.suffix == GGUF:
         return _from_gguf(path.absolute(), cache, progress, accept)
-    if path.exists() or model.startswith((".", "~", "/")):
-        raise UnknownModel(
-            f"{model} is not a folder with a checkpoint",
-            hint="give the folder that holds config.json, or a .gguf file",
-        )
+    if path.exists() or model.startswith((".", "~", "/")) or (path.suffix == GGUF and ":" not in model):
+        what = "is not a folder with a checkpoint" if path.exists() else "does not exist"
+        raise UnknownModel(f"{model} {what}", hint="give the folder that holds config.json, or a .gguf file")
     return _from_hub(model, cache, token, progress, accept)
 
 

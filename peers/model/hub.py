@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 
 from peers.errors import CorruptCheckpoint, GatedModel, HubUnreachable, UnknownModel
+from peers.model.builtin import BUILT_IN
 from peers.model.download import part_of, receive, size_of
 from peers.model.hashes import sha256_of
 from peers.model.layout import INDEX, is_companion
@@ -268,7 +269,7 @@ def _translated(name: str, endpoint: str) -> Iterator[None]:
     except (HTTPError, OfflineModeIsEnabled, TimeoutError) as error:
         raise HubUnreachable(
             f"the hub at {endpoint} cannot be reached for {name}: {error or type(error).__name__}",
-            hint="check the network; a folder or a built-in model needs no hub",
+            hint=f"check the network; a folder or a built-in model ({', '.join(BUILT_IN)}) needs no hub",
         ) from error
     except (ValueError, TypeError, LookupError, msgspec.ValidationError) as error:
         raise HubUnreachable(

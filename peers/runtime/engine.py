@@ -667,8 +667,16 @@ class Engine:
         """What a peer need not wait for before it announces itself."""
         if library is not None:
             self._accelerated = accelerate(self.model.module, library) > 0
-        else:
+        elif self.model.device.type != "cuda":
             accelerate_by_torch(self.model.module)
+        else:  # a compiler takes its time, for which nobody waits
+            compiling = threading.Thread(
+                target=accelerate_by_torch, args=(self.model.module,), name="compile", daemon=True
+            )
+            compiling.start()
+            while compiling.is_alive():
+                compiling.join(MOMENT_S)
+                yield
         self.model.forget_views()
         yield
         yield from self._cache.prepare()

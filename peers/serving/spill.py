@@ -23,6 +23,8 @@ class Disk:
         self.max_bytes = max_bytes
         self.used_bytes = 0
         self._folder = folder
+        self._full = False
+        """The last attempt failed; one line in the log says so, however many follow."""
 
     def __call__(self, payloads: Sequence[memoryview]) -> list[memoryview] | None:
         size = sum(map(len, payloads))
@@ -35,8 +37,13 @@ class Disk:
                 file.flush()
                 mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:  # the journal goes without, as if there were no disk
-            logger.warning("a journal stays out of %s: %s", self._folder, error)
+            if not self._full:
+                logger.warning("a journal stays out of %s: %s", self._folder, error)
+            self._full = True
             return None
+        if self._full:
+            logger.info("journals go to %s again", self._folder)
+        self._full = False
         self.used_bytes += size
         weakref.finalize(mapped, self._freed, size)
         moved, at, view = [], 0, memoryview(mapped)

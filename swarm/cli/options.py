@@ -153,8 +153,8 @@ def prompt_of(given: str | None) -> str:
     return text
 
 
-def bytes_of(text: str) -> int:
-    """`4GB`, `512MiB`, `6G` or a number of bytes."""
+def bytes_of(text: str, option: str) -> int:
+    """`4GB`, `512MiB`, `6G` or a number of bytes; `option` is where it was given."""
     body = text.strip().upper().removesuffix("B")
     base = 1024 if body.endswith("I") else 1000
     body = body.removesuffix("I")
@@ -164,5 +164,5 @@ def bytes_of(text: str) -> int:
     except ValueError:
         value = 0.0
     if not 0 < value < 1 << 62:  # not a number is refused here, too
-        raise typer.BadParameter(f"{text!r} is no size: write for example 6GB or 512MiB")
+        raise typer.BadParameter(f"{text!r} is no size: write for example 6GB or 512MiB", param_hint=f"'{option}'")
     return int(value)

@@ -88,7 +88,8 @@ class SessionConfig:
     max_attempts: int = 12
     """Routes tried without one result in between, replays not counted, before the session fails."""
     busy_patience_s: float = 300.0
-    """How long "busy" and "preempted" are waited out without one result in between, replays not counted."""
+    """How long "busy" and "preempted" are waited out without one result in between, replays not counted. For so long
+    are hops believed, too, that say they are computing a step."""
     max_hold_s: float = 2.0
     """Of a wait for one hop's room while others hold the session's pages."""
     max_full: int = 3

@@ -1,5 +1,5 @@
-"""Sessions of which nothing is heard: ask their hops how they stand. The silent are dropped, the busy waited for, and
-what was lost between two hops that live is sent again, through the client where their link is silent.
+"""Sessions of which nothing is heard: ask their hops how they stand. The silent are dropped, the busy waited for (not
+for ever), and what was lost between two hops that live is sent again, through the client where their link is silent.
 """
 
 from __future__ import annotations
@@ -7,9 +7,9 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from peers.errors import PeerSilent, PeerUnreachable, ProtocolError
+from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, Refused
 from peers.transport.tasks import Tasks
-from peers.wire.messages import Trace, Traced
+from peers.wire.messages import Code, Trace, Traced
 from routing.errors import PeerError, Unavailable
 from routing.ids import PeerId, SessionId
 from routing.router import Hop
@@ -90,6 +90,7 @@ class Watch:
             if core.epoch != epoch or not core.outstanding:
                 return
             busy = not arrived
+            waited_s = asyncio.get_running_loop().time() - session.heard_at_s
             cut: Hop | None = None
             replies = list(zip(route.hops, answers, strict=True))
             silent = {hop.peer_id: answer for hop, answer in replies if isinstance(answer, PeerError)}
@@ -114,6 +115,15 @@ class Watch:
             if cut is not None:
                 error = PeerUnreachable(f"{cut.peer_id} does not reach the hop behind it, although both are alive")
                 self._driver.perform(session, core.stalled(error))
+                return
+            if busy and waited_s > core.config.busy_patience_s:  # no answer shows that a hop computes, it only says so
+                stuck = [hop for hop, answer in replies if isinstance(answer, Traced) and answer.running]
+                for hop in stuck:
+                    text = f"{hop.peer_id} says that it has been computing one step for {waited_s:.0f} s"
+                    self._driver.lose(session, hop.peer_id, Refused(text, code=Code.INTERNAL))
+                if not stuck:
+                    error = PeerUnreachable(f"a step has been on its way between two hops for {waited_s:.0f} s")
+                    self._driver.perform(session, core.stalled(error))
                 return
             session.idle_looks = 0 if busy else session.idle_looks + 1
             if session.idle_looks >= IDLE_LOOKS:

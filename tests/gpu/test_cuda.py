@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peers.model.catalog import resolve
-from peers.model.kernels import accelerate_by_torch
+from peers.model.kernels import accelerate_by_torch, linear
 from peers.model.loading import load_span
-from peers.model.quantization import QUANTIZATIONS, quantize
+from peers.model.quantization import NONE, QUANTIZATIONS, quantize
 from peers.runtime.cache import PagedCache, open_cache
 from peers.runtime.flex import Flex, compiled
 from peers.runtime.graphs import COUNTS, recorder_for
@@ -57,14 +57,21 @@ def test_packed_weights_say_the_same_on_a_gpu(family: str, quantization: str, tm
     assert (outputs[1] - outputs[0]).norm() <= 1e-3 * outputs[0].norm()
 
 
+@pytest.mark.parametrize("quantization", [name for name in QUANTIZATIONS if name != NONE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_8_bit_products_on_a_gpu_are_right_whoever_makes_them(dtype: torch.dtype) -> None:
+def test_products_of_packed_weights_on_a_gpu_are_right_whoever_makes_them(
+    dtype: torch.dtype, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(512, 1024), nn.Linear(1024, 512)).to("cuda:0", dtype).requires_grad_(False)
-    quantize(module, "int8")
+    quantize(module, quantization)
     x = torch.randn(4, 512, device="cuda:0", dtype=dtype)
     whole = module(x).float()
     accelerate_by_torch(module)  # which may stay with whole weights
+    assert (module(x).float() - whole).norm() <= 2e-2 * whole.norm()
+    monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(linear, "_ways", lambda *_: [linear._by_a_compiled_kernel])
+    assert accelerate_by_torch(module) == 2, "the kernel compiles, and says the same"
     assert (module(x).float() - whole).norm() <= 2e-2 * whole.norm()
 
 

@@ -156,7 +156,7 @@ def test_several_addresses_may_follow_one_option(typed: str, parsed: str) -> Non
     [("4GB", 4 * 10**9), ("512MiB", 512 << 20), ("6g", 6 * 10**9), ("1000", 1000), ("1.5 GB", 1_500_000_000)],
 )
 def test_memory_is_read_with_its_unit(text: str, expected: int) -> None:
-    assert bytes_of(text) == expected
+    assert bytes_of(text, "--max-memory") == expected
 
 
 def test_a_bandwidth_may_be_written_per_second(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]) -> None:
@@ -239,7 +239,14 @@ def test_who_waits_for_a_network_sees_at_once_that_it_is_looked_for(
 @pytest.mark.parametrize("text", ["", "B", "GB", "-1GB", "0", "nan", "inf", "1PB", "12 apples"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
-        bytes_of(text)
+        bytes_of(text, "--max-memory")
+
+
+@pytest.mark.parametrize("option", ["--max-memory", "--max-bandwidth", "--journal-disk"])
+def test_a_size_that_cannot_be_read_is_told_with_its_option(option: str, run: Callable[..., Result]) -> None:
+    done = run("join", "m", "--new-swarm", option, "lots", "--listen", "/ip4/127.0.0.1/tcp/0")
+    assert done.exit_code == 2
+    assert f"'{option}': 'lots' is no size" in " ".join(done.stderr.split())
 
 
 # --- errors, events, bars ---

@@ -41,7 +41,7 @@ from swarm.session.core import (
     StepDone,
     Wait,
 )
-from swarm.session.pace import Pace
+from swarm.session.pace import SILENCE_S_MIN, Pace
 
 P, Q, R = (PeerId(name) for name in "PQR")
 SESSION, CHILD = SessionId(b"s" * 16), SessionId(b"c" * 16)
@@ -772,7 +772,9 @@ class World:
         self.now_s += seconds
         for owner in self.owners.values():
             core, silent_s = owner.core, self.now_s - owner.heard_at_s
-            if core.outstanding and silent_s > owner.pace.silence_s(max((s.count for s in core.pending), default=1)):
+            if silent_s <= SILENCE_S_MIN or not core.outstanding:
+                continue
+            if silent_s > owner.pace.silence_s(max((s.count for s in core.pending), default=1)):
                 assert core.route is not None
                 silent = [hop.peer_id for hop in core.route.hops if hop.peer_id in self.stopped]
                 owner.heard_at_s = self.now_s
@@ -783,6 +785,8 @@ class World:
                     self._perform(owner, core.hop_lost(silent[0], LOST))
 
     def _moving(self) -> list[Channel]:
+        if not self.stopped:
+            return list(self.channels)
         return [key for key in self.channels if key[1] not in self.stopped and key[0] not in self.stopped]
 
     def settle(self, choose: Callable[[int], int]) -> None:
@@ -1307,7 +1311,12 @@ class SessionMachine(RuleBasedStateMachine):
             if self.world.num_events():
                 self.world.fire(0)
 
-    @rule(peer=peers, what=st.sampled_from(["die", "stop", "revive", "forget", "evict"]))
+    @precondition(lambda self: self.world.stopped)
+    @rule(seconds=st.sampled_from([0.5, 2.5, 30.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.wait(seconds)
+
+    @rule(peer=peers, what=st.sampled_from(["die", "stop", "revive", "forget", "evict", "leave"]))
     def a_peer(self, peer: PeerId, what: str) -> None:
         getattr(self.world, what)(peer)
 

@@ -19,7 +19,7 @@ from routing.ids import BlockSpan, PeerId, SessionId
 from routing.router import Hop, Route
 from swarm.session.core import Action, SessionConfig, SessionCore
 from swarm.session.inbox import Inbox
-from swarm.session.live import LiveSession
+from swarm.session.live import SILENCE_S_MAX, LiveSession
 from swarm.session.watch import WATCH_S, Watch
 from tests.helpers.late_loop import LateLoop, run
 from tests.peers.transport.nodes import signing_key
@@ -40,10 +40,12 @@ class Scene:
         self.sessions: Any = SimpleNamespace(by_id={}, client=SimpleNamespace(links=self.client))
         self.tasks = Tasks()
         self.lost_at_s: list[float] = []
+        self.running = 1
+        """Works that the hop says it computes; where there are none, it says that an output is on its way."""
         self.watch = Watch(self.sessions, self, self.tasks)  # type: ignore[arg-type]
 
     async def _trace(self, link: Link, message: Trace, _: memoryview) -> None:
-        await link.send(Traced(nonce=message.nonce, running=1))
+        await link.send(Traced(nonce=message.nonce, running=self.running, moving=not self.running))
 
     def lose(self, session: LiveSession, peer: PeerId, error: SwarmError) -> None:
         """As a driver does: the session is somebody else's affair now."""
@@ -95,6 +97,20 @@ def given_up_after_s(*, trip_s: float = 0.01, late_s: float = 0.0, silent: bool 
             return scene.lost_at_s[0] - began_s if scene.lost_at_s else None
 
     return run(work, late_s=late_s)
+
+
+@pytest.mark.parametrize("running", [0, 1])
+def test_a_hop_that_says_for_minutes_that_something_happens_is_not_believed_for_ever(running: int) -> None:
+    async def work(loop: LateLoop) -> None:
+        async with Scene(loop) as scene:
+            scene.running = running
+            began_s, patience_s = scene.begin(), SessionConfig().busy_patience_s
+            await asyncio.sleep(patience_s)
+            assert scene.lost_at_s == []
+            await asyncio.sleep(SILENCE_S_MAX + SILENCE_S)
+            assert scene.lost_at_s[0] - began_s > patience_s
+
+    run(work)
 
 
 def test_a_silent_hop_is_given_up_in_time() -> None:

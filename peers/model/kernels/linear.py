@@ -13,6 +13,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import cast
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peers.model.kernels import experts
-from peers.model.kernels.packed import Format, PackedLinear
+from peers.model.kernels.packed import Format, PackedLinear, nf4_levels, times_row
 from peers.model.kernels.pool import INPUTS, Pool
 from peers.model.support import one_line
 
@@ -102,52 +103,79 @@ def accelerate(module: nn.Module, pool: Pool, *, rows: int = ROWS_TIMED[-1]) -> 
 
 
 def accelerate_by_torch(module: nn.Module) -> int:
-    """For where there is no library: multiply 8-bit weights by torch's own product, instead of making them whole first,
-    where there is one, it is right, and it is faster. Returns the number of layers changed, with one line in the log.
+    """For where there is no library: multiply by packed weights as torch can, instead of making them whole first, in
+    the first of its ways that is right and faster than that for the most rows. Returns the number of layers changed,
+    with one line in the log for each kind of them.
+
+    Takes as long as torch's compiler where that has a part in it; forwards may run meanwhile.
     """
-    kinds: dict[tuple[torch.dtype, torch.device], list[PackedLinear]] = {}
+    kinds: dict[tuple[Format, torch.dtype, torch.device], list[PackedLinear]] = {}
     for layer in module.modules():
-        if isinstance(layer, PackedLinear) and layer.format is Format.INT8:
-            kinds.setdefault((layer.dtype, layer.codes.device), []).append(layer)
+        if isinstance(layer, PackedLinear):
+            kinds.setdefault((layer.format, layer.dtype, layer.codes.device), []).append(layer)
     changed = 0
-    for (dtype, device), layers in kinds.items():
-        try:
-            rows_max = _rows_max_of_torch(layers)
-        except RuntimeError as error:  # torch knows no such product of this dtype on this device
-            logger.info(
-                "8-bit weights in %s on %s are made whole for every product: %s", dtype, device, one_line(error)
-            )
+    for (format_, dtype, device), layers in kinds.items():
+        name = f"{len(layers)} layers in {dtype} and {format_.value} on {device}"
+        rows_max, by_torch, why = 0, None, "nothing else is right and faster here"
+        for way in _ways(format_, device):
+            try:
+                rows = _rows_max_of_torch(way, layers)
+            except Exception as error:  # torch has no such product here; or whatever a compiler, or its work, may raise
+                logger.debug("%s: a way to multiply failed", name, exc_info=True)
+                why = one_line(error)
+                continue
+            if rows > rows_max:
+                rows_max, by_torch = rows, way
+        if by_torch is None:
+            logger.info("%s are made whole for every product: %s", name, why)
             continue
-        for layer in layers if rows_max else ():
-            layer.scales_like, layer.rows_max = layer.scales.to(dtype), rows_max
-            changed += 1
-        logger.info("%d layers in %s and int8 multiply by torch's product, up to %d rows", len(layers), dtype, rows_max)
+        for layer in layers:
+            layer.by_torch = by_torch
+            layer.rows_max = rows_max  # last: from now on it is used
+        changed += len(layers)
+        logger.info("%s multiply %s, up to %d rows", name, by_torch.__name__.strip("_"), rows_max)
     return changed
 
 
-def _rows_max_of_torch(layers: Sequence[PackedLinear]) -> int:
-    """As `_rows_max`, for torch's own product against weights that are made whole. Raises RuntimeError."""
+def _ways(format_: Format, device: torch.device) -> list[Product]:
+    ways: list[Product] = [_by_torchs_own_product] if format_ is Format.INT8 else []
+    return [*ways, _by_a_compiled_kernel] if device.type == "cuda" else ways
+
+
+def _by_torchs_own_product(input_MK: Tensor, layer: Layer) -> Tensor:
+    assert isinstance(layer, PackedLinear)
+    return torch._weight_int8pack_mm(input_MK, layer.codes, layer.scales.to(input_MK.dtype))
+
+
+def _by_a_compiled_kernel(input_MK: Tensor, layer: Layer) -> Tensor:
+    assert isinstance(layer, PackedLinear)
+    product = _compiled_times_row(layer.format, input_MK.device)
+    weights = layer.codes, layer.scales, layer.format, nf4_levels(input_MK.device)
+    return torch.stack([product(row_K, *weights) for row_K in input_MK]).to(input_MK.dtype)
+
+
+@functools.cache
+def _compiled_times_row(format_: Format, device: torch.device) -> Callable[..., Tensor]:
+    """With code of its own, as torch's compiler keeps only so many results for each."""
+    return torch.compile(FunctionType(times_row.__code__.replace(), times_row.__globals__), dynamic=True)
+
+
+@torch.inference_mode()  # as in the forwards to come: for others a compiler would do its work again
+def _rows_max_of_torch(way: Product, layers: Sequence[PackedLinear]) -> int:
+    """As `_rows_max`, against weights that are made whole. Raises what `way` raises."""
     largest = max(layers, key=lambda layer: layer.codes.numel())
     alike: list[Layer] = [layer for layer in layers if layer.codes.shape == largest.codes.shape]
-    alike = alike[: max(2, SAMPLE_BYTES // largest.codes.nbytes)]
-    weight_NK, scales_N, rows_max = largest.whole(torch.float32), largest.scales.to(largest.dtype), 0
+    alike, rows_max = alike[: max(2, SAMPLE_BYTES // largest.codes.nbytes)], 0
     for rows in ROWS_TIMED:
-        generator = torch.Generator().manual_seed(rows)
-        input_MK = torch.randn(rows, largest.in_features, generator=generator).to(weight_NK.device, largest.dtype)
-        right_MN = input_MK.double() @ weight_NK.double().T
-        wrong_MN = torch._weight_int8pack_mm(input_MK, largest.codes, scales_N).double() - right_MN
-        if not bool(wrong_MN.norm() <= ERROR_MAX[largest.dtype] * right_MN.norm()):
+        input_MK = torch.randn(rows, largest.in_features, generator=torch.Generator().manual_seed(rows))
+        input_MK = input_MK.to(largest.codes.device, largest.dtype)
+        if not _exact(way, input_MK, largest):
             return 0
-        ours_s, whole_s = _fastest_s((_int8_product, _whole_product), input_MK, alike[: max(2, 64 // rows)])
+        ours_s, whole_s = _fastest_s((way, _whole_product), input_MK, alike[: max(2, 64 // rows)])
         if ours_s > whole_s:
             break
         rows_max = rows
     return rows_max if rows_max < ROWS_TIMED[-1] else UNLIMITED
-
-
-def _int8_product(input_MK: Tensor, layer: Layer) -> Tensor:
-    assert isinstance(layer, PackedLinear)
-    return torch._weight_int8pack_mm(input_MK, layer.codes, layer.scales.to(layer.dtype))
 
 
 def _whole_product(input_MK: Tensor, layer: Layer) -> Tensor:
@@ -178,14 +206,14 @@ def _rows_max(pool: Pool, layers: Sequence[Layer], limit: int) -> int:
     for layer in alike:
         if isinstance(layer, PackedLinear):
             layer.pool = pool  # what torch multiplies by is unpacked by the library too
-    rows_max = 0
+    rows_max, product = 0, functools.partial(_product, pool)
     for rows in filter(limit.__ge__, ROWS_TIMED):
         input_MK = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(_kind(alike[0])[0])
-        if not _exact(pool, input_MK, alike[0]):
+        if not _exact(product, input_MK, alike[0]):
             logger.error("the compiled linear products are wrong on this machine; torch's are used")
             return 0
         some = alike[: max(2, 64 // rows)]  # many rows take long, and hardly depend on memory
-        ours_s, torch_s = _fastest_s((functools.partial(_product, pool), _torch_product), input_MK, some)
+        ours_s, torch_s = _fastest_s((product, _torch_product), input_MK, some)
         if ours_s > MARGIN * torch_s:
             break
         rows_max = rows
@@ -202,11 +230,12 @@ def _torch_product(input_MK: Tensor, layer: Layer) -> Tensor:
     return F.linear(input_MK, layer.weight)
 
 
-def _exact(pool: Pool, input_MK: Tensor, layer: Layer) -> bool:
+def _exact(product: Product, input_MK: Tensor, layer: Layer) -> bool:
+    """Compared on the CPU: not every device has numbers that are exact enough."""
     weight_NK = layer.whole(torch.float32) if isinstance(layer, PackedLinear) else layer.weight
     every = -(-len(weight_NK) // OUTPUTS_CHECKED) | 1  # odd, so that each lane of a register has its turn
-    right_MN = input_MK.double() @ weight_NK[::every].double().T
-    wrong_MN = _product(pool, input_MK, layer)[:, ::every].double() - right_MN
+    right_MN = input_MK.cpu().double() @ weight_NK[::every].cpu().double().T
+    wrong_MN = product(input_MK, layer)[:, ::every].cpu().double() - right_MN
     return bool(wrong_MN.norm() <= ERROR_MAX[input_MK.dtype] * right_MN.norm())
 
 
@@ -222,7 +251,7 @@ def _fastest_s(products: Sequence[Product], input_MK: Tensor, layers: Sequence[L
             for index, layer in enumerate(layers):
                 started_s = time.perf_counter()
                 product(input_MK, layer)
-                if input_MK.is_cuda:
-                    torch.cuda.synchronize(input_MK.device)
+                if input_MK.device.type != "cpu":
+                    torch.accelerator.synchronize(input_MK.device)
                 fastest_s[index] = min(fastest_s[index], time.perf_counter() - started_s)
     return [sum(fastest_s) for fastest_s in best_s]

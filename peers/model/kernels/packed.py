@@ -14,6 +14,7 @@ Legend: M rows, N outputs, K inputs, G groups of K; a leading E counts experts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -67,9 +68,9 @@ class PackedLinear(nn.Module):
         """Of inputs and outputs."""
         self.pool: Pool | None = None
         self.rows_max = 0
-        """Up to so many rows `pool` makes the product, or torch where `scales_like` are there."""
-        self.scales_like: Tensor | None = None
-        """In the input's dtype, for torch's own product of 8-bit weights."""
+        """Up to so many rows `pool` or `by_torch` makes the product."""
+        self.by_torch: Callable[[Tensor, PackedLinear], Tensor] | None = None
+        """Rows [M, K] times this layer's packed weights, without its bias: [M, N]."""
         codes, scales = packed(layer.weight.detach(), format_)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
@@ -96,17 +97,14 @@ class PackedLinear(nn.Module):
         ):
             if self.pool is not None:
                 return self.pool.linear(input.contiguous(), self.codes, self.bias, self.scales, self.format.value)
-            if self.scales_like is not None:
-                return self._product_of_int8(input, self.scales_like)
+            if self.by_torch is not None:
+                output_MN = self.by_torch(input.reshape(-1, self.in_features), self)
+                if self.bias is not None:
+                    output_MN = output_MN + self.bias.to(input.dtype)
+                return output_MN.view(*input.shape[:-1], self.out_features)
         if torch.is_grad_enabled() and input.requires_grad:
             return _Product.apply(input, self)  # type: ignore[no-any-return, no-untyped-call]
         return F.linear(input, self.whole(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
-
-    def _product_of_int8(self, input: Tensor, scales_N: Tensor) -> Tensor:  # noqa: A002
-        output_MN = torch._weight_int8pack_mm(input.reshape(-1, self.in_features), self.codes, scales_N)
-        if self.bias is not None:
-            output_MN = output_MN + self.bias.to(input.dtype)
-        return output_MN.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.format.value}"
@@ -178,7 +176,7 @@ def _evenly(weight_ng: Tensor) -> tuple[Tensor, Tensor]:
 def _normally(weight_ng: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [n, 32] and scales [n] of n groups for `nf4`."""
     scale_n = weight_ng.abs().amax(-1).clamp_min(TINY).bfloat16()
-    levels = _nf4_levels(weight_ng.device)
+    levels = nf4_levels(weight_ng.device)
     codes = torch.bucketize(weight_ng / scale_n.float()[:, None], (levels[1:] + levels[:-1]) / 2)
     return codes.to(torch.uint8), scale_n
 
@@ -192,14 +190,30 @@ def whole(
     if format_ is Format.INT8:
         return (codes * scales[..., None]).to(dtype)
     two_NGh = codes.view(*codes.shape[:-1], -1, GROUP // 2)
-    codes_NGg, scales = torch.cat((two_NGh & 15, two_NGh >> 4), -1), scales.float()
-    if format_ is Format.INT4:
-        weight_NGg = codes_NGg * scales[..., :1] + scales[..., 1:]
-    else:
-        weight_NGg = _nf4_levels(codes.device)[codes_NGg.int()] * scales[..., None]
+    weight_NGg = _meant(torch.cat((two_NGh & 15, two_NGh >> 4), -1), scales, format_, nf4_levels(codes.device))
     return weight_NGg.flatten(-2)[..., :inputs].to(dtype)
 
 
+def times_row(row_K: Tensor, codes: Tensor, scales: Tensor, format_: Format, levels: Tensor) -> Tensor:
+    """The product [N] of one row and packed weights, in float32; `levels`: those of `nf4`. A sum and no matrix product,
+    so that a compiler makes one kernel of it, which reads the codes once and writes no weight."""
+    if format_ is Format.INT8:
+        return (codes * row_K.float()).sum(-1) * scales
+    two_NGh = codes.view(len(codes), -1, GROUP // 2)
+    row_Gg = F.pad(row_K.float(), (0, -len(row_K) % GROUP)).view(-1, GROUP)
+    lower_Gh, upper_Gh = row_Gg.chunk(2, -1)
+    lower_NGh = _meant(two_NGh & 15, scales, format_, levels) * lower_Gh
+    return (lower_NGh + _meant(two_NGh >> 4, scales, format_, levels) * upper_Gh).sum((-2, -1))
+
+
+def _meant(codes_NGg: Tensor, scales: Tensor, format_: Format, levels: Tensor) -> Tensor:
+    """What 4-bit codes of some groups stand for, in float32."""
+    scales = scales.float()
+    if format_ is Format.INT4:
+        return codes_NGg * scales[..., :1] + scales[..., 1:]
+    return levels[codes_NGg.int()] * scales[..., None]
+
+
 @functools.cache
-def _nf4_levels(device: torch.device) -> Tensor:
+def nf4_levels(device: torch.device) -> Tensor:
     return torch.tensor(NF4_LEVELS, device=device)

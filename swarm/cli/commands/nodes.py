@@ -223,8 +223,10 @@ def join(
             raise InvalidAddress("no way into a network was given", hint=hint)
         entrance = None if new_swarm else entrance_of(initial_peers, invite, network)
         spans = None if blocks is None else BlockSpans.parse(blocks)
-        memory = None if max_memory is None else bytes_of(max_memory)
-        bytes_per_s = None if max_bandwidth is None else bytes_of(max_bandwidth.strip().removesuffix("/s"))
+        memory = None if max_memory is None else bytes_of(max_memory, "--max-memory")
+        bytes_per_s = None
+        if max_bandwidth is not None:
+            bytes_per_s = bytes_of(max_bandwidth.strip().removesuffix("/s"), "--max-bandwidth")
         from peers.serving.comfort import Schedule
 
         hours = None if schedule is None else Schedule.parse(schedule)
@@ -249,7 +251,7 @@ def join(
             schedule=hours,
             pause_on_load_percent=pause_on_load,
             max_bytes_per_s=bytes_per_s,
-            journal_disk_bytes=0 if journal_disk is None else bytes_of(journal_disk),
+            journal_disk_bytes=0 if journal_disk is None else bytes_of(journal_disk, "--journal-disk"),
             token=token,
             stay=stay,
             training=training,

@@ -213,6 +213,12 @@ def test_a_file_instead_of_a_folder_is_unknown(tiny: Path, cache: Path) -> None:
         resolve(str(tiny / "config.json"), cache=cache)
 
 
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "model.gguf"])
+def test_a_path_that_leads_nowhere_is_said_to(name: str, cache: Path) -> None:
+    with pytest.raises(UnknownModel, match="does not exist"):
+        resolve(name, cache=cache)
+
+
 def test_importing_the_catalog_imports_neither_torch_nor_an_http_client() -> None:
     code = "import sys, peers.model.catalog; print({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

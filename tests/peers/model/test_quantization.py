@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from peers.capacity import plan_capacity
 from peers.model.catalog import resolve
 from peers.model.kernels import Pool, accelerate, accelerate_by_torch, linear
-from peers.model.kernels.packed import NF4_LEVELS, Format, PackedLinear, packed, whole
+from peers.model.kernels.packed import NF4_LEVELS, Format, PackedLinear, nf4_levels, packed, times_row, whole
 from peers.model.loading import load_span
 from peers.model.quantization import QUANTIZATIONS, quantize
 from routing.errors import CallerError
@@ -47,6 +48,19 @@ def test_the_library_multiplies_by_the_weights_that_the_codes_stand_for(
     for product, error in ((layer(x), 4e-3 if dtype.itemsize == 2 else 1e-6), (by_torch, 2e-2)):
         assert product.dtype is dtype
         assert (product.double() - right).norm() <= error * right.norm() + error / 10 * summed.norm() + 1e-6
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(FORMATS), st.integers(1, 40), st.integers(1, 200), st.integers(0, 99))
+def test_a_row_times_codes_is_a_row_times_the_weights_that_they_stand_for(
+    name: str, outputs: int, inputs: int, seed: int
+) -> None:
+    """What a GPU runs compiled."""
+    torch.manual_seed(seed)
+    layer, row_K = PackedLinear(nn.Linear(inputs, outputs).requires_grad_(False), Format(name)), torch.randn(inputs)
+    weight_NK = layer.whole(torch.float32)
+    product_N = times_row(row_K, layer.codes, layer.scales, layer.format, nf4_levels(row_K.device))
+    assert (product_N - weight_NK @ row_K).norm() <= 1e-5 * (weight_NK.abs() @ row_K.abs()).norm()
 
 
 @given(st.sampled_from(["int8", "nf4"]), st.integers(1, 100), st.integers(0, 99))
@@ -112,6 +126,38 @@ def test_a_quantized_span_says_nearly_the_same_in_less_memory(
             if hasattr(module, rows_max):
                 setattr(module, rows_max, 0)
     torch.testing.assert_close(model.forward(hidden, positions), alone, **same)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_kernel_multiplies_few_rows_where_it_is_right_and_faster(
+    dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU, but for the compiler."""
+    caplog.set_level("INFO")
+    module = nn.Sequential(*(nn.Linear(64, 64, bias=biased) for biased in (True, False))).to(dtype)
+    quantize(module.requires_grad_(False), name)
+    x, rows = torch.randn(2, 2, 64).to(dtype), list[torch.Tensor]()
+    plain, many = module(x), module(x.repeat(3, 1, 1))
+
+    def counted(row_K: torch.Tensor, *weights: Any) -> torch.Tensor:
+        rows.append(row_K)
+        return times_row(row_K, *weights)
+
+    monkeypatch.setattr(linear, "_ways", lambda *_: [linear._by_a_compiled_kernel])
+    monkeypatch.setattr(linear, "_fastest_s", lambda _, rows_MK, __: (len(rows_MK) / 4, 1.0))
+    for kernel in (lambda row_K, *_: torch.ones(64), lambda *_: 1 / 0):  # one that is wrong, one that fails
+        monkeypatch.setattr(linear, "_compiled_times_row", lambda *_, kernel=kernel: kernel)
+        assert accelerate_by_torch(module) == 0
+    assert "division by zero" in caplog.text
+    monkeypatch.setattr(linear, "_compiled_times_row", lambda *_: counted)
+    assert accelerate_by_torch(module) == 2
+    rows.clear()
+    error = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(module(x), plain, atol=error, rtol=error)
+    assert len(rows) == 2 * 4
+    assert torch.equal(module(x.repeat(3, 1, 1)), many), "more rows than it was faster for"
+    assert len(rows) == 2 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

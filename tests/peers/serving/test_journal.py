@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +158,31 @@ def test_the_disk_holds_what_it_was_given_until_nobody_needs_it_and_a_full_one_s
     assert disk.used_bytes == 0
     assert list(tmp_path.iterdir()) == []
     assert Disk(tmp_path / "gone", max_bytes=100)([memoryview(b"a")]) is None
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """The system cuts a write off there with an error, as on a disk that has just become full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("payloads", [[100], [100_000], [10] * 20, [10] * 20_000])
+def test_a_disk_that_fills_up_in_the_middle_says_so_once_and_keeps_nothing_of_it(
+    payloads: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    disk, journal = Disk(tmp_path, max_bytes=1 << 20), [memoryview(bytes(size)) for size in payloads]
+    with no_file_larger_than(64):
+        assert disk(journal) is None
+        assert disk(journal) is None
+    assert (disk.used_bytes, list(tmp_path.iterdir())) == (0, [])
+    assert disk(journal) == journal
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 class JournalMachine(RuleBasedStateMachine):
