@@ -527,7 +527,7 @@ class ServerPeer:
                 journal=self._journal(plan.journal_bytes),
                 adapters=AdapterLimits(max_bytes=plan.adapter_bytes, max_bytes_per_peer=plan.adapter_bytes // 2),
             )
-            limits = TrainingLimits(max_bytes=plan.training_bytes, max_bytes_per_peer=plan.training_bytes // 2)
+            limits = TrainingLimits(max_bytes=plan.training_bytes, max_bytes_per_peer=plan.training_bytes)
             self.training = Training(links=self.links, handler=self.handler, limits=limits)
             self._status = self.links.status = StatusReport(
                 self.handler,

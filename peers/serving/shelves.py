@@ -1,7 +1,8 @@
 """What a peer holds for those who train through it: what backwards need. Bounded in bytes and seconds.
 
-Owns the table, and who gives way; knows neither computation nor messages' order. All of it may be dropped at any time:
-whoever needs it is told, and sends it again.
+Owns the table, and who gives way: one client alone may use all of it, and of several each has a part as large as
+everybody else's, which who holds more gives back as others need it. Knows neither computation nor messages' order. All
+of it may be dropped at any time: whoever needs it is told, and sends it again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class TrainingLimits:
 
     max_bytes: int = 256 << 20
     """For graphs and inputs that wait for a backward; 0: this peer trains nobody."""
-    max_bytes_per_peer: int = 128 << 20
+    max_bytes_per_peer: int = 256 << 20
+    """Of these one client's, at most, though nobody else wants them."""
     max_tokens: int = 32_768
     """Positions that wait or are computed, of all clients together."""
     max_tokens_per_peer: int = 16_384
@@ -47,7 +49,7 @@ class _Kept:
 
 
 class Shelf:
-    """What waits for backwards, within bounds; whoever came first may stay for its lease. Knows no network."""
+    """What waits for backwards, within bounds; what nobody needs the room of stays for its lease. Knows no network."""
 
     def __init__(self, limits: TrainingLimits) -> None:
         self.limits = limits
@@ -59,9 +61,9 @@ class Shelf:
         return len(self._kept)
 
     def room(self, owner: PeerId) -> int:
-        """Bytes that this client may still put here."""
-        limits = self.limits
-        return min(limits.max_bytes - self.num_bytes, limits.max_bytes_per_peer - self._bytes_of[owner])
+        """Bytes that this client may still put here: what is free, or what its part is short of."""
+        limits, mine = self.limits, self._bytes_of.get(owner, 0)
+        return min(max(limits.max_bytes - self.num_bytes, self._part(owner) - mine), limits.max_bytes_per_peer - mine)
 
     def put(self, key: _Key, link: Link, passage: Passage, graph: Graph | None, now_s: float) -> bool:
         """Keep the input and, if it fits too, the graph. Returns whether that is kept."""
@@ -69,7 +71,7 @@ class Shelf:
         num_bytes = passage.input_TH.nbytes + (graph.num_bytes if graph is not None else 0)
         if graph is not None and num_bytes > self.room(key[0]):
             graph, num_bytes = None, passage.input_TH.nbytes
-        if num_bytes > self.room(key[0]):
+        if num_bytes > self.room(key[0]) or not self._make_room(key[0], num_bytes):
             return False
         self._kept[key] = _Kept(link, passage, graph, num_bytes, now_s + self.limits.lease_s)
         self._add(key[0], num_bytes)
@@ -105,6 +107,25 @@ class Shelf:
     def links(self) -> Iterator[Link]:
         for kept in self._kept.values():
             yield kept.link
+
+    def _part(self, owner: PeerId) -> int:
+        """Of the whole, what is this client's while all others want theirs."""
+        return self.limits.max_bytes // len(self._bytes_of.keys() | {owner})
+
+    def _make_room(self, owner: PeerId, num_bytes: int) -> bool:
+        """Of who holds most, what came last goes, and of that the graph before the input. False: there was nothing."""
+        while self.num_bytes + num_bytes > self.limits.max_bytes:
+            theirs = [key for key in reversed(self._kept) if key[0] != owner]
+            if not theirs:
+                return False
+            greatest = max((key[0] for key in theirs), key=self._bytes_of.__getitem__)
+            theirs = [key for key in theirs if key[0] == greatest]
+            key = next((key for key in theirs if self._kept[key].graph is not None), theirs[0])
+            if self._kept[key].graph is None:
+                self.drop(key)
+            else:
+                self.take(key)
+        return True
 
     def _drop_where(self, condition: Callable[[_Key, _Kept], bool]) -> None:
         for key in [key for key, kept in self._kept.items() if condition(key, kept)]:

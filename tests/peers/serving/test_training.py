@@ -404,7 +404,7 @@ async def test_what_was_done_is_counted_and_accounted_to_its_client(monkeypatch:
     )
 )
 def test_a_shelf_never_holds_more_than_it_may_and_knows_how_much(moves: list[tuple[str, int, int, int]]) -> None:
-    shelf = Shelf(TrainingLimits(max_bytes=600, max_bytes_per_peer=300, lease_s=5.0))
+    shelf = Shelf(TrainingLimits(max_bytes=600, max_bytes_per_peer=400, lease_s=5.0))
     links = [cast(Link, SimpleNamespace(number=number)) for number in range(3)]
     for now_s, (move, owner, work, size) in enumerate(moves):
         key = (PeerId(str(owner)), bytes([work]), 0)
@@ -426,9 +426,31 @@ def test_a_shelf_never_holds_more_than_it_may_and_knows_how_much(moves: list[tup
         assert shelf.num_bytes == sum(one.num_bytes for one in kept) <= 600
         for number in range(3):
             mine = sum(one.num_bytes for key, one in shelf._kept.items() if key[0] == PeerId(str(number)))
-            assert mine == shelf._bytes_of[PeerId(str(number))] <= 300
+            assert mine == shelf._bytes_of[PeerId(str(number))] <= 400
     shelf.clear()
     assert shelf.num_bytes == 0
+
+
+def test_one_client_may_use_a_whole_shelf_and_of_several_who_holds_more_than_its_part_gives_way() -> None:
+    shelf = Shelf(TrainingLimits(max_bytes=1200, max_bytes_per_peer=1200))
+    link = cast(Link, object())
+
+    def put(owner: str, work: int) -> bool:
+        """100 bytes, nine tenths of them a graph."""
+        passage = Passage(span=BlockSpan(0, 1), lengths=(1,), regime_length=0, input_TH=torch.zeros(1, 5).half())
+        return shelf.put((PeerId(owner), bytes([work]), 0), link, passage, Graph(num_bytes=90), 0.0)
+
+    def kept(owner: str) -> tuple[int, int]:
+        """Works, and graphs."""
+        mine = [one for key, one in shelf._kept.items() if key[0] == PeerId(owner)]
+        return len(mine), sum(one.graph is not None for one in mine)
+
+    assert [put("first", work) for work in range(13)] == [True] * 12 + [False]
+    assert [put("second", work) for work in range(6)] == [True] * 6
+    assert kept("first") == (12, 5), "graphs go first: seven of 90 make room for six of 100"
+    assert not put("second", 6), "that would be more than its half"
+    assert put("third", 0)
+    assert shelf._kept[PeerId("first"), bytes([0]), 0].graph is not None, "what came last goes"
 
 
 def test_limits_out_of_range_are_refused() -> None:
