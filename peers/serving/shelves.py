@@ -1,4 +1,5 @@
-"""What a peer holds for those who train through it: what backwards need. Bounded in bytes and seconds.
+"""What a peer holds for those who train through it: what backwards need, and sums of what they gave. Bounded in bytes
+and seconds.
 
 Owns the table, and who gives way: one client alone may use all of it, and of several each has a part as large as
 everybody else's, which who holds more gives back as others need it. Knows neither computation nor messages' order. All
@@ -11,8 +12,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from peers.runtime.gradients import Graph, Passage
 from peers.transport.links import Link
+from peers.wire.messages import MAX_SUMMED
 from routing.ids import PeerId
 
 
@@ -48,6 +52,14 @@ class _Kept:
     expires_at_s: float
 
 
+@dataclass(slots=True, eq=False)
+class _Sum:
+    link: Link
+    works: dict[bytes, None]
+    total: Tensor
+    expires_at_s: float
+
+
 class Shelf:
     """What waits for backwards, within bounds; what nobody needs the room of stays for its lease. Knows no network."""
 
@@ -55,10 +67,11 @@ class Shelf:
         self.limits = limits
         self.num_bytes = 0
         self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
+        self._sums: dict[tuple[PeerId, bytes], _Sum] = {}
         self._bytes_of: Counter[PeerId] = Counter()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._kept) + len(self._sums)
 
     def room(self, owner: PeerId) -> int:
         """Bytes that this client may still put here: what is free, or what its part is short of."""
@@ -88,6 +101,29 @@ class Shelf:
             kept.num_bytes -= graph.num_bytes
         return kept.passage, graph
 
+    def add(self, key: tuple[PeerId, bytes], link: Link, work: bytes, gradient: Tensor, now_s: float) -> bool:
+        """Add a work's gradient to a sum of this client's, once. Returns whether there was room."""
+        known = self._sums.get(key)
+        if known is None:
+            if gradient.nbytes > self.room(key[0]):
+                return False
+            known = self._sums[key] = _Sum(link, {}, gradient.new_zeros(gradient.shape), now_s)
+            self._add(key[0], gradient.nbytes)
+        if work not in known.works:
+            if len(known.works) == MAX_SUMMED or known.total.shape != gradient.shape:
+                return False
+            known.works[work] = None
+            known.total += gradient
+        known.expires_at_s = now_s + self.limits.lease_s
+        return True
+
+    def collect(self, key: tuple[PeerId, bytes]) -> tuple[tuple[bytes, ...], Tensor] | None:
+        """A sum and the works in it; it leaves the shelf."""
+        if (known := self._sums.pop(key, None)) is None:
+            return None
+        self._add(key[0], -known.total.nbytes)
+        return tuple(known.works), known.total
+
     def drop(self, key: _Key) -> None:
         if (kept := self._kept.pop(key, None)) is not None:
             self._add(key[0], -kept.num_bytes)
@@ -97,16 +133,21 @@ class Shelf:
 
     def drop_link(self, link: Link) -> None:
         self._drop_where(lambda _, kept: kept.link is link)
+        self._drop_sums(lambda known: known.link is link)
 
     def expire(self, now_s: float) -> None:
         self._drop_where(lambda _, kept: kept.expires_at_s <= now_s)
+        self._drop_sums(lambda known: known.expires_at_s <= now_s)
 
     def clear(self) -> None:
         self._drop_where(lambda *_: True)
+        self._drop_sums(lambda _: True)
 
     def links(self) -> Iterator[Link]:
         for kept in self._kept.values():
             yield kept.link
+        for known in self._sums.values():
+            yield known.link
 
     def _part(self, owner: PeerId) -> int:
         """Of the whole, what is this client's while all others want theirs."""
@@ -130,6 +171,10 @@ class Shelf:
     def _drop_where(self, condition: Callable[[_Key, _Kept], bool]) -> None:
         for key in [key for key, kept in self._kept.items() if condition(key, kept)]:
             self.drop(key)
+
+    def _drop_sums(self, condition: Callable[[_Sum], bool]) -> None:
+        for key in [key for key, known in self._sums.items() if condition(known)]:
+            self.collect(key)
 
     def _add(self, owner: PeerId, num_bytes: int) -> None:
         self.num_bytes += num_bytes

@@ -242,11 +242,9 @@ class Training:
         self.counts.tokens += tokens
         self._handler.admission.charge(link.remote, positions=tokens, compute_s=compute_s, trained=True)
         queue_s = max(0.0, self._clock() - began_s - compute_s)
+        summed = None if added is None else self._summed(link, head, added)
         with suppress(PeerError):  # the client is gone, and what was kept for it with its link
-            if added is not None:
-                for first, count, payload in parts.cut(as_rows(added), "float32"):
-                    await link.send(AdapterGradient(work=head.work, first=first, count=count), payload, bulk=True)
-            for first, count, payload in parts.cut(rows, head.dtype):
+            for first, count, payload in parts.cut(rows, head.dtype):  # first: others wait for these
                 answer = Trained(
                     work=head.work,
                     backward=head.backward,
@@ -258,6 +256,20 @@ class Training:
                     compute_s=compute_s,
                 )
                 await link.send(answer, payload, bulk=True)
+            if summed is not None:
+                works, total = summed
+                for first, count, payload in parts.cut(as_rows(total), "float32"):
+                    gradient = AdapterGradient(sum=head.sum or head.work, works=works, first=first, count=count)
+                    await link.send(gradient, payload, bulk=True)
+
+    def _summed(self, link: Link, head: Train, added: torch.Tensor) -> tuple[tuple[bytes, ...], torch.Tensor] | None:
+        """What is to be sent of the adapter's gradient now: of the works in which it is."""
+        if head.sum is None or link.closed:
+            return (head.work,), added
+        key = (link.remote, head.sum)
+        if not self.shelf.add(key, link, head.work, added, self._clock()):
+            return (head.work,), added
+        return self.shelf.collect(key) if head.collect else None
 
     async def _forward(self, link: Link, head: Train, rows: torch.Tensor, adapter: Adapter | None) -> _Answer:
         total_s = 0.0

@@ -38,6 +38,7 @@ What a hop is asked is a pure function of what it is sent, so it may be asked ag
       │ ◄─────────────────────────────── Trained┤
       │ Train (gradient of the output) ─────────►│                      backward
       │ ◄─────────────────────────────── Trained┤                      the gradient of the input
+      │ ◄─────────────────────── AdapterGradient┤                      behind the last one: of all of them together
       │ Train (backward) ─────►│                │
       │ ◄──────────── Untrained┤                │                      `forgotten`: asked again with the input
       │ Forget ───────────────►│ … every hop
@@ -55,7 +56,7 @@ from msgspec import Meta
 
 from routing.ids import MAX_SPANS
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_POSITIONS = 1 << 24
 MAX_HOPS = 64
 MAX_CLOSED_SESSIONS = 512
@@ -65,6 +66,8 @@ PREFIX_POSITIONS = 64
 """Positions for which one prefix key stands."""
 MAX_SEQUENCES = 1024
 """In one work of training."""
+MAX_SUMMED = 512
+"""Works whose adapter's gradients are added up."""
 MAX_RANK = 256
 """Of an adapter."""
 MAX_TARGETS = 640
@@ -319,6 +322,11 @@ class Train(Message, tag="train", frozen=True, kw_only=True):
     """For that."""
     sequence: Count = 0
     """Which sequence under that seed the first one of this work is."""
+    sum: Bytes16 | None = None
+    """With `backward` and an adapter: to which sum of the sender's its gradient is added, once. None: to none, and it
+    comes behind the answer."""
+    collect: bool = False
+    """That sum ends with this work, and comes behind its answer."""
     first: Count
     count: Count
     dtype: ShortText
@@ -358,9 +366,14 @@ class Adapter(Message, tag="adapter", frozen=True, kw_only=True):
 
 
 class AdapterGradient(Message, tag="adapter_gradient", frozen=True, kw_only=True):
-    """Rows of the gradient of a work's adapter, as those of `Adapter`; all of them before the work's `Trained`."""
+    """Rows of the gradient of an adapter in these works together, as those of `Adapter`.
 
-    work: Bytes16
+    Where there is no room for a sum, it comes behind each work alone.
+    """
+
+    sum: Bytes16
+    """Or the only work."""
+    works: Annotated[tuple[Bytes16, ...], Meta(min_length=1, max_length=MAX_SUMMED)]
     first: Count
     count: Count
 

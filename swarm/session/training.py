@@ -50,8 +50,10 @@ from peers.wire import parts, tensors
 from peers.wire.messages import (
     MAX_CLOSED_SESSIONS,
     MAX_SEQUENCES,
+    MAX_SUMMED,
     PROTOCOL_VERSION,
     AdapterGradient,
+    AdapterTarget,
     Code,
     Forget,
     Jumps,
@@ -172,9 +174,56 @@ class _Asked:
 
     link: Link
     gathering: parts.Gathering
-    added: parts.Gathering | None
-    """The gradient of the adapter, which comes first."""
     answer: asyncio.Future[torch.Tensor]
+
+
+@dataclass(slots=True, eq=False)
+class _Owed:
+    """A backward that was answered, but for the adapter's gradient."""
+
+    batch: _MicroBatch
+    stretch: _Stretch
+    gradient_TH: torch.Tensor
+    collect: bool
+    """A sum ends with it."""
+    limit: float
+    """No believable gradient of the adapter is longer."""
+
+
+@dataclass(slots=True, eq=False)
+class _Sum:
+    """The adapter's gradient within some blocks, which one peer adds up over the micro-batches of a pass."""
+
+    hop: Hop
+    targets: tuple[AdapterTarget, ...]
+    place: tuple[int, int]
+    """Where they lie in the whole adapter."""
+    id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    unasked: int = 0
+    """Backwards of the pass that are still to be asked for there."""
+    asked: int = 0
+    owed: dict[bytes, _Owed] = field(default_factory=dict)
+    """By work."""
+    gathering: parts.Gathering | None = None
+    came: list[tuple[tuple[bytes, ...], torch.Tensor]] = field(default_factory=list)
+    """Sums of these works."""
+    error: PeerError | None = None
+    """Why nothing more will come."""
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def completed(self) -> None:
+        """Returns when all has come that was to be collected. Raises PeerError."""
+        while not {work for work, owed in self.owed.items() if owed.collect} <= {
+            work for works, _ in self.came for work in works
+        }:
+            if self.error is not None:
+                raise self.error
+            self.news.clear()
+            await self.news.wait()
+
+    def end(self, error: PeerError) -> None:
+        self.error = self.error or error
+        self.news.set()
 
 
 class TrainingRoute:
@@ -198,6 +247,8 @@ class TrainingRoute:
         self._refused: dict[PeerId, float] = {}
         """Likewise those that do not train, or not this."""
         self._asked: dict[tuple[bytes, bool], _Asked] = {}
+        self._sums: dict[bytes, _Sum] = {}
+        """Of passes under way, by id."""
         self._token_s = 0.0
         """What an answer takes per position, lately."""
         self._block_s: dict[PeerId, float] = {}
@@ -301,9 +352,12 @@ class TrainingRoute:
         dropout: Dropout | None,
     ) -> tuple[torch.Tensor, list[_MicroBatch]]:
         self._leave_slow()
-        hops = len((await self._planned()).hops)
+        hops = (await self._planned()).hops
+        if adapter is not None:
+            for hop in hops:  # to all at once, while the first of them computes
+                self._tasks.spawn(self._send_ahead(hop, adapter), name=f"adapter to {hop.peer_id[-8:]}")
         # so many that every hop has one, where there is enough to be worth it
-        tokens = min(self.config.micro_batch_tokens, max(MICRO_BATCH_TOKENS_MIN, len(rows_TH) // (hops + 1)))
+        tokens = min(self.config.micro_batch_tokens, max(MICRO_BATCH_TOKENS_MIN, len(rows_TH) // (len(hops) + 1)))
         batches, sequence, row = list[_MicroBatch](), 0, 0
         for part in micro_batches(lengths, tokens):
             own = tuple((at - row, count) for at, count in jumps if row <= at < row + sum(part))
@@ -323,16 +377,16 @@ class TrainingRoute:
         outputs = await _all([one(batch, given) for batch, given in zip(batches, inputs, strict=True)])
         return torch.cat(outputs), batches
 
+    async def _send_ahead(self, hop: Hop, adapter: Adapter) -> None:
+        if (part := adapter.within(hop.span)) is not None:
+            with contextlib.suppress(PeerError, Unavailable):  # the step that needs it there meets the same
+                await self._uploads.send(await self._client.links.to(hop.peer_id, hop.addresses), part, hop.span)
+
     async def _backward(self, tape: Tape, rows_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         added = None if tape.adapter is None else torch.zeros_like(tape.adapter.values)
-        slots = asyncio.Semaphore(self.in_flight)
-
-        async def one(batch: _MicroBatch, gradient_TH: torch.Tensor) -> torch.Tensor:
-            async with slots:
-                return await self._back(batch, batch.stretches, gradient_TH, added)
-
         gradients = torch.split(rows_TH, [batch.tokens for batch in tape.batches])
-        parts_TH = await _all([one(batch, given) for batch, given in zip(tape.batches, gradients, strict=True)])
+        works = [(batch, batch.stretches, given) for batch, given in zip(tape.batches, gradients, strict=True)]
+        parts_TH = await self._back(works, added)
         self._forget(tape.batches)
         return torch.cat(parts_TH), added
 
@@ -363,40 +417,102 @@ class TrainingRoute:
         return rows_TH, stretches
 
     async def _back(
-        self,
-        batch: _MicroBatch,
-        stretches: Sequence[_Stretch],
-        gradient_TH: torch.Tensor,
-        added: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The input's gradient; the adapter's is added to `added`, of each step exactly once."""
-        for stretch in reversed(stretches):
-            gradient_TH = await self._back_one(batch, stretch, gradient_TH, added)
-        return gradient_TH
+        self, works: Sequence[tuple[_MicroBatch, Sequence[_Stretch], torch.Tensor]], added: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """The inputs' gradients; the adapter's is added to `added`, of each step exactly once.
+
+        Each peer adds its own up and sends the sum behind its last answer, so that what the next hop waits for waits
+        for nothing. A sum is taken whole, if it is of steps that it was answered for, or not at all: what is owed then
+        is asked for again.
+        """
+        sums: dict[tuple[PeerId, BlockSpan], _Sum] = {}
+        for batch, stretches, _ in works:
+            for stretch in stretches:
+                part = None if batch.adapter is None else batch.adapter.within(stretch.span)
+                if part is not None and batch.adapter is not None:
+                    own = _Sum(stretch.hop, part.targets, batch.adapter.place(stretch.span))
+                    sums.setdefault((stretch.hop.peer_id, stretch.span), own).unasked += 1
+        slots = asyncio.Semaphore(self.in_flight)
+
+        async def one(batch: _MicroBatch, stretches: Sequence[_Stretch], gradient_TH: torch.Tensor) -> torch.Tensor:
+            async with slots:
+                for stretch in reversed(stretches):
+                    own = sums.get((stretch.hop.peer_id, stretch.span))
+                    gradient_TH = await self._back_one(batch, stretch, gradient_TH, own, added)
+                return gradient_TH
+
+        async def again(owed: _Owed) -> None:
+            async with slots:
+                await self._elsewhere(owed.batch, owed.stretch, owed.gradient_TH, added)
+
+        self._sums |= {own.id: own for own in sums.values()}
+        try:
+            gradients = await _all([one(*work) for work in works])
+            for own in sums.values():
+                assert added is not None
+                await self._settle(own, added)
+                await _all([again(owed) for owed in own.owed.values()])
+        finally:
+            for own in sums.values():
+                del self._sums[own.id]
+        return gradients
 
     async def _back_one(
-        self, batch: _MicroBatch, stretch: _Stretch, gradient_TH: torch.Tensor, added: torch.Tensor | None
+        self,
+        batch: _MicroBatch,
+        stretch: _Stretch,
+        gradient_TH: torch.Tensor,
+        own: _Sum | None,
+        added: torch.Tensor | None,
     ) -> torch.Tensor:
-        trouble, again = _Trouble(self.config.patience_s), False
+        trouble, again, collect = _Trouble(self.config.patience_s), False, False
+        if own is not None:
+            own.unasked, own.asked = own.unasked - 1, own.asked + 1
+            collect = own.asked % MAX_SUMMED == 0
         while True:
+            collect = collect or (own is not None and not own.unasked)
             try:
-                given_TH = await self._ask(batch, stretch, gradient_TH, again=again, added=added)
+                given_TH = await self._ask(batch, stretch, gradient_TH, again=again, own=own, collect=collect)
             except SwarmError as error:
                 if isinstance(error, Refused) and error.code == Code.FORGOTTEN and not again:
                     self.traffic.resent += 1
                     again = True
                 elif not await self._failed(stretch.hop, error, trouble):
-                    break
+                    return await self._elsewhere(batch, stretch, gradient_TH, added)
             else:
                 self.traffic.backwards += 1
                 return given_TH
-        # somebody else, or several: what goes in there is known, what passes between them is not
+
+    async def _elsewhere(
+        self, batch: _MicroBatch, stretch: _Stretch, gradient_TH: torch.Tensor, added: torch.Tensor | None
+    ) -> torch.Tensor:
+        """By somebody else, or several: what goes in there is known, what passes between them is not."""
         self.traffic.rerouted += 1
         _, others = await self._through(batch, stretch.span, stretch.input_TH, keep=True)
         try:
-            return await self._back(batch, others, gradient_TH, added)
+            (given_TH,) = await self._back([(batch, others, gradient_TH)], added)
+            return given_TH
         finally:
             self._forget([replace(batch, stretches=others)])
+
+    async def _settle(self, own: _Sum, added: torch.Tensor) -> None:
+        """Take what the peer summed up; what is owed afterwards will not come."""
+        waiting = asyncio.get_running_loop().create_task(own.completed(), name=f"sum of {own.hop.peer_id[-8:]}")
+        try:
+            tokens = sum(owed.batch.tokens for owed in own.owed.values())
+            await self._watched(waiting, own.hop, self._patience_s(tokens))
+            for works, rows in own.came:
+                if all(work in own.owed for work in works):
+                    limit = sum(own.owed[work].limit for work in works)
+                    _believable(own.hop.peer_id, "adapter", rows, limit)
+                    added[slice(*own.place)] += of_rows(own.targets, rows)
+                    for work in works:
+                        del own.owed[work]
+        except SwarmError as error:
+            await self._failed(own.hop, error, _Trouble(self.config.patience_s))
+        finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
 
     # --- inside the loop: peers ---
 
@@ -507,7 +623,8 @@ class TrainingRoute:
         *,
         keep: bool = False,
         again: bool = False,
-        added: torch.Tensor | None = None,
+        own: _Sum | None = None,
+        collect: bool = False,
     ) -> torch.Tensor:
         """One step at one peer: the output, or with a gradient the input's. Raises SwarmError."""
         peer, loop = stretch.hop, asyncio.get_running_loop()
@@ -519,10 +636,7 @@ class TrainingRoute:
         answer: asyncio.Future[torch.Tensor] = loop.create_future()
         key = (stretch.work, gradient_TH is not None)
         adapter = None if batch.adapter is None else batch.adapter.within(stretch.span)
-        gathering, extra = parts.Gathering(batch.tokens, rows_TH.shape[1], dtype), None
-        if adapter is not None and gradient_TH is not None:
-            extra = parts.Gathering(num_rows(adapter.targets), WIDTH, "float32")
-        self._asked[key] = _Asked(link, gathering, extra, answer)
+        self._asked[key] = _Asked(link, parts.Gathering(batch.tokens, rows_TH.shape[1], dtype), answer)
 
         async def exchange() -> torch.Tensor:
             if adapter is not None:
@@ -543,6 +657,8 @@ class TrainingRoute:
                     dropout=0.0 if batch.dropout is None else batch.dropout.share,
                     seed=0 if batch.dropout is None else batch.dropout.seed,
                     sequence=batch.sequence,
+                    sum=None if own is None else own.id,
+                    collect=collect,
                     first=first,
                     count=count,
                     dtype=dtype,
@@ -564,11 +680,9 @@ class TrainingRoute:
         if gradient_TH is not None:
             limit = self.config.max_growth * _norm(gradient_TH)
             _believable(peer.peer_id, "input", result_TH, limit)
-            if extra is not None:
-                _believable(peer.peer_id, "adapter", extra.rows, limit * max(1.0, _norm(stretch.input_TH)))
-        if extra is not None and adapter is not None and batch.adapter is not None and added is not None:
-            first, end = batch.adapter.place(stretch.span)
-            added[first:end] += of_rows(adapter.targets, extra.rows)
+            if own is not None:
+                limit *= max(1.0, _norm(stretch.input_TH))
+                own.owed[stretch.work] = _Owed(batch, stretch, gradient_TH, collect, limit)
         token_s = (loop.time() - began_s) / batch.tokens
         self._token_s += 0.3 * (token_s - self._token_s) if self._token_s else token_s
         block_s = token_s / len(stretch.span)
@@ -608,21 +722,24 @@ class TrainingRoute:
             if message.hidden != self._model.hidden_size:
                 raise ProtocolError(f"rows of {message.hidden} instead of {self._model.hidden_size}")
             if asked.gathering.add(message.first, message.count, message.dtype, payload):
-                if asked.added is not None and not asked.added.complete:
-                    raise ProtocolError("no gradient of the adapter")
                 asked.answer.set_result(asked.gathering.rows)
         except ProtocolError as error:
             asked.answer.set_exception(ProtocolError(f"{link.remote} sent {error}"))
 
     async def _adapter_gradient(self, link: Link, message: AdapterGradient, payload: memoryview) -> None:
-        asked = self._asked.get((message.work, True))
-        if asked is None or asked.link is not link or asked.added is None or asked.answer.done():
+        own = self._sums.get(message.sum)
+        if own is None or own.hop.peer_id != link.remote or own.error is not None or len(own.came) >= own.asked:
             return
         self.traffic.bytes_received += len(payload)
         try:
-            asked.added.add(message.first, message.count, "float32", payload)
+            if message.first == 0:
+                own.gathering = parts.Gathering(num_rows(own.targets), WIDTH, "float32")
+            if own.gathering is not None and own.gathering.add(message.first, message.count, "float32", payload):
+                own.came.append((message.works, own.gathering.rows))
+                own.gathering = None
+                own.news.set()
         except ProtocolError as error:
-            asked.answer.set_exception(ProtocolError(f"{link.remote} sent {error}"))
+            own.end(ProtocolError(f"{link.remote} sent {error}"))
 
     async def _untrained(self, link: Link, message: Untrained, _: memoryview) -> None:
         asked = self._asked_of(link, message)
@@ -642,6 +759,9 @@ class TrainingRoute:
         return asked if asked is not None and asked.link is link and not asked.answer.done() else None
 
     def _link_lost(self, link: Link) -> None:
+        for own in self._sums.values():
+            if own.hop.peer_id == link.remote:
+                own.end(PeerUnreachable(f"the connection to {link.remote} ended"))
         for asked in self._asked.values():
             if asked.link is link and not asked.answer.done():
                 asked.answer.set_exception(PeerUnreachable(f"the connection to {link.remote} ended"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +33,7 @@ from peers.errors import Refused
 from peers.model.adapters import Dropout, dropped
 from peers.serving import training as serving
 from peers.serving.shelves import TrainingLimits
-from peers.wire.messages import AdapterTarget, Train
+from peers.wire.messages import AdapterGradient, AdapterTarget, Train, Trained
 from routing.errors import CallerError, NoRoute
 from swarm import SwarmModelForSequenceClassification
 from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedMask
@@ -660,6 +660,57 @@ def test_a_peer_that_dies_in_a_backward_neither_loses_nor_doubles_an_adapters_gr
     for actual, right in zip(gradients_of_adapter(tuned, batch()), gradients_of_adapter(whole, batch()), strict=True):
         assert distance(actual, right) <= TOLERANCE
     assert hit
+
+
+@pytest.mark.parametrize("what", ["dies", "forgets", "adds what nobody asked for"])
+def test_a_sum_that_does_not_come_or_is_of_other_steps_is_made_again_without_loss_or_doubling(
+    local: Any, swarm: MemorySwarm, model: Any, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    tuned, whole = adapted(model, "q_proj"), adapted(copy.deepcopy(local), "q_proj")
+    gradients_of_adapter(tuned, batch())
+    used = route_of(model).route.hops[-1].peer_id  # the first in a backward: all others still go on meanwhile
+    (peer,) = (peer for peer in swarm.peers if peer.links.transport.peer_id == used)
+    summed, happened = peer.training._summed, list[bool]()
+
+    def otherwise(link: Any, head: Train, added: Tensor) -> Any:
+        if what == "forgets" and not happened:  # the first of three
+            happened.append(True)
+            return None
+        result = summed(link, head, added)
+        if result is None or len(happened) > (what == "forgets"):
+            return result
+        happened.append(True)
+        if what == "dies":
+            asyncio.get_running_loop().call_soon(swarm.network.cut, used)
+        return ((*result[0], bytes(16)), result[1]) if what.startswith("adds") else result
+
+    monkeypatch.setattr(peer.training, "_summed", otherwise)
+    for actual, right in zip(gradients_of_adapter(tuned, batch()), gradients_of_adapter(whole, batch()), strict=True):
+        assert distance(actual, right) <= TOLERANCE
+    assert happened
+    assert route_of(model).traffic.rerouted == (1 if what == "forgets" else 3)
+    assert bool(route_of(model).traffic.failures["lost"]) == (what == "dies")
+    assert not route_of(model)._sums
+
+
+def test_an_adapters_gradient_comes_once_for_each_hop_and_keeps_no_rows_waiting(
+    local: Any, swarm: MemorySwarm, model: Any
+) -> None:
+    tuned, route = adapted(model, "q_proj"), route_of(model)
+    heard = defaultdict[str, list[str]](list)
+
+    async def hear(link: Any, message: Any, payload: memoryview) -> None:
+        if isinstance(message, AdapterGradient):
+            heard[link.remote].append("sum")
+            await route._adapter_gradient(link, message, payload)
+        else:
+            heard[link.remote].append("gradient" if message.backward else "output")
+            await route._trained(link, message, payload)
+
+    for kind in (Trained, AdapterGradient):
+        swarm._guests[-1].client.links.handle(kind, hear)
+    gradients_of_adapter(tuned, batch())
+    assert list(heard.values()) == [["output"] * 3 + ["gradient"] * 3 + ["sum"]] * 2
 
 
 class Dropped(torch.nn.Module):

@@ -303,17 +303,19 @@ async def uploads(lesson: Lesson, adapter: Adapter, client: Client | None = None
 
 
 @pytest.mark.looptime
-async def test_an_adapter_serves_its_owner_alone_and_its_gradient_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_adapter_serves_its_owner_alone_and_its_gradient_comes_behind_the_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with Lesson(monkeypatch) as lesson:
         other, adapter = lesson.another_client(), adapter_of()
         name = await uploads(lesson, adapter)
         await asks(lesson, adapter=name)
         assert torch.equal(await answer(lesson.client), rows(0, 5) + 4 + 6.0)
         await asks(lesson, adapter=name, backward=True, hidden=rows(1, 5))
-        message, payload = await lesson.client.next(AdapterGradient)
-        gradient = tensors.unpack(payload, dtype="float32", count=message.count, hidden=WIDTH)
-        assert torch.equal(of_rows(adapter.targets, gradient), adapter.values + 1)
         assert torch.equal(await answer(lesson.client), rows(1, 5) * 2)
+        works, gradient = await summed(lesson.client, adapter)
+        assert works == (work_of().work,)
+        assert torch.equal(gradient, adapter.values + 1)
         await asks(lesson, adapter=name, client=other)
         assert await refusal(other) == Code.UNKNOWN_ADAPTER
         await asks(lesson, 2, keep=False)
@@ -321,6 +323,43 @@ async def test_an_adapter_serves_its_owner_alone_and_its_gradient_comes_first(mo
         await lesson.client.send(lesson.hop, Forget(works=(work_of().work,)))
         await asyncio.sleep(200.0)
         assert len(lesson.hop.handler.adapters.wardrobe) == 0
+
+
+async def summed(client: Client, adapter: Adapter) -> tuple[tuple[bytes, ...], Tensor]:
+    message, payload = await client.next(AdapterGradient)
+    gradient = tensors.unpack(payload, dtype="float32", count=message.count, hidden=WIDTH)
+    return message.works, of_rows(adapter.targets, gradient)
+
+
+@pytest.mark.looptime
+async def test_gradients_of_an_adapter_are_added_up_once_each_and_sent_behind_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with Lesson(monkeypatch, max_bytes=1140) as lesson:
+        adapter, total = adapter_of(), bytes([9]) * 16
+        name = await uploads(lesson, adapter)
+        backward = {"adapter": name, "backward": True, "again": True, "count": 10, "sum": total}
+        both, others = torch.cat((rows(0, 5), rows(1, 5))), {"sum": bytes([8]) * 16}
+        for work in (1, 2, 1):  # what was answered once may be asked again
+            await asks(lesson, work, hidden=both, **backward)
+            assert torch.equal(await answer(lesson.client), rows(1, 5) * 2)
+        assert lesson.training.shelf.num_bytes == adapter.values.nbytes
+        await asks(lesson, 4, hidden=both, **backward | others)
+        await asks(lesson, 3, hidden=both, collect=True, **backward)
+        await answer(lesson.client)
+        await answer(lesson.client)
+        works, gradient = await summed(lesson.client, adapter)
+        assert works == tuple(work_of(work).work for work in (1, 2, 3))
+        assert torch.equal(gradient, 3 * (adapter.values + 1))
+        await asks(lesson, 5, keep=True)  # which leaves no room for a sum
+        await answer(lesson.client)
+        await asks(lesson, 6, hidden=both, **backward)
+        await answer(lesson.client)
+        works, gradient = await summed(lesson.client, adapter)
+        assert (works, gradient[0]) == ((work_of(6).work,), adapter.values[0] + 1)
+        await lesson.client.send(lesson.hop, Forget(works=(work_of(5).work,)))
+        await asyncio.sleep(lesson.training.shelf.limits.lease_s + training.SWEEP_S)  # nobody collects the other sum
+        lesson.hop.handler.adapters.clear()
 
 
 @pytest.mark.looptime
@@ -395,7 +434,7 @@ async def test_what_was_done_is_counted_and_accounted_to_its_client(monkeypatch:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["put", "take", "drop", "expire", "lost"]),
+            st.sampled_from(["put", "take", "drop", "expire", "lost", "add", "collect"]),
             st.integers(0, 2),
             st.integers(0, 3),
             st.integers(0, 40),
@@ -406,6 +445,7 @@ async def test_what_was_done_is_counted_and_accounted_to_its_client(monkeypatch:
 def test_a_shelf_never_holds_more_than_it_may_and_knows_how_much(moves: list[tuple[str, int, int, int]]) -> None:
     shelf = Shelf(TrainingLimits(max_bytes=600, max_bytes_per_peer=400, lease_s=5.0))
     links = [cast(Link, SimpleNamespace(number=number)) for number in range(3)]
+    sums: dict[tuple[PeerId, bytes], list[bytes]] = {}
     for now_s, (move, owner, work, size) in enumerate(moves):
         key = (PeerId(str(owner)), bytes([work]), 0)
         if move == "put":
@@ -418,14 +458,27 @@ def test_a_shelf_never_holds_more_than_it_may_and_knows_how_much(moves: list[tup
         elif move == "drop":
             shelf.drop_works(key[0], {key[1]})
             assert shelf.take(key) is None
+        elif move == "add":
+            work = bytes([size % 5])
+            if shelf.add(key[:2], links[owner], work, torch.ones(20), float(now_s)) and work not in sums.setdefault(
+                key[:2], []
+            ):
+                sums[key[:2]].append(work)
+        elif move == "collect":
+            collected = shelf.collect(key[:2])
+            if collected is not None:
+                assert list(collected[0]) == sums.pop(key[:2])
+                assert torch.equal(collected[1], torch.full((20,), len(collected[0])))
         elif move == "expire":
             shelf.expire(float(now_s))
         else:
             shelf.drop_link(links[owner])
-        kept = shelf._kept.values()
-        assert shelf.num_bytes == sum(one.num_bytes for one in kept) <= 600
+        sums = {key: works for key, works in sums.items() if key in shelf._sums}
+        sizes = [(key[0], one.num_bytes) for key, one in shelf._kept.items()]
+        sizes += [(key[0], one.total.nbytes) for key, one in shelf._sums.items()]
+        assert shelf.num_bytes == sum(num_bytes for _, num_bytes in sizes) <= 600
         for number in range(3):
-            mine = sum(one.num_bytes for key, one in shelf._kept.items() if key[0] == PeerId(str(number)))
+            mine = sum(num_bytes for owner_, num_bytes in sizes if owner_ == PeerId(str(number)))
             assert mine == shelf._bytes_of[PeerId(str(number))] <= 400
     shelf.clear()
     assert shelf.num_bytes == 0
