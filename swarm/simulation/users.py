@@ -166,6 +166,7 @@ class User:
                 stage.sharing.left_U[self.number] = left
                 break
             self.works.popleft()
+            self._tell(stage, work)
             self._perform(stage, self.core.result(work.step.step, self.core.epoch))
             self._go_on(stage)
             if not self.works or not self.works[0].follows(work):
@@ -173,6 +174,12 @@ class User:
             self._shown = self.works[0]
             left = self._shown.step.count
         return processed, written
+
+    def _tell(self, stage: Stage, work: Work) -> None:
+        """Every answer tells what its hops took."""
+        for peer, blocks in work.hops:
+            took_s = peer.step_s(blocks, work.tokens)
+            self.client.router.on_step(peer.peer_id, blocks, work.tokens, *took_s, stage.now_s)
 
     def show(self, stage: Stage) -> None:
         """Tell `Sharing` what is under way."""
@@ -210,12 +217,7 @@ class User:
         if self._asked_at_s >= 0:
             stage.first_token_s.append(stage.now_s - self._asked_at_s)
             self._asked_at_s = -1.0
-            tokens = min(CHUNK, SESSION.chunk(self._prompt))
-            for peer, blocks in self.hops if tokens > 1 else ():
-                self.client.router.on_step(peer.peer_id, blocks, tokens, *peer.step_s(blocks, tokens), stage.now_s)
         if self._left <= 0:
-            for peer, blocks in self.hops:
-                self.client.router.on_step(peer.peer_id, blocks, 1, *peer.step_s(blocks), stage.now_s)
             self._perform(stage, core.close())
             self._end(stage)
             return
