@@ -11,6 +11,7 @@ import math
 import random
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
@@ -19,8 +20,7 @@ import numpy as np
 from routing.errors import NoRoute
 from routing.flow import BATCH, by_span, max_flow
 from routing.ids import BlockSpan, BlockSpans, PeerId
-from routing.path import gaps
-from routing.placement import TURN_S, choose_move, choose_span, gives_way
+from routing.placement import TURN_S, choose_move, choose_span, gives_way, has_turn
 from routing.records import RECORD_LIFETIME_S, RECORD_RENEW_S, Announcement, PeerState
 from routing.router import Router, RouteRequest
 from swarm.simulation.report import Report, Sample
@@ -97,7 +97,7 @@ class Simulation:
                 self.first_token_s.clear()
                 self._tokens_U[:] = 0.0
                 continue
-            whole = not self._gaps()
+            whole = self._whole(s for p in self.peers.values() if p.state is PeerState.ONLINE for s in p.spans)
             covered, counted = covered + whole, counted + 1
             self.counts["processed"] += round(processed)
             self.counts["written"] += round(written)
@@ -197,8 +197,8 @@ class Simulation:
         """What every peer's `peers.serving.rebalance` would do now. Without a gap they look once a turn: more often
         changes nothing, because who may move stays the same for a turn."""
         now_s, records = self.now_s, self._records()
-        online = (span for a in records if a.state is PeerState.ONLINE for span in a.spans)
-        missing = bool(gaps(online, self.config.blocks))
+        online = [a for a in records if a.state is PeerState.ONLINE]
+        missing = not self._whole(span for a in online for span in a.spans)
         if not missing:
             if self._open_since_s is not None:
                 self._healed_s.append(now_s - self._open_since_s)
@@ -212,6 +212,8 @@ class Simulation:
                     self._move(peer, records)
             elif peer.state is PeerState.ONLINE and (now_s >= peer.looks_at_s or (missing and now_s % LOOK_S == 0)):
                 peer.looks_at_s = now_s + TURN_S
+                if not missing and peer.record is not None and not has_turn(online, peer.record, now_s):
+                    continue  # what `choose_move` would find out after much else
                 move = choose_move(records, peer.peer_id, now_s, open_for_s=open_for_s)
                 if move is not None and (move.heals or now_s - peer.moved_at_s >= REST_S):
                     peer.intent, peer.moves_at_s = move.intent, now_s + SETTLE_S
@@ -274,9 +276,8 @@ class Simulation:
         user.show(self)
         self._acts_at_s_U[user.number] = user.acts_at_s
 
-    def _gaps(self) -> bool:
-        online = (span for peer in self.peers.values() if peer.state is PeerState.ONLINE for span in peer.spans)
-        return bool(gaps(online, self.config.blocks))
+    def _whole(self, spans: Iterable[BlockSpan]) -> bool:
+        return len(set(itertools.chain.from_iterable(set(spans)))) == self.config.blocks
 
     def _users_bound(self) -> float:
         """What all users would get if everybody had the swarm for himself, by the routes that are planned then."""
