@@ -137,6 +137,13 @@ def choose_move(
     return _better_balance(alike, mine, firm, now_s)
 
 
+def has_turn(announcements: Iterable[Announcement], mine: Announcement, now_s: float) -> bool:
+    """Whether it is this peer that may move now without a gap, of those that serve the same blocks."""
+    turn = int(now_s / TURN_S)
+    of_span = [a.peer_id for a in announcements if a.spans == mine.spans and a.max_blocks]
+    return mine.peer_id == min(of_span, key=lambda peer: hashlib.sha256(f"{turn}/{peer}".encode()).digest())
+
+
 def gives_way(announcements: Iterable[Announcement], me: PeerId, intent: BlockSpan) -> bool:
     """Whether another peer's intent goes before this one's: they overlap, and its peer id is smaller."""
     return any(
@@ -166,9 +173,7 @@ def _better_balance(
         or any(a.intent is not None and a is not mine for a in alike)
     ):
         return None
-    turn = int(now_s / TURN_S)
-    of_span = [a.peer_id for a in alike if a.spans == mine.spans and a.max_blocks and a.state is PeerState.ONLINE]
-    if mine.peer_id != min(of_span, key=lambda peer: hashlib.sha256(f"{turn}/{peer}".encode()).digest()):
+    if not has_turn((a for a in alike if a.state is PeerState.ONLINE), mine, now_s):
         return None
     others = [a for a in alike if a is not mine]
     span = choose_span(others, mine.num_blocks, mine.max_blocks, now_s, mine.decode_s_per_block)

@@ -263,14 +263,14 @@ class Router:
             self._flow(request, now_s)
         view = self._view(request, now_s)
         usable, previous = view.usable, view.previous
-        candidates = [
-            Candidate(peer, span, view.compared(peer)) for peer, a in usable.items() for span in a.spans.parts
-        ]
         kept = [
             (h.peer_id, h.span) for h in request.keep if h.peer_id in usable and usable[h.peer_id].spans.covers(h.span)
         ]
-        if kept and (bridged := bridge(kept, candidates, request.num_blocks)) is not None:
-            return self._route(view, bridged)
+        if kept:
+            between = view.candidates(gaps((span for _, span in kept), request.num_blocks))
+            if (bridged := bridge(kept, between, request.num_blocks)) is not None:
+                return self._route(view, bridged)
+        candidates = view.candidates([BlockSpan(0, request.num_blocks)])
         path = cheapest_path(candidates, request.num_blocks)
         if path is None:
             late = self._reputation.late(now_s) - request.avoid
@@ -356,10 +356,6 @@ class Router:
         busy, previous = self._reputation.busy(now_s), _hops_of(request.previous)
         # These hold the session's cache already: how much more they have room for does not matter.
         settled = {peer for peer, _ in previous}
-        known = {*estimates.measured, *estimates.used, *busy, *settled, *(hop.peer_id for hop in request.keep)}
-        strangers = crowd.fastest(request.tokens, request.cache_tokens, estimates.turn_s, known | excluded.keys())
-        usable = {peer: crowd.by_peer[peer] for peer in known if peer in crowd.by_peer and peer not in excluded}
-        usable |= {a.peer_id: a for a in strangers}
         return _View(
             request=request,
             estimates=estimates,
@@ -369,9 +365,12 @@ class Router:
             excluded=excluded,
             busy=busy,
             settled=settled,
-            usable=usable,
             previous=previous,
-            whole=bool(previous) and all(peer in usable and usable[peer].spans.covers(span) for peer, span in previous),
+            whole=bool(previous)
+            and all(
+                peer in crowd.by_peer and peer not in excluded and crowd.by_peer[peer].spans.covers(span)
+                for peer, span in previous
+            ),
         )
 
     def _crowd(self, snapshot: Snapshot, request: RouteRequest) -> Crowd:
@@ -467,12 +466,33 @@ class _View:
     """Who of the crowd is not to be entered, and why."""
     busy: Set[PeerId]
     settled: Set[PeerId]
-    usable: dict[PeerId, Announcement]
-    """Without strangers that others of their kind claim to beat."""
     previous: Hops
     whole: bool
     """Whether `previous` can still be used as it is."""
     _known: dict[PeerId, _Known] = field(default_factory=dict)
+    _usable: dict[PeerId, Announcement] | None = None
+
+    @property
+    def usable(self) -> dict[PeerId, Announcement]:
+        """Without strangers that others of their kind claim to beat."""
+        if self._usable is None:
+            request, estimates, crowd = self.request, self.estimates, self.crowd
+            kept = (hop.peer_id for hop in request.keep)
+            known = {*estimates.measured, *estimates.used, *self.busy, *self.settled, *kept}
+            without = known | self.excluded.keys()
+            strangers = crowd.fastest(request.tokens, request.cache_tokens, estimates.turn_s, without)
+            usable = {p: crowd.by_peer[p] for p in known if p in crowd.by_peer and p not in self.excluded}
+            self._usable = usable | {a.peer_id: a for a in strangers}
+        return self._usable
+
+    def candidates(self, within: Sequence[BlockSpan]) -> list[Candidate]:
+        """Whoever may serve any of these blocks."""
+        return [
+            Candidate(peer, span, self.compared(peer))
+            for peer, a in self.usable.items()
+            for span in a.spans.parts
+            if any(span.start < part.end and part.start < span.end for part in within)
+        ]
 
     @property
     def by_peer(self) -> dict[PeerId, Announcement]:

@@ -49,9 +49,13 @@ def worth_leaving(
     if others_s * CLEAR_GAIN >= step_s:
         return False
     others = tuple(hop for hop in request.previous.hops if hop.peer_id != slowest)
-    request = replace(request, keep=others)
     if not slowed:
         step_s = min(step_s, router.route_s(request, now_s) or math.inf)
+    # Most routes would not gain enough by a peer that takes no time at all, and need no plan to know it.
+    rest = replace(request, previous=replace(request.previous, hops=others))
+    if (router.route_s(rest, now_s) or 0.0) * CLEAR_GAIN >= step_s:
+        return False
+    request = replace(request, keep=others)
     try:
         better = router.plan(request, now_s)
     except NoRoute:  # the records of the others ran out

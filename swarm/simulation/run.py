@@ -11,18 +11,21 @@ import math
 import random
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
+
+import numpy as np
 
 from routing.errors import NoRoute
 from routing.flow import BATCH, by_span, max_flow
 from routing.ids import BlockSpan, BlockSpans, PeerId
-from routing.path import gaps
-from routing.placement import TURN_S, choose_move, choose_span, gives_way
+from routing.placement import TURN_S, choose_move, choose_span, gives_way, has_turn
 from routing.records import RECORD_LIFETIME_S, RECORD_RENEW_S, Announcement, PeerState
 from routing.router import Router, RouteRequest
 from swarm.simulation.report import Report, Sample
-from swarm.simulation.users import CHUNK, Client, User, trips_s
+from swarm.simulation.sharing import Sharing
+from swarm.simulation.users import CHUNK, DONE, Client, User, trips_s
 from swarm.simulation.world import (
     BYTES_PER_TOKEN,
     MODEL,
@@ -41,8 +44,6 @@ USERS_BOUND_S: Final = 300.0
 """It takes long to compute, and changes little."""
 WARM_UP_S: Final = 120.0
 """Users and queues settle before anything is counted."""
-SETTLING: Final = 4
-"""Rounds in which waits and rates come to fit each other, each second."""
 
 
 class Simulation:
@@ -60,6 +61,11 @@ class Simulation:
         self._open_since_s: float | None = None
         self._healed_s: list[float] = []
         self.now_s = 0.0
+        self.sharing = Sharing(config.users, config.peers)
+        self._rows = list(range(config.peers))
+        """That no peer has."""
+        self._disturbed = False
+        """A peer died, left or moved in this second."""
         for _ in range(config.peers):
             self._join(ready=True)
         self._clients = [
@@ -70,6 +76,9 @@ class Simulation:
             User(number, self._clients[number % config.clients], self.rng.uniform(0, WARM_UP_S / 2))
             for number in range(config.users)
         ]
+        self._acts_at_s_U = np.array([user.acts_at_s for user in self._users])
+        self._tokens_U = np.zeros(config.users)
+        """Through all blocks, since counting began."""
 
     def run(self) -> Report:
         samples: list[Sample] = []
@@ -86,10 +95,9 @@ class Simulation:
             if second < WARM_UP_S:
                 joins, done = self.counts["joins"], Counter(self.counts)
                 self.first_token_s.clear()
-                for user in self._users:
-                    user.tokens = 0.0
+                self._tokens_U[:] = 0.0
                 continue
-            whole = not self._gaps()
+            whole = self._whole(s for p in self.peers.values() if p.state is PeerState.ONLINE for s in p.spans)
             covered, counted = covered + whole, counted + 1
             self.counts["processed"] += round(processed)
             self.counts["written"] += round(written)
@@ -107,7 +115,7 @@ class Simulation:
                     )
                 )
         counts = self.counts - done
-        rates = [user.tokens / counted for user in self._users]
+        rates = (self._tokens_U / counted).tolist()
         return Report(
             config=self.config,
             samples=tuple(samples),
@@ -149,20 +157,28 @@ class Simulation:
             else:
                 peer.leaves_at_s = end_s
         self.peers[peer.peer_id] = peer
+        peer.row = self._rows.pop()
+        self.sharing.idle(peer.row)
         peer.announce(self.config.blocks, self.now_s)
+
+    def _gone(self, peer: Peer) -> None:
+        del self.peers[peer.peer_id]
+        self._rows.append(peer.row)
+        self._disturbed = True
 
     def _live(self) -> None:
         now_s = self.now_s
         for peer in list(self.peers.values()):
             if peer.dies_at_s is not None and now_s >= peer.dies_at_s:
-                del self.peers[peer.peer_id]
+                self._gone(peer)
                 self._dead.append(peer)
                 self._join()
             elif peer.leaves_at_s is not None and now_s >= peer.leaves_at_s:
                 if peer.state is PeerState.DRAINING:
-                    del self.peers[peer.peer_id]
+                    self._gone(peer)
                     self._join()
                 else:
+                    self._disturbed = True
                     peer.state, peer.leaves_at_s = PeerState.DRAINING, now_s + 2 * RECORD_RENEW_S
                     peer.announce(self.config.blocks, now_s)
             elif peer.state is PeerState.JOINING and now_s >= peer.ready_at_s:
@@ -181,8 +197,8 @@ class Simulation:
         """What every peer's `peers.serving.rebalance` would do now. Without a gap they look once a turn: more often
         changes nothing, because who may move stays the same for a turn."""
         now_s, records = self.now_s, self._records()
-        online = (span for a in records if a.state is PeerState.ONLINE for span in a.spans)
-        missing = bool(gaps(online, self.config.blocks))
+        online = [a for a in records if a.state is PeerState.ONLINE]
+        missing = not self._whole(span for a in online for span in a.spans)
         if not missing:
             if self._open_since_s is not None:
                 self._healed_s.append(now_s - self._open_since_s)
@@ -196,6 +212,8 @@ class Simulation:
                     self._move(peer, records)
             elif peer.state is PeerState.ONLINE and (now_s >= peer.looks_at_s or (missing and now_s % LOOK_S == 0)):
                 peer.looks_at_s = now_s + TURN_S
+                if not missing and peer.record is not None and not has_turn(online, peer.record, now_s):
+                    continue  # what `choose_move` would find out after much else
                 move = choose_move(records, peer.peer_id, now_s, open_for_s=open_for_s)
                 if move is not None and (move.heals or now_s - peer.moved_at_s >= REST_S):
                     peer.intent, peer.moves_at_s = move.intent, now_s + SETTLE_S
@@ -214,6 +232,7 @@ class Simulation:
         extends = len(intent) <= room and all(intent.end <= s.start or s.end <= intent.start for s in peer.spans)
         spans = BlockSpans.of(*peer.spans, intent) if heals and extends else BlockSpans.of(intent)
         self.counts["downloaded"] += peer.load(spans, self.now_s)
+        self._disturbed = True
         self.counts["moves"] += 1
         self.counts["heals"] += heals
         peer.announce(self.config.blocks, self.now_s)
@@ -230,29 +249,35 @@ class Simulation:
 
     def _serve(self) -> tuple[float, float]:
         """One second of everybody; returns the tokens that passed the swarm, and those of them that are new."""
-        processed = written = 0.0
-        for user in self._users:
+        acting = self._users if self._disturbed else self._at(self._acts_at_s_U <= self.now_s)
+        self._disturbed = False
+        for user in acting:
             user.act(self)
-        served = [user for user in self._users if user.works]
-        for _ in range(SETTLING):
-            for peer in self.peers.values():
-                peer.steps.demand = peer.prompts.demand = 0.0
-            for user in served:
-                user.rate = user.tokens_per_s
-                for peer, blocks in user.works[0].hops:
-                    user.line(peer).demand += user.rate * blocks * peer.token_s
-            for peer in self.peers.values():
-                peer.settle()
-        for user in served:
-            rate = user.rate / max(user.line(peer).excess for peer, _ in user.works[0].hops)
-            passed, new = user.advance(self, rate)
-            user.tokens += passed
-            processed, written = processed + passed, written + new
-        return processed, written
+            self._show(user)
+        credit_U = self.sharing.second(self.peers.values())
+        left_U = self.sharing.left_U
+        goes_on_U = left_U - credit_U > DONE
+        ends_U = (left_U > 0) & ~goes_on_U
+        passed_U = np.where(goes_on_U, credit_U * self.sharing.blocks_U / self.config.blocks, 0.0)
+        written = float(credit_U[goes_on_U & (self.sharing.tokens_U == 1)].sum())
+        left_U[goes_on_U] -= credit_U[goes_on_U]
+        for user in self._at(ends_U):
+            at = user.number
+            passed_U[at], new = user.advance(self, float(left_U[at]), float(credit_U[at]))
+            written += new
+            self._show(user)
+        self._tokens_U += passed_U
+        return float(passed_U.sum()), written
 
-    def _gaps(self) -> bool:
-        online = (span for peer in self.peers.values() if peer.state is PeerState.ONLINE for span in peer.spans)
-        return bool(gaps(online, self.config.blocks))
+    def _at(self, chosen_U: np.ndarray) -> list[User]:
+        return [self._users[at] for at in np.nonzero(chosen_U)[0]]
+
+    def _show(self, user: User) -> None:
+        user.show(self)
+        self._acts_at_s_U[user.number] = user.acts_at_s
+
+    def _whole(self, spans: Iterable[BlockSpan]) -> bool:
+        return len(set(itertools.chain.from_iterable(set(spans)))) == self.config.blocks
 
     def _users_bound(self) -> float:
         """What all users would get if everybody had the swarm for himself, by the routes that are planned then."""

@@ -8,6 +8,7 @@ of the core stands for PIECE decoded tokens, one after the other: so many are co
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Final, Protocol
 
 from routing.coordinates import Coordinate
 from routing.errors import NoRoute, PeerError
-from routing.flow import BATCH, GOLDEN
+from routing.flow import GOLDEN
 from routing.ids import PeerId, SessionId
 from routing.records import PeerState
 from routing.router import Route, Router, RouteRequest
@@ -36,7 +37,8 @@ from swarm.session.core import (
     Wait,
 )
 from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_tokens, worth_leaving
-from swarm.simulation.world import BYTES_PER_TOKEN, MODEL, Line, Peer, SimulationConfig, round_trip_s
+from swarm.simulation.sharing import Sharing
+from swarm.simulation.world import BYTES_PER_TOKEN, MODEL, Peer, SimulationConfig, round_trip_s
 
 CHUNK: Final = 64
 """Tokens of a prompt, or of a replay, per forward."""
@@ -50,6 +52,8 @@ MIDST_S: Final = 60.0
 """Who comes first is in the midst of an answer: its prompt has one token."""
 BUSY_S: Final = 5.0
 """What a peer without room asks for."""
+DONE: Final = 1e-9
+"""Positions that are too few to be left."""
 SESSION: Final = SessionConfig()
 
 
@@ -62,6 +66,7 @@ class Stage(Protocol):
     counts: Counter[str]
     first_token_s: list[float]
     now_s: float
+    sharing: Sharing
 
 
 @dataclass(slots=True, eq=False)
@@ -80,8 +85,6 @@ class Work:
     """A step that was sent and is not answered."""
 
     step: PendingStep
-    left: float
-    """Positions."""
     tokens: int
     """Per forward."""
     hops: tuple[tuple[Peer, int], ...]
@@ -102,16 +105,13 @@ class User:
         self.hops: tuple[tuple[Peer, int], ...] = ()
         """Of the route that was opened last: there its cache is."""
         self.works: deque[Work] = deque()
-        self.tokens = 0.0
-        """Through all blocks, since counting began."""
-        self.rate = 0.0
-        """Tokens per second, if nobody is asked for more than it can do."""
+        self._shown: Work | None = None
+        """What `Sharing` has of it."""
         self._need: NeedRoute | None = None
         self._needed_at_s = 0.0
         self._route: Route | None = None
         self._trips_s = 0.0
         self._resumes_at_s = resumes_at_s
-        self._opening_s = 0.0
         self._leaving: set[PeerId] = set()
         self._asked_at_s = 0.0
         self._opened_at_s = self._review_at_s = 0.0
@@ -120,16 +120,13 @@ class User:
         self._left = 0.0
 
     @property
-    def tokens_per_s(self) -> float:
-        """If nobody is asked for more than it can do; only while there are `works`."""
-        work = self.works[0]
-        longer = 1 + (work.tokens - 1) / BATCH
-        compute_s = sum(blocks * peer.decode_s * longer * self.line(peer).slowdown for peer, blocks in work.hops)
-        return work.tokens / (self._trips_s + compute_s)
-
-    def line(self, peer: Peer) -> Line:
-        """Where it waits."""
-        return peer.prompts if self.works[0].tokens > 1 else peer.steps
+    def acts_at_s(self) -> float:
+        """When it has to look at something, if nothing happens to its hops before."""
+        if self.core is None or self.core.state in (State.WAITING, State.PAUSING):
+            return self._resumes_at_s
+        if self._need is not None:
+            return 0.0
+        return self._review_at_s if self.works and self.works[0].tokens == 1 else math.inf
 
     def act(self, stage: Stage) -> None:
         """What happened to its hops since, and what it waited for."""
@@ -154,26 +151,46 @@ class User:
             if core.alive and now_s >= self._review_at_s and self.works and self.works[0].tokens == 1:
                 self._review(stage)
 
-    def advance(self, stage: Stage, rate: float) -> tuple[float, float]:
-        """A second at so many tokens per second; returns the tokens that passed the swarm and those of them that are
-        new. A replay through some of the blocks counts for its part."""
-        credit, processed, written = rate * (1 - self._opening_s), 0.0, 0.0
-        self._opening_s = 0.0
+    def advance(self, stage: Stage, left: float, credit: float) -> tuple[float, float]:
+        """A second in which so many positions can be done, and `left` were of its first work; returns the tokens that
+        passed the swarm and those of them that are new. A replay through some of the blocks counts for its part."""
+        processed = written = 0.0
         while credit > 0 and self.works and self.core is not None:
             work = self.works[0]
-            done = min(credit, work.left)
-            work.left -= done
+            done = min(credit, left)
+            left -= done
             credit -= done
             processed += done * sum(blocks for _, blocks in work.hops) / stage.config.blocks
             written += done if work.tokens == 1 else 0.0
-            if work.left > 1e-9:
+            if left > DONE:
+                stage.sharing.left_U[self.number] = left
                 break
             self.works.popleft()
+            self._tell(stage, work)
             self._perform(stage, self.core.result(work.step.step, self.core.epoch))
             self._go_on(stage)
-            if self.works and not self.works[0].follows(work):
+            if not self.works or not self.works[0].follows(work):
                 break
+            self._shown = self.works[0]
+            left = self._shown.step.count
         return processed, written
+
+    def _tell(self, stage: Stage, work: Work) -> None:
+        """Every answer tells what its hops took."""
+        for peer, blocks in work.hops:
+            took_s = peer.step_s(blocks, work.tokens)
+            self.client.router.on_step(peer.peer_id, blocks, work.tokens, *took_s, stage.now_s)
+
+    def show(self, stage: Stage) -> None:
+        """Tell `Sharing` what is under way."""
+        work = self.works[0] if self.works else None
+        if work is self._shown:
+            return
+        self._shown = work
+        if work is None:
+            stage.sharing.left_U[self.number] = 0.0
+        else:
+            stage.sharing.begin(self.number, work.step.count, work.tokens, self._trips_s, work.hops)
 
     # --- an answer ---
 
@@ -200,12 +217,7 @@ class User:
         if self._asked_at_s >= 0:
             stage.first_token_s.append(stage.now_s - self._asked_at_s)
             self._asked_at_s = -1.0
-            tokens = min(CHUNK, SESSION.chunk(self._prompt))
-            for peer, blocks in self.hops if tokens > 1 else ():
-                self.client.router.on_step(peer.peer_id, blocks, tokens, *peer.step_s(blocks, tokens), stage.now_s)
         if self._left <= 0:
-            for peer, blocks in self.hops:
-                self.client.router.on_step(peer.peer_id, blocks, 1, *peer.step_s(blocks), stage.now_s)
             self._perform(stage, core.close())
             self._end(stage)
             return
@@ -235,7 +247,7 @@ class User:
             match action:
                 case SendStep(step=step):
                     tokens = 1 if step.first >= self._prompt and not step.replay else min(CHUNK, step.count)
-                    self.works.append(Work(step, float(step.count), tokens, self.hops[step.hop : step.until]))
+                    self.works.append(Work(step, tokens, self.hops[step.hop : step.until]))
                 case NeedRoute():
                     self.works.clear()
                     self._need, self._needed_at_s = action, stage.now_s
@@ -287,7 +299,8 @@ class User:
         core, route, router = self.core, action.route, self.client.router
         assert core is not None
         stage.counts["rebuilt"] += action.epoch > 1
-        self._route, self._opening_s = route, OPENING_S
+        self._route = route
+        stage.sharing.opening_s_U[self.number] = OPENING_S
         self._leaving.clear()
         self._opened_at_s, self._review_at_s = stage.now_s, stage.now_s + REVIEW_S_MIN
         self.works.clear()

@@ -27,7 +27,6 @@ BLOCK_BYTES: Final = 200_000_000
 DOWNLOAD_BYTES_PER_S: Final = 25e6
 LOAD_S_PER_BLOCK: Final = 0.5
 """From disk, of blocks that were downloaded before."""
-SLOWDOWN_MAX: Final = 1000.0
 BYTES_PER_TOKEN: Final = 16_384
 
 
@@ -58,24 +57,6 @@ class SimulationConfig:
             raise ValueError("prompts and answers have at least one token")
 
 
-@dataclass(slots=True)
-class Line:
-    """Works of one kind at a peer, as under processor sharing."""
-
-    demand: float = 0.0
-    """Seconds of compute asked for per second."""
-    excess: float = 1.0
-    """How many times as much as it gets."""
-    slowdown: float = 1.0
-    """Works take so many times as long as alone."""
-
-    def settle(self, share: float) -> None:
-        """What is asked for settles at the share that can be done."""
-        used = self.demand / share
-        self.excess = max(1.0, used)
-        self.slowdown = min(max(1.0, self.slowdown * min(2.0, max(0.5, used)) ** 0.5), SLOWDOWN_MAX)
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Peer:
     """One peer as it is; what others know of it is `record`."""
@@ -102,8 +83,10 @@ class Peer:
     """Blocks on its disk."""
     used_tokens: int = 0
     sessions: int = 0
-    steps: Line = field(default_factory=lambda: Line())
-    prompts: Line = field(default_factory=lambda: Line())
+    row: int = 0
+    """Where `sharing` has it."""
+    slowdowns: tuple[float, float] = (1.0, 1.0)
+    """Steps, and prompts, take so many times as long as alone."""
     record: Announcement | None = None
     sequence: int = 0
 
@@ -112,17 +95,10 @@ class Peer:
         """One token through one block when BATCH users are served together."""
         return (self.decode_s + (BATCH - 1) * self.decode_s / BATCH) / BATCH
 
-    def settle(self) -> None:
-        """A second has passed. Steps and prompts share the peer: neither gets less than half of it if it wants that."""
-        of_steps, of_prompts = 1 - min(0.5, self.prompts.demand), max(0.5, 1 - self.steps.demand)
-        self.steps.settle(of_steps)
-        self.prompts.settle(of_prompts)
-
     def step_s(self, blocks: int, tokens: int = 1) -> tuple[float, float]:
         """What a step takes here now: its computation, and its wait."""
         takes_s = blocks * self.decode_s * (1 + (tokens - 1) / BATCH)
-        line = self.steps if tokens == 1 else self.prompts
-        return takes_s, (line.slowdown - 1) * takes_s
+        return takes_s, (self.slowdowns[tokens > 1] - 1) * takes_s
 
     def announce(self, num_blocks: int, now_s: float) -> Announcement:
         self.sequence += 1
