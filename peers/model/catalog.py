@@ -149,7 +149,10 @@ def resolve(
         return _from_gguf(path.absolute(), cache, progress, accept)
     if path.exists() or model.startswith((".", "~", "/")) or (path.suffix == GGUF and ":" not in model):
         what = "is not a folder with a checkpoint" if path.exists() else "does not exist"
-        raise UnknownModel(f"{model} {what}", hint="give the folder that holds config.json, or a .gguf file")
+        raise UnknownModel(
+            f"{model} {what}",
+            hint="give the folder that holds config.json, or a .gguf file; one on a hub is org/name:file.gguf",
+        )
     return _from_hub(model, cache, token, progress, accept)
 
 

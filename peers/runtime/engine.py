@@ -29,6 +29,7 @@ from peers.errors import Busy, Preempted
 from peers.model.adapters import Adapter, prefix_length
 from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool, accelerate, accelerate_by_torch, pool_for
+from peers.model.support import one_line
 from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.errands import Errand, Errands, Job
 from peers.runtime.graphs import recorder_for
@@ -692,12 +693,13 @@ class Engine:
         began_s, paused_s = time.perf_counter(), self._paused_s
         try:
             output_TH = self._forward(batch, beside=beside)
-        except Exception:  # its works fail, the thread lives on
+        except Exception:  # its works fail, the thread lives on as long as the device does
             logger.exception("a forward of %s works failed", len(batch))
             with self._wake:
                 self._leave(batch)
                 for ticket, _ in batch:
                     self._fail_late(ticket, ComputeFailed("this peer failed to compute the step"))
+            _require(self.model.device)
         else:
             elapsed_s = time.perf_counter() - began_s
             self._settle(batch, output_TH, elapsed_s - (self._paused_s - paused_s))
@@ -920,6 +922,20 @@ class Engine:
             self._reap(ticket.session)
         else:
             self._fail(ticket, error)
+
+
+def _require(device: torch.device) -> None:
+    """Raises Unavailable where the device does nothing any more, as for the rest of a process after most errors of a
+    GPU: whoever went on would fail everybody."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except torch.OutOfMemoryError:
+        pass  # full, and not broken
+    except RuntimeError as error:
+        raise Unavailable(
+            f"{device} computes nothing any more ({one_line(error)})",
+            hint="start this peer again; where that does not help, the machine",
+        ) from error
 
 
 def _filled(result: Tensor | None, offset: int, output: Tensor, length: int) -> Tensor:

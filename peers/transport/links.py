@@ -108,6 +108,8 @@ class Link:
         """When the last bulk payload was sent."""
         self._timing = False
         self._opening = asyncio.Lock()
+        self._behind = 0
+        """Tasks that wait for a bulk lane, and that none may overtake when it is there."""
 
     def __repr__(self) -> str:
         return f"<Link {'to' if self.outbound else 'from'} {self.remote[-8:]}>"
@@ -130,7 +132,7 @@ class Link:
             lane.post(message, payload)
             return
         try:
-            if lane is None:
+            if lane is None or (bulk and self._behind):
                 lane = await self._missing_lane()
             began_s, before = asyncio.get_running_loop().time(), lane.queued_bytes
             timed = bulk and self._worth_timing(_size(payload), began_s)
@@ -169,10 +171,14 @@ class Link:
     async def _missing_lane(self) -> Lane:
         if not self.outbound:
             return next(iter(self._lanes.values()))  # the other side opens lanes, or does without
-        async with self._opening:
-            if BULK not in self._lanes:
-                await self._owner.open_lane(self, BULK)
-            return self._lanes[BULK]
+        self._behind += 1
+        try:
+            async with self._opening:
+                if BULK not in self._lanes:
+                    await self._owner.open_lane(self, BULK)
+                return self._lanes[BULK]
+        finally:
+            self._behind -= 1
 
     async def close(self) -> None:
         """End both lanes and tell the owner. Idempotent."""
@@ -370,7 +376,8 @@ class Links:
 
         Raises PeerUnreachable, VersionMismatch, ProtocolError, or Unavailable when this node cannot dial at all.
         """
-        link = self._outbound.get(peer) or await self._dial(peer, addresses, timeout_s)
+        link = None if peer in self._dialling else self._outbound.get(peer)  # nobody overtakes who waited for it
+        link = link or await self._dial(peer, addresses, timeout_s)
         link.wanted = True
         link.used_at_s = asyncio.get_running_loop().time()
         return link

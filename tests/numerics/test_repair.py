@@ -17,8 +17,9 @@ import torch
 from peers.errors import Preempted
 from peers.host import ServerPeer
 from peers.runtime.engine import Done, Work
-from peers.serving.journal import Journal
+from peers.serving.journal import Journal, JournalLimits
 from peers.serving.push import Delivery
+from peers.serving.spill import Disk
 from peers.transport.links import Link
 from peers.transport.memory import MemoryStream
 from peers.wire.messages import Code, Failed, Step
@@ -51,12 +52,19 @@ def local(folder: Path) -> Any:
 
 
 class Scene:
-    """A swarm with a spare peer for each hop, and what every peer computed."""
+    """A swarm with a spare peer for each hop, and what every peer computed.
+
+    All peers seem equally fast and near, however busy this machine is, so that no route is left for a better one.
+    """
 
     def __init__(self, folder: Path, cache: Path, *, config: SessionConfig = CONFIG) -> None:
         self.swarm = MemorySwarm(folder, SPANS, cache=cache, session_config=config, cache_tokens=4096)
         self.model = self.swarm.model()
         self.remote = self.model._remote_layers.remote
+        router = self.swarm.thread.client.router
+        on_rtt = router.on_rtt
+        router.on_rtt = lambda peer, rtt_s, now_s, **how: on_rtt(peer, 1e-3, now_s, **how)  # type: ignore[method-assign]
+        router.on_trips = lambda hops, trips_s, now_s: None  # type: ignore[method-assign]
         generate(self.model, prompt(), max_new_tokens=1, min_new_tokens=1)  # the client uses those it knows
         self.computed: dict[PeerId, list[tuple[int, int]]] = {}
         self.on_work: Callable[[PeerId, Work], None] = lambda peer, work: None
@@ -76,7 +84,7 @@ class Scene:
             self.on_work(name, work)
             done = await run(work)
             works.append((work.start, work.end))
-            return done
+            return replace(done, queue_s=0.0, compute_s=1e-3)
 
         peer.engine.run = watched  # type: ignore[method-assign]
 
@@ -175,7 +183,7 @@ def test_a_hop_that_dies_while_a_prompt_is_under_way_is_rebuilt_up_to_there(scen
     assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3
 
 
-@pytest.mark.parametrize("victim", ["replacement", "source"])
+@pytest.mark.parametrize("victim", ["replacement", "source", "both"])
 def test_another_hop_that_dies_during_a_replay_is_rebuilt_too(scene: Scene, local: Any, victim: str) -> None:
     scene.add_spare(1)
     used = scene.warm_up()
@@ -183,14 +191,15 @@ def test_another_hop_that_dies_during_a_replay_is_rebuilt_too(scene: Scene, loca
 
     def kill(peer: PeerId, work: Work) -> None:
         if peer not in used and work.start == 32 and not killed:
-            killed.append({"replacement": peer, "source": used[0]}[victim])
-            scene.swarm.network.cut(killed[0])
+            killed.extend({"replacement": [peer], "source": used[:1], "both": [peer, used[0]]}[victim])
+            for each in killed:
+                scene.swarm.network.cut(each)
 
     scene.on_work = kill
     first = AtToken(8, lambda: scene.kill(1) and None)
     assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[first]), generate(local, PROMPT))
     assert killed
-    assert not {used[1], killed[0]} & set(scene.route)
+    assert not {used[1], *killed} & set(scene.route)
     healthy = [peer for peer in used if peer in scene.route]
     assert [scene.positions(peer) for peer in healthy] == [LENGTH] * len(healthy)
     assert scene.swarm.eventually_settled()
@@ -213,15 +222,30 @@ def test_a_hop_whose_journal_is_gone_computes_again_what_the_one_before_it_sends
     assert LENGTH + again <= scene.positions(used[1]) <= LENGTH + again + 1
 
 
-def test_speculation_that_is_rolled_back_and_forks_survive_the_death_of_a_hop(scene: Scene, local: Any) -> None:
+@pytest.mark.parametrize("room", [True, False])
+def test_a_hop_is_rebuilt_from_a_journal_on_disk_and_without_one_where_the_disk_is_full(
+    scene: Scene, local: Any, room: bool, tmp_path: Path
+) -> None:
+    used, journal = scene.warm_up(), scene.journal(1)
+    disk = Disk(tmp_path, 1 << 20 if room else 0)
+    journal.limits, journal._spill = JournalLimits(max_bytes=2048), disk
+    kill = AtToken(8, lambda: scene.kill(2) and None)
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[kill]), generate(local, PROMPT))
+    assert scene.route[:2] == used[:2]
+    assert scene.positions(used[0]) == LENGTH
+    assert (scene.positions(used[1]) == LENGTH) == room, "computed again only where nothing was kept"
+
+
+def test_speculation_that_is_rolled_back_and_forks_survive_the_death_of_two_hops(scene: Scene, local: Any) -> None:
     ids = torch.cat([PROMPT[:, :20]] * 3, 1)
     for options in ({"prompt_lookup_num_tokens": 4}, {"num_beams": 3}):
         killed: list[PeerId] = []
-        kill = AtToken(4, lambda killed=killed: killed.extend(scene.kill(1)))
+        kill = AtToken(4, lambda killed=killed: killed.extend(scene.kill(1, 2)))
         actual = generate(scene.model, ids, stopping_criteria=[kill], **options)
         assert torch.equal(actual, generate(local, ids, **options))
-        assert killed[0] not in scene.route
-        scene.add_spare(1)
+        assert not set(killed) & set(scene.route)
+        for hop in (1, 2):
+            scene.add_spare(hop)
     assert scene.swarm.eventually_settled()
 
 
@@ -261,6 +285,34 @@ def test_two_hops_that_fall_silent_together_are_replaced_together(scene: Scene, 
     assert scene.route[0] == used[0]
     assert not set(used[1:]) & set(scene.route)
     assert scene.remote.traffic.rebuilds == 1
+    scene.swarm.thread.post(network.partition)
+
+
+@pytest.mark.parametrize("phase", ["open", "prompt", "replay"])
+def test_a_hop_that_falls_silent_whatever_it_was_doing_is_replaced_and_nobody_else_hears_anything_twice(
+    scene: Scene, local: Any, phase: str
+) -> None:
+    scene.add_spare(1)
+    used, silent, network = scene.warm_up(), list[PeerId](), scene.swarm.network
+    me = scene.swarm.thread.client.node.transport.peer_id
+
+    def silence(peer: PeerId) -> None:
+        silent.append(peer)
+        network.partition([peer], [me, *(other for other in scene.computed if other != peer)])
+
+    def work_on(peer: PeerId, work: Work) -> None:
+        if not silent and work.start == 32 and (peer == used[1] if phase == "prompt" else peer not in used):
+            silence(peer)
+
+    scene.on_work = work_on
+    if phase == "open":
+        scene.swarm.thread.post(silence, used[1])
+    kill = AtToken(8, lambda: phase == "replay" and scene.kill(1) and None)
+    assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[kill]), generate(local, PROMPT))
+    assert silent
+    assert silent[0] not in scene.route
+    assert (scene.route[0], scene.route[2]) == (used[0], used[2])
+    assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3
     scene.swarm.thread.post(network.partition)
 
 

@@ -353,6 +353,19 @@ async def test_a_forward_that_raises_fails_its_works_and_nothing_else(
         await sequence.step(3)
 
 
+async def test_an_engine_whose_device_does_nothing_any_more_ends(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    async with running(local.cut()) as engine:
+        Gate(engine).failure = RuntimeError("CUDA error")
+        monkeypatch.setattr(torch, "ones", broken)
+        with pytest.raises(ComputeFailed):
+            await engine.run(work(new_session(), 0, 1))
+        with pytest.raises(Unavailable, match=r"computes nothing any more .*illegal memory access"):
+            await engine.broken()
+
+
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 async def test_forks_diverge_without_disturbing_each_other(local: Local, alone: Local, family: str) -> None:
     subject = local if family == "llama" else alone

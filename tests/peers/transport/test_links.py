@@ -132,6 +132,30 @@ async def ended(stream: Stream) -> bool:
 # --- handshake ---
 
 
+@pytest.mark.parametrize("lane", [SMALL, BULK])
+async def test_what_is_sent_in_the_turn_in_which_a_lane_is_ready_overtakes_nothing_that_waited_for_it(
+    world: World, lane: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a step would meet a gap at the next hop, and its session would be computed again everywhere."""
+    tasks: list[asyncio.Task[None]] = []
+    open_lane = world.one.links.open_lane
+
+    async def send(number: int) -> None:
+        message, payload = step(number)
+        await (await world.dial()).send(message, payload, bulk=lane == BULK)
+
+    async def opened(link: Link, name: str, **options: Any) -> None:
+        await open_lane(link, name, **options)
+        if name == lane:
+            tasks.append(asyncio.create_task(send(4)))
+
+    monkeypatch.setattr(world.one.links, "open_lane", opened)
+    tasks += [asyncio.create_task(send(number)) for number in (1, 2, 3)]
+    await asyncio.sleep(1.0)
+    await asyncio.gather(*tasks)
+    assert world.other.numbers() == [1, 2, 3, 4]
+
+
 async def test_messages_arrive_with_their_authenticated_sender_and_can_be_answered(world: World) -> None:
     link = await world.dial()
     message, payload = step(1, 100)
