@@ -40,6 +40,11 @@ TRAINING_BYTES = 256 << 20
 ADAPTER_SHARE = 1 / 16
 """Likewise for adapters that clients send (`serving.adapters`)."""
 ADAPTER_BYTES = 256 << 20
+IN_FLIGHT_SHARE = 1 / 32
+"""Likewise for what came and was not computed yet (`serving.admission`), works of training above all; but never less
+than IN_FLIGHT_BYTES_MIN, which are among PROCESS_BYTES."""
+IN_FLIGHT_BYTES = 512 << 20
+IN_FLIGHT_BYTES_MIN = 32 << 20
 MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -67,6 +72,8 @@ class Plan:
     """Of the devices' memory, for what is kept between a forward and its backward; 0: no training."""
     adapter_bytes: int = ADAPTER_BYTES
     """Of host memory, and of each other device's, for adapters that clients send."""
+    in_flight_bytes: int = IN_FLIGHT_BYTES
+    """Of host memory, for what came and was not computed yet."""
 
     @property
     def max_blocks(self) -> int:
@@ -165,6 +172,8 @@ def plan_capacity(
     journal_bytes = min(JOURNAL_BYTES, int(JOURNAL_SHARE * spare_bytes)) if on_host else JOURNAL_BYTES
     training_bytes = min(TRAINING_BYTES, int(TRAINING_SHARE * spare_bytes)) if training else 0
     adapter_bytes = min(ADAPTER_BYTES, int(ADAPTER_SHARE * spare_bytes))
+    in_flight_bytes = min(IN_FLIGHT_BYTES, int(IN_FLIGHT_SHARE * spare_bytes)) if on_host else IN_FLIGHT_BYTES
+    in_flight_bytes = max(in_flight_bytes, IN_FLIGHT_BYTES_MIN)
     hosted_bytes = sum(adapter.block_bytes(anatomy.layers_path, total_blocks) for adapter in hosted)
     request = Request(
         limits_bytes=limits_bytes,
@@ -175,7 +184,7 @@ def plan_capacity(
             process_bytes=PROCESS_BYTES
             - FORWARD_BYTES
             + (whole_block_bytes if quantization != NONE else 0)
-            + (journal_bytes // len(devices) if on_host else 0)
+            + ((journal_bytes + in_flight_bytes - IN_FLIGHT_BYTES_MIN) // len(devices) if on_host else 0)
             + training_bytes // len(devices)
             + (adapter_bytes // len(devices) if on_host else adapter_bytes),
             forward_bytes=forwards * FORWARD_BYTES,
@@ -198,6 +207,7 @@ def plan_capacity(
         journal_bytes=journal_bytes,
         training_bytes=training_bytes,
         adapter_bytes=adapter_bytes,
+        in_flight_bytes=in_flight_bytes,
     )
 
 

@@ -523,7 +523,11 @@ class ServerPeer:
                 engine=self.engine,
                 served=served,
                 ledger=ledger,
-                admission=Admission(AdmissionLimits()),
+                admission=Admission(
+                    AdmissionLimits(
+                        max_bytes_in_flight=plan.in_flight_bytes, max_bytes_in_flight_per_peer=plan.in_flight_bytes // 2
+                    )
+                ),
                 journal=self._journal(plan.journal_bytes),
                 adapters=AdapterLimits(max_bytes=plan.adapter_bytes, max_bytes_per_peer=plan.adapter_bytes // 2),
             )

@@ -251,8 +251,8 @@ def _adapting(
                 given = args[0].to(pair[0].dtype)
                 if passage.dropout is not None:
                     given = given * _dropped(passage.dropout, target, passage.sequence + group.sequence, group, given)
-                added = F.linear(F.linear(given, pair[0]), pair[1])
-                whole: Tensor = (output + added * target.scaling).to(output.dtype)
+                added = F.linear(F.linear(given, pair[0]) * target.scaling, pair[1])  # where it is narrow
+                whole: Tensor = (output + added).to(output.dtype)
                 return whole
 
             hooks.append(module.get_submodule(target.module).register_forward_hook(add))

@@ -26,9 +26,9 @@ STEP_TOKENS = 16
 MIN_TOKEN_BUDGET = 4 * STEP_TOKENS
 """So that a whole step fits beside the quarter that is kept for longer works."""
 AGEING_BATCHES = 32
-EXTRA = 0.45
-"""How much longer a token may take lately than at its quickest before works that can wait do; a peer keeps to the part
-of it that is its own by the blocks it runs."""
+EXTRA = 0.35
+"""How much longer a token may take lately than at its quickest before works that can wait do, such that it stays below
+half as long again with what no peer sees; a peer keeps to the part of it that is its own by the blocks it runs."""
 FORGETTING = 1.002
 """What was quickest counts for so much more with every step that follows: contexts grow, and machines change."""
 

@@ -198,6 +198,11 @@ class Training:
             handler.admission.account(link.remote).refused += 1
             raise self._busy_with(self._tokens)
         gathering = parts.Gathering(tokens * (2 if head.again else 1), head.hidden, head.dtype)
+        most_bytes = handler.admission.limits.max_bytes_in_flight_per_peer
+        if gathering.rows.nbytes > most_bytes:
+            raise Refused(
+                f"a work of {gathering.rows.nbytes >> 20} MiB; this peer takes {most_bytes >> 20}", code=Code.TOO_LONG
+            )
         handler.admission.admit(link.remote, gathering.rows.nbytes)
         self._count(link, tokens, 1)
         return _Arriving(head, gathering, gathering.rows.nbytes, self._clock())

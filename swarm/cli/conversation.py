@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from contextlib import nullcontext
@@ -16,15 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import check_folder
-from peers.model.lora import CONFIG, WEIGHTS, WRITTEN_BY_PEFT
-from peers.model.support import one_line
-from routing.errors import CallerError, SwarmError
+from routing.errors import SwarmError
 from swarm import SwarmModelForCausalLM
 from swarm.answers import Answer, Message, Sampling, answer, encode_chat, encode_prompt, load_tokenizer
 from swarm.cli import signals
 from swarm.cli.output import Bars, print_error, say, write
 from swarm.errors import ContextTooLong
-from swarm.extras import require_extra
+from swarm.models.own import is_folder, with_adapter
 from swarm.models.tracing import traced
 from swarm.network import Entrance
 from swarm.session.remote import Resilience
@@ -59,7 +56,7 @@ class Connection:
                 dtype=self.dtype,
                 progress=bars,
                 min_precision=self.min_precision,
-                adapter=None if self._is_own_adapter else self.adapter,
+                adapter=None if self.adapter and is_folder(self.adapter) else self.adapter,
                 background=self.background,
                 resilience=self.resilience,
                 training=self.training,
@@ -68,30 +65,7 @@ class Connection:
 
     def speaker(self, model: Any) -> Any:
         """What generates: the model that was opened, or that with one's own adapter. Raises CallerError."""
-        return with_adapter(model, self.adapter) if self.adapter and self._is_own_adapter else model
-
-    @property
-    def _is_own_adapter(self) -> bool:
-        return self.adapter is not None and (os.sep in self.adapter or (Path(self.adapter) / CONFIG).exists())
-
-
-def with_adapter(model: Any, folder: str) -> Any:
-    """The model with the adapter that PEFT wrote to a folder. Raises CallerError."""
-    require_extra("train", "peft")
-    from peft import PeftModel
-
-    path = Path(folder).expanduser()
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]:
-        raise CallerError(f"{folder} holds no {missing[0]}", hint=WRITTEN_BY_PEFT)
-    try:
-        return PeftModel.from_pretrained(model, str(path)).eval()
-    except SwarmError:
-        raise
-    except Exception as error:  # a stranger's file runs through PEFT's own code: KeyError, RuntimeError, …
-        raise CallerError(
-            f"the adapter in {folder} cannot be put on this model: {one_line(error)}",
-            hint="an adapter goes with the model that it was trained on",
-        ) from error
+        return with_adapter(model, self.adapter) if self.adapter and is_folder(self.adapter) else model
 
 
 def generate(

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from peers.model.adapters import Adapter
 from routing.errors import CallerError, SwarmError, Unavailable
 from routing.health import ModelHealth
 from swarm.errors import SessionClosed
@@ -159,9 +160,12 @@ class Engine:
         *,
         max_answers: int = 256,
         kept: KeptLimits | None = None,
+        adapter: Adapter | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`model`: a SwarmModel whose layers run through a SwarmRemote. `decode`: token ids to text."""
+        """`model`: a SwarmModel whose layers run through a SwarmRemote. `decode`: token ids to text. `adapter`: of all
+        answers, inside the layers."""
+        self._adapter = adapter
         self._model, self._decode, self._now_s = model, decode, now_s
         self._layers = model._remote_layers
         assert isinstance(self._layers.remote, SwarmRemote)
@@ -328,7 +332,8 @@ class Engine:
     def _open(self, owner: str, parent: RemoteSession | None = None, length: int = 0) -> RemoteSession:
         """What peers hold of a prompt serves its owner only."""
         secret = hashlib.blake2b(owner.encode(), key=self._secret, digest_size=32).digest()
-        return self._remote.open(parent, length, prefix_secret=secret)
+        adapter = self._adapter if parent is None else None  # a fork has its parent's
+        return self._remote.open(parent, length, adapter=adapter, prefix_secret=secret)
 
     def _start_next(self) -> None:
         """Embed what is to be sent, single tokens together, and send it."""

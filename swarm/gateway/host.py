@@ -11,6 +11,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,6 +27,7 @@ from swarm.gateway.kept import KeptLimits
 from swarm.gateway.keys import Account, Keys
 from swarm.gateway.served import Served
 from swarm.models import SwarmModelForCausalLM
+from swarm.models.own import is_folder, with_adapter
 from swarm.network import Entrance
 from swarm.session.remote import Resilience
 from swarm.web.server import Server, listen, make_server, url
@@ -62,13 +64,13 @@ class GatewayConfig:
     token: str | None = None
     min_precision: str | None = None
     adapters: tuple[str, ...] = ()
-    """That peers host: the model with each of them is served too, as MODEL:NAME."""
+    """That peers host, or folders of one's own: the model with each of them is served too, as MODEL:NAME."""
     resilience: Resilience = "replay"
 
     def __post_init__(self) -> None:
         if not self.models or len({*self.models}) < len(self.models):
             raise CallerError("a model is named twice, or none is", hint="name each model once")
-        if len({*self.adapters}) < len(self.adapters) or (self.adapters and len(self.models) > 1):
+        if len({*map(_shown, self.adapters)}) < len(self.adapters) or (self.adapters and len(self.models) > 1):
             raise CallerError("adapters are of one model, each named once", hint="start a gateway for each model")
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"{self.port} is no port")
@@ -120,7 +122,7 @@ def load(config: GatewayConfig, *, progress: Progress | None = None) -> dict[str
         for name in config.models:
             served[name] = _load_one(name, config, None, progress)
             for adapter in config.adapters:
-                served[f"{name}:{adapter}"] = _load_one(name, config, adapter, progress)
+                served[f"{name}:{_shown(adapter)}"] = _load_one(name, config, adapter, progress)
     except BaseException:  # also an interrupt
         close(served.values())
         raise
@@ -130,6 +132,7 @@ def load(config: GatewayConfig, *, progress: Progress | None = None) -> dict[str
 def _load_one(name: str, config: GatewayConfig, adapter: str | None, progress: Progress | None) -> Served:
     checkpoint = resolve(name, token=config.token, progress=progress, accept=check_folder)
     tokenizer = load_tokenizer(checkpoint)
+    own = adapter if adapter is not None and is_folder(adapter) else None
     model: Any = SwarmModelForCausalLM.from_pretrained(
         checkpoint,
         initial_peers=config.entrance.addresses,
@@ -137,16 +140,36 @@ def _load_one(name: str, config: GatewayConfig, adapter: str | None, progress: P
         dtype=config.dtype,
         progress=progress,
         min_precision=config.min_precision,
-        adapter=adapter,
+        adapter=None if own else adapter,
         resilience=config.resilience,
     )
-    shown = name if adapter is None else f"{name}:{adapter}"
-    served = Served(shown, model, tokenizer, max_answers=config.max_streams, kept=config.keep)
+    try:
+        if own is not None:
+            _put_on(model, own)
+        shown = name if adapter is None else f"{name}:{_shown(adapter)}"
+        served = Served(shown, model, tokenizer, max_answers=config.max_streams, kept=config.keep)
+    except SwarmError:
+        model.close()
+        raise
     try:
         served.grammars.prepare()  # a second now, rather than of somebody's request
     except SwarmError as error:
         logger.warning("%s: %s", name, error)
     return served
+
+
+def _put_on(model: Any, folder: str) -> None:
+    """An adapter in the layers of this very model. Raises CallerError."""
+    if with_adapter(model, folder).active_peft_config.is_prompt_learning:
+        raise CallerError(
+            f"{folder} is a learned prompt or prefix, which stands before texts and not in the layers",
+            hint="a gateway serves LoRA; ask behind a prompt by swarm chat or in Python",
+        )
+
+
+def _shown(adapter: str) -> str:
+    """What it is called here."""
+    return Path(adapter).expanduser().resolve().name if is_folder(adapter) else adapter
 
 
 def close(served: Iterable[Served]) -> None:

@@ -40,7 +40,7 @@ class Served:
         max_answers: int = 256,
         kept: KeptLimits | None = None,
     ) -> None:
-        """`model`: a SwarmModel, the caller's to close after this."""
+        """`model`: a SwarmModel, the caller's to close after this; with what adapter of one's own is in its layers."""
         self.name, self.model, self.tokenizer = name, model, tokenizer
         try:
             self._processes = bool(self._processors(1, 2))
@@ -54,7 +54,9 @@ class Served:
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.num_blocks: int = model._remote_layers.num_blocks
         self.grammars = Grammars(tokenizer, eos_ids(model))
-        self.engine = Engine(model, self.decode, max_answers=max_answers, kept=kept)
+        self.engine = Engine(
+            model, self.decode, max_answers=max_answers, kept=kept, adapter=model._remote_layers.own_adapter()
+        )
         self._encoding = threading.Lock()  # tokenizers change their own settings while they encode
         self._defaults = _checkpoint_defaults(model)
         self._template_knows_tools = _template_knows_tools(tokenizer)

@@ -122,6 +122,11 @@ class RemoteLayers:
         generation.caches.add(cache)
         return cache
 
+    def own_adapter(self) -> Adapter | None:
+        """What is active in the layers now, for who asks the remote himself. Raises UnsupportedAdapter."""
+        attached = self._adapters.read()
+        return None if attached is None else attached.adapter()
+
     def embed(self, token_ids_T: Tensor, first_position: int) -> Tensor:
         """What enters block 0, `[T, D]`, for tokens at position ids `first_position, first_position + 1, …`."""
         return self.embed_at(token_ids_T, torch.arange(first_position, first_position + len(token_ids_T)))

@@ -63,6 +63,18 @@ def test_the_journal_counts_and_takes_little_where_there_is_little(monkeypatch: 
     assert without.request.sizes.process_bytes == small.request.sizes.process_bytes - small.journal_bytes
 
 
+def test_what_is_in_flight_counts_but_for_the_little_that_every_peer_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (
+        plan_capacity(CONFIG, device="cpu", max_memory_bytes=limit)
+        for limit in (PROCESS_BYTES + (16 << 20), PROCESS_BYTES + (8 << 30))
+    )
+    assert (small.in_flight_bytes, large.in_flight_bytes) == (capacity.IN_FLIGHT_BYTES_MIN, 256 << 20)
+    monkeypatch.setattr(capacity, "IN_FLIGHT_SHARE", 0.0)
+    without = plan_capacity(CONFIG, device="cpu", max_memory_bytes=PROCESS_BYTES + (8 << 30))
+    taken_bytes = large.request.sizes.process_bytes - without.request.sizes.process_bytes
+    assert taken_bytes == large.in_flight_bytes - capacity.IN_FLIGHT_BYTES_MIN
+
+
 def test_adapters_count_those_of_clients_once_and_hosted_ones_in_every_block(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(CONFIG)
     adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"layers.2.mlp.down_proj": 8})

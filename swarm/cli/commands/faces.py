@@ -98,8 +98,9 @@ def gateway(
         list[str] | None,
         typer.Option(
             "--adapter",
-            metavar="NAME",
-            help="Serve the model with this adapter too, which peers host, as MODEL:NAME. Repeatable.",
+            metavar="NAME|FOLDER",
+            help="Serve the model with this adapter too, which peers host, as MODEL:NAME; or your own LoRA, in a "
+            "folder that `swarm finetune` or PEFT wrote, under the folder's name. Repeatable.",
             show_default=False,
         ),
     ] = None,

@@ -187,7 +187,7 @@ def test_steps_are_late_when_they_add_more_to_a_token_than_these_blocks_may_and_
     tempo = Tempo(1, share=1 / 3)
     tempo.answered(0.9, None)
     assert not tempo.late
-    for seconds, late in ((0.01, False), (0.024, False), (0.03, True)):
+    for seconds, late in ((0.01, False), (0.021, False), (0.024, True)):
         for _ in range(20):
             tempo.answered(seconds, 0.1)
         assert tempo.late == late

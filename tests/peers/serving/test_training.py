@@ -17,6 +17,7 @@ from peers.model.adapters import WIDTH, Adapter, as_rows, of_rows
 from peers.runtime.gradients import Graph, Outcome, Passage
 from peers.serving import training
 from peers.serving.adapters import AdapterLimits
+from peers.serving.admission import AdmissionLimits
 from peers.serving.metrics import training_metrics
 from peers.serving.shelves import Shelf, TrainingLimits
 from peers.serving.training import Training
@@ -177,6 +178,16 @@ async def test_rows_come_in_parts_and_leave_in_parts(monkeypatch: pytest.MonkeyP
             await asks(lesson, first=first, count=count, keep=False, hidden=rows(first, count))
         received = [await answer(lesson.client) for _ in range(3)]
         assert torch.equal(torch.cat(received), rows(0, 5) + 4)
+
+
+@pytest.mark.looptime
+async def test_a_work_that_will_never_fit_is_refused_and_not_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Lesson(monkeypatch) as lesson:
+        lesson.hop.admission.limits = AdmissionLimits(max_bytes_in_flight_per_peer=rows(0, 5).nbytes)
+        await asks(lesson)
+        await answer(lesson.client)
+        await asks(lesson, backward=True, again=True, hidden=rows(0, 10), count=10)
+        assert await refusal(lesson.client) == Code.TOO_LONG
 
 
 NAN = rows(0, 5).clone()
