@@ -460,6 +460,8 @@ class TrainingRoute:
         finally:
             for own in sums.values():
                 del self._sums[own.id]
+                if own.owed:  # there may be a sum of it that nobody will ask for
+                    self._send_forget({own.hop.peer_id: [own.id]})
         return gradients
 
     async def _back_one(
