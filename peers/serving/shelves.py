@@ -130,6 +130,8 @@ class Shelf:
 
     def drop_works(self, owner: PeerId, works: set[bytes]) -> None:
         self._drop_where(lambda key, _: key[0] == owner and key[1] in works)
+        for work in works:  # or the name of a sum
+            self.collect((owner, work))
 
     def drop_link(self, link: Link) -> None:
         self._drop_where(lambda _, kept: kept.link is link)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -32,19 +33,24 @@ _TICK_S: Final = 1e-6
 
 
 class MemoryNetwork:
-    """Where memory transports meet. `latency_s` is one way; `loss` is the chance that a frame breaks its stream."""
+    """Where memory transports meet. `latency_s` is one way, `bytes_per_s` from any node to any other one; `loss` is the
+    chance that a frame breaks its stream."""
 
     def __init__(
         self,
         *,
         latency_s: float | Callable[[PeerId, PeerId], float] = 0.0,
         loss: float = 0.0,
+        bytes_per_s: float = math.inf,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`clock` is the DHT's: seconds since the epoch, against which records expire."""
         self.latency_s = latency_s
         self.loss = loss
+        self.bytes_per_s = bytes_per_s
+        self._sent_s: dict[tuple[PeerId, PeerId], float] = {}
+        """When the last frame from one to another has left the queue."""
         self.clock: Final = clock
         self.table: Final = RecordTable()
         """What all stores of this network share."""
@@ -90,6 +96,12 @@ class MemoryNetwork:
 
     def latency(self, sender: PeerId, receiver: PeerId) -> float:
         return self.latency_s if isinstance(self.latency_s, int | float) else self.latency_s(sender, receiver)
+
+    def due_s(self, sender: PeerId, receiver: PeerId, size: int) -> float:
+        """When a frame that is sent now arrives."""
+        sent_s = max(_now(), self._sent_s.get((sender, receiver), 0.0)) + size / self.bytes_per_s
+        self._sent_s[sender, receiver] = sent_s
+        return sent_s + self.latency(sender, receiver)
 
     def is_cut(self, *peers: PeerId) -> bool:
         return not self._cut.isdisjoint(peers)
@@ -208,7 +220,7 @@ class MemoryStream:
         """Put a frame, or the end, on its way to this end."""
         if self._end is not None:
             return
-        due_s = _now() + self._network.latency(self.remote, self.local)
+        due_s = self._network.due_s(self.remote, self.local, len(frame or b""))
         if self._arriving:
             due_s = max(due_s, self._arriving[-1][0])  # a shorter latency overtakes nobody
         self._arriving.append((due_s, frame))

@@ -402,7 +402,7 @@ class Untrained(Message, tag="untrained", frozen=True, kw_only=True):
 
 
 class Forget(Message, tag="forget", frozen=True, kw_only=True):
-    """Drop these works of the sender, and what is kept of them. Needs no answer."""
+    """Drop these works and sums of the sender, and what is kept of them. Needs no answer."""
 
     works: Annotated[tuple[Bytes16, ...], Meta(max_length=MAX_CLOSED_SESSIONS)]
 

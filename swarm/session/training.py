@@ -8,7 +8,10 @@ the hops keep the session. In training nothing needs to be kept, and many micro-
 counts is throughput; and the input of every hop, which has passed through here, is all that is needed to ask somebody
 else: the client is the journal. A hop is a pure function of what it is sent (forward: of the input; backward: of the
 input and the gradient of the output), so any step may be repeated anywhere, without lost or doubled gradients. The
-price is the client's own line, which carries every hop's rows; `dtype` halves that.
+price is the client's own line, which carries every hop's rows; `dtype` halves that. Over a long line a step takes two
+round trips for every hop more than over a short one, of one micro-batch's rows: so nothing else goes before rows.
+Adapters leave for all hops when a forward begins, and their gradients, which each hop adds up over the micro-batches,
+come once, behind its last rows.
 
     micro-batch 0   ─▶ hop 0 ─▶ hop 1 ─▶ hop 2 ─▶            ◀─ hop 2 ◀─ hop 1 ◀─ hop 0
     micro-batch 1        ─▶ hop 0 ─▶ hop 1 ─▶ hop 2 ─▶   ◀─ hop 2 ◀─ hop 1 ◀─ hop 0          IN_FLIGHT for each hop
@@ -20,6 +23,7 @@ What a peer does to a step, and what follows:
 | says `busy` | waits as long as it asks; others are preferred meanwhile |
 | says `forgotten` (backward) | is sent again to it, with the input |
 | dies, is silent, fails, sends what is no answer (NaN, wrong shape) | goes to others; it is left alone for a while |
+| owes an adapter's gradient that does not come, or comes with other steps' | goes to others once more, for that |
 | refuses (`no_training`, `wrong_model`, …), pauses, leaves | goes to others, without blame |
 | takes far longer than the others of its route | is waited for; the next batches go to others, where there are any |
 
@@ -249,6 +253,7 @@ class TrainingRoute:
         self._asked: dict[tuple[bytes, bool], _Asked] = {}
         self._sums: dict[bytes, _Sum] = {}
         """Of passes under way, by id."""
+        self._sending = weakref.WeakKeyDictionary[Link, asyncio.Lock]()
         self._token_s = 0.0
         """What an answer takes per position, lately."""
         self._block_s: dict[PeerId, float] = {}
@@ -456,6 +461,8 @@ class TrainingRoute:
         finally:
             for own in sums.values():
                 del self._sums[own.id]
+                if own.owed:  # there may be a sum of it that nobody will ask for
+                    self._send_forget({own.hop.peer_id: [own.id]})
         return gradients
 
     async def _back_one(
@@ -642,31 +649,33 @@ class TrainingRoute:
         async def exchange() -> torch.Tensor:
             if adapter is not None:
                 await self._uploads.send(link, adapter, stretch.span)
-            for first, count, payload in parts.cut(rows_TH, dtype):
-                message = Train(
-                    work=stretch.work,
-                    model=self._model.model.digest,
-                    start=stretch.span.start,
-                    end=stretch.span.end,
-                    lengths=batch.lengths,
-                    jumps=batch.jumps,
-                    regime_length=batch.regime_length,
-                    backward=gradient_TH is not None,
-                    again=again,
-                    keep=keep,
-                    adapter=None if adapter is None else adapter.name,
-                    dropout=0.0 if batch.dropout is None else batch.dropout.share,
-                    seed=0 if batch.dropout is None else batch.dropout.seed,
-                    sequence=batch.sequence,
-                    sum=None if own is None else own.id,
-                    collect=collect,
-                    first=first,
-                    count=count,
-                    dtype=dtype,
-                    hidden=rows_TH.shape[1],
-                )
-                await link.send(message, payload, bulk=True)  # all in one lane, as order matters
-                self.traffic.bytes_sent += len(payload)
+            # one after another: what is sent together shares a frame, and the first would come with the last
+            async with self._sending.setdefault(link, asyncio.Lock()):
+                for first, count, payload in parts.cut(rows_TH, dtype):
+                    message = Train(
+                        work=stretch.work,
+                        model=self._model.model.digest,
+                        start=stretch.span.start,
+                        end=stretch.span.end,
+                        lengths=batch.lengths,
+                        jumps=batch.jumps,
+                        regime_length=batch.regime_length,
+                        backward=gradient_TH is not None,
+                        again=again,
+                        keep=keep,
+                        adapter=None if adapter is None else adapter.name,
+                        dropout=0.0 if batch.dropout is None else batch.dropout.share,
+                        seed=0 if batch.dropout is None else batch.dropout.seed,
+                        sequence=batch.sequence,
+                        sum=None if own is None else own.id,
+                        collect=collect,
+                        first=first,
+                        count=count,
+                        dtype=dtype,
+                        hidden=rows_TH.shape[1],
+                    )
+                    await link.send(message, payload, bulk=True)  # all in one lane, as order matters
+                    self.traffic.bytes_sent += len(payload)
             return await answer
 
         exchanging = loop.create_task(exchange(), name=f"train at {peer.peer_id[-8:]}")

@@ -693,6 +693,7 @@ def test_a_sum_that_does_not_come_or_is_of_other_steps_is_made_again_without_los
     assert route_of(model).traffic.rerouted == (1 if what == "forgets" else 3)
     assert bool(route_of(model).traffic.failures["lost"]) == (what == "dies")
     assert not route_of(model)._sums
+    assert swarm.eventually(lambda: counts(swarm)[2] == 0), "nothing of it stays"
 
 
 def test_an_adapters_gradient_comes_once_for_each_hop_and_keeps_no_rows_waiting(

@@ -369,7 +369,9 @@ async def test_gradients_of_an_adapter_are_added_up_once_each_and_sent_behind_th
         works, gradient = await summed(lesson.client, adapter)
         assert (works, gradient[0]) == ((work_of(6).work,), adapter.values[0] + 1)
         await lesson.client.send(lesson.hop, Forget(works=(work_of(5).work,)))
-        await asyncio.sleep(lesson.training.shelf.limits.lease_s + training.SWEEP_S)  # nobody collects the other sum
+        await asyncio.sleep(1.0)
+        assert len(lesson.training.shelf) == 1, "a sum that nobody collects"
+        await asyncio.sleep(lesson.training.shelf.limits.lease_s + training.SWEEP_S)
         lesson.hop.handler.adapters.clear()
 
 
@@ -469,6 +471,7 @@ def test_a_shelf_never_holds_more_than_it_may_and_knows_how_much(moves: list[tup
         elif move == "drop":
             shelf.drop_works(key[0], {key[1]})
             assert shelf.take(key) is None
+            assert shelf.collect(key[:2]) is None
         elif move == "add":
             work = bytes([size % 5])
             if shelf.add(key[:2], links[owner], work, torch.ones(20), float(now_s)) and work not in sums.setdefault(
