@@ -52,8 +52,8 @@ def most_tokens_per_s() -> float:
     """Whoever deals, step by step if he likes, and however long peers wait for a batch to fill.
 
     A peer that has b users in a batch completes s·b/(A + C·b) tokens per second, which is concave in b: so with n of
-    them on average, idle times included, it completes no more than at n (Jensen). A user is at one peer at a time, so all
-    these n and those at the client add up to USERS (Little): every stage must make do with its third.
+    them on average, idle times included, it completes no more than at n (Jensen). A user is at one peer at a time, so
+    all these n and those at the client add up to USERS (Little): some stage must make do with a third.
     """
 
     def stage_tokens_per_s(users: float) -> float:
