@@ -280,6 +280,7 @@ class Router:
         if kept:
             between = view.candidates(gaps((span for _, span in kept), request.num_blocks))
             if (bridged := bridge(kept, between, request.num_blocks)) is not None:
+                self._take(view, bridged)  # or all sessions that lost one peer would go to the same other one
                 return self._route(view, bridged)
         candidates = view.candidates([BlockSpan(0, request.num_blocks)])
         path = cheapest_path(candidates, request.num_blocks)
@@ -294,10 +295,15 @@ class Router:
             hops = view.kept
         elif request.spread is not None and not previous:
             hops = self._spread(view, hops, request.spread, now_s)
-        if request.spread is not None and (hops != previous or self._estimates.is_new(request.session)):
-            parts = [(view.by_peer[peer], len(span)) for peer, span in hops]
-            self._estimates.on_planned(request.session, parts, view.idle_s(hops), now_s)
+        self._take(view, hops)
         return self._route(view, hops)
+
+    def _take(self, view: _View, hops: Hops) -> None:
+        """Count the route as taken, where it is planned for that and was not before."""
+        request, estimates = view.request, self._estimates
+        if request.spread is not None and (hops != view.previous or estimates.is_new(request.session)):
+            parts = [(view.by_peer[peer], len(span)) for peer, span in hops]
+            estimates.on_planned(request.session, parts, view.idle_s(hops), view.now_s)
 
     def route_s(self, request: RouteRequest, now_s: float) -> float | None:
         """What a step takes over `request.previous`; None while one of its peers is not to be used."""
