@@ -29,7 +29,7 @@ class HopCost(NamedTuple):
     leave_s: float
 
 
-def hop_cost(estimate: PeerEstimate, *, tokens: int, bytes_per_token: int) -> HopCost:
+def hop_cost(estimate: PeerEstimate, *, tokens: float, bytes_per_token: int) -> HopCost:
     """What one step of `tokens` positions costs at a peer, with `bytes_per_token` of hidden state into and out of it.
 
     A frame takes half a round trip into the peer, and the last hop's answer takes half of one back to this node; both
@@ -44,18 +44,18 @@ def hop_cost(estimate: PeerEstimate, *, tokens: int, bytes_per_token: int) -> Ho
     return HopCost(enter_s, block_s(decode_s_per_block, prefill_s_per_token_block, tokens), leave_s)
 
 
-def waits_s(estimate: PeerEstimate, tokens: int) -> float:
+def waits_s(estimate: PeerEstimate, tokens: float) -> float:
     """What a step of `tokens` positions waits at a peer where one of a single position waits `estimate.queue_s`: peers
     are shared, so what takes longer waits as many times longer."""
     _, queue_s, decode_s_per_block, prefill_s_per_token_block, *_ = estimate
     return queue_s * longer(decode_s_per_block, prefill_s_per_token_block, tokens) if queue_s else 0.0
 
 
-def longer(decode_s_per_block: float, prefill_s_per_token_block: float, tokens: int) -> float:
+def longer(decode_s_per_block: float, prefill_s_per_token_block: float, tokens: float) -> float:
     """How many times as long as a step of one position a step of `tokens` takes."""
     return 1 + (tokens - 1) * prefill_s_per_token_block / decode_s_per_block if decode_s_per_block else 1.0
 
 
-def block_s(decode_s_per_block: float, prefill_s_per_token_block: float, tokens: int) -> float:
+def block_s(decode_s_per_block: float, prefill_s_per_token_block: float, tokens: float) -> float:
     """One step through one block: a decode, and a prefill increment for every position after the first."""
     return decode_s_per_block + (tokens - 1) * prefill_s_per_token_block

@@ -18,7 +18,7 @@ SESSIONS_MIN: Final = 32
 """With fewer of its own, a node counts as if it had so many: one session more or less says nothing then."""
 ROOMY: Final = 0.8
 """Up to this part of what it can carry a peer has room: nobody is asked to take a slower way for others."""
-GAIN: Final = 10.0
+GAIN: Final = 30.0
 """Cycles that a route gets dearer by when all of its peers are used by a whole of what they can carry beyond that."""
 
 

@@ -70,6 +70,15 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A route whose hops hold the first positions of what is to be sent: over all of it they need not be sent."""
+
+    hops: tuple[Hop, ...]
+    saves: float
+    """Positions per step, of `RouteRequest.tokens`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouteRequest:
     """What a session wants to do."""
 
@@ -94,6 +103,8 @@ class RouteRequest:
     keep: tuple[Hop, ...] = ()
     """Hops that hold the session, in order: where peers that may be used can serve the blocks between them, these stay
     as they are, and the answer is the cheapest bridge."""
+    kept: Kept | None = None
+    """What an earlier session left behind; without `previous`."""
     spread: float | None = None
     """A number in [0, 1), another one for each session (see `flow.GOLDEN`): of peers that are about as good, it decides
     which, so that they are used in proportion to what the swarm's maximum flow gives them. The route is counted as
@@ -269,6 +280,7 @@ class Router:
         if kept:
             between = view.candidates(gaps((span for _, span in kept), request.num_blocks))
             if (bridged := bridge(kept, between, request.num_blocks)) is not None:
+                self._take(view, bridged)  # or all sessions that lost one peer would go to the same other one
                 return self._route(view, bridged)
         candidates = view.candidates([BlockSpan(0, request.num_blocks)])
         path = cheapest_path(candidates, request.num_blocks)
@@ -279,12 +291,19 @@ class Router:
         if view.whole:
             if view.priced_route_s(hops) > (1 - HYSTERESIS) * view.priced_route_s(previous):
                 hops = previous
+        elif view.kept and view.compared_route_s(view.kept) - view.saved_s() <= view.compared_route_s(hops):
+            hops = view.kept
         elif request.spread is not None and not previous:
             hops = self._spread(view, hops, request.spread, now_s)
-        if request.spread is not None and (hops != previous or self._estimates.is_new(request.session)):
-            parts = [(view.by_peer[peer], len(span)) for peer, span in hops]
-            self._estimates.on_planned(request.session, parts, view.idle_s(hops), now_s)
+        self._take(view, hops)
         return self._route(view, hops)
+
+    def _take(self, view: _View, hops: Hops) -> None:
+        """Count the route as taken, where it is planned for that and was not before."""
+        request, estimates = view.request, self._estimates
+        if request.spread is not None and (hops != view.previous or estimates.is_new(request.session)):
+            parts = [(view.by_peer[peer], len(span)) for peer, span in hops]
+            estimates.on_planned(request.session, parts, view.idle_s(hops), view.now_s)
 
     def route_s(self, request: RouteRequest, now_s: float) -> float | None:
         """What a step takes over `request.previous`; None while one of its peers is not to be used."""
@@ -356,6 +375,14 @@ class Router:
         busy, previous = self._reputation.busy(now_s), _hops_of(request.previous)
         # These hold the session's cache already: how much more they have room for does not matter.
         settled = {peer for peer, _ in previous}
+        kept = () if request.kept is None or previous else tuple((hop.peer_id, hop.span) for hop in request.kept.hops)
+
+        def works(hops: Hops) -> bool:
+            return bool(hops) and all(
+                peer in crowd.by_peer and peer not in excluded and crowd.by_peer[peer].spans.covers(span)
+                for peer, span in hops
+            )
+
         return _View(
             request=request,
             estimates=estimates,
@@ -366,11 +393,8 @@ class Router:
             busy=busy,
             settled=settled,
             previous=previous,
-            whole=bool(previous)
-            and all(
-                peer in crowd.by_peer and peer not in excluded and crowd.by_peer[peer].spans.covers(span)
-                for peer, span in previous
-            ),
+            whole=works(previous),
+            kept=kept if works(kept) else (),
         )
 
     def _crowd(self, snapshot: Snapshot, request: RouteRequest) -> Crowd:
@@ -469,6 +493,8 @@ class _View:
     previous: Hops
     whole: bool
     """Whether `previous` can still be used as it is."""
+    kept: Hops
+    """The hops of `request.kept`, where all of them can be used."""
     _known: dict[PeerId, _Known] = field(default_factory=dict)
     _usable: dict[PeerId, Announcement] | None = None
 
@@ -547,6 +573,22 @@ class _View:
         part_s = len(hops[index][1]) * compared.per_block_s
         part_s += self.compared_entry_s(hops[index - 1][0], peer) if index else compared.enter_s
         return part_s + (self.compared_entry_s(peer, hops[index + 1][0]) if index + 1 < len(hops) else compared.leave_s)
+
+    def saved_s(self) -> float:
+        """What a step over `kept` takes less because of what is held there: its computation, its part of the wait, and
+        the bytes on all ways."""
+        request, saved_s = self.request, 0.0
+        assert request.kept is not None
+        less = max(1.0, request.tokens - request.kept.saves)
+        for index, (peer, span) in enumerate(self.kept):
+            estimate = self.estimate(peer)
+            whole, rest = (
+                hop_cost(estimate, tokens=tokens, bytes_per_token=request.bytes_per_token)
+                for tokens in (request.tokens, less)
+            )
+            saved_s += whole.enter_s - rest.enter_s + len(span) * (whole.per_block_s - rest.per_block_s)
+            saved_s += whole.leave_s - rest.leave_s if index == len(self.kept) - 1 else 0.0
+        return saved_s
 
     def priced_route_s(self, hops: Hops) -> float:
         """`route_s`, and what its peers are made dearer by for this node's other sessions."""

@@ -30,7 +30,7 @@ from routing.health import ModelHealth, coverage
 from routing.hosting import find_adapter
 from routing.ids import PeerId, SessionId
 from routing.records import HostedAdapter
-from routing.router import Hop, Route, RouteRequest
+from routing.router import Hop, Kept, Route, RouteRequest
 from swarm.errors import SessionClosed
 from swarm.network import ClientNode, Entrance, NetworkThread, enter
 from swarm.session.core import (
@@ -56,7 +56,7 @@ from swarm.session.inbox import Inbox
 from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
 from swarm.session.prefix import describe_blocks, prefix_keys
 from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
-from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_tokens, worth_leaving
+from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_saving, usual_tokens, worth_leaving
 from swarm.session.training import TrainingConfig, TrainingRoute
 from swarm.session.trial import Trials
 from swarm.session.uploads import Uploads
@@ -353,6 +353,9 @@ class SwarmRemote:
             self._starting.discard(session)
             session.parent = None
             if session.core is not None:
+                if session.route is not None and not session.prompt_keys:  # something was answered
+                    keys = self._keys(session, (), self._blocks(session, session.length))
+                    self._sessions.kept.add(keys, session.route.hops)
                 self.perform(session, session.core.close())
                 self._forget(session, SessionClosed("the session was released"))
 
@@ -447,6 +450,9 @@ class SwarmRemote:
         return prefix_keys(session.prefix_secret, self.model.model, session.dtype, upstream, blocks, adapter)
 
     def _done(self, session: LiveSession, step: PendingStep, rows: torch.Tensor) -> None:
+        if session.prompt_keys and session.route is not None:
+            self._sessions.kept.add(session.prompt_keys, session.route.hops)
+            session.prompt_keys = ()
         session.rows.pop(step.step, None)
         future = session.futures.pop(step.step, None)
         if future is not None and not future.done():
@@ -457,9 +463,6 @@ class SwarmRemote:
         assert core is not None
         pending = core.pending
         length = max((step.first + step.count for step in pending), default=0)
-        previous = session.route
-        if previous is None and length >= PREFIX_POSITIONS:  # where the last session was, its prompt may be known
-            previous = self._sessions.last_route
         try:
             await self._find_hosted()
         except SwarmError as error:
@@ -467,9 +470,10 @@ class SwarmRemote:
             return
         self._turn = (self._turn + GOLDEN) % 1.0
         request = replace(
-            self._request(need.avoid, previous, length),
+            self._request(need.avoid, session.route, length),
             tokens=usual_tokens([step.count for step in pending]),
             keep=need.keep,
+            kept=None if session.route is not None else self._kept(session, pending, length),
             spread=self._turn,
             session=core.session,
         )
@@ -481,6 +485,13 @@ class SwarmRemote:
             self.perform(session, core.route_ready(route))
             if not core.alive:  # released meanwhile
                 self._client.router.on_ended(core.session)
+
+    def _kept(self, session: LiveSession, pending: Sequence[PendingStep], length: int) -> Kept | None:
+        """Where a session before this one had the longest part of its prompt."""
+        session.prompt_keys = self._keys(session, (), self._blocks(session, length))
+        count, hops = self._sessions.kept.find(session.prompt_keys)
+        saves = usual_saving([step.count for step in pending], count * PREFIX_POSITIONS)
+        return Kept(hops=hops, saves=saves) if count else None
 
     async def _find_hosted(self) -> None:
         """The adapter that the model is to have, among those that peers announce. Raises CallerError, NoRoute."""

@@ -22,6 +22,7 @@ from routing.router import Hop, Route
 from swarm.network import ClientNode
 from swarm.session.core import Action, PendingStep, SendStep, SessionCore
 from swarm.session.history import History
+from swarm.session.kept import KeptPrompts
 from swarm.session.pace import Pace
 from swarm.session.remote import RemoteSession
 from swarm.session.uploads import Uploads
@@ -108,6 +109,7 @@ class LiveSession(RemoteSession):
         "pace",
         "parent",
         "prefix_secret",
+        "prompt_keys",
         "pumping",
         "reconsider_at_s",
         "review_at_s",
@@ -147,6 +149,8 @@ class LiveSession(RemoteSession):
         """The last one that was planned for this session."""
         self.dtype = ""
         """In which its rows travel."""
+        self.prompt_keys: tuple[bytes, ...] = ()
+        """Of the prompt that its first route was planned for, until something is answered."""
         self.offered = 0
         """Positions that the hops of the present route were asked for."""
         self.timings: dict[tuple[PeerId, BlockSpan], HopTiming] = {}
@@ -221,6 +225,7 @@ class Sessions:
     uploads: Uploads
     by_id: dict[SessionId, LiveSession] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
+    kept: KeptPrompts = field(default_factory=KeptPrompts)
     last_route: Route | None = None
     """The one that was installed last."""
     last_hops: tuple[HopTiming, ...] = ()

@@ -27,6 +27,11 @@ def usual_tokens(counts: Sequence[int]) -> int:
     return max(1, round((sum(counts) + ANSWER_STEPS) / (len(counts) + ANSWER_STEPS)))
 
 
+def usual_saving(counts: Sequence[int], held: int) -> float:
+    """By how many positions per step `usual_tokens` is too many where the first `held` need not be sent."""
+    return min(held, sum(counts)) / (len(counts) + ANSWER_STEPS)
+
+
 def next_review_s(age_s: float) -> float:
     """Seconds until a route that is so old is looked at again: always after about as long as before."""
     return min(REVIEW_S_MAX, max(REVIEW_S_MIN, age_s))

@@ -5,7 +5,7 @@ One process, memory transport, real engines, handlers and drivers. The real proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import torch
 from peers.runtime.engine import EngineStats
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.errors import CallerError
+from routing.router import Route, RouteRequest
 from swarm import SwarmModelForCausalLM
+from swarm.session.review import ANSWER_STEPS
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 from tests.numerics.test_trouble import AtToken, generate
@@ -122,6 +124,30 @@ def test_sessions_share_a_beginning_while_they_run(make_swarm: Callable[..., Mem
     assert all(torch.equal(*pair) for pair in zip(results, expected[1:4], strict=True))
     assert skipped(model) == 4 * 2 * BLOCK
     assert swarm.eventually_settled()
+
+
+def test_a_prompt_that_was_seen_before_is_planned_with_what_its_old_route_saves(
+    make_swarm: Callable[..., MemorySwarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_swarm().model()
+    remote = model._remote_layers.remote
+    asked: dict[Hashable, RouteRequest] = {}
+
+    def plan(request: RouteRequest, now_s: float) -> Route:
+        asked.setdefault(request.session, request)
+        return plans(request, now_s)
+
+    plans = remote._client.router.plan
+    monkeypatch.setattr(remote._client.router, "plan", plan)
+    for seed in (1, 2):
+        generate(model, text(160, seed=seed))
+    generate(model, text(160, shared=0, seed=3))
+    asked.pop(None, None)
+    first, again, other = asked.values()
+    assert (first.kept, other.kept) == (None, None)
+    assert again.kept is not None
+    assert again.kept.hops == remote.route.hops
+    assert again.kept.saves == pytest.approx(2 * BLOCK / ANSWER_STEPS, rel=0.05), "fewer, as the prompt has some steps"
 
 
 @pytest.mark.parametrize("dies", [0, 1, 2])

@@ -58,6 +58,20 @@ def test_in_a_crowded_swarm_a_node_shares_its_sessions_out_by_what_peers_can_car
     assert [uses[peer(n)] for n in range(3)] == pytest.approx([48, 48, 24], abs=4)
 
 
+def test_sessions_that_lost_one_peer_are_shared_out_to_those_that_can_take_its_place() -> None:
+    router = Router()
+    router.on_announcements([announcement(peer(n), start, 30 - 15 * n) for n, start in ((0, 15), (1, 0))], NOW_S)
+    routes = [router.plan(replace(REQUEST, spread=n / 40, session=n), NOW_S) for n in range(40)]
+    router.on_announcements(
+        [announcement(peer(n), 15, 30, decode_s_per_block=0.001 + 1e-6 * n, sessions=200) for n in range(2, 6)], NOW_S
+    )
+    uses = Counter[PeerId]()
+    for session, route in enumerate(routes):
+        request = replace(REQUEST, avoid=frozenset({peer(0)}), previous=route, keep=route.hops[:1])
+        uses[router.plan(replace(request, spread=session / 40, session=session), NOW_S).hops[1].peer_id] += 1
+    assert [uses[peer(n)] for n in range(2, 6)] == pytest.approx([10] * 4, abs=2)
+
+
 def test_while_there_is_room_sessions_that_end_leave_the_fastest_peer_the_best() -> None:
     router = Router()
     router.on_announcements([announcement(peer(0), 0, 30), announcement(peer(1), 0, 30)], NOW_S)

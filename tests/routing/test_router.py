@@ -18,7 +18,7 @@ from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.path import Candidate, cheapest_path
 from routing.placement import choose_span
 from routing.records import Announcement, PeerState
-from routing.router import HYSTERESIS, Hop, Route, Router, RouteRequest
+from routing.router import HYSTERESIS, Hop, Kept, Route, Router, RouteRequest
 from tests.routing.swarms import MODEL, NOW_S, OTHER_MODEL, announcement, peer
 
 REQUEST = RouteRequest(model=MODEL, num_blocks=30, bytes_per_token=1152)
@@ -499,6 +499,32 @@ def test_spreading_neither_leaves_the_previous_route_nor_enters_a_full_peer() ->
     for first in (router.plan(replace(REQUEST, spread=at), NOW_S) for at in (0.1, 0.9)):
         for n in range(10):
             assert router.plan(replace(REQUEST, spread=n / 10, previous=first), NOW_S).hops == first.hops
+
+
+@pytest.mark.parametrize(("slower", "saves", "returns"), [(1.2, 3.5, True), (1.5, 3.5, False), (1.2, 1.0, False)])
+@pytest.mark.parametrize("spread", [None, 0.3])
+def test_a_prompt_returns_to_a_slower_route_that_holds_its_beginning_where_that_saves_more_than_it_costs(
+    slower: float, saves: float, returns: bool, spread: float | None
+) -> None:
+    """Each position saved per step is 0.0001 s in each of 30 blocks, and the way for 1,152 bytes twice."""
+    slow = announcement(peer(1), 0, 30, decode_s_per_block=0.001 * slower)
+    router = router_with(announcement(peer(0), 0, 30), slow)
+    there = router.plan(replace(REQUEST, avoid=frozenset({peer(0)})), NOW_S)
+    request = replace(REQUEST, tokens=5, kept=Kept(hops=there.hops, saves=saves), spread=spread)
+    assert peers_of(router.plan(request, NOW_S)) == [peer(1 if returns else 0)]
+    first = router.plan(REQUEST, NOW_S)
+    assert router.plan(replace(request, previous=first), NOW_S).hops == first.hops, "it is somewhere already"
+
+
+def test_a_route_that_holds_a_prompt_counts_for_nothing_without_one_of_its_peers_or_where_that_has_no_room() -> None:
+    router = router_with(announcement(peer(0), 0, 30), *THREE[1:], announcement(peer(3), 0, 10))
+    there = router.plan(replace(REQUEST, avoid=frozenset({peer(0)})), NOW_S)
+    assert len(there.hops) == 3
+    request = replace(REQUEST, tokens=500, cache_tokens=600, kept=Kept(hops=there.hops, saves=490.0))
+    assert router.plan(request, NOW_S).hops == there.hops
+    assert peers_of(router.plan(replace(request, avoid=frozenset({peer(2)})), NOW_S)) == [peer(0)]
+    router.on_announcements([replace(THREE[1], free_tokens=500, sequence=2)], NOW_S)
+    assert peers_of(router.plan(request, NOW_S)) == [peer(0)]
 
 
 def test_an_explanation_prices_the_route_with_each_peer_and_says_why_others_are_left_out() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from swarm.simulation.run import Simulation, simulate
 from swarm.simulation.world import SimulationConfig
+from tests.simulation.optimum import most_tokens_per_s
 
 
 class Closed(Simulation):
@@ -47,6 +48,15 @@ def test_a_gap_is_healed_by_peers_that_can_be_spared_and_by_nobody_else() -> Non
     assert report.moves == report.heals >= 1
     assert report.healed_s_max <= 120, "most of it downloads"
     assert report.samples[-1].covered
+
+
+def test_nobody_could_give_few_users_the_maximum_flow_and_a_good_dealer_could_give_it_to_many() -> None:
+    """So what a simulation lacks at six users per peer is not for want of users."""
+    simulation = Simulation(replace(SMALL, churn_per_hour=0.0))
+    flow = simulation._bound()
+    assert 5 < most_tokens_per_s(simulation, 6) / 6 < 12, "tokens per second of one user who never waits"
+    assert most_tokens_per_s(simulation, 2 * SMALL.peers) < 0.9 * flow
+    assert 0.99 * flow < most_tokens_per_s(simulation, 6 * SMALL.peers) < 1.001 * flow
 
 
 @pytest.mark.parametrize(
