@@ -105,8 +105,8 @@ class Shelf:
         """Add a work's gradient to a sum of this client's, once. Returns whether there was room."""
         known = self._sums.get(key)
         if known is None:
-            if gradient.nbytes > self.room(key[0]):
-                return False
+            if gradient.nbytes > min(self.room(key[0]), self.limits.max_bytes - self.num_bytes):
+                return False  # nothing gives way to a sum, which can be sent instead
             known = self._sums[key] = _Sum(link, {}, gradient.new_zeros(gradient.shape), now_s)
             self._add(key[0], gradient.nbytes)
         if work not in known.works:
