@@ -24,7 +24,8 @@ class SwarmModel:
 
     Padding never travels: where a column is padding the hidden state behind the layers is zero, a label that would be
     predicted from there is ignored, and `generate` goes on behind a right-padded row's last token, where a local model
-    would go on behind its padding. Several threads may use one object.
+    would go on behind its padding; behind a learned prompt a row leaves no positions for padding, as it would alone.
+    Several threads may use one object.
     """
 
     _remote_layers: RemoteLayers

@@ -211,6 +211,7 @@ class RemoteLayers:
                 mask=mask,
                 position_ids=position_ids,
                 gaps=self.remote.training is not None and current_generation(self) is None and past == 0,
+                alone=current_generation(self) is not None,
             ),
             documents=documents,
             attached=with_prefix(self._adapters.read(again=past > cache.before), cache.prefix),
@@ -295,7 +296,7 @@ class RemoteLayers:
 
     def _learn_position_rules(self) -> PositionRules:
         takes_position_ids = "position_ids" in self._parameters
-        counts_kept = False
+        counts_kept, embeds_positions = False, True
         if takes_position_ids:
             # A padded pair of tokens: is the second one at position 1, its column, or at 0, the first that is kept?
             device = self._decoder.device
@@ -304,11 +305,14 @@ class RemoteLayers:
             default_12D = embed_only(self._decoder, pair_12, attention_mask_BT=mask_12)
             by_column_12D = embed_only(self._decoder, pair_12, positions_12, mask_12)
             counts_kept = not torch.equal(default_12D[0, 1], by_column_12D[0, 1])
+            further_12D = embed_only(self._decoder, pair_12, positions_12 + 1, mask_12)
+            embeds_positions = not torch.equal(further_12D, by_column_12D)
         unbounded = getattr(self._config, "alibi", False) or self.regime.kind == "dynamic"
         windows = [getattr(self._config, name, None) for name in WINDOWS]
         return PositionRules(
             takes_position_ids=takes_position_ids,
             counts_kept=counts_kept,
+            embeds_positions=embeds_positions,
             max_positions=None if unbounded else getattr(self._config, "max_position_embeddings", None),
             window=min((window for window in windows if window), default=None),
         )

@@ -29,6 +29,8 @@ class PositionRules:
     """Whether its forward has a `position_ids` argument."""
     counts_kept: bool
     """Whether its own default positions count kept tokens (OPT) rather than columns (Llama)."""
+    embeds_positions: bool = True
+    """Whether what enters its first layer depends on them."""
     max_positions: int | None
     """Positions it was made for, or None when nothing bounds them."""
     window: int | None
@@ -67,15 +69,18 @@ def lay_out(
     mask: object,
     position_ids: Tensor | None,
     gaps: bool = False,
+    alone: bool = False,
 ) -> Layout:
     """Lay out `width` new columns behind `past` cached ones.
 
     `cached_BC` is the `kept_BC` of the previous layout; `lengths` and `offsets` say how many tokens each row holds
     and how far its position ids run ahead of that count (None while it holds none). `gaps`: whether the position ids
-    of a row may leave some out. Raises UnsupportedMask and ContextTooLong.
+    of a row may leave some out. `alone`: where no position ids are given and nothing but layers sees them, a row counts
+    its tokens as it would without padding, wherever that stands in it. Raises UnsupportedMask and ContextTooLong.
     """
     kept_BC = _kept_columns(mask, batch=batch, past=past, width=width, cached_BC=cached_BC)
-    ids_BT = _position_ids(rules, position_ids, kept_BC, batch=batch, past=past, width=width)
+    counts_kept = rules.counts_kept or (alone and not rules.embeds_positions)
+    ids_BT = _position_ids(rules, position_ids, kept_BC, batch=batch, past=past, width=width, counts_kept=counts_kept)
     if kept_BC is not None:
         _refuse_gaps(rules, kept_BC, has_position_ids=ids_BT is not None)
 
@@ -152,13 +157,20 @@ def _kept_columns(mask: object, *, batch: int, past: int, width: int, cached_BC:
 
 
 def _position_ids(
-    rules: PositionRules, position_ids: Tensor | None, kept_BC: Tensor | None, *, batch: int, past: int, width: int
+    rules: PositionRules,
+    position_ids: Tensor | None,
+    kept_BC: Tensor | None,
+    *,
+    batch: int,
+    past: int,
+    width: int,
+    counts_kept: bool,
 ) -> Tensor | None:
     if position_ids is not None:
         if position_ids.shape not in ((batch, width), (1, width)):
             raise UnsupportedMask(f"position ids of shape {tuple(position_ids.shape)} do not fit {(batch, width)}")
         return position_ids.cpu().expand(batch, -1)
-    if kept_BC is not None and rules.takes_position_ids and rules.counts_kept:
+    if kept_BC is not None and rules.takes_position_ids and counts_kept:
         return (kept_BC.long().cumsum(1) - 1).clamp(min=0)[:, past:]
     return None
 

@@ -69,6 +69,21 @@ def test_where_gaps_may_be_they_are_told_and_elsewhere_refused() -> None:
     assert lay(BY_KEPT, mask, width=7, gaps=True).jumps == ((), (), ())
 
 
+def test_rows_that_count_alone_have_no_gaps_where_no_layer_embeds_positions() -> None:
+    relative = PositionRules(
+        takes_position_ids=True, counts_kept=False, embeds_positions=False, max_positions=None, window=None
+    )
+    mask = [[1, 0, 0, 1, 1], [1, 1, 1, 0, 0]]
+    layout = lay(relative, mask, width=5, alone=True)
+    assert columns_of(layout) == [[0, 3, 4], [0, 1, 2]]
+    assert (layout.first_positions, layout.jumps) == ((0, 0), ((), ()))
+    further = [[*row, 1] for row in mask]
+    state = {"past": 5, "cached_BC": layout.kept_BC, "lengths": [3, 3], "offsets": [0, 0]}
+    assert lay(relative, further, width=1, alone=True, **state).first_positions == (3, 3)
+    with pytest.raises(UnsupportedMask, match="one by one"):
+        lay(BY_COLUMN, mask, width=5, alone=True)
+
+
 def test_a_mask_may_be_of_any_number_type_and_of_one_row() -> None:
     for dtype in (torch.bool, torch.int32, torch.float16):
         layout = lay_out(
