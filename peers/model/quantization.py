@@ -41,7 +41,7 @@ def quantize(blocks: nn.Module, quantization: str) -> None:
         return
     format_, changed = Format(quantization), False
     for parent in list(blocks.modules()):
-        if experts.suits(parent):
+        if experts.packable(parent):
             experts.quantize(parent, format_)
             changed = True
         for name, layer in list(parent.named_children()):

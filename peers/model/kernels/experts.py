@@ -24,14 +24,21 @@ OTHERWISE = "grouped_mm"
 """transformers' own implementation for what the library does not do (gradients, another dtype or device)."""
 
 
-def suits(module: nn.Module) -> bool:
-    """Whether `module` holds experts, as transformers decorates them, whose weights stand as the library reads them."""
+def packable(module: nn.Module) -> bool:
+    """Whether `module` holds experts, as transformers decorates them."""
     down = getattr(module, "down_proj", None)
     return (
-        getattr(module, "is_transposed", True) is False
+        isinstance(getattr(module, "is_transposed", None), bool)
         and isinstance(down, nn.Parameter)
         and down.ndim == 3
-        and all(any(weight.stride()) and weight.is_contiguous() for weight in module.parameters())
+        and all(any(weight.stride()) for weight in module.parameters())
+    )
+
+
+def suits(module: Any) -> bool:
+    """Whether `module` holds experts whose weights stand as the library reads them."""
+    return (
+        packable(module) and not module.is_transposed and all(weight.is_contiguous() for weight in module.parameters())
     )
 
 
@@ -46,8 +53,10 @@ def quantize(module: Any, format_: Format) -> None:
     """Give these experts weights in fewer bits."""
     module.hive_kind = module.down_proj.dtype, format_
     for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
-        weight_ENK = getattr(module, name).detach()
-        codes, scales = packed(weight_ENK, format_)
+        weights = getattr(module, name).detach()
+        weight_ENK = weights.transpose(1, 2) if module.is_transposed else weights
+        parts = [packed(weight_NK.contiguous(), format_) for weight_NK in weight_ENK]
+        codes, scales = (torch.stack(each) for each in zip(*parts, strict=True))
         delattr(module, name)
         module.register_buffer(name, codes)
         module.register_buffer(f"{name}_scales", scales)

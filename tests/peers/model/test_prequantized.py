@@ -66,6 +66,24 @@ def write_fp8(folder: Path, family: str) -> None:
     rewrite(folder, family, fp8, encode)
 
 
+def write_mxfp4(folder: Path, family: str) -> None:
+    """As gpt-oss is published: experts in 4 bits, with an exponent for each 32 of them."""
+    tiny = FAMILIES[family]
+    save_checkpoint(replace(tiny, settings={**tiny.settings, "intermediate_size": 64}), folder)
+    tensors, stored = load_file(folder / WEIGHTS), dict[str, Tensor]()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[name] = weight
+            continue
+        experts, inputs, outputs = weight.shape
+        groups = (experts, outputs, inputs // 32)
+        stored[f"{name}_blocks"] = torch.randint(256, (*groups, 16), generator=generator, dtype=torch.uint8)
+        stored[f"{name}_scales"] = torch.randint(121, 124, groups, generator=generator, dtype=torch.uint8)
+    save_file(stored, folder / WEIGHTS, {"format": "pt"})
+    change_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+
+
 def write_compressed_tensors(folder: Path, family: str) -> None:
     def encode(name: str, weight: Tensor) -> dict[str, Tensor]:
         scale = weight.abs().amax(1, keepdim=True) / 127
@@ -115,6 +133,7 @@ def seen_by(model: Any) -> tuple[Tensor, Tensor]:
     [
         (write_fp8, "llama"),
         (write_fp8, "qwen3-moe"),
+        (write_mxfp4, "gpt-oss"),
         pytest.param(
             write_compressed_tensors,
             "llama",

@@ -103,7 +103,7 @@ def _weight(inputs: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt-neox", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt-oss", "gpt-neox", "phi3", "gpt2"])
 def test_a_quantized_span_says_nearly_the_same_in_less_memory(
     family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
