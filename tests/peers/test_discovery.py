@@ -219,3 +219,26 @@ async def test_running_leaves_nothing_behind(reader: Reader) -> None:
     running.cancel()
     await asyncio.wait([running])
     assert asyncio.all_tasks() == before
+
+
+@pytest.mark.looptime
+async def test_it_looks_so_often_that_a_goodbye_is_read_within_five_seconds_however_long_pings_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, looked_s = MemoryNetwork(), list[float]()
+    links = Links(network.transport(READER.peer_id), network="test", software="test")
+    made = Discovery(store=Store(network), router=Router(), links=links, network="test")
+    loop = asyncio.get_running_loop()
+
+    async def look() -> None:
+        looked_s.append(loop.time())
+
+    async def measure(_: object) -> None:
+        await asyncio.sleep(module.PING_TIMEOUT_S)
+
+    monkeypatch.setattr(made, "refresh", look)
+    monkeypatch.setattr(made, "measure", measure)
+    running = asyncio.create_task(made.run())
+    await asyncio.sleep(20)
+    running.cancel()
+    assert looked_s == [0.0, 4.5, 9.0, 13.5, 18.0]
