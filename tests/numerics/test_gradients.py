@@ -404,7 +404,7 @@ def test_a_slow_peer_is_waited_for_and_then_left(
     backward = peer.training._backward
 
     async def slowly(*arguments: Any) -> Any:
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(2.0)
         return await backward(*arguments)
 
     monkeypatch.setattr(peer.training, "_backward", slowly)
