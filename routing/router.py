@@ -278,11 +278,12 @@ class Router:
             (h.peer_id, h.span) for h in request.keep if h.peer_id in usable and usable[h.peer_id].spans.covers(h.span)
         ]
         if kept:
-            between = view.candidates(gaps((span for _, span in kept), request.num_blocks))
+            missing = gaps((span for _, span in kept), request.num_blocks)
+            between = view.candidates(missing) if missing else []
             if (bridged := bridge(kept, between, request.num_blocks)) is not None:
                 self._take(view, bridged)  # or all sessions that lost one peer would go to the same other one
                 return self._route(view, bridged)
-        candidates = view.candidates([BlockSpan(0, request.num_blocks)])
+        candidates = view.candidates()
         path = cheapest_path(candidates, request.num_blocks)
         if path is None:
             late = self._reputation.late(now_s) - request.avoid
@@ -511,13 +512,13 @@ class _View:
             self._usable = usable | {a.peer_id: a for a in strangers}
         return self._usable
 
-    def candidates(self, within: Sequence[BlockSpan]) -> list[Candidate]:
-        """Whoever may serve any of these blocks."""
+    def candidates(self, within: Sequence[BlockSpan] = ()) -> list[Candidate]:
+        """Whoever may serve any of these blocks; without any, everybody."""
         return [
             Candidate(peer, span, self.compared(peer))
             for peer, a in self.usable.items()
             for span in a.spans.parts
-            if any(span.start < part.end and part.start < span.end for part in within)
+            if not within or any(span.start < part.end and part.start < span.end for part in within)
         ]
 
     @property
