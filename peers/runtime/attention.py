@@ -15,7 +15,9 @@ what a session has of its past is asked of the table (`pages`) that a layer goes
 
 from __future__ import annotations
 
+import functools
 import threading
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -152,15 +154,25 @@ class RaggedBatch:
         library: Pool | None = None,
         whole: Whole | None = None,
     ) -> None:
-        self.positions_T = torch.tensor([p for s in tables[0] for p in range(s.start, s.end)], device=device)
+        self.positions = array("q", [p for s in tables[0] for p in range(s.start, s.end)])
+        """Absolute, of the packed rows."""
         self._tables = tables
-        self._slots = [
-            torch.tensor([slot for s in segments for slot in last_slots(s)], device=device) for segments in tables
-        ]
+        self._slots = [array("q", [slot for s in segments for slot in last_slots(s)]) for segments in tables]
         self._rows = list(accumulate((segment.tokens for segment in tables[0]), initial=0))
+        self._device = device
         self._pools = iter(pools)
         self._library = library
         self._whole = whole
+
+    @functools.cached_property
+    def positions_T(self) -> Tensor:  # noqa: N802  # a tensor, named by its shape
+        """`positions`, on the device."""
+        return torch.frombuffer(self.positions, dtype=torch.long).to(self._device)
+
+    @functools.cached_property
+    def _slots_T(self) -> list[Tensor]:  # noqa: N802
+        """Of each table: where the keys and values of the rows go, on the device."""
+        return [torch.frombuffer(slots, dtype=torch.long).to(self._device) for slots in self._slots]
 
     def attend(
         self,
@@ -174,8 +186,8 @@ class RaggedBatch:
     ) -> Tensor:
         pool = next(self._pools)
         keys, values = pool.keys_1JSK, pool.values_1JSV
-        keys.index_copy_(2, self._slots[pool.table], k_1JTK)
-        values.index_copy_(2, self._slots[pool.table], v_1JTV)
+        keys.index_copy_(2, self._slots_T[pool.table], k_1JTK)
+        values.index_copy_(2, self._slots_T[pool.table], v_1JTV)
         if self._whole is not None:
             segments = self._tables[pool.table]
             out_1THV = self._whole(segments, q_1HTK, pool, pattern, scale, softcap, sinks_H)
@@ -215,9 +227,7 @@ class RaggedBatch:
 
     def _plan(self, pattern: Pattern, table: int, like: Tensor) -> Plan:
         others: list[tuple[int, View]] = []
-        segments: list[tuple[int, int, int, int]] = []
-        runs: list[tuple[int, int]] = []
-        positions = 0
+        segments, runs, positions = array("q"), array("q"), 0
         causal = pattern.function is causal_mask_function
         for index, segment in enumerate(self._tables[table]):
             short = self._library is not None and segment.tokens <= SHORT_TOKENS and (causal or segment.tokens == 1)
@@ -231,12 +241,13 @@ class RaggedBatch:
             if not short:
                 others.append((index, view))
                 continue
-            segments.append((self._rows[index], segment.tokens, len(runs), len(view.runs)))
-            runs += view.runs
-            positions += sum(count for _, count in view.runs)
+            segments.extend((self._rows[index], segment.tokens, len(runs) // 2, len(view.runs)))
+            for first, count in view.runs:
+                runs.extend((first, count))
+                positions += count
         if not segments:
             return Plan(None, others)
-        return Plan(Visits(torch.tensor(segments), torch.tensor(runs), positions, self._slots[table]), others)
+        return Plan(Visits(segments, runs, positions, self._slots[table]), others)
 
 
 def attend_one(

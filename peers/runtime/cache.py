@@ -92,8 +92,9 @@ class SpanCache(Protocol):
         `between` is called between blocks, and may run a forward of other sessions.
         """
 
-    def is_plain(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
-        """Whether such a forward is one call of the library: it then runs as well in any thread."""
+    def at_once(self, chunk: Chunk, hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor | None:
+        """As `forward` of one chunk without an adapter, where that is one call of the library, which any thread may
+        make, outside of inference mode too; else None, and nothing has happened."""
 
     def prepare(self) -> Iterator[None]:
         """What makes later forwards faster and takes a second, in steps between which forwards may run."""
@@ -165,7 +166,41 @@ class PagedCache:
         regime_length: int,
         between: Callable[[], None] | None = None,
     ) -> Tensor:
-        tables = [
+        tables = self._segments(chunks)
+        adapting = _adapting(self._model, span, chunks, self._fittings)
+        short = between is None and self._is_recorded(len(hidden_TH), span, regime_length)
+        programs = self._programs if short else None
+        if programs is not None and self._graphs is not None and adapting is None:
+            output_1TH = self._graphs(hidden_TH[None], tables)
+            if output_1TH is not None:
+                return output_1TH[0]
+        pools = self._pools[span.start - self._model.span.start :]
+        batch = RaggedBatch(tables, pools, self._model.device, self._library, self._whole)
+        if programs is not None:
+            output_TH = None if self._tapes is None else self._tapes(hidden_TH, batch, adapting)
+            if output_TH is None and adapting is None:
+                output_TH = programs(hidden_TH[None], batch.positions_T[None], batch)[0]
+            if output_TH is not None:
+                return output_TH
+        with attending(batch) as cache, adapting or nullcontext():
+            return self._model.forward(
+                hidden_TH[None],
+                batch.positions_T[None],
+                span=span,
+                past_key_values=cache,
+                regime_length=regime_length,
+                between=between if adapting is None else adapting.around(between),
+            )[0]
+
+    def at_once(self, chunk: Chunk, hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor | None:
+        tapes = self._tapes
+        if tapes is None or not (tapes.is_plain(chunk.tokens) and self._is_recorded(chunk.tokens, span, regime_length)):
+            return None
+        return tapes(hidden_TH, RaggedBatch(self._segments([chunk]), (), self._model.device, self._library))
+
+    def _segments(self, chunks: Sequence[Chunk]) -> list[list[Segment]]:
+        """Of each table."""
+        return [
             [
                 Segment(
                     start=chunk.start,
@@ -177,35 +212,6 @@ class PagedCache:
             ]
             for table in range(len(self._pages.windows))
         ]
-        adapting = _adapting(self._model, span, chunks, self._fittings)
-        short = between is None and self._is_recorded(len(hidden_TH), span, regime_length)
-        programs = self._programs if short else None
-        if programs is not None and self._graphs is not None and adapting is None:
-            output_1TH = self._graphs(hidden_TH[None], tables)
-            if output_1TH is not None:
-                return output_1TH[0]
-        pools = self._pools[span.start - self._model.span.start :]
-        batch = RaggedBatch(tables, pools, self._model.device, self._library, self._whole)
-        if programs is not None:
-            output_1TH = None if self._tapes is None else self._tapes(hidden_TH[None], batch, adapting)
-            if output_1TH is None and adapting is None:
-                output_1TH = programs(hidden_TH[None], batch.positions_T[None], batch)
-            if output_1TH is not None:
-                return output_1TH[0]
-        with attending(batch) as cache, adapting or nullcontext():
-            return self._model.forward(
-                hidden_TH[None],
-                batch.positions_T[None],
-                span=span,
-                past_key_values=cache,
-                regime_length=regime_length,
-                between=between if adapting is None else adapting.around(between),
-            )[0]
-
-    def is_plain(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
-        return (
-            self._tapes is not None and self._is_recorded(tokens, span, regime_length) and self._tapes.is_plain(tokens)
-        )
 
     def _is_recorded(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
         """Whether a program, where there is one, says the same as the model for such a forward."""
@@ -364,8 +370,8 @@ class SoloCache:
         self._caches[chunk.session] = cache
         return output_1TH[0]
 
-    def is_plain(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
-        return False
+    def at_once(self, chunk: Chunk, hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor | None:
+        return None
 
     def prepare(self) -> Iterator[None]:
         return iter(())

@@ -4,10 +4,10 @@ Owns the sessions' positions, the queue and the thread; decisions are taken by `
 forward is `cache`'s. Knows no network, no step ids and no leases.
 
 The event loop posts works and awaits them; the thread takes what is queued, runs it, and posts the results back. Both
-sides touch the books only under one lock, which is never held while the model runs, so that a release or a cancellation
-takes effect at once, or, for what is in the running forward, when that ends.
+sides touch the books only under one lock, which is never held while the thread runs the model, so that a release or a
+cancellation takes effect at once, or, for what is in the running forward, when that ends.
 
-The thread lends its turn to the event loop for one kind of work: the next token of a session that nobody else's work
+One kind of work runs in the event loop itself (`Engine.at_once`): the next token of a session that nobody else's work
 came between, where that is a moment in the library. Two threads that wake each other would take a good part of it.
 """
 
@@ -37,7 +37,7 @@ from peers.runtime.pages import PagePool
 from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import grow_or_preempt
 from peers.runtime.program import TOKENS_MAX
-from peers.runtime.scheduler import MIN_TOKEN_BUDGET, Item, Pace, Pick, Scheduler, Tempo
+from peers.runtime.scheduler import MIN_TOKEN_BUDGET, STEP_TOKENS, Item, Pace, Pick, Scheduler, Tempo
 from peers.tally import Tally
 from peers.wire.messages import Urgency
 from peers.wire.tensors import finite
@@ -262,8 +262,6 @@ class Engine:
         """Whether the cache has nothing more to prepare."""
         self._alone = False
         """Whether torch computes in this thread alone, which is when the library's threads have the other cores."""
-        self._lent = False
-        """Whether it is the event loop's turn to compute."""
         self._last_session: int | None = None
         """Whose work was the last forward, where it had one to itself."""
         self._stopping = False
@@ -360,17 +358,32 @@ class Engine:
         self._check(work)
         with self._wake:
             ticket = self._submit(work)
-            if self._is_moment(ticket):
-                self._lent = True
-                self._loop.call_soon(self._run_here)  # after all that arrived with it
-            else:
-                self._wake.notify()
+            self._wake.notify()
         try:
             return await ticket.future
         except asyncio.CancelledError:
             with self._wake:
                 self._retire(ticket)
             raise
+
+    def at_once(self, work: Work) -> Done | None:
+        """What `run` would return, computed in this call; None, and nothing has happened, unless the work is the next
+        token, or a few, of the session that had the last forward to itself, nobody waits, and it is soon done.
+
+        Raises ComputeFailed, NonFiniteOutput, Unavailable.
+        """
+        with self._wake:  # the thread sleeps: what it could be doing was asked first
+            session = self._sessions.get(work.session)
+            if session is None or not (self._is_moment(work) and self._goes_on(session, work)):
+                return None
+            try:
+                return self._step_here(session, work)
+            except SwarmError:
+                raise
+            except Exception as error:  # the books are wrong
+                logger.exception("the engine ends")
+                self._break(error)
+                raise Unavailable("this peer is shutting down") from error
 
     async def run_between(self, owner: PeerId, job: Job[T]) -> tuple[T, float]:
         """Run a long job piece by piece, in the engine's thread, where forwards leave room (see `errands`): its result
@@ -536,38 +549,60 @@ class Engine:
             self._cache.fork(parent.number, child.number, position)
         child.span, child.held, child.before, child.preempted = parent.span, position, parent.before, False
 
-    def _is_moment(self, ticket: _Ticket) -> bool:
-        """Whether this work is the only one, and soon done without torch's threads."""
+    def _is_moment(self, work: Work) -> bool:
+        """Whether this work would be the only one, and soon done without torch's threads."""
+        tokens = work.hidden.shape[0]
         return (
-            self._is_only()
-            and ticket.session.number == self._last_session
-            and ticket.item.is_step
-            and ticket.work.adapter is None
+            self._prepared
+            and not (self._tickets or self._running or self._errands or self._stopping)
+            and 0 < tokens <= STEP_TOKENS
+            and work.urgency == Urgency.INTERACTIVE
             and self._tempo.step_s <= MOMENT_S
-            and not self._tempo.is_long(ticket.item.tokens)
-            and self._cache.is_plain(ticket.item.tokens, ticket.work.span, ticket.work.longest)
+            and not self._tempo.is_long(tokens)
         )
 
-    def _is_only(self) -> bool:
-        return self._prepared and len(self._tickets) == 1 and not (self._running or self._errands or self._stopping)
+    def _goes_on(self, session: _Session, work: Work) -> bool:
+        """Whether the work goes on where the last forward ended, with nothing to be undone or checked."""
+        return (
+            session.number == self._last_session
+            and work.adapter is None
+            and work.parent is None
+            and session.span == work.span
+            and session.before == 0
+            and 0 < session.held == work.start == self._pages.length(session.number)
+            and work.hidden.shape[1:] == (self.model.hidden_size,)
+        )
 
-    def _run_here(self) -> None:
-        """Run the only work in this thread, unless it is no longer that."""
-        with self._wake:
-            picks = self._scheduler.next_batch(self._pace()) if self._is_only() else []
-            batch = self._begin_all([(self._tickets[pick.work], pick) for pick in picks])
-            self._running = {ticket.session.number for ticket, _ in batch}
-        if batch:
-            try:
-                with torch.inference_mode():
-                    self._run_batch(batch)
-            except Exception as error:  # the books are wrong
-                logger.exception("the engine ends")
-                self._break(error)
-        with self._wake:
-            self._lent = False
-            if self._tickets or self._errands or self._stopping:
-                self._wake.notify()
+    def _step_here(self, session: _Session, work: Work) -> Done | None:
+        began_s = time.perf_counter()
+        number, start, tokens = session.number, work.start, work.hidden.shape[0]
+        end = start + tokens
+        self._pages.slide(number)
+        if (copies := self._pages.grow(number, end)) is None:
+            return None  # others must give way
+        try:
+            self._cache.copy(copies)
+            hidden_TH = work.hidden if work.hidden.dtype is self.model.dtype else work.hidden.to(self.model.dtype)
+            chunk = Chunk(session=number, start=start, tokens=tokens)
+            output_TH = self._cache.at_once(chunk, hidden_TH, work.span, work.longest)
+        except Exception as error:  # this work fails, the engine lives on
+            logger.exception("a forward failed")
+            self._shorten(session)
+            raise ComputeFailed("this peer failed to compute the step") from error
+        if output_TH is None:
+            self._shorten(session)
+            return None
+        self._prefixes.begun(number, start, end)
+        now_s = time.perf_counter()
+        compute_s = now_s - began_s
+        self._note_forward(1, tokens, compute_s, steps=tokens)
+        self._note_steps([(session, began_s)], now_s)
+        if not finite(output_TH):
+            self._shorten(session)
+            raise _non_finite()
+        session.held = end
+        self._prefixes.computed(number, end)
+        return Done(hidden=output_TH, queue_s=0.0, compute_s=compute_s)
 
     def _next(self) -> int:
         self._count += 1
@@ -711,9 +746,7 @@ class Engine:
         job's piece goes first."""
         with self._wake:
             while self._tickets or not self._stopping:
-                if self._lent:
-                    self._wake.wait()
-                elif self._errands.due or not (picks := self._scheduler.next_batch(self._pace())):
+                if self._errands.due or not (picks := self._scheduler.next_batch(self._pace())):
                     pause_s = self._pause_s()
                     if not self._prepared or pause_s == 0:
                         return []
@@ -847,9 +880,8 @@ class Engine:
             inputs.append(ticket.work.hidden[pick.offset : pick.offset + pick.tokens].to(self.model.dtype))
         hidden_TH = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         alone = self._alone
-        if not self._lent:  # then torch has nothing to share out
-            # in a short forward it has little, and its helpers would stand in the way of the library's
-            self._share_cores(self._accelerated and len(hidden_TH) <= TOKENS_MAX)
+        # in a short forward torch has little to share out, and its helpers would stand in the way of the library's
+        self._share_cores(self._accelerated and len(hidden_TH) <= TOKENS_MAX)
         try:
             return self._cache.forward(
                 chunks,
@@ -878,17 +910,14 @@ class Engine:
         with self._wake:
             self._leave(batch)
             self._last_session = batch[0][0].session.number if len(batch) == 1 else None
-            self._batch_works.add(len(batch))
-            self._batch_tokens.add(len(output_TH))
             steps = sum(pick.tokens for ticket, pick in batch if ticket.item.is_step)
-            self._tempo.measured(compute_s, steps=steps, longer=len(output_TH) - steps)
+            self._note_forward(len(batch), len(output_TH), compute_s, steps=steps)
             now_s = time.perf_counter()
             if steps:
-                self._last_step_s = now_s
-                self._note_steps([ticket for ticket, _ in batch if ticket.item.is_step], now_s)
+                self._note_steps([(t.session, t.submitted_s) for t, _ in batch if t.item.is_step], now_s)
             for (ticket, pick), output in zip(batch, outputs, strict=True):
                 if not all_finite and not finite(output):
-                    self._fail_late(ticket, NonFiniteOutput("the model made NaN or infinity of this session's input"))
+                    self._fail_late(ticket, _non_finite())
                     continue
                 ticket.compute_s += compute_s
                 result = ticket.result = _filled(ticket.result, pick.offset, output, len(ticket.work.hidden))
@@ -903,17 +932,23 @@ class Engine:
                     queue_s = max(0.0, now_s - ticket.submitted_s - ticket.compute_s)
                     done = Done(hidden=result, queue_s=queue_s, compute_s=ticket.compute_s)
                     answers.append((ticket.future, done))
-        if self._lent:
-            _answer_all(answers)
-        elif answers:
+        if answers:
             self._loop.call_soon_threadsafe(_answer_all, answers)
 
-    def _note_steps(self, steps: Sequence[_Ticket], now_s: float) -> None:
-        gaps_s = [now_s - step.session.stepped_at_s for step in steps]
-        gap_s = min(gaps_s)
-        self._tempo.answered(max(now_s - step.submitted_s for step in steps), gap_s if gap_s < DECODING_S else None)
-        for step in steps:
-            step.session.stepped_at_s = now_s
+    def _note_forward(self, works: int, tokens: int, compute_s: float, *, steps: int) -> None:
+        """`steps`: how many of the tokens are of steps."""
+        self._batch_works.add(works)
+        self._batch_tokens.add(tokens)
+        self._tempo.measured(compute_s, steps=steps, longer=tokens - steps)
+
+    def _note_steps(self, steps: Sequence[tuple[_Session, float]], now_s: float) -> None:
+        """These steps are done: of whom, and when they had come."""
+        self._last_step_s = now_s
+        gap_s = min(now_s - session.stepped_at_s for session, _ in steps)
+        longest_s = now_s - min(submitted_s for _, submitted_s in steps)
+        self._tempo.answered(longest_s, gap_s if gap_s < DECODING_S else None)
+        for session, _ in steps:
+            session.stepped_at_s = now_s
 
     def _fail_late(self, ticket: _Ticket, error: SwarmError) -> None:
         """Fail a work of the forward that just ended, unless it was settled meanwhile."""
@@ -948,6 +983,10 @@ def _filled(result: Tensor | None, offset: int, output: Tensor, length: int) -> 
             result = torch.empty(length, output.shape[1], dtype=output.dtype)
     result[offset : offset + len(output)] = output
     return result
+
+
+def _non_finite() -> NonFiniteOutput:
+    return NonFiniteOutput("the model made NaN or infinity of this session's input")
 
 
 def _settle(future: asyncio.Future[None]) -> None:

@@ -132,6 +132,13 @@ class JoinedEngine:
             raise
         return done
 
+    def at_once(self, work: Work) -> Done | None:
+        """As `Engine.at_once`, where one engine has all of the work's blocks."""
+        parts = self.parts(work.span)
+        if len(parts) != 1 or work.session not in self._lives:
+            return None
+        return parts[0][0].at_once(work)
+
     def release(self, session: SessionKey) -> None:
         self._lives.pop(session, None)
         for engine in self._engines:

@@ -424,6 +424,8 @@ class _Tape:
     """Tensors whose addresses are in the instructions."""
     stops: frozenset[Place]
     """Layers to which adapters can add."""
+    code: Tensor | None
+    """The instructions, where one call of the library is all there is."""
 
 
 class Tapes:
@@ -446,9 +448,10 @@ class Tapes:
         self._stopping: dict[int, _Tape | None] = {}
         """Likewise those that stop behind linear layers, for what adapters add."""
 
-    def __call__(self, hidden_1TH: Tensor, batch: RaggedBatch, adapting: Adapting | None = None) -> Tensor | None:
-        """What the program makes of it, with what `adapting` adds, [1, T, H]; None where the library cannot."""
-        tokens = hidden_1TH.shape[1]
+    def __call__(self, hidden_xTH: Tensor, batch: RaggedBatch, adapting: Adapting | None = None) -> Tensor | None:
+        """What the program makes of [T, H] or [1, T, H], with what `adapting` adds, in the same shape and memory of its
+        own; None where the library cannot, and nothing was written."""
+        tokens = hidden_xTH.shape[-2]
         tapes, adaptable = (self._tapes, {}) if adapting is None else (self._stopping, self._adaptable)
         if tokens not in tapes:
             tapes[tokens] = self._write(tokens, adaptable)
@@ -456,13 +459,17 @@ class Tapes:
         if tape is None or (adapting is not None and not tape.stops.issuperset(adapting.layers)):
             return None
         patterns = [Pattern(pattern.function) for pattern in self._programs.recordings[tokens > 1][1].patterns]
-        visits = batch.visits([(patterns[number], table) for number, table in tape.uses], hidden_1TH)
+        visits = batch.visits([(patterns[number], table) for number, table in tape.uses], hidden_xTH)
         if visits is None:
             return None
-        hidden_1TH = hidden_1TH.contiguous()
-        output_1TH = torch.empty_like(hidden_1TH)
-        tensors = (hidden_1TH, batch.positions_T, self._arena, output_1TH)
-        bases = [tensor.data_ptr() for tensor in tensors]
+        hidden_xTH = hidden_xTH.contiguous()
+        output_xTH = torch.empty_like(hidden_xTH)
+        positions = batch.positions.buffer_info()[0]
+        bases = (hidden_xTH.data_ptr(), positions, self._arena.data_ptr(), output_xTH.data_ptr())
+        if tape.code is not None:
+            self._library.run(tape.code, bases, visits)
+            return output_xTH
+        tensors = (hidden_xTH, batch.positions_T, self._arena, output_xTH)
         for part in tape.parts:
             if isinstance(part, _Outside):
                 part.run(tensors)
@@ -471,12 +478,12 @@ class Tapes:
                 part.run(tensors, adapting)
             else:
                 self._library.run(part, bases, visits)
-        return output_1TH
+        return output_xTH
 
     def is_plain(self, tokens: int) -> bool:
-        """Whether there is a tape for so many positions, and it is calls of the library alone."""
+        """Whether there is a tape for so many positions, and it is one call of the library."""
         tape = self._tapes.get(tokens)
-        return tape is not None and all(isinstance(part, Tensor) for part in tape.parts)
+        return tape is not None and tape.code is not None
 
     def agree(self, hidden_1TH: Tensor, batch: RaggedBatch, expected_1TH: Tensor) -> bool:
         """Whether there is a tape for this forward, and it says the same as its program."""
@@ -504,4 +511,5 @@ class Tapes:
             steps: list[Any] = list(group)
             parts += [torch.from_numpy(np.stack(steps))] if inside else steps
         stops = frozenset(part.layer for part in parts if isinstance(part, _Adding))
-        return _Tape(parts, written.uses, written.kept, stops)
+        code = parts[0] if len(parts) == 1 and isinstance(parts[0], Tensor) else None
+        return _Tape(parts, written.uses, written.kept, stops, code)

@@ -306,12 +306,35 @@ class Handler:
                 parent=_parent(message) if verdict.forks else None,
                 urgency=message.urgency,
             )
-            work_on = self._compute(link, entry, message, verdict, work, payload_bytes)
-            self._steps.spawn(work_on, name=f"step {entry.place}")
+            if entry.adapter is not None or not self._compute_now(link, entry, message, verdict, work, payload_bytes):
+                work_on = self._compute(link, entry, message, verdict, work, payload_bytes)
+                self._steps.spawn(work_on, name=f"step {entry.place}")
             return
         self.admission.finish(link.remote, payload_bytes)
         if isinstance(verdict, Repeat):
             await self.pusher.deliver(entry, verdict.answer)
+
+    def _compute_now(
+        self, link: Link, entry: Entry[Delivery, Link], step: Step, run: Run, work: Work, payload_bytes: int
+    ) -> bool:
+        """A lone session's next token, from its coming to its going without a wait, and so without a task; False where
+        it is not that, and nothing has happened."""
+        try:
+            done = self._engine.at_once(work)
+        except (PeerError, Unavailable) as error:
+            self.admission.finish(link.remote, payload_bytes)
+            if (failure := self._failed(entry, step, run, error)) is not None:
+                self._steps.spawn(_tell(entry.owner_link, failure), name=f"step {entry.place}")
+            return True
+        if done is None:
+            return False
+        self.admission.finish(link.remote, payload_bytes)
+        delivery = self._completed(entry, step, run, done)
+        if delivery is not None and not self.pusher.deliver_now(entry, delivery):
+            self._steps.spawn(self._deliver(entry, step, done, delivery), name=f"step {entry.place}")
+        else:
+            self.counts.steps.add(step.count, done.queue_s, done.compute_s, 0.0)
+        return True
 
     async def _compute(
         self, link: Link, entry: Entry[Delivery, Link], step: Step, run: Run, work: Work, payload_bytes: int
@@ -324,27 +347,43 @@ class Handler:
             with self._works.one(entry.place):
                 done = await self._engine.run(work)
         except (CallerError, PeerError, Unavailable) as error:
-            logger.info("step %s of %s: %s", step.step, entry.place, error)
-            if self.ledger.failed(entry, run):
-                await _tell(entry.owner_link, self._failure(error, step.session, step.block, step.epoch, step.step))
+            if (failure := self._failed(entry, step, run, error)) is not None:
+                await _tell(entry.owner_link, failure)
             return
         finally:
             self.admission.finish(link.remote, payload_bytes)
             if self.ledger.get(entry.place) is None:
                 self.release(entry.place)
-        self.speeds.add(len(entry.span), step.count, done.compute_s, done.queue_s, self._clock())
+        if (delivery := self._completed(entry, step, run, done)) is not None:
+            await self._deliver(entry, step, done, delivery)
+
+    def _failed(self, entry: Entry[Delivery, Link], step: Step, run: Run, error: SwarmError) -> Failed | None:
+        """What the client is told, if it still wants to know."""
+        logger.info("step %s of %s: %s", step.step, entry.place, error)
+        if not self.ledger.failed(entry, run):
+            return None
+        return self._failure(error, step.session, step.block, step.epoch, step.step)
+
+    def _completed(self, entry: Entry[Delivery, Link], step: Step, run: Run, done: Done) -> Delivery | None:
+        """What is to be sent for a step that was computed, if anybody still wants it."""
+        now_s = self._clock()
+        self.speeds.add(len(entry.span), step.count, done.compute_s, done.queue_s, now_s)
         self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
         self.counts.tokens[kind_of(step.count)] += step.count
         output = None if entry.next is None else tensors.pack(done.hidden, step.dtype)
         delivery = _delivery(entry, step, done, output)
-        if self.ledger.completed(entry, run, delivery, len(delivery.payload), self._clock()):
-            if output is not None:
-                self.journal.append(entry.place, step.first, step.count, step.dtype, output)
-            computed_s, send_s = self._clock(), 0.0
-            if step.epoch == entry.epoch:  # else it is on another route by now, which asks for the output itself
-                await self.pusher.deliver(entry, delivery)
-                send_s = self._clock() - computed_s
-            self.counts.steps.add(step.count, done.queue_s, done.compute_s, send_s)
+        if not self.ledger.completed(entry, run, delivery, len(delivery.payload), now_s):
+            return None
+        if output is not None:
+            self.journal.append(entry.place, step.first, step.count, step.dtype, output)
+        return delivery
+
+    async def _deliver(self, entry: Entry[Delivery, Link], step: Step, done: Done, delivery: Delivery) -> None:
+        computed_s, send_s = self._clock(), 0.0
+        if step.epoch == entry.epoch:  # else it is on another route by now, which asks for the output itself
+            await self.pusher.deliver(entry, delivery)
+            send_s = self._clock() - computed_s
+        self.counts.steps.add(step.count, done.queue_s, done.compute_s, send_s)
 
     async def _replay(self, link: Link, message: Replay, _: memoryview) -> None:
         try:

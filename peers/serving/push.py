@@ -116,6 +116,23 @@ class Pusher:
         if await self._to_client(entry, relay, delivery):
             self.counts.relayed += 1
 
+    def deliver_now(self, entry: Entry[Delivery, Link], delivery: Delivery) -> bool:
+        """As `deliver`, if nothing has to be waited for; else False, and nothing was sent."""
+        message = delivery.message
+        if delivery.bulk:
+            return False
+        if isinstance(message, Result):
+            sent = entry.owner_link.send_now(message, delivery.payload)
+            self.counts.returned += sent
+            return sent
+        assert entry.next is not None
+        link = self._links.known(entry.next)
+        if link is None or not link.wanted or entry.relay_until_s > self._clock():
+            return False
+        sent = link.send_now(message, delivery.payload)
+        self.counts.pushed += sent
+        return sent
+
     async def feed(
         self, entry: Entry[Delivery, Link], delivery: Delivery, to: PeerId, addresses: Sequence[str]
     ) -> None:

@@ -147,6 +147,16 @@ class Link:
             await self.close()
             raise
 
+    def send_now(self, message: AnyMessage, payload: codec.Buffer = b"") -> bool:
+        """As `send` in the small lane, if nothing has to be waited for; else, or where the link is closed, False, and
+        nothing was sent."""
+        lane = self._lanes.get(SMALL)
+        if self.closed or lane is None or not lane.ready or self._owner.upload is not None:
+            return False
+        self.used_at_s = asyncio.get_running_loop().time()
+        lane.send_now(message, payload)
+        return True
+
     def _worth_timing(self, size: int, now_s: float) -> bool:
         quiet, self._bulk_at_s = now_s - self._bulk_at_s >= QUIET_S, now_s
         wanted = self._owner.on_transfer is not None and self.outbound and not self._timing
@@ -272,6 +282,17 @@ class Lane:
         frame.parts += (head, payload)
         frame.size += size
         return frame
+
+    def send_now(self, message: AnyMessage, payload: codec.Buffer) -> None:
+        """While it is `ready`: at once, or with what leaves at the end of this turn. Raises CallerError as `post`."""
+        if self._next is not None:
+            self.post(message, payload)
+            return
+        head = codec.encode(message, _size(payload))
+        self.stream.send_now(head, payload)
+        size = len(head) + _size(payload)
+        self.queued_bytes += size
+        self._volume.sent_bytes += size
 
     async def close(self) -> None:
         """As of the stream."""
@@ -588,16 +609,16 @@ class Links:
             await link.close()
 
     async def _dispatch(self, link: Link, message: AnyMessage, payload: memoryview) -> None:
-        if isinstance(message, Ping):
+        if (receiver := self._receivers.get(type(message))) is not None:
+            link.used_at_s = asyncio.get_running_loop().time()
+            await receiver(link, message, payload)
+        elif isinstance(message, Ping):
             pong = self.pong(message.nonce)
             await link.send(replace(pong, status=self.status()) if message.detail else pong)
         elif isinstance(message, Pong | Traced | DialBackReply):
             waiting_link, future = self._requests.get(message.nonce, (None, None))
             if future is not None and waiting_link is link and not future.done():
                 future.set_result(message)
-        elif (receiver := self._receivers.get(type(message))) is not None:
-            link.used_at_s = asyncio.get_running_loop().time()
-            await receiver(link, message, payload)
         else:
             raise ProtocolError(f"{link.remote} sent {type(message).__name__}, which nothing here expects")
 

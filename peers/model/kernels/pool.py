@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,17 +29,30 @@ WEIGHTS = ("", "int8", "int4", "nf4")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Visits:
-    """What some rows of a forward attend to; the same for every layer that sees alike."""
+    """What some rows of a forward attend to; the same for every layer that sees alike.
 
-    segments_n4: Tensor
-    """int64: first row, rows, first run, runs. The rows are the last positions of those runs, each seeing itself and
-    what came before."""
-    runs_n2: Tensor
-    """int64: first slot, slots; of each segment in order."""
+    Arrays of 64-bit integers, because to make a tensor of a few numbers takes torch ten times as long.
+    """
+
+    segments: array[int]
+    """Four numbers for each segment: first row, rows, first run, runs. The rows are the last positions of those runs,
+    each seeing itself and what came before."""
+    runs: array[int]
+    """Two for each run: first slot, slots; of each segment in order."""
     positions: int
     """Of all segments together."""
-    slots_T: Tensor
-    """int64: where the keys and values of each of the forward's positions go."""
+    slots: array[int]
+    """Where the keys and values of each of the forward's positions go."""
+
+    def words(self) -> tuple[int, int, int, int, int]:
+        """The library's structure, good for as long as this object is."""
+        return (
+            self.segments.buffer_info()[0],
+            len(self.segments) // 4,
+            self.runs.buffer_info()[0],
+            self.positions,
+            self.slots.buffer_info()[0],
+        )
 
 
 class Pool:
@@ -116,6 +130,7 @@ class Pool:
         if q_1HTK.stride(3) != 1:
             q_1HTK = q_1HTK.contiguous()
         sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
+        segments, num_segments, runs, positions, _ = visits.words()
         self._attend(
             self._pool,
             INPUTS.index(q_1HTK.dtype),
@@ -123,36 +138,22 @@ class Pool:
             keys_1JSK.data_ptr(),
             values_1JSV.data_ptr(),
             out_THV.data_ptr(),
-            visits.segments_n4.data_ptr(),
-            len(visits.segments_n4),
-            visits.runs_n2.data_ptr(),
+            segments,
+            num_segments,
+            runs,
             None if sinks_H is None else sinks_H.data_ptr(),
             *(H, J, K, V, S, q_1HTK.stride(1), q_1HTK.stride(2)),
             scale,
             softcap or 0.0,
-            visits.positions,
+            positions,
         )
 
     def run(self, code: Tensor, bases: Sequence[int], visits: Sequence[Visits]) -> None:
         """Carry out the instructions of `tape.cpp`, whose operands lie relative to the addresses `bases`."""
-        seen = [
-            part
-            for each in visits
-            for part in (
-                each.segments_n4.data_ptr(),
-                len(each.segments_n4),
-                each.runs_n2.data_ptr(),
-                each.positions,
-                each.slots_T.data_ptr(),
-            )
-        ]
-        self._run(
-            self._pool,
-            code.data_ptr(),
-            len(code),
-            (ctypes.c_void_p * len(bases))(*bases),
-            (ctypes.c_int64 * max(1, len(seen)))(*seen),
-        )
+        places, seen = array("q", bases), array("q")
+        for each in visits:
+            seen.extend(each.words())
+        self._run(self._pool, code.data_ptr(), code.shape[0], places.buffer_info()[0], seen.buffer_info()[0])
 
 
 def pool_for(device: torch.device, threads: int) -> Pool | None:

@@ -150,6 +150,19 @@ class Sequence:
         assert_same(done.hidden, expected)
         return done
 
+    def at_once(self, tokens: int = 1) -> bool:
+        """Run new tokens in this call, if the engine does, and check the output; else nothing has happened."""
+        start = self.length
+        self.seed += 1
+        self.steps.append(random_ids(tokens, self.seed))
+        hidden, expected = self.local.follow(self.steps)
+        done = self.engine.at_once(self.work(start, hidden))
+        if done is None:
+            self.steps.pop()
+            return False
+        assert_same(done.hidden, expected)
+        return True
+
     async def replay(self) -> Done:
         """Send everything again from position 0, step by step, to a session that lost it; returns the last answer."""
         for count, step in enumerate(self.steps, start=1):

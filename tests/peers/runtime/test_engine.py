@@ -54,8 +54,6 @@ class Gate:
 
     def __init__(self, of: Engine | SpanModel) -> None:
         owner: Any = of._cache if isinstance(of, Engine) else of
-        if isinstance(of, Engine):
-            of._is_moment = lambda _: False  # type: ignore[method-assign]  # the event loop must not stop there
         self._forward = owner.forward
         self._open = threading.Event()
         self._reached = threading.Event()
@@ -607,18 +605,6 @@ async def test_a_start_that_is_cancelled_says_nothing_to_who_no_longer_waits() -
     assert not complaints
 
 
-def record_threads(engine: Engine) -> list[bool]:
-    """For each forward from now on, whether it ran in this thread."""
-    here, forward, threads = threading.get_ident(), engine._cache.forward, list[bool]()
-
-    def recorded(*args: Any, **kwargs: Any) -> Tensor:
-        threads.append(threading.get_ident() == here)
-        return forward(*args, **kwargs)
-
-    engine._cache.forward = recorded  # type: ignore[method-assign]
-    return threads
-
-
 @pytest.fixture
 def momentary(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library multiplies, and whatever it does takes but a moment."""
@@ -628,43 +614,71 @@ def momentary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("momentary")
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
 async def test_tokens_of_a_lone_session_are_computed_where_they_arrive(
-    local: Local, monkeypatch: pytest.MonkeyPatch
+    family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running(local.cut()) as engine:
+    local = Local(family, SPAN)
+    async with running(local.cut(), slack=4) as engine:
         await engine.prepared()
         one, other = Sequence(local, engine), Sequence(local, engine, seed=50)
-        threads = record_threads(engine)
-        for tokens in (20, 1, 1, 1):
-            await one.step(tokens)
-        assert threads == [False, False, True, True]  # a tape is written by the engine's thread, with its first token
-        threads.clear()
+        assert not one.at_once()
+        await one.step(20)
+        assert not one.at_once()  # a tape is written by the engine's thread, with its first token
+        await one.step(1)
+        assert all(one.at_once() for _ in range(30))  # over the ends of pages, and of windows
         await other.step(1)
-        await one.step(1)
+        assert not one.at_once(), "somebody else's work came between"
         await together(one.step(1), other.step(1))
-        assert not any(threads)  # somebody else's work came between, or with it
+        assert not one.at_once(), "or with it"
         await one.step(1)
+        one.roll_back(one.length - 2)
+        assert not one.at_once(), "it is no next token"
+        await one.step(1)
+        assert one.at_once()
+        child = one.fork(one.length - 1)
+        await child.step(1)
+        await one.step(1)
+        assert one.at_once(), "which shares pages with another"
+        await child.step(1)
+        assert child.at_once()
         monkeypatch.setattr(engine_module, "MOMENT_S", 0.0)
-        await one.step(1)
-        await one.step(1)
-        assert not any(threads)
+        assert not child.at_once()
+        for sequence in (one, other, child):
+            engine.release(sequence.session)
+        assert_all_free(engine)
 
 
 @pytest.mark.usefixtures("momentary")
-async def test_what_is_released_before_its_turn_is_not_computed_where_it_arrived(local: Local) -> None:
+async def test_what_is_known_no_more_or_waits_is_not_computed_where_it_arrives(local: Local) -> None:
     async with running(local.cut()) as engine:
         await engine.prepared()
         session = new_session()
         for start in range(2):
             await engine.run(work(session, start, 1))
-        threads = record_threads(engine)
-        last = asyncio.create_task(engine.run(work(session, 2, 1)))
-        asyncio.get_running_loop().call_soon(engine.release, session)  # behind its submission, before its turn
-        with pytest.raises(SessionReleased):
-            await last
-        assert not threads
-        assert_all_free(engine)
-        await engine.run(work(session, 0, 1))
+        assert engine.at_once(work(session, 2, 1)) is not None
+        waiting = asyncio.create_task(engine.run(work(new_session(), 0, 1)))
+        await asyncio.sleep(0)
+        assert engine.at_once(work(session, 3, 1)) is None
+        await waiting
+        await engine.run(work(session, 3, 1))
+        engine.release(session)
+        assert engine.at_once(work(session, 4, 1)) is None
+
+
+@pytest.mark.usefixtures("momentary")
+async def test_a_session_whose_next_page_is_somebody_elses_waits_for_its_turn(local: Local) -> None:
+    async with running(local.cut(), cache_tokens=16) as engine:
+        await engine.prepared()
+        other, session = new_session(), new_session()
+        await engine.run(work(other, 0, 9))
+        for start in range(3):
+            await engine.run(work(session, start, 1))
+        assert engine.at_once(work(session, 3, 1)) is not None
+        assert engine.at_once(work(session, 4, 1)) is None
+        assert engine.held(session) == 4
+        with pytest.raises(Preempted):  # who is younger gives way
+            await engine.run(work(session, 4, 1))
 
 
 @pytest.mark.usefixtures("momentary")
@@ -674,10 +688,21 @@ async def test_a_work_that_fails_where_it_arrived_fails_alone(local: Local) -> N
         session = new_session()
         for start in range(2):
             await engine.run(work(session, start, 1))
-        threads, bad = record_threads(engine), work(session, 2, 1)
+        bad = work(session, 2, 1)
         bad.hidden[:] = torch.nan
         with pytest.raises(NonFiniteOutput):
-            await engine.run(bad)
-        await engine.run(work(session, 2, 1))
+            engine.at_once(bad)
+        assert engine.held(session) == 2
+        once, forward = engine._cache.at_once, RuntimeError("no memory")
+
+        def fail(*_: Any) -> None:
+            raise forward
+
+        engine._cache.at_once = fail  # type: ignore[method-assign,assignment]
+        with pytest.raises(ComputeFailed):
+            engine.at_once(work(session, 2, 1))
+        engine._cache.at_once = once  # type: ignore[method-assign]
+        assert engine.at_once(work(session, 2, 1)) is not None
         assert engine.held(session) == 3
-        assert threads == [True, True]
+        engine.release(session)
+        assert_all_free(engine)

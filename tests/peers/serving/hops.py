@@ -64,6 +64,8 @@ class ToyEngine:
         self.compute_s = 0.005
         self.errors: list[Exception] = []
         """Raised by the next works, one each."""
+        self.momentary = False
+        """Whether the next step of a session is computed in the call that asks for it."""
         self._turn = asyncio.Lock()
         self._ended: dict[SessionKey, asyncio.Event] = {}
 
@@ -86,6 +88,14 @@ class ToyEngine:
     def linear_shape(block: int, path: str) -> tuple[int, int] | None:
         return (HIDDEN, 2) if path == "proj" else None
 
+    def at_once(self, work: Work) -> Done | None:
+        held = self.sessions.get(work.session)
+        if not self.momentary or self._turn.locked() or held is None or work.start != len(held):
+            return None
+        if self.errors:
+            raise self.errors.pop(0)
+        return self._done(work, held)
+
     async def run(self, work: Work) -> Done:
         if self.errors:
             raise self.errors.pop(0)
@@ -102,9 +112,12 @@ class ToyEngine:
                 held = self.sessions[work.parent[0]][: work.parent[1]]
             if work.start > len(held):
                 raise PositionGap(work.start, len(held))
-            self.ran.append(work)
-            held = self.sessions[work.session] = torch.cat([held[: work.start], work.hidden.float()])
-            return Done(hidden=through(work.span, held)[work.start :], queue_s=0.0, compute_s=self.compute_s)
+            return self._done(work, held)
+
+    def _done(self, work: Work, held: Tensor) -> Done:
+        self.ran.append(work)
+        held = self.sessions[work.session] = torch.cat([held[: work.start], work.hidden.float()])
+        return Done(hidden=through(work.span, held)[work.start :], queue_s=0.0, compute_s=self.compute_s)
 
     def release(self, session: SessionKey) -> None:
         self.sessions.pop(session, None)

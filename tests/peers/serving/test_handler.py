@@ -18,7 +18,7 @@ from peers.wire import codec
 from peers.wire.messages import MAX_HOPS, Code, Failed, Opened, Relay, Trace, Traced
 from routing.errors import PeerError, Unavailable
 from routing.ids import Place
-from tests.peers.serving.hops import HIDDEN, Client, Hop, Route, expected, rows, session_id, step_of
+from tests.peers.serving.hops import HIDDEN, LATENCY_S, Client, Hop, Route, expected, rows, session_id, step_of
 
 pytestmark = pytest.mark.looptime
 
@@ -176,6 +176,61 @@ async def test_a_repeated_step_returns_the_stored_answer_without_running_again()
         assert [len(hop.engine.ran) for hop in route.hops] == [1, 1, 1]
 
 
+async def test_a_step_that_is_computed_at_once_is_answered_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Route() as route:
+        client = route.client
+        await client.open(route.hops)
+        await client.step(route.hops[0], 1, 0, 5)
+        assert torch.equal(await client.result(), expected(route.hops, 0, 5))
+        for hop in route.hops:
+            hop.engine.momentary = True
+            monkeypatch.setattr(hop.handler._steps, "spawn", None)  # no task is needed
+        started_s = asyncio.get_running_loop().time()
+        for step in (2, 2, 3):
+            await client.step(route.hops[0], step, 3 + step)
+            assert torch.equal(await client.result(), expected(route.hops, 3 + step, 4 + step))
+        assert asyncio.get_running_loop().time() - started_s == pytest.approx(3 * 4 * LATENCY_S)
+        for hop in route.hops:
+            assert len(hop.engine.ran) == 3
+            assert hop.handler.counts.tokens == {"decode": 7}
+            assert not any(account.bytes_in_flight for account in hop.admission.accounts.values())
+        assert route.hops[0].journal.start(Place(session_id(1), 0), 7) == 0
+        assert [hop.handler.pusher.counts.pushed for hop in route.hops] == [4, 4, 0]
+        assert route.hops[2].handler.pusher.counts.returned == 4
+
+
+async def test_a_step_that_fails_at_once_is_told_to_the_client_who_may_repeat_it() -> None:
+    async with Alone() as route:
+        await route.client.open(route.hops)
+        await runs(route.client, route.hop, 1, 0, 5)
+        route.hop.engine.momentary = True
+        route.hop.engine.errors.append(ComputeFailed("broken"))
+        await route.client.step(route.hop, 2, 5)
+        assert await route.client.refusal() == Code.INTERNAL
+        await runs(route.client, route.hop, 3, 5)
+
+
+async def test_what_is_computed_at_once_waits_for_a_successor_that_reads_nothing_and_nobody_waits_for_it() -> None:
+    async with Route(2) as route:
+        client, (first, second) = route.client, route.hops
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        await client.result()
+        first.engine.momentary = second.engine.momentary = True
+        route.network.partition([first.peer_id, client.transport.peer_id], [second.peer_id])
+        link = first.links.known(second.peer_id)
+        assert link is not None
+        lane = link._lanes[links.SMALL]
+        lane.stream.other._room.clear()  # type: ignore[attr-defined]
+        await client.step(first, 2, 5)
+        await asyncio.sleep(1.0)
+        await client.links.ping(first.peer_id)
+        assert len(first.engine.ran) == 2
+        lane.stream.other._room.set()  # type: ignore[attr-defined]
+        route.network.partition()
+        assert torch.equal(await client.result(), expected(route.hops, 5, 6))
+
+
 async def test_a_step_repeated_while_it_runs_is_answered_once() -> None:
     async with Alone() as route:
         client, hop = route.client, route.hop
@@ -196,8 +251,7 @@ async def test_a_stored_answer_keeps_no_more_memory_than_its_rows() -> None:
         entry = route.hop.ledger.get(Place(session_id(1), 0))
         assert entry is not None
         (kept,) = entry.answers.values()
-        array: Any = kept.answer.payload.obj
-        assert array.base.untyped_storage().nbytes() == 4 * HIDDEN, "and not all 500 rows"
+        assert memoryview(kept.answer.payload.obj).nbytes == 4 * HIDDEN, "and not all 500 rows"
 
 
 async def test_a_step_lower_than_what_is_held_rolls_back() -> None:

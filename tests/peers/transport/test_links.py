@@ -712,6 +712,29 @@ async def test_what_several_tasks_send_in_one_turn_travels_in_one_frame(world: W
     await third.close()
 
 
+async def test_what_is_sent_at_once_leaves_behind_what_waits_for_the_end_of_the_turn_and_never_waits(
+    world: World, capped: Node
+) -> None:
+    link = await world.dial()
+    before = world.one.links.volume.sent_bytes
+    assert link.send_now(*step(1, 4))
+    await link.send(*step(2))
+    assert link.send_now(*step(3))
+    await asyncio.sleep(0.1)
+    assert world.other.numbers() == [1, 2, 3]
+    assert [size for _, _, size in world.other.received] == [4, 0, 0]
+    assert world.one.links.volume.sent_bytes - before == world.other.links.volume.received_bytes - before
+    link._lanes[SMALL].stream.other._room.clear()  # type: ignore[attr-defined]
+    assert not link.send_now(*step(4))
+    link._lanes[SMALL].stream.other._room.set()  # type: ignore[attr-defined]
+    await link.close()
+    assert not link.send_now(*step(5))
+    slow = await capped.links.to(OTHER, world.other.transport.addresses)
+    assert not slow.send_now(*step(6)), "its bytes take turns"
+    await asyncio.sleep(0.1)
+    assert world.other.numbers() == [1, 2, 3]
+
+
 async def test_messages_of_one_frame_are_dispatched_in_order(world: World) -> None:
     stream = await world.raw()
     await stream.receive()
