@@ -203,7 +203,7 @@ async def test_a_peer_measures_itself_at_its_first_start_and_remembers_it(tmp_pa
 async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_from_the_first_start_on(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for share in ("JOURNAL_SHARE", "TRAINING_SHARE", "ADAPTER_SHARE"):
+    for share in ("JOURNAL_SHARE", "TRAINING_SHARE", "ADAPTER_SHARE", "IN_FLIGHT_SHARE"):
         monkeypatch.setattr(capacity, share, 0.0)  # whose size would depend on the memory that is allowed below
     plan = plan_capacity(FAMILIES["llama"].config(), device="cpu", max_memory_bytes=4 << 30)
     half_bytes = plan.max_blocks * plan.cache_tokens * plan.request.sizes.token_bytes // 2
