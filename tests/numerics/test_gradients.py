@@ -670,6 +670,7 @@ def test_a_sum_that_does_not_come_or_is_of_other_steps_is_made_again_without_los
 ) -> None:
     tuned, whole = adapted(model, "q_proj"), adapted(copy.deepcopy(local), "q_proj")
     gradients_of_adapter(tuned, batch())
+    before = counts(swarm)[2]  # what other tests began and did not end waits for its lease
     used = route_of(model).route.hops[-1].peer_id  # the first in a backward: all others still go on meanwhile
     (peer,) = (peer for peer in swarm.peers if peer.links.transport.peer_id == used)
     summed, happened = peer.training._summed, list[bool]()
@@ -693,7 +694,7 @@ def test_a_sum_that_does_not_come_or_is_of_other_steps_is_made_again_without_los
     assert route_of(model).traffic.rerouted == (1 if what == "forgets" else 3)
     assert bool(route_of(model).traffic.failures["lost"]) == (what == "dies")
     assert not route_of(model)._sums
-    assert swarm.eventually(lambda: counts(swarm)[2] == 0), "nothing of it stays"
+    assert swarm.eventually(lambda: counts(swarm)[2] <= before), "nothing of it stays"
 
 
 def test_an_adapters_gradient_comes_once_for_each_hop_and_keeps_no_rows_waiting(
