@@ -18,7 +18,7 @@ from peers.transport.patience import Patience
 from peers.transport.tasks import Tasks
 from routing.errors import InvalidRecord, NoRoute, PeerError, Unavailable
 from routing.ids import ModelId, PeerId
-from routing.records import RECORD_RENEW_S, Announcement, index_keys, model_keys, verify_record
+from routing.records import Announcement, index_keys, model_keys, verify_record
 from routing.router import Route, Router, RouteRequest
 from routing.store import RecordStore, StoredRecord
 
@@ -37,6 +37,8 @@ PING_AGAIN_TIMEOUT_S, PING_AGAIN_TIMEOUT_S_MAX = 1.5, 6.0
 """Of peers that did not answer before, while somebody waits for them: twice as long each time that they do not."""
 MISSED_MAX = 2
 """So many pings in a row that nobody answers count as a failure; a connection that ends or is refused does at once."""
+PING_SILENT_EVERY_S = READ_EVERY_S / 2
+"""Of those that did not answer: at every look, however long this and the last one took to read."""
 PING_EVERY_S = 30.0
 MAX_PINGS_PER_ROUND = 8
 
@@ -129,7 +131,7 @@ class Discovery:
             for peer in peers
             if peer.peer_id != self._links.transport.peer_id
             and now_s - self._pinged_at_s.get(peer.peer_id, 0.0)
-            >= (RECORD_RENEW_S if peer.peer_id in silent else PING_EVERY_S)
+            >= (PING_SILENT_EVERY_S if peer.peer_id in silent else PING_EVERY_S)
         ]
         known = {peer.peer_id for peer in peers}
         self._pinged_at_s = {peer: at_s for peer, at_s in self._pinged_at_s.items() if peer in known}

@@ -1,7 +1,8 @@
 """Runs a simulated swarm second by second, with the decisions of real nodes.
 
-Owns time, churn, queues and what is counted. Nodes read records and renew them every RECORD_RENEW_S, as real ones do,
-so everybody decides from what is some seconds old. Deterministic: same configuration, same report.
+Owns time, churn, queues and what is counted. Nodes renew records every RECORD_RENEW_S, as real ones do, and read them
+as often, real ones a little oftener: everybody decides from what is some seconds old. Deterministic: same
+configuration, same report.
 """
 
 from __future__ import annotations

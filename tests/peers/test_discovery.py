@@ -12,6 +12,7 @@ import pytest
 
 from peers import discovery as module
 from peers.discovery import Discovery
+from peers.errors import PeerSilent
 from peers.transport.links import Links
 from peers.transport.memory import MemoryNetwork, MemoryStore
 from routing.errors import NoRoute, Unavailable
@@ -242,3 +243,23 @@ async def test_it_looks_so_often_that_a_goodbye_is_read_within_five_seconds_howe
     await asyncio.sleep(20)
     running.cancel()
     assert looked_s == [0.0, 4.5, 9.0, 13.5, 18.0]
+
+
+async def test_those_that_did_not_answer_are_asked_at_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, clock, asked = MemoryNetwork(), [0.0], list[tuple[float, str]]()
+    links = Links(network.transport(READER.peer_id), network="test", software="test")
+    made = Discovery(store=Store(network), router=Router(), links=links, network="test", clock=lambda: clock[0])
+    known = [announcement(key, expires_at_s=2000.0) for key in (PEER, OTHER)]
+
+    async def ping(peer: str, *_: object, **__: object) -> tuple[float, None]:
+        asked.append((clock[0], peer))
+        if peer == OTHER.peer_id:
+            raise PeerSilent("nothing is heard")
+        return 0.01, None
+
+    monkeypatch.setattr(links, "ping", ping)
+    looks_s = [1000.0, 1000.0 + module.READ_EVERY_S - 0.1, 1000.0 + 2 * module.READ_EVERY_S]
+    for clock[0] in looks_s:
+        await made.measure(known)
+    assert [peer for _, peer in asked].count(PEER.peer_id) == 1
+    assert [at_s for at_s, peer in asked if peer == OTHER.peer_id] == looks_s
