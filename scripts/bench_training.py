@@ -75,7 +75,7 @@ def measure(
             figures.update(compared)
         for method in CONFIGS:
             for number in range(rounds + 1):
-                speeds = [step_rate(one, method, rows(ids, 64)) for one in (local, model)]
+                speeds = [step_rate(one, method, rows(ids, 64), number) for one in (local, model)]
                 if number:  # the first round warms both up
                     note(figures, f"local {method}, 8 × 64: tokens/s", speeds[0])
                     note(figures, f"swarm {method}, 8 × 64: tokens/s", speeds[1])
@@ -103,9 +103,9 @@ def entered(initial_peers: list[str]) -> Any:
 
 
 @contextlib.contextmanager
-def tuned(model: Any, method: str) -> Iterator[Any]:
-    """With a fresh adapter, always the same, which is off `model` again afterwards."""
-    torch.manual_seed(0)
+def tuned(model: Any, method: str, seed: int = 0) -> Iterator[Any]:
+    """With a fresh adapter, the same for a seed, which is off `model` again afterwards."""
+    torch.manual_seed(seed)
     adapted = get_peft_model(model, copy.deepcopy(CONFIGS[method])).train()
     try:
         yield adapted
@@ -157,9 +157,12 @@ def compare_curves(
     }
 
 
-def step_rate(model: Any, method: str, data: torch.Tensor) -> float:
-    """Tokens per second of forward and backward of one batch of eight rows."""
-    with tuned(model, method) as adapted:
+def step_rate(model: Any, method: str, data: torch.Tensor, seed: int) -> float:
+    """Tokens per second of forward and backward of one batch of eight rows.
+
+    Another seed is another adapter, as after an optimizer's step: peers have to be sent it.
+    """
+    with tuned(model, method, seed) as adapted:
         started_s = time.perf_counter()
         loss_of(adapted, data[:8]).backward()
         return data[:8].numel() / (time.perf_counter() - started_s)
@@ -224,7 +227,7 @@ def memory(data: torch.Tensor, threads: int) -> float:
         watcher.start()
         try:
             with ThreadPoolExecutor(TRAINERS) as pool:
-                list(pool.map(lambda model: step_rate(model, "lora", data), models))
+                list(pool.map(lambda seed: step_rate(models[seed], "lora", data, seed), range(TRAINERS)))
         finally:
             ended.set()
             watcher.join()
@@ -250,7 +253,8 @@ def over_links(figures: Figures, data: torch.Tensor, rounds: int, say: Callable[
         network = Network(["entry", *hosts, "user"], seed=1, profile=PROFILES[name])
         with network, LabSwarm(network, MODEL, hosts) as swarm:
             model = swarm.add_user("user").model
-            speeds[name] = [step_rate(model, "lora", data) for _ in range(rounds + 2)][2:]  # the first ones warm up
+            rates = [step_rate(model, "lora", data, number) for number in range(rounds + 2)]
+            speeds[name] = rates[2:]  # the first ones warm up
         say(f"links as of {name} done")
     for near, far in zip(speeds["loopback"], speeds["wan"], strict=True):
         note(figures, "lora at 100 ms and 100 Mbit/s / loopback", far / near)
