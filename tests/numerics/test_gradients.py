@@ -40,7 +40,7 @@ from routing.router import Hop
 from swarm import SwarmModelForSequenceClassification
 from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedMask
 from swarm.models.classification import with_class_head
-from swarm.session import training as client
+from swarm.session import exchange as client
 from swarm.session.training import TrainingConfig, TrainingRoute, machines, micro_batches
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
@@ -693,7 +693,7 @@ def test_a_sum_that_does_not_come_or_is_of_other_steps_is_made_again_without_los
     assert happened
     assert route_of(model).traffic.rerouted == (1 if what == "forgets" else 3)
     assert bool(route_of(model).traffic.failures["lost"]) == (what == "dies")
-    assert not route_of(model)._sums
+    assert not route_of(model)._exchange._sums
     assert swarm.eventually(lambda: counts(swarm)[2] <= before), "nothing of it stays"
 
 
@@ -706,10 +706,10 @@ def test_an_adapters_gradient_comes_once_for_each_hop_and_keeps_no_rows_waiting(
     async def hear(link: Any, message: Any, payload: memoryview) -> None:
         if isinstance(message, AdapterGradient):
             heard[link.remote].append("sum")
-            await route._adapter_gradient(link, message, payload)
+            await route._exchange._adapter_gradient(link, message, payload)
         else:
             heard[link.remote].append("gradient" if message.backward else "output")
-            await route._trained(link, message, payload)
+            await route._exchange._trained(link, message, payload)
 
     for kind in (Trained, AdapterGradient):
         swarm._guests[-1].client.links.handle(kind, hear)

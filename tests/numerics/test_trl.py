@@ -25,7 +25,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from swarm import SwarmModelForCausalLM
 from swarm.cli import finetune as view
-from swarm.session.training import TrainingConfig, TrainingRoute, TrainingTraffic
+from swarm.session.exchange import TrainingTraffic
+from swarm.session.training import TrainingConfig, TrainingRoute
 from swarm.training.finetune import CURVE_FILE, LOSSES_FILE, FinetuneConfig, Step
 from tests.helpers.families import FAMILIES, GROUPED, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
