@@ -9,7 +9,6 @@ eight train at once; how long another user's tokens take meanwhile.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from typing import Any
 
 import psutil
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm import SwarmModelForCausalLM
@@ -35,11 +34,10 @@ MODEL = "smollm2-135m-instruct"
 SPANS = [(0, 10), (10, 20), (20, 30)]
 ROWS, WIDTH = 2, 32
 """Of a batch whose loss is compared; speed is measured with 8 × 64."""
-CONFIGS = {
-    "lora": LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, target_modules=["q_proj", "v_proj"]),
-    "prompt": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=16),
-}
-RATES = {"lora": 2e-4, "prompt": 1e-2}
+METHODS = ("lora", "prompt")
+RATES = {"lora": 2e-4, "prompt": 1e-3}
+"""With prompts of random numbers, or ten times as fast, runs are chaotic: a local one whose gradients are disturbed by
+3e-7 of their length then differs from itself by some percent, and nothing can be compared."""
 LIMIT_GB = 2
 TRAINERS = 8
 MUST = {
@@ -69,11 +67,11 @@ def measure(
     text = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(ROOT.glob("*/README.md")))
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     with LocalSwarm(MODEL, SPANS, threads=threads) as swarm, entered(swarm.initial_peers) as model:
-        for method in CONFIGS:
+        for method in METHODS:
             say(f"{steps} steps of {method}, local and through peers")
             curves[method], compared = compare_curves(local, model, method, rows(ids, WIDTH), steps)
             figures.update(compared)
-        for method in CONFIGS:
+        for method in METHODS:
             for number in range(rounds + 1):
                 speeds = [step_rate(one, method, rows(ids, 64), number) for one in (local, model)]
                 if number:  # the first round warms both up
@@ -106,13 +104,25 @@ def entered(initial_peers: list[str]) -> Any:
 def tuned(model: Any, method: str, seed: int = 0) -> Iterator[Any]:
     """With a fresh adapter, the same for a seed, which is off `model` again afterwards."""
     torch.manual_seed(seed)
-    adapted = get_peft_model(model, copy.deepcopy(CONFIGS[method])).train()
+    adapted = get_peft_model(model, adapter(method)).train()
     try:
         yield adapted
     finally:
         if method == "lora":
             adapted.unload()
         model.eval()
+
+
+def adapter(method: str) -> PeftConfig:
+    if method == "lora":
+        return LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, target_modules=["q_proj", "v_proj"])
+    return PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=16,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text="Plain words about a swarm of peers that compute a language model together:",
+        tokenizer_name_or_path=str(model_folder(MODEL)),
+    )
 
 
 def loss_of(model: Any, batch: torch.Tensor) -> torch.Tensor:
