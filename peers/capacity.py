@@ -191,8 +191,8 @@ def plan_capacity(
         ),
         num_blocks=total_blocks,
         max_positions=max_positions(config),
-        # blocks that store unlike things share no memory, and so keep everything (`runtime.cache`)
-        windows=anatomy.windows if len(set(anatomy.kv_shapes)) == 1 else (None,),
+        windows=anatomy.windows,
+        shares=tuple(shape.elements for shape in anatomy.kv_shapes),
         blocks=num_blocks if blocks is None else blocks.num_blocks,
         cache_tokens=cache_tokens,
     )

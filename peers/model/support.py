@@ -233,7 +233,8 @@ class _Watch:
     num_layers: int
     running: int | None = None
     ran: int = 0
-    leaf: Tensor | None = None
+    leaves: list[Tensor] = field(default_factory=list)
+    """Of autograd, one for each block that ran: what it was handed."""
     handed_on: Tensor | None = None
     stored: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     attended: int = 0
@@ -264,12 +265,19 @@ class _Watch:
         if self.handed_on is not None and hidden is not self.handed_on:
             raise self.refuse(f"block {index} does not take what block {index - 1} returns")
         others = (*args[1:], *(value for key, value in kwargs.items() if key != name))
-        if any(tensor.requires_grad for tensor in _tensors(others)):
-            raise self.refuse("its blocks take inputs of their own beside the hidden states")
+        for tensor in _tensors(others):
+            if tensor.requires_grad:
+                used = _leaves(tensor)
+                source = next((block for block, leaf in enumerate(self.leaves) if id(leaf) in used), None)
+                if source is None:
+                    raise self.refuse("its blocks take inputs of their own beside the hidden states")
+                raise self.refuse(
+                    f"block {index} is handed what block {source} made, such as keys and values they share"
+                )
         self.hidden_size = hidden.shape[-1]
         self.running, self.attended, self.stored = index, 0, []
-        self.leaf = hidden.detach().requires_grad_()
-        fresh = self.leaf.clone()  # not the leaf itself: blocks may work in place
+        self.leaves.append(hidden.detach().requires_grad_())
+        fresh = self.leaves[-1].clone()  # not the leaf itself: blocks may work in place
         return ((fresh, *args[1:]), kwargs) if args else (args, {**kwargs, name: fresh})
 
     def leave(self, index: int, output: Any) -> Any:
@@ -285,7 +293,7 @@ class _Watch:
         if any(stored_under != cache_index for stored_under, _, _ in self.stored):
             raise self.refuse(f"block {index} stores keys and values under another block's number")
         for tensor in (hidden, *(tensor for _, *pair in self.stored for tensor in pair)):
-            if _leaves(tensor) - {id(self.leaf)}:
+            if _leaves(tensor) - {id(self.leaves[-1])}:
                 raise self.refuse(f"block {index} uses the state of another block")
         if self.attended != 1:
             self.unlike_ours()
@@ -324,6 +332,8 @@ def _watch(
         raise
     except Exception as error:
         watch.unlike_ours()
+        if "per_layer_inputs" in accepted_names(decoder.forward):  # refused either way, but this says more
+            raise watch.refuse("its blocks take inputs of their own that are made of the token ids") from error
         raise watch.refuse(f"it does not run on embeddings alone ({one_line(error)})") from error
     finally:
         _watching.reset(token)

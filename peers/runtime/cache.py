@@ -2,7 +2,7 @@
 
 Owns the tensors; knows neither queues nor users. Two kinds stand behind one interface:
 
-- `PagedCache`: one pool per layer, any mixture of sessions in one forward, attention by `attention`.
+- `PagedCache`: a pool for each layer, any mixture of sessions in one forward, attention by `attention`.
 - `SoloCache`: for architectures whose attention cannot be replaced (ALiBi families, GPT-J, Falcon, …): every session
   alone, with the model's own attention and a cache of its own. The same pages are counted, so limits hold all the same.
 
@@ -18,8 +18,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool
 from peers.model.support import one_line
 from peers.runtime.adapting import Adapting, Fittings, Place, noting_adaptable
+from peers.runtime.arrangement import Arrangement, Shape, arrange
 from peers.runtime.attention import (
     RAGGED,
     Attender,
@@ -47,7 +49,7 @@ from peers.runtime.attention import (
 )
 from peers.runtime.flex import Flex, compiled
 from peers.runtime.graphs import DIFFERENCE, NOBODYS, Graphs, Record, fastest_s
-from peers.runtime.pages import Arrangement, PagePool, SlotCopy, arrange
+from peers.runtime.pages import PagePool, SlotCopy
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
 from peers.runtime.tape import Tapes
 from routing.ids import BlockSpan
@@ -113,18 +115,15 @@ class SpanCache(Protocol):
     def release(self, session: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerShape:
+class LayerShape(NamedTuple):
     """What one layer keeps per position."""
 
-    kv_heads: int
-    key_width: int
-    value_width: int
+    shape: Shape
     dtype: torch.dtype
 
 
 class PagedCache:
-    """One pool of slots per layer, shared by all sessions of `pages`."""
+    """A pool of slots for each layer, shared by all sessions of `pages`, and with layers in other tables."""
 
     shares_pages = True
     packs_sessions = True
@@ -132,17 +131,16 @@ class PagedCache:
     def __init__(
         self,
         model: SpanModel,
-        shapes: Sequence[LayerShape],
-        places: Sequence[tuple[int, int]],
+        arrangement: Arrangement,
+        dtypes: Sequence[torch.dtype],
         pages: PagePool,
         library: Pool | None = None,
         recorder: Record | None = None,
         adaptable: frozenset[Place] = frozenset(),
     ) -> None:
-        """`places`: of `arrange`. Layers in the same place of different tables share memory."""
+        """`dtypes`: of what is kept, in each frame of `arrangement`."""
         self.adaptable = adaptable
         self._fittings = Fittings(model.device)
-        slots = pages.num_pages * pages.page_size
         self._model = model
         self._pages = pages
         self._library = library
@@ -151,12 +149,13 @@ class PagedCache:
         self._recorder = recorder
         self._graphs: Graphs | None = None
         self._whole: Whole | None = None
-        own: dict[int, LayerPool] = {}
-        for shape, (_, place) in zip(shapes, places, strict=True):
-            if place not in own:
-                own[place] = _allocate(shape, slots, model.device, nobodys=NOBODYS if recorder else 0)
-        self._own = list(own.values())
-        self._pools = [replace(own[place], table=table) for table, place in places]
+        self._arrangement = arrangement
+        slots, nobodys = pages.num_pages * pages.page_size, NOBODYS if recorder else 0
+        self._frames = [
+            _allocate(frame, dtype, slots, model.device, nobodys=nobodys)
+            for frame, dtype in zip(arrangement.frames, dtypes, strict=True)
+        ]
+        self._pools = _pools(arrangement, self._frames)
 
     def forward(
         self,
@@ -251,8 +250,7 @@ class PagedCache:
             start = min(start, model.max_positions - tokens)
             segments.append(Segment(start=start, tokens=tokens, runs=[(slots, start + tokens)]))
             slots += start + tokens
-        own = {id(pool.keys_1JSK): _zeros(pool, slots + 1) for pool in self._own}  # one layer after another uses it
-        pools = [replace(own[id(pool.keys_1JSK)], table=pool.table) for pool in self._pools]
+        pools = self._pools_of(slots + 1)  # one layer after another uses them
         hidden_TH = _random_hidden(model, sum(segment.tokens for segment in segments))
 
         def run(backend: Whole | None) -> Tensor:
@@ -281,9 +279,7 @@ class PagedCache:
         if library is None:
             return None
         like_H = _random_hidden(model, 1)[0]
-        pools = [
-            replace(pool, keys_1JSK=_some(pool.keys_1JSK), values_1JSV=_some(pool.values_1JSV)) for pool in self._pools
-        ]
+        pools = self._pools_of(6)
         tapes = Tapes(programs, like_H, pools, library)
         for start, sessions in ((0, 3), (1, 3), (1, 1)):
             segments = [Segment(start=start, tokens=1, runs=[(2 * n, start + 1)]) for n in range(sessions)]
@@ -297,11 +293,19 @@ class PagedCache:
         places = {id(layers[block].get_submodule(path)): (block, path) for block, path in self.adaptable}
         return Tapes(programs, like_H, self._pools, library, places)
 
+    def _pools_of(self, slots: int) -> list[LayerPool]:
+        """Pools like this cache's, of so many slots, zero."""
+
+        def fresh(like_1JSX: Tensor) -> Tensor:
+            _, rows, _, width = like_1JSX.shape
+            return like_1JSX.new_zeros(1, rows, slots, width)
+
+        return _pools(self._arrangement, [(fresh(keys), fresh(values)) for keys, values in self._frames])
+
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         for move in copies:
-            for pool in self._own:
-                for tensor in (pool.keys_1JSK, pool.values_1JSV):
-                    tensor.narrow(2, move.target, move.slots).copy_(tensor.narrow(2, move.source, move.slots))
+            for tensor in chain.from_iterable(self._frames):
+                tensor.narrow(2, move.target, move.slots).copy_(tensor.narrow(2, move.source, move.slots))
 
     def begin(self, session: int, prefix: Adapter, length: int) -> None:
         prefixes = self._fittings.of(prefix).prefixes
@@ -422,21 +426,23 @@ def open_cache(
 ) -> tuple[SpanCache, PagePool]:
     """The cache that this model can have, and its books; selects the attention to go with it.
 
-    It has room for `num_pages` pages of all layers, which layers that slide leave to others (see `pages`; `slack` is of
-    a `PagePool`). With `library`, short segments attend through it where that was found to say the same;
+    It takes the memory of `num_pages` pages of all layers, which layers that slide leave to others (see `arrangement`;
+    `slack` is of a `PagePool`). With `library`, short segments attend through it where that was found to say the same;
     with `recorder`, steps of single positions run as graphs (`graphs`) where these do.
 
     Raises UnsupportedModel when its layers keep nothing that could be rolled back.
     """
     observed = _observe(model)
     if observed is not None:
-        shapes, adaptable = observed
-        # pages of any table lie in the same memory, so that layers of several kinds can only have one
-        tables = arrange(model.windows if len(set(shapes)) == 1 else [None] * len(shapes))
+        layers, adaptable = observed
+        shapes, dtypes = zip(*layers, strict=True)
+        # layers can share memory only in one dtype
+        arrangement = arrange(model.windows if len(set(dtypes)) == 1 else [None] * len(shapes), shapes)
+        dtypes = dtypes[: len(arrangement.frames)]
         for backend in dict.fromkeys((library, None)):
-            if _agrees(model, shapes, tables, backend):
-                pages = PagePool(num_pages * len(tables.windows), page_size, tables.windows, slack)
-                return PagedCache(model, shapes, tables.places, pages, backend, recorder, adaptable), pages
+            if _agrees(model, arrangement, dtypes, backend):
+                pages = PagePool(arrangement.pages(num_pages), page_size, arrangement.windows, slack)
+                return PagedCache(model, arrangement, dtypes, pages, backend, recorder, adaptable), pages
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
     _, adaptable = _observe_alone(model)
@@ -448,8 +454,8 @@ def bytes_per_token(model: SpanModel) -> int:
     observed = _observe(model)
     if observed is None:
         return _observe_alone(model)[0]
-    shapes, _ = observed
-    return sum(shape.kv_heads * (shape.key_width + shape.value_width) * shape.dtype.itemsize for shape in shapes)
+    layers, _ = observed
+    return sum(shape.elements * dtype.itemsize for shape, dtype in layers)
 
 
 def _adapting(model: SpanModel, span: BlockSpan, chunks: Sequence[Chunk], fittings: Fittings) -> Adapting | None:
@@ -487,7 +493,7 @@ class _Observer:
     ) -> Tensor:
         _, H, T, K = q_1HTK.shape
         _, J, _, V = v_1JTV.shape
-        self.shapes.append(LayerShape(kv_heads=J, key_width=K, value_width=V, dtype=k_1JTK.dtype))
+        self.shapes.append(LayerShape(Shape(J, K, V), k_1JTK.dtype))
         mask_nL = look(Segment(start=0, tokens=T, runs=[(0, T)]), pattern.function, q_1HTK).mask_nL
         q_TJGK = q_1HTK[0].transpose(0, 1).reshape(T, J, H // J, K)
         return attend_one(q_TJGK, k_1JTK, v_1JTV, mask_nL, scale, softcap, sinks_H).reshape(1, T, H, V).contiguous()
@@ -515,15 +521,15 @@ def _observe(model: SpanModel) -> tuple[list[LayerShape], frozenset[Place]] | No
 
 
 @torch.inference_mode()
-def _agrees(model: SpanModel, shapes: Sequence[LayerShape], tables: Arrangement, library: Pool | None) -> bool:
+def _agrees(model: SpanModel, arrangement: Arrangement, dtypes: Sequence[torch.dtype], library: Pool | None) -> bool:
     """Whether two sessions packed together, piece by piece, come out as each of them alone and at once.
 
     A position agrees when it differs by less than 2 % of what the span adds to it, or by a few roundings of its dtype.
     Two of the six that have a past need not: in low precision a token may go to another expert.
     """
     given_2LH = _random_hidden(model, 12).view(2, 6, -1)
-    pages = PagePool(8 * len(tables.windows), 2, tables.windows)
-    paged, solo = PagedCache(model, shapes, tables.places, pages, library), SoloCache(model)
+    pages = PagePool(8 * len(arrangement.windows), 2, arrangement.windows)
+    paged, solo = PagedCache(model, arrangement, dtypes, pages, library), SoloCache(model)
     packed = []
     for session in (0, 1):
         pages.open(session)
@@ -549,25 +555,25 @@ def _random_hidden(model: SpanModel, tokens: int) -> Tensor:
     return hidden_TH.to(model.device, model.dtype)
 
 
-def _zeros(pool: LayerPool, slots: int) -> LayerPool:
-    """So many slots of the same kind."""
-    (_, J, _, K), V = pool.keys_1JSK.shape, pool.values_1JSV.shape[3]
-    keys_1JSK, values_1JSV = (pool.keys_1JSK.new_zeros(1, J, slots, width) for width in (K, V))
-    return LayerPool(keys_1JSK=keys_1JSK, values_1JSV=values_1JSV)
+def _pools(arrangement: Arrangement, frames: Sequence[tuple[Tensor, Tensor]]) -> list[LayerPool]:
+    """Of each layer: its part of its frame's keys and values."""
+    pools = []
+    for (rows, K, V), place in zip(arrangement.shapes, arrangement.places, strict=True):
+        keys, values = (tensor.narrow(1, place.row, rows) for tensor in frames[place.frame])
+        keys, values = keys.narrow(3, place.key_column, K), values.narrow(3, place.value_column, V)
+        pools.append(LayerPool(keys_1JSK=keys, values_1JSV=values, table=place.table))
+    return pools
 
 
-def _some(of_1JSX: Tensor) -> Tensor:
-    """Six slots of the same kind."""
-    return of_1JSX.new_empty(1, of_1JSX.shape[1], 6, of_1JSX.shape[3])
-
-
-def _allocate(shape: LayerShape, slots: int, device: torch.device, *, nobodys: int = 0) -> LayerPool:
+def _allocate(
+    frame: Shape, dtype: torch.dtype, slots: int, device: torch.device, *, nobodys: int = 0
+) -> tuple[Tensor, Tensor]:
     """Only `nobodys` slots at the end are zeroed: others are written before they are read, and untouched memory costs
     nothing until then."""
 
     def allocated(width: int) -> Tensor:
-        tensor = torch.empty(1, shape.kv_heads, slots + nobodys, width, dtype=shape.dtype, device=device)
+        tensor = torch.empty(1, frame.rows, slots + nobodys, width, dtype=dtype, device=device)
         tensor[:, :, slots:] = 0
         return tensor
 
-    return LayerPool(keys_1JSK=allocated(shape.key_width), values_1JSV=allocated(shape.value_width))
+    return allocated(frame.key_width), allocated(frame.value_width)

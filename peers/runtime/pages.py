@@ -12,8 +12,8 @@ that is possible, because a session whose pages form one run is read as a view a
     session B             ■■■····   settles in its middle, not at A's heels
 
 A session has one table for all layers, or several where some of them see no further back than a *window* (see
-`arrange`). All tables take their pages from one pool. Those of a table with a window are returned behind it, but for
-some slack, so that a session can go back a little at any time:
+`arrangement`). All tables take their pages from one pool. Those of a table with a window are returned behind it, but
+for some slack, so that a session can go back a little at any time:
 
     full      ■■■■■■■■■■■■     48 positions in pages of 4
     window 8  ········■■■■     with 5 of slack: position 48 sees what begins at 41, position 43 at 36; 32 to 35 go next
@@ -23,9 +23,7 @@ Invariant: free pages + pages with a reference = all pages.
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Iterable, KeysView, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -40,37 +38,6 @@ class SlotCopy:
     source: int
     target: int
     slots: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrangement:
-    """Which of a session's tables says where its positions lie at each layer."""
-
-    windows: tuple[int | None, ...]
-    """Of each table; None where its layers see everything."""
-    places: tuple[tuple[int, int], ...]
-    """Of each layer: its table, and which layer of that table it is. All tables have equally many."""
-
-
-def arrange(windows: Sequence[int | None]) -> Arrangement:
-    """As few tables as give every page the same size: layers with the same of `windows` share one, or several.
-
-    So a page serves any table, and sessions long and short divide the pool as they need it (the idea is that of vLLM's
-    hybrid KV cache manager). Where all layers see alike, there is one table.
-    """
-    counts = Counter(windows)
-    layers = math.gcd(*counts.values())
-    tables: list[int | None] = []
-    first_of: dict[int | None, int] = {}
-    for window, count in counts.items():
-        first_of[window] = len(tables)
-        tables += [window] * (count // layers)
-    seen: Counter[int | None] = Counter()
-    places = []
-    for window in windows:
-        places.append((first_of[window] + seen[window] // layers, seen[window] % layers))
-        seen[window] += 1
-    return Arrangement(windows=tuple(tables), places=tuple(places))
 
 
 @dataclass(slots=True)

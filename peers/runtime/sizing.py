@@ -49,13 +49,16 @@ class Request:
     """Of one session."""
     windows: tuple[int | None, ...] = (None,)
     """How many positions each block of the model sees; None: all."""
+    shares: tuple[int, ...] = ()
+    """What each block stores of a position, in any unit; nothing where all store alike."""
     blocks: int | None = None
     cache_tokens: int | None = None
 
     def weight(self, tokens: int) -> int:
         """What a session of that length takes, in positions that every block keeps; on average over the blocks."""
+        shares = self.shares or (1,) * len(self.windows)
         kept = (tokens if window is None else min(tokens, window + BEHIND_WINDOW_TOKENS) for window in self.windows)
-        return -(-sum(kept) // len(self.windows))
+        return -(-sum(count * share for count, share in zip(kept, shares, strict=True)) // sum(shares))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,7 +60,7 @@ HIDDEN, POSITIONS, ARENA, OUTPUT, ABSOLUTE = 0, 1, 2, 3, -1
 ALIGNMENT = 64
 ERROR_MAX = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative distance from the program; measured: 3e-7, and in bfloat16 4e-3 (roundings that fall to the other side)."""
-_OPERAND, _HEAD = 11, 14
+_OPERAND, _HEAD = 11, 17
 """64-bit words of the library's structures."""
 
 
@@ -306,7 +306,7 @@ class _Writer:
         pattern, scale, softcap = call.settings
         keys, values = pool.keys_1JSK, pool.values_1JSV
         _, H, T, K = q.like.shape
-        _, J, S, V = values.shape
+        _, J, _, V = values.shape
         if {q.like.dtype, k.like.dtype, v.like.dtype} != {keys.dtype} or keys.dtype not in INPUTS:
             raise NotFlat(f"attention in {q.like.dtype} over {keys.dtype}")
         sink = None
@@ -320,7 +320,8 @@ class _Writer:
         if use not in self.uses:
             self.uses.append(use)
         addresses = map(self._address, (keys, values, sink))
-        extra = [INPUTS.index(keys.dtype), *addresses, H, J, K, V, S, self.uses.index(use)]
+        strides = [kept.stride(dim) for kept in (keys, values) for dim in (1, 2)]
+        extra = [INPUTS.index(keys.dtype), *addresses, H, J, K, V, *strides, self.uses.index(use)]
         operands = [q if q.like.stride(3) == 1 else self._contiguous(q), k, v]
         self._emit("attend", place, operands, scale, softcap or 0.0, extra=extra, whole=False)
         return place

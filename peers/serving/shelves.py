@@ -8,9 +8,9 @@ of it may be dropped at any time: whoever needs it is told, and sends it again.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -52,6 +52,14 @@ class _Kept:
     expires_at_s: float
 
 
+@dataclass(slots=True)
+class _Of:
+    """What is kept for one client, what came last at the end."""
+
+    inputs: OrderedDict[_Key, None] = field(default_factory=OrderedDict)
+    graphs: OrderedDict[_Key, None] = field(default_factory=OrderedDict)
+
+
 @dataclass(slots=True, eq=False)
 class _Sum:
     link: Link
@@ -66,7 +74,8 @@ class Shelf:
     def __init__(self, limits: TrainingLimits) -> None:
         self.limits = limits
         self.num_bytes = 0
-        self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
+        self._kept: dict[_Key, _Kept] = {}
+        self._of: defaultdict[PeerId, _Of] = defaultdict(_Of)
         self._sums: dict[tuple[PeerId, bytes], _Sum] = {}
         self._bytes_of: Counter[PeerId] = Counter()
 
@@ -87,6 +96,9 @@ class Shelf:
         if num_bytes > self.room(key[0]) or not self._make_room(key[0], num_bytes):
             return False
         self._kept[key] = _Kept(link, passage, graph, num_bytes, now_s + self.limits.lease_s)
+        self._of[key[0]].inputs[key] = None
+        if graph is not None:
+            self._of[key[0]].graphs[key] = None
         self._add(key[0], num_bytes)
         return graph is not None
 
@@ -97,6 +109,7 @@ class Shelf:
             return None
         graph, kept.graph = kept.graph, None
         if graph is not None:
+            del self._of[key[0]].graphs[key]
             self._add(key[0], -graph.num_bytes)
             kept.num_bytes -= graph.num_bytes
         return kept.passage, graph
@@ -126,6 +139,11 @@ class Shelf:
 
     def drop(self, key: _Key) -> None:
         if (kept := self._kept.pop(key, None)) is not None:
+            mine = self._of[key[0]]
+            del mine.inputs[key]
+            mine.graphs.pop(key, None)
+            if not mine.inputs:
+                del self._of[key[0]]
             self._add(key[0], -kept.num_bytes)
 
     def drop_works(self, owner: PeerId, works: set[bytes]) -> None:
@@ -158,16 +176,14 @@ class Shelf:
     def _make_room(self, owner: PeerId, num_bytes: int) -> bool:
         """Of who holds most, what came last goes, and of that the graph before the input. False: there was nothing."""
         while self.num_bytes + num_bytes > self.limits.max_bytes:
-            theirs = [key for key in reversed(self._kept) if key[0] != owner]
-            if not theirs:
+            others = self._of.keys() - {owner}
+            if not others:
                 return False
-            greatest = max((key[0] for key in theirs), key=self._bytes_of.__getitem__)
-            theirs = [key for key in theirs if key[0] == greatest]
-            key = next((key for key in theirs if self._kept[key].graph is not None), theirs[0])
-            if self._kept[key].graph is None:
-                self.drop(key)
+            theirs = self._of[max(others, key=lambda other: (self._bytes_of[other], other))]
+            if theirs.graphs:
+                self.take(next(reversed(theirs.graphs)))
             else:
-                self.take(key)
+                self.drop(next(reversed(theirs.inputs)))
         return True
 
     def _drop_where(self, condition: Callable[[_Key, _Kept], bool]) -> None:

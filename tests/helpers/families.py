@@ -191,6 +191,22 @@ def _families() -> Iterable[Family]:
         layer_types=ALTERNATING,
     )
     yield family(
+        "gemma4-moe",
+        "Gemma4TextConfig",
+        **GROUPED,
+        hidden_size_per_layer_input=0,
+        head_dim=8,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=4,
+        layer_types=ALTERNATING,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=24,
+    )
+    yield family(
         "mimo-v2",
         "MiMoV2FlashConfig",
         **GROUPED,
@@ -199,6 +215,25 @@ def _families() -> Iterable[Family]:
         v_head_dim=8,
         sliding_window=4,
         layer_types=ALTERNATING,
+    )
+    yield family(
+        "dots3-note",
+        "Dots3NoteTextConfig",
+        **COMMON,
+        **LATENT,
+        **mixture,
+        num_key_value_heads=4,
+        head_dim=12,
+        use_dsa=False,
+        sliding_window=4,
+        layer_types=ALTERNATING,
+        swa_num_attention_heads=2,
+        swa_num_key_value_heads=2,
+        swa_q_lora_rank=16,
+        swa_kv_lora_rank=8,
+        swa_head_dim=12,
+        swa_qk_nope_head_dim=8,
+        swa_v_head_dim=6,
     )
     yield family(
         "deepseek-v32",

@@ -75,6 +75,7 @@ def make_swarm(folder: Path, local: Any, tmp_path: Path) -> Iterator[Callable[..
     [
         ("llama", 128, 128),
         ("gemma3", 128, 128),
+        ("gemma4-moe", 128, 128),
         ("mixtral", 128, 128),
         ("opt", 128, 128),
         ("deepseek-v3", 128, 128),

@@ -14,10 +14,10 @@ from tests.helpers.memory_swarm import MemorySwarm
 from tests.numerics.test_trouble import generate
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("gemma3")
-    model = save_checkpoint(FAMILIES["gemma3"], folder)
+@pytest.fixture(scope="module", params=["gemma3", "gemma4-moe"])
+def local(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = save_checkpoint(FAMILIES[request.param], folder)
     model.folder = folder
     return model
 

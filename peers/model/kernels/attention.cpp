@@ -24,7 +24,8 @@ struct Job {
     const Segment *segments;
     const Run *runs;
     const float *sinks;   // H, or null
-    int64_t num_segments, H, J, K, V, S, q_head, q_row;   // S slots of the pool; strides of q in values
+    int64_t num_segments, H, J, K, V;
+    int64_t q_head, q_row, key_head, key_slot, value_head, value_slot;   // strides, in values
     float scale, softcap;
 };
 
@@ -39,20 +40,20 @@ inline float dot(const float *q, const T *key, int64_t K) {
     return sum;
 }
 
-// Scores of one query head over a run of keys.
+// Scores of one query head over a run of keys, `step` values apart.
 template <class T>
-void score(const float *q, const T *keys, int64_t count, int64_t K, float *out) {
+void score(const float *q, const T *keys, int64_t count, int64_t K, int64_t step, float *out) {
     int64_t at = 0;
     if (K % LANES == 0)
         for (; at + 4 <= count; at += 4) {
             Floats total[4] = {};
             for (int64_t k = 0; k < K; k += LANES) {
                 Floats left = floats(q + k);
-                for (int key = 0; key < 4; ++key) total[key] += left * floats(keys + (at + key) * K + k);
+                for (int key = 0; key < 4; ++key) total[key] += left * floats(keys + (at + key) * step + k);
             }
             sums<4>(total, out + at);
         }
-    for (; at < count; ++at) out[at] = dot(q, keys + at * K, K);
+    for (; at < count; ++at) out[at] = dot(q, keys + at * step, K);
 }
 
 // Turn scores into weights; returns their sum. Padded to whole vectors by the caller.
@@ -82,11 +83,11 @@ inline void mix(const Job &job, const T *values, const Run *runs, int64_t num_ru
     Floats total[HEADS][WIDTH] = {};
     int64_t position = 0;
     for (int64_t run = 0; run < num_runs && position < length; ++run) {
-        const T *from = values + runs[run].slot * job.V + v;
+        const T *from = values + runs[run].slot * job.value_slot + v;
         int64_t count = std::min(runs[run].count, length - position);
         for (int64_t at = 0; at < count; ++at, ++position) {
             Floats value[WIDTH];
-            for (int column = 0; column < WIDTH; ++column) value[column] = floats(from + at * job.V + column * LANES);
+            for (int column = 0; column < WIDTH; ++column) value[column] = floats(from + at * job.value_slot + column * LANES);
             for (int head = 0; head < HEADS; ++head)
                 for (int column = 0; column < WIDTH; ++column)
                     total[head][column] += value[column] * weights[head * stride + position];
@@ -109,7 +110,7 @@ void mix_all(const Job &job, const T *values, const Run *runs, int64_t num_runs,
             int64_t position = 0;
             for (int64_t run = 0; run < num_runs; ++run)
                 for (int64_t at = 0; at < runs[run].count && position < length; ++at, ++position)
-                    total += weights[head * stride + position] * number(values[(runs[run].slot + at) * job.V + v]);
+                    total += weights[head * stride + position] * number(values[(runs[run].slot + at) * job.value_slot + v]);
             out[head * job.V + v] = total;
         }
 }
@@ -120,7 +121,7 @@ void one(const Job &job, const Segment &segment, int64_t j, std::vector<float> &
     const Run *runs = job.runs + segment.first_run;
     int64_t all = 0;
     for (int64_t run = 0; run < segment.num_runs; ++run) all += runs[run].count;
-    const T *keys = (const T *)job.keys + j * job.S * job.K, *values = (const T *)job.values + j * job.S * job.V;
+    const T *keys = (const T *)job.keys + j * job.key_head, *values = (const T *)job.values + j * job.value_head;
     scratch.resize(G * (all + job.K + job.V) + G);
     float *scores = scratch.data(), *query = scores + G * all, *out = query + G * job.K, *total = out + G * job.V;
     for (int64_t row = 0; row < segment.count; ++row) {
@@ -133,7 +134,8 @@ void one(const Job &job, const Segment &segment, int64_t j, std::vector<float> &
         for (int64_t run = 0; run < segment.num_runs && position < length; ++run) {
             int64_t count = std::min(runs[run].count, length - position);
             for (int64_t g = 0; g < G; ++g)
-                score(query + g * job.K, keys + runs[run].slot * job.K, count, job.K, scores + g * all + position);
+                score(query + g * job.K, keys + runs[run].slot * job.key_slot, count, job.K, job.key_slot,
+                      scores + g * all + position);
             position += count;
         }
         for (int64_t g = 0; g < G; ++g)
@@ -163,14 +165,15 @@ void share(const void *what, size_t part, size_t parts) {
 
 extern "C" {
 
-// Called by peers/model/kernels/pool.py. q is [H, T, K] with the given strides (in values) and K contiguous; keys are
-// [J, S, K], values [J, S, V], y is [T, H, V]; kind: 0 float32 · 1 bfloat16. softcap 0: none. sinks may be null.
+// Called by peers/model/kernels/pool.py. q is [H, T, K], keys are [J, slots, K] and values [J, slots, V], with the given
+// strides (in values) and rows that are contiguous; y is [T, H, V]; kind: 0 float32 · 1 bfloat16. softcap 0: none. sinks
+// may be null.
 void hive_attend(void *pool, int kind, const void *q, const void *keys, const void *values, void *y,
                  const int64_t *segments, int64_t num_segments, const int64_t *runs, const float *sinks, int64_t H,
-                 int64_t J, int64_t K, int64_t V, int64_t S, int64_t q_head, int64_t q_row, float scale, float softcap,
-                 int64_t positions) {
-    Job job{q, keys, values, y, (const Segment *)segments, (const Run *)runs, sinks, num_segments, H, J, K, V, S,
-            q_head, q_row, scale, softcap};
+                 int64_t J, int64_t K, int64_t V, int64_t q_head, int64_t q_row, int64_t key_head, int64_t key_slot,
+                 int64_t value_head, int64_t value_slot, float scale, float softcap, int64_t positions) {
+    Job job{q, keys, values, y, (const Segment *)segments, (const Run *)runs, sinks, num_segments, H, J, K, V,
+            q_head, q_row, key_head, key_slot, value_head, value_slot, scale, softcap};
     size_t bytes = positions * J * (K + V) * (kind ? 2 : 4);
     ((hive::Pool *)pool)->run(kind ? share<Bfloat> : share<float>, &job, bytes, num_segments * J);
 }

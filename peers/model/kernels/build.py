@@ -109,7 +109,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.hive_unpack.restype = None
     found.hive_unpack.argtypes = [pointer, ctypes.c_int, ctypes.c_int, *[pointer] * 3, *[size] * 2]
     found.hive_attend.restype = None
-    found.hive_attend.argtypes = [pointer, ctypes.c_int, *[pointer] * 5, size, pointer, pointer, *[size] * 7]
+    found.hive_attend.argtypes = [pointer, ctypes.c_int, *[pointer] * 5, size, pointer, pointer, *[size] * 10]
     found.hive_attend.argtypes += [ctypes.c_float, ctypes.c_float, size]
     found.hive_run.restype, found.hive_run.argtypes = None, [pointer, pointer, size, pointer, pointer]
     return found

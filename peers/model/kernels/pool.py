@@ -124,9 +124,12 @@ class Pool:
         softcap: float | None,
         sinks_H: Tensor | None,
     ) -> None:
-        """Attention of the rows that `visits` names, written to those rows of `out_THV`; float32 or bfloat16."""
+        """Attention of the rows that `visits` names, written to those rows of `out_THV`; float32 or bfloat16.
+
+        Keys and values may be parts of wider rows.
+        """
         _, H, _, K = q_1HTK.shape
-        _, J, S, V = values_1JSV.shape
+        _, J, _, V = values_1JSV.shape
         if q_1HTK.stride(3) != 1:
             q_1HTK = q_1HTK.contiguous()
         sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
@@ -142,7 +145,8 @@ class Pool:
             num_segments,
             runs,
             None if sinks_H is None else sinks_H.data_ptr(),
-            *(H, J, K, V, S, q_1HTK.stride(1), q_1HTK.stride(2)),
+            *(H, J, K, V, q_1HTK.stride(1), q_1HTK.stride(2)),
+            *(keys_1JSK.stride(1), keys_1JSK.stride(2), values_1JSV.stride(1), values_1JSV.stride(2)),
             scale,
             softcap or 0.0,
             positions,

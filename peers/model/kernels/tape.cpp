@@ -14,7 +14,8 @@ extern "C" {
 void hive_linear(void *, int, int, const void *, const void *, const void *, const float *, void *, size_t, size_t,
                  size_t);
 void hive_attend(void *, int, const void *, const void *, const void *, void *, const int64_t *, int64_t, const int64_t *,
-                 const float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int64_t);
+                 const float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                 float, float, int64_t);
 }
 
 namespace {
@@ -31,7 +32,7 @@ struct Operand {  // up to four dimensions; those it lacks have size 1, those it
 struct Instruction {
     int64_t op, operands;
     double numbers[2];
-    int64_t extra[10];
+    int64_t extra[13];
     Operand out, in[3];
 };
 struct Visits {
@@ -167,14 +168,14 @@ void by_rows(const Instruction &code, char *const *bases, std::vector<float> &ro
             }
 }
 
-// New keys or values of every head, [1, J, T, K], to their slots of a pool, [J, S, K].
-void keep(const Operand &rows, const char *from, char *pool, int64_t slots, const int64_t *slot_of) {
+// New keys or values of every head, [1, J, T, K], to their slots of a pool, [J, slots, K] with the given strides.
+void keep(const Operand &rows, const char *from, char *pool, int64_t head, int64_t slot, const int64_t *slot_of) {
     const size_t width = WIDTHS[rows.dtype];
     const int64_t J = rows.size[1], T = rows.size[2], K = rows.size[3];
     for (int64_t j = 0; j < J; ++j)
         for (int64_t t = 0; t < T; ++t) {
             const char *row = from + (j * rows.stride[1] + t * rows.stride[2]) * width;
-            char *to = pool + (j * slots + slot_of[t]) * K * width;
+            char *to = pool + (j * head + slot_of[t] * slot) * width;
             if (rows.stride[3] == 1) std::memcpy(to, row, K * width);
             else
                 for (int64_t k = 0; k < K; ++k) std::memcpy(to + k * width, row + k * rows.stride[3] * width, width);
@@ -196,15 +197,16 @@ void hive_run(void *pool, const void *instructions, int64_t count, char *const *
                 hive_linear(pool, int(extra[0]), int(extra[1]), place(code->in[0], bases), (void *)extra[2],
                             (void *)extra[3], (float *)extra[4], place(code->out, bases), extra[5], extra[6], extra[7]);
                 break;
-            case ATTEND: {  // kind, keys, values, sinks, H, J, K, V, slots of the pool, visits
+            case ATTEND: {  // kind, keys, values, sinks, H, J, K, V, strides of keys and of values, visits
                 const Operand &q = code->in[0];
-                const Visits &seen = ((const Visits *)visits)[extra[9]];
-                keep(code->in[1], place(code->in[1], bases), (char *)extra[1], extra[8], seen.slots);
-                keep(code->in[2], place(code->in[2], bases), (char *)extra[2], extra[8], seen.slots);
+                const int64_t *keys = extra + 8, *values = extra + 10;
+                const Visits &seen = ((const Visits *)visits)[extra[12]];
+                keep(code->in[1], place(code->in[1], bases), (char *)extra[1], keys[0], keys[1], seen.slots);
+                keep(code->in[2], place(code->in[2], bases), (char *)extra[2], values[0], values[1], seen.slots);
                 hive_attend(pool, int(extra[0]), place(q, bases), (void *)extra[1], (void *)extra[2],
                             place(code->out, bases), seen.segments, seen.num_segments, seen.runs, (float *)extra[3],
-                            extra[4], extra[5], extra[6], extra[7], extra[8], q.stride[1], q.stride[2],
-                            float(code->numbers[0]), float(code->numbers[1]), seen.positions);
+                            extra[4], extra[5], extra[6], extra[7], q.stride[1], q.stride[2], keys[0], keys[1],
+                            values[0], values[1], float(code->numbers[0]), float(code->numbers[1]), seen.positions);
                 break;
             }
             default: by_rows(*code, bases, room);

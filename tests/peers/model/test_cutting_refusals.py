@@ -30,9 +30,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "block 0 does not take hidden states",
         {**ALTERNATE, "num_kv_shared_layers": 0},
     ),
-    "gemma4_text": ("embeddings alone", ALTERNATE),
+    "gemma4_text": ("inputs of their own that are made of the token ids", ALTERNATE),
     "gemma4_unified_text": (
-        "inputs of their own beside the hidden states|state of another block|no keys and values of its own",
+        "block 1 is handed what block 0 made, such as keys and values",
         {**ALTERNATE, "num_kv_shared_layers": 2},
     ),
     "t5": ("no causal language model", {}),

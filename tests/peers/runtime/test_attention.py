@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +104,8 @@ def assert_attends_as_each_alone(
     shapes: st.SearchStrategy[tuple[int, int, int, int]] = SHAPES,
     error: float = 4e-6,
 ) -> None:
-    """Some ragged batch, against the definition. Slots that are nobody's to read are NaN, and the last one is zero."""
+    """Some ragged batch, against the definition. Slots that are nobody's to read are NaN, and the last one is zero; so
+    is what lies beside the layer's keys and values in the memory that it shares with other layers."""
     J, G, K, V = data.draw(shapes)
     extents = data.draw(
         st.lists(st.tuples(st.integers(0, 40), st.one_of(st.just(1), st.integers(1, 20))), min_size=1, max_size=6)
@@ -120,16 +120,20 @@ def assert_attends_as_each_alone(
 
     sinks = random(J * G) if data.draw(st.booleans()) else random(0)
     slots = sum(start + tokens for start, tokens in extents)
-    pool = LayerPool(
-        keys_1JSK=torch.full((1, J, slots + 1, K), math.nan), values_1JSV=torch.full((1, J, slots + 1, V), math.nan)
-    )
-    pool.keys_1JSK[:, :, slots] = pool.values_1JSV[:, :, slots] = 0
+    beside = data.draw(st.sampled_from([0, 0, 1, 5]))
+
+    def room(width: int) -> Tensor:
+        wide = torch.full((1, J + beside, slots + 1, width + 2 * beside), math.nan, device=device)
+        wide[:, :, slots] = 0
+        return wide[:, :J, :, beside : beside + width]
+
+    pool = LayerPool(keys_1JSK=room(K), values_1JSV=room(V))
     segments, queries, keys, values, expected = [], [], [], [], []
     for (start, tokens), session_runs in zip(extents, segment_runs, strict=True):
         q, k, v = random(tokens, J * G, K), random(start + tokens, J, K), random(start + tokens, J, V)
         past = slots_of(session_runs)[:start]
-        pool.keys_1JSK[0, :, past] = k[:start].transpose(0, 1)
-        pool.values_1JSV[0, :, past] = v[:start].transpose(0, 1)
+        pool.keys_1JSK[0, :, past] = k[:start].transpose(0, 1).to(device)
+        pool.values_1JSV[0, :, past] = v[:start].transpose(0, 1).to(device)
         segments.append(Segment(start=start, tokens=tokens, runs=session_runs))
         queries.append(q)
         keys.append(k[start:])
@@ -141,7 +145,6 @@ def assert_attends_as_each_alone(
     def packed(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts).transpose(0, 1)[None].to(device)
 
-    pool = replace(pool, keys_1JSK=pool.keys_1JSK.to(device), values_1JSV=pool.values_1JSV.to(device))
     batch, pattern = RaggedBatch([segments], [pool], torch.device(device), library, whole), Pattern(function)
     output = batch.attend(
         packed(queries), packed(keys), packed(values), pattern, 0.3, softcap, sinks.to(device) if len(sinks) else None

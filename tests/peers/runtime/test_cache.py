@@ -14,7 +14,9 @@ from tests.helpers.families import FAMILIES, NUM_BLOCKS
 from tests.peers.runtime.spans import Local, Sequence, running, together
 
 SPAN = BlockSpan(1, 4)
-PLUGGABLE = ["llama", "mistral", "gemma2", "gemma4", "gpt-oss", "mimo-v2", "deepseek-v3", "opt", "biogpt"]
+UNLIKE = ["gemma4", "gemma4-moe", "mimo-v2", "dots3-note"]
+"""Layers that slide store other things than those that see everything."""
+PLUGGABLE = ["llama", "mistral", "gemma2", "gpt-oss", "deepseek-v3", "opt", "biogpt", *UNLIKE]
 ALONE = ["llama4", "bloom", "falcon-alibi", "gptj"]
 
 

@@ -43,7 +43,7 @@ def opened(family: str, record: graphs.Record, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gemma3", "gpt-oss", "deepseek-v3", "gpt2", "opt", "llama-dynamic"]
+    "family", ["llama", "gemma2", "gemma3", "gemma4", "gpt-oss", "deepseek-v3", "gpt2", "opt", "llama-dynamic"]
 )
 @torch.inference_mode()
 def test_steps_of_a_family_say_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_steps_of_a_family_say_the_same(family: str, monkeypatch: pytest.MonkeyP
     assert all(made._graphs.values())
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt-oss", "deepseek-v3"])  # caps, sinks, keys wider than values
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss", "deepseek-v3", "gemma4"])  # caps, sinks, widths
 def test_all_sessions_of_a_forward_may_attend_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = opened(family, again, monkeypatch)
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # no compiler: its definition

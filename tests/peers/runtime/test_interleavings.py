@@ -160,12 +160,18 @@ class HybridInterleavings(Interleavings):
     local = Local("gemma3", BlockSpan(0, 3))
 
 
+class UnlikeInterleavings(Interleavings):
+    local = Local("gemma4-moe", BlockSpan(0, 3))
+
+
 Interleavings.TestCase.settings = settings(max_examples=12, stateful_step_count=25, deadline=None)
 SlidingInterleavings.TestCase.settings = settings(max_examples=3, stateful_step_count=25, deadline=None)
 HybridInterleavings.TestCase.settings = settings(max_examples=5, stateful_step_count=25, deadline=None)
+UnlikeInterleavings.TestCase.settings = settings(max_examples=4, stateful_step_count=25, deadline=None)
 TestInterleavings = Interleavings.TestCase
 TestSlidingInterleavings = SlidingInterleavings.TestCase
 TestHybridInterleavings = HybridInterleavings.TestCase
+TestUnlikeInterleavings = UnlikeInterleavings.TestCase
 
 
 @pytest.mark.timeout(600)

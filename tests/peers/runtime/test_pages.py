@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from peers.runtime.pages import PagePool, arrange
+from peers.runtime.pages import PagePool
 
 WINDOWS = st.one_of(st.just([None]), st.lists(st.none() | st.integers(1, 12), min_size=1, max_size=3))
 
@@ -133,15 +133,6 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
 TestPool = PoolMachine.TestCase
-
-
-@given(st.lists(st.sampled_from([None, 4, 9]), min_size=1, max_size=12))
-def test_layers_share_tables_with_their_like_and_every_table_has_equally_many(windows: list[int | None]) -> None:
-    tables = arrange(windows)
-    assert [tables.windows[table] for table, _ in tables.places] == windows
-    places = sorted(tables.places)
-    assert places == [(table, place) for table in range(len(tables.windows)) for place in range(places[-1][1] + 1)]
-    assert len(set(windows)) > 1 or len(tables.windows) == 1
 
 
 @given(

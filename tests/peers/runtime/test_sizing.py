@@ -74,12 +74,13 @@ def test_with_more_memory_a_peer_never_takes_fewer_blocks(request: Request, more
 
 
 def test_a_session_weighs_what_its_blocks_keep_of_it() -> None:
-    def weight(windows: tuple[int | None, ...], tokens: int) -> int:
+    def weight(windows: tuple[int | None, ...], tokens: int, shares: tuple[int, ...] = ()) -> int:
         sizes = Sizes(block_bytes=1, token_bytes=1, process_bytes=0, forward_bytes=0)
-        request = Request(limits_bytes=(1,), sizes=sizes, num_blocks=6, max_positions=1, windows=windows)
+        request = Request(limits_bytes=(1,), sizes=sizes, num_blocks=6, max_positions=1, windows=windows, shares=shares)
         return request.weight(tokens)
 
     assert weight((None,) * 6, 5000) == 5000
     assert weight((128,) * 6, 5000) == 448
     assert weight((128,) * 6, 100) == 100
     assert weight((512, 512, 512, 512, 512, None), 5000) == (5 * 832 + 5000 + 5) // 6
+    assert weight((512, None), 5000, shares=(2, 1)) == (2 * 832 + 5000 + 2) // 3, "one of them stores twice as much"

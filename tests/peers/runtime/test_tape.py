@@ -81,7 +81,7 @@ def test_a_family_has_a_program_and_a_tape_that_say_the_same(family: str, monkey
         assert_same_with_and_without(cache, torch.float32, seed=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-neox", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma4", "gpt-neox", "opt"])
 def test_in_bfloat16_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_with_and_without(opened(family, torch.bfloat16, monkeypatch), torch.bfloat16, seed=1)
 

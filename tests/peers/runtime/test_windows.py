@@ -44,7 +44,7 @@ def test_what_each_block_sees_is_asked_of_its_mask() -> None:
     }
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+@pytest.mark.parametrize("family", ["gemma3", "mistral", "gemma4", "gemma4-moe", "mimo-v2"])
 async def test_sessions_many_windows_long_equal_the_local_model(family: str) -> None:
     local = Local(family, SPAN)
     async with running(local.cut(), cache_tokens=1024, slack=SLACK) as engine:
@@ -83,6 +83,24 @@ async def test_pages_behind_the_window_are_free_for_others(hybrid: Local) -> Non
             engine.release(sequence.session)
         stats = engine.stats()
         assert stats.free_tokens == stats.total_tokens == 200
+
+
+async def test_layers_that_store_unlike_things_leave_each_other_their_pages() -> None:
+    local = Local("gemma4-moe", SPAN)  # a frame holds two of its layers
+    async with running(local.cut(), cache_tokens=200, slack=SLACK) as engine:
+        assert engine._pages.windows == (WINDOW, None)
+        assert engine.stats().total_tokens == 148, "half of what the second table has in the frame is empty"
+        assert engine.stats().longest_tokens == 216
+        sequence = Sequence(local, engine)
+        for tokens in (64, 64, 64, 20, 1):
+            await sequence.step(tokens)
+        assert pages_of(engine) == [-(-(WINDOW + SLACK) // PAGE) + 1, 54]
+        sequence.roll_back(213 - SLACK)
+        child = sequence.fork(200)
+        await together(sequence.step(2), child.step(3))
+        engine.release(sequence.session)
+        engine.release(child.session)
+        assert engine.stats().free_tokens == 148
 
 
 async def test_a_model_that_slides_everywhere_needs_no_more_for_longer_sessions(sliding: Local) -> None:

@@ -490,10 +490,14 @@ def test_a_shelf_never_holds_more_than_it_may_and_knows_how_much(moves: list[tup
         sums = {key: works for key, works in sums.items() if key in shelf._sums}
         sizes = [(key[0], one.num_bytes) for key, one in shelf._kept.items()]
         sizes += [(key[0], one.total.nbytes) for key, one in shelf._sums.items()]
+        for owner_, mine in shelf._of.items():
+            assert list(mine.inputs) == [key for key in shelf._kept if key[0] == owner_] != []
+            assert mine.graphs.keys() == {key for key in mine.inputs if shelf._kept[key].graph is not None}
+        assert shelf._of.keys() == {key[0] for key in shelf._kept}
         assert shelf.num_bytes == sum(num_bytes for _, num_bytes in sizes) <= 600
         for number in range(3):
-            mine = sum(num_bytes for owner_, num_bytes in sizes if owner_ == PeerId(str(number)))
-            assert mine == shelf._bytes_of[PeerId(str(number))] <= 400
+            held = sum(num_bytes for owner_, num_bytes in sizes if owner_ == PeerId(str(number)))
+            assert held == shelf._bytes_of[PeerId(str(number))] <= 400
     shelf.clear()
     assert shelf.num_bytes == 0
 
