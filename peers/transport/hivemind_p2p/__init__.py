@@ -1,7 +1,8 @@
 """libp2p by way of hivemind: streams between peers, and the DHT's store of records.
 
 This package is the only importer of hivemind. `daemon` owns the `p2pd` process and translates every foreign error,
-`streams` is the `Transport`, `dht` the `RecordStore`, `node` wires the three and keeps them joined to the network.
+`streams` is the `Transport`, `detour` its way to peers that were away, `dht` the `RecordStore`, `node` wires them and
+keeps them joined to the network.
 
 What of hivemind is used, and what is not:
 

@@ -64,8 +64,10 @@ def translated(peer: PeerId | None) -> Iterator[None]:
     except P2PHandlerError as error:
         raise Refused(f"peer {peer} refused: {str(error)[:300]}", code="dht") from error
     except P2PDaemonError as error:
-        # "Connect failed. msg=failed to dial: …\n  * [/ip4/…] dial tcp4 …: connect: connection refused"
-        reason = str(error).splitlines()[-1].removeprefix("Connect failed. msg=").lstrip(" *")
+        # "Connect failed. msg=failed to dial: …\n  * [/ip4/…] dial tcp4 …: connect: connection refused\n  * [/ip4/…] …"
+        lines = str(error).splitlines()
+        told = next((line for line in lines[:0:-1] if not line.endswith("dial backoff")), lines[-1])
+        reason = told.removeprefix("Connect failed. msg=").lstrip(" *")
         if peer is None:
             raise Unavailable(f"the libp2p daemon refused: {reason}") from error
         late = "deadline exceeded" in reason or "timeout" in reason

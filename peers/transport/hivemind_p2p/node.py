@@ -23,7 +23,6 @@ from hivemind.utils.multiaddr import Multiaddr
 from peers.errors import PeerUnreachable
 from peers.transport.hivemind_p2p.daemon import Daemon, translated
 from peers.transport.hivemind_p2p.dht import DhtStore, RecordProtocol, create_dht
-from peers.transport.hivemind_p2p.probe import listening
 from peers.transport.hivemind_p2p.streams import HivemindTransport
 from routing.addresses import peer_id_in, validate_multiaddr
 from routing.errors import CallerError, InvalidAddress, PeerError, Unavailable
@@ -232,7 +231,7 @@ class HivemindNode:
 
     async def _greet(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Connect, ping, and enter each other's routing table. Raises PeerError."""
-        await self._daemon.connect(peer, await listening(peer, addresses), timeout_s=JOIN_TIMEOUT_S)
+        await self.transport.connect(peer, addresses, timeout_s=JOIN_TIMEOUT_S)
         try:
             skew_s = await self._protocol.greet(PeerID.from_base58(peer))
         except PeerError:

@@ -7,20 +7,22 @@ DHT. The remote id of a stream comes from libp2p's handshake.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Final
+from weakref import WeakValueDictionary
 
 from hivemind.p2p import PeerID
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from peers.errors import PeerUnreachable, Refused, StreamClosed
+from peers.errors import PeerSilent, PeerUnreachable, Refused, StreamClosed
 from peers.transport.base import MAX_STREAMS_PER_PEER, Handler
 from peers.transport.framing import FramedStream
 from peers.transport.hivemind_p2p.daemon import Daemon, address_text, peer_id_from, translated
-from peers.transport.hivemind_p2p.probe import listening
+from peers.transport.hivemind_p2p.detour import detours
 from peers.transport.patience import Patience
 from routing.addresses import peer_id_in, validate_multiaddr
 from routing.errors import CallerError, InvalidAddress, SwarmError
@@ -48,6 +50,7 @@ class HivemindTransport:
         self._outgoing: dict[PeerId, set[FramedStream]] = {}
         self._gone: dict[PeerId, None] = {}
         """Peers whose streams ended, or that were not reached, since they were reached last. They may have died."""
+        self._dialling: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
         self._closed = False
 
     @property
@@ -78,20 +81,54 @@ class HivemindTransport:
         for address in addresses:
             if peer_id_in(validate_multiaddr(address, need_peer_id=True)) != peer:
                 raise InvalidAddress(f"{address} is not an address of peer {peer}")
+        async with self._reaching(peer, timeout_s):
+            if addresses:
+                await self._connect(peer, addresses, timeout_s)
+            stream = await self._daemon.open_stream(peer, self._protocol_id(protocol), timeout_s=timeout_s)
+        self._keep(self._outgoing, stream)
+        return stream
+
+    async def connect(self, peer: PeerId, addresses: Sequence[str], *, timeout_s: float) -> None:
+        """Dial, unless there is a connection; without addresses, where the daemon knows some. Raises PeerUnreachable.
+
+        A peer that was away is reached as soon as it is back, however often it was dialled in vain.
+        """
+        async with self._reaching(peer, timeout_s):
+            await self._connect(peer, addresses, timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def _reaching(self, peer: PeerId, timeout_s: float) -> AsyncIterator[None]:
         try:
             with translated(peer):
                 async with Patience(timeout_s):
-                    if addresses:
-                        if peer in self._gone:
-                            addresses = await listening(peer, addresses)
-                        await self._daemon.connect(peer, addresses, timeout_s=timeout_s)
-                    stream = await self._daemon.open_stream(peer, self._protocol_id(protocol), timeout_s=timeout_s)
+                    yield
         except PeerUnreachable:
             self._note_gone(peer)
             raise
-        self._gone.pop(peer, None)
-        self._keep(self._outgoing, stream)
-        return stream
+
+    async def _connect(self, peer: PeerId, addresses: Sequence[str], timeout_s: float) -> None:
+        async with self._dialling.setdefault(peer, asyncio.Lock()):  # a detour ends for all who came by it
+            if peer not in self._gone:
+                try:
+                    await self._daemon.connect(peer, addresses, timeout_s=timeout_s)
+                    return
+                except PeerSilent:
+                    raise
+                except PeerUnreachable:
+                    pass  # refused just now, or put off for something that failed earlier
+            await self._connect_again(peer, addresses, timeout_s)
+            self._gone.pop(peer, None)
+
+    async def _connect_again(self, peer: PeerId, addresses: Sequence[str], timeout_s: float) -> None:
+        async with detours(peer, addresses) as found:
+            await self._daemon.connect(peer, [*found.alive, *found.offered], timeout_s=timeout_s)
+            if not found.taken or self.has_streams(peer):
+                return  # streams that came in by a detour would end with it; so it stays
+            found.close()
+            offered = {address.removesuffix(f"/p2p/{peer}") for address in found.offered}
+            while not offered.isdisjoint(await self.observed_addresses(peer)):
+                pass  # until the daemon has seen its end
+        await self._daemon.connect(peer, found.alive, timeout_s=timeout_s)
 
     def _note_gone(self, peer: PeerId) -> None:
         if peer not in self._gone and len(self._gone) >= _MAX_GONE:

@@ -7,13 +7,14 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import random
 import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 
 import hivemind.dht.protocol
@@ -31,8 +32,10 @@ from peers.errors import AddressInUse, PeerUnreachable, ProtocolError, Refused, 
 from peers.transport.base import Stream
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig, dht, node, streams
 from peers.transport.hivemind_p2p.daemon import translated
+from peers.transport.hivemind_p2p.detour import Detours, detours
 from peers.transport.record_table import _Entry
 from routing.errors import CallerError, InvalidAddress, SwarmError, Unavailable
+from routing.ids import PeerId
 from routing.records import MAX_EXPIRY_AHEAD_S, model_keys
 from routing.store import StoredRecord
 from tests.peers.transport.nodes import MODEL, NETWORK, foreign_records, record, signing_key
@@ -277,35 +280,117 @@ async def test_a_swarm_heals_when_its_only_bootstrap_returns(swarm: Swarm, monke
     assert await reader.store.get(KEYS) == [renewed]
 
 
-async def test_a_peer_that_returns_is_reached_soon_however_often_it_was_missed(swarm: Swarm) -> None:
-    """libp2p's wait grows to minutes with every dial that fails; a probe that fails first keeps it at five seconds.
+class Away:
+    """A node that another one dialled in vain until libp2p put off every further dial, and that can come back."""
 
-    It can be those five, for the daemon's own Kademlia dials a peer that has just left once.
-    """
-    here, config = await swarm.node(1), NodeConfig(network=NETWORK, signing_key=signing_key(2))
+    def __init__(self, here: HivemindNode) -> None:
+        self.here = here
+        self.config = NodeConfig(network=NETWORK, signing_key=signing_key(9))
+        self.peer = self.config.signing_key.peer_id
+        self.addresses: tuple[str, ...] = ()
 
-    async def hold_open(stream: Stream) -> None:
-        await stream.receive()
+    @contextlib.asynccontextmanager
+    async def back(self) -> AsyncIterator[HivemindNode]:
+        """The node, at the address where it was first; it serves "echo"."""
+        listen = tuple(address.removesuffix(f"/p2p/{self.peer}") for address in self.addresses) or self.config.listen
+        async with await HivemindNode.create(replace(self.config, listen=listen)) as there:
+            self.addresses = there.addresses
+            await there.transport.serve("echo", echo)
+            yield there
 
-    async with await HivemindNode.create(config) as there:
-        peer, addresses = there.transport.peer_id, there.transport.addresses
-        await there.transport.serve("hello", hold_open)
-        stream = await here.transport.open_stream(peer, addresses, "hello", timeout_s=5)
-    with pytest.raises(StreamClosed):
-        await stream.receive()
-    with pytest.raises(PeerUnreachable):
-        await here.transport.open_stream(peer, addresses, "hello", timeout_s=5)
-    for _ in range(20):
-        with pytest.raises(PeerUnreachable, match="nothing listens"):
-            await here.transport.open_stream(peer, addresses, "hello", timeout_s=5)
-    listen = addresses[0].removesuffix(f"/p2p/{peer}")
-    async with await HivemindNode.create(replace(config, listen=(listen,))) as there, asyncio.timeout(7):
-        await there.transport.serve("hello", hold_open)
-        while True:
-            with contextlib.suppress(PeerUnreachable):
-                await here.transport.open_stream(peer, addresses, "hello", timeout_s=5)
-                break
-            await asyncio.sleep(0.1)
+    async def open(self, *, timeout_s: float = 5) -> Stream:
+        return await self.here.transport.open_stream(self.peer, self.addresses, "echo", timeout_s=timeout_s)
+
+    async def put_off(self) -> None:
+        """Dial until libp2p does no more."""
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    await self.here._daemon.connect(self.peer, self.addresses, timeout_s=1)
+                except PeerUnreachable as error:
+                    if "dial backoff" in str(error):
+                        return
+
+
+async def echo(stream: Stream) -> None:
+    while True:
+        await stream.send(await stream.receive())
+
+
+async def says(stream: Stream, frame: bytes) -> bool:
+    await stream.send(frame)
+    return await stream.receive() == frame
+
+
+@pytest.fixture
+async def away(swarm: Swarm) -> Away:
+    return Away(await swarm.node(1))
+
+
+async def test_a_peer_that_returns_is_reached_at_once_however_often_it_was_missed(
+    away: Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def seen(peer: PeerId, addresses: Sequence[str]) -> AsyncIterator[Detours]:
+        async with detours(peer, addresses) as found:
+            offered.extend(address.removesuffix(f"/p2p/{peer}") for address in found.offered)
+            yield found
+            assert found.taken
+
+    monkeypatch.setattr(streams, "detours", seen)
+    for met in (True, False):  # the second time it goes before anybody hears of it
+        async with away.back():
+            stream = await away.open() if met else None
+        if stream is not None:
+            with pytest.raises(StreamClosed):
+                await stream.receive()
+        await away.put_off()
+        for _ in range(20):
+            with pytest.raises(PeerUnreachable, match="nothing listens"):
+                await away.open()
+        async with away.back():
+            opened = await asyncio.gather(*(away.open() for _ in range(3)))
+            assert all(await asyncio.gather(*(says(stream, bytes(1_000_000)) for stream in opened)))
+            (detoured,) = offered  # for all three
+            offered.clear()
+            assert detoured not in await away.here.transport.observed_addresses(away.peer), "nobody stays on it"
+
+
+async def test_initial_peers_are_found_at_once_too(away: Away) -> None:
+    async with away.back():
+        pass
+    await away.put_off()
+    async with away.back():
+        await away.here.reconnect(away.addresses)
+        assert away.here.known_nodes == 1
+
+
+async def test_a_detour_stays_while_streams_came_in_by_it(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with away.back():
+        pass
+    await away.put_off()
+    async with away.back():
+        monkeypatch.setattr(away.here.transport, "has_streams", lambda peer: True)
+        stream = await away.open()
+        (observed,) = await away.here.transport.observed_addresses(away.peer)
+        assert f"{observed}/p2p/{away.peer}" not in away.addresses
+        assert await says(stream, random.Random(1).randbytes(3_000_000))
+
+
+async def test_whoever_listens_where_a_peer_was_is_not_taken_for_it(away: Away) -> None:
+    async with away.back():
+        pass
+    await away.put_off()
+    listen = tuple(address.removesuffix(f"/p2p/{away.peer}") for address in away.addresses)
+    async with await HivemindNode.create(
+        NodeConfig(network=NETWORK, signing_key=signing_key(8), listen=listen)
+    ) as other:
+        await other.transport.serve("echo", echo)
+        for _ in range(2):
+            with pytest.raises(PeerUnreachable, match=f"remote key matches {other.peer_id}"):
+                await away.open()
 
 
 async def test_a_reader_that_lost_everybody_finds_them_again(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,8 +618,9 @@ def test_the_translation_says_who_erred() -> None:
     for foreign, kind in expected:
         with pytest.raises(kind), translated(peer):
             raise foreign
-    with pytest.raises(PeerUnreachable, match=r": \[/ip4/…\] connection refused$"), translated(peer):
-        raise expected[0][0]
+    for more in ("", "\n  * [/ip4/…] dial backoff"):
+        with pytest.raises(PeerUnreachable, match=r": \[/ip4/…\] connection refused$"), translated(peer):
+            raise P2PDaemonError(f"{expected[0][0]}{more}")
     assert len(_errors_of(hivemind.p2p.p2p_daemon_bindings.utils)) >= 4, "the list above is found by name"
 
 
