@@ -48,8 +48,9 @@ logger = logging.getLogger(__name__)
 
 DECODING_S = 1.0
 """A step so long ago says that others will follow."""
-MOMENT_S = 0.01
-"""For so long the event loop may compute: as long as a ping may wait."""
+MOMENT_S = 0.025
+"""For so long the event loop may compute. What waits meanwhile: somebody else's first frame, whose work would wait for
+the thread's forward as well; a ping, which so tells what a step would wait; and what has a deadline of seconds."""
 SessionKey: TypeAlias = SessionId | Place
 """What names a session here; it is only compared."""
 Sharing = Literal["owner", "network"]

@@ -328,9 +328,13 @@ class Handler:
             return True
         if done is None:
             return False
+        output = _output(entry, step, done)
+        delivery = self._wanted(entry, step, run, done, output)
+        left = delivery is None or self.pusher.deliver_now(entry, delivery)
+        # the next hop has something to do by now: nobody waits for what else there is
         self.admission.finish(link.remote, payload_bytes)
-        delivery = self._completed(entry, step, run, done)
-        if delivery is not None and not self.pusher.deliver_now(entry, delivery):
+        self._account(entry, step, done, None if delivery is None else output)
+        if delivery is not None and not left:
             self._steps.spawn(self._deliver(entry, step, done, delivery), name=f"step {entry.place}")
         else:
             self.counts.steps.add(step.count, done.queue_s, done.compute_s, 0.0)
@@ -354,7 +358,10 @@ class Handler:
             self.admission.finish(link.remote, payload_bytes)
             if self.ledger.get(entry.place) is None:
                 self.release(entry.place)
-        if (delivery := self._completed(entry, step, run, done)) is not None:
+        output = _output(entry, step, done)
+        delivery = self._wanted(entry, step, run, done, output)
+        self._account(entry, step, done, None if delivery is None else output)
+        if delivery is not None:
             await self._deliver(entry, step, done, delivery)
 
     def _failed(self, entry: Entry[Delivery, Link], step: Step, run: Run, error: SwarmError) -> Failed | None:
@@ -364,19 +371,22 @@ class Handler:
             return None
         return self._failure(error, step.session, step.block, step.epoch, step.step)
 
-    def _completed(self, entry: Entry[Delivery, Link], step: Step, run: Run, done: Done) -> Delivery | None:
+    def _wanted(
+        self, entry: Entry[Delivery, Link], step: Step, run: Run, done: Done, output: memoryview | None
+    ) -> Delivery | None:
         """What is to be sent for a step that was computed, if anybody still wants it."""
-        now_s = self._clock()
-        self.speeds.add(len(entry.span), step.count, done.compute_s, done.queue_s, now_s)
-        self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
-        self.counts.tokens[kind_of(step.count)] += step.count
-        output = None if entry.next is None else tensors.pack(done.hidden, step.dtype)
         delivery = _delivery(entry, step, done, output)
-        if not self.ledger.completed(entry, run, delivery, len(delivery.payload), now_s):
-            return None
+        wanted = self.ledger.completed(entry, run, delivery, len(delivery.payload), self._clock())
+        return delivery if wanted else None
+
+    def _account(self, entry: Entry[Delivery, Link], step: Step, done: Done, output: memoryview | None) -> None:
+        """A step was computed, and `output` is, or was, sent to the successor. In the turn of the event loop in which
+        it was `_wanted`: whoever asks for a replay later finds it in the journal."""
         if output is not None:
             self.journal.append(entry.place, step.first, step.count, step.dtype, output)
-        return delivery
+        self.speeds.add(len(entry.span), step.count, done.compute_s, done.queue_s, self._clock())
+        self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
+        self.counts.tokens[kind_of(step.count)] += step.count
 
     async def _deliver(self, entry: Entry[Delivery, Link], step: Step, done: Done, delivery: Delivery) -> None:
         computed_s, send_s = self._clock(), 0.0
@@ -617,6 +627,11 @@ class Works:
                 async with asyncio.timeout(timeout_s):
                     await last.wait()
             # whoever awaited the last work goes on in its own turn: it is before ours
+
+
+def _output(entry: Entry[Delivery, Link], step: Step, done: Done) -> memoryview | None:
+    """What the successor gets, where there is one."""
+    return None if entry.next is None else tensors.pack(done.hidden, step.dtype)
 
 
 def _delivery(entry: Entry[Delivery, Link], step: Step, done: Done, output: memoryview | None) -> Delivery:

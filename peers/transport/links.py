@@ -147,14 +147,17 @@ class Link:
             await self.close()
             raise
 
-    def send_now(self, message: AnyMessage, payload: codec.Buffer = b"") -> bool:
+    def send_now(self, message: AnyMessage, payload: codec.Buffer = b"", *, alone: bool = True) -> bool:
         """As `send` in the small lane, if nothing has to be waited for; else, or where the link is closed, False, and
-        nothing was sent."""
+        nothing was sent. If not `alone`, at the end of this turn of the event loop, with what others send by then."""
         lane = self._lanes.get(SMALL)
         if self.closed or lane is None or not lane.ready or self._owner.upload is not None:
             return False
         self.used_at_s = asyncio.get_running_loop().time()
-        lane.send_now(message, payload)
+        if alone:
+            lane.send_now(message, payload)
+        else:
+            lane.post(message, payload)
         return True
 
     def _worth_timing(self, size: int, now_s: float) -> bool:

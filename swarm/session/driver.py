@@ -32,7 +32,8 @@ from routing.ids import PeerId, SessionId
 from routing.records import HostedAdapter
 from routing.router import Hop, Kept, Route, RouteRequest
 from swarm.errors import SessionClosed
-from swarm.network import ClientNode, Entrance, NetworkThread, enter
+from swarm.network import Answer, ClientNode, Entrance, NetworkThread, enter
+from swarm.session.calls import Call
 from swarm.session.core import (
     Action,
     Fail,
@@ -110,8 +111,6 @@ class SwarmRemote:
         self._tasks = Tasks()
         self._goodbyes = Tasks()
         self._guard = Tasks()
-        self._starting: set[RemoteSession] = set()
-        """Sessions of steps that `start` was asked for and whose tasks have not begun."""
         self._covered: ModelHealth | None = None
         """What `coverage` said last."""
         self._failure: SwarmError | None = None
@@ -148,7 +147,16 @@ class SwarmRemote:
     def run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._closed:
             raise SessionClosed("this model's connection to the swarm was closed")
-        results = self._network.call(self._run(steps))
+        prepared = [_on_cpu(step) for step in steps]
+
+        def begin(answer: Answer[list[torch.Tensor]]) -> None:
+            self._begin(prepared, answer.give, answer.fail)
+
+        try:
+            results = self._network.ask(begin)
+        except KeyboardInterrupt:  # no row may go on in the background
+            self.release([step.session for step in steps])
+            raise
         return [
             result.to(device=step.hidden_TD.device, dtype=step.hidden_TD.dtype)
             for step, result in zip(steps, results, strict=True)
@@ -158,7 +166,7 @@ class SwarmRemote:
         """Run each step by itself, without waiting; `done` is told each result, or why there is none, in the network's
         loop. Releasing a session ends its step with SessionClosed. After `close` nothing is told. From any thread."""
         if not self._closed:
-            self._network.post(self._start_each, tuple(steps), done)
+            self._network.post(self._start_each, [(step, _on_cpu(step)) for step in steps], done)
 
     def release(self, sessions: Sequence[RemoteSession]) -> None:
         if not self._closed:
@@ -251,43 +259,51 @@ class SwarmRemote:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
-        if not isinstance(error, SwarmError):
-            error = Unavailable(f"this client failed: {type(error).__name__}: {error}", hint="make the model again")
-        self._failure = error
+        self._failure = error = _known(error)
         logger.error("%s", error)
         for session in tuple(self._sessions.by_id.values()):
             if session.core is not None:
                 self.perform(session, session.core.give_up(error))
 
-    def _start_each(self, steps: Sequence[RowStep], done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
-        for step in steps:
-            self._starting.add(step.session)
-            self._tasks.spawn(self._tell(step, done), name="a step")
+    def _start_each(
+        self, steps: Sequence[tuple[RowStep, RowStep]], done: Callable[[RowStep, torch.Tensor | SwarmError], None]
+    ) -> None:
+        for step, prepared in steps:
 
-    async def _tell(self, step: RowStep, done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
-        try:
-            if step.session not in self._starting:
-                raise SessionClosed("the session was released")
-            self._starting.remove(step.session)
-            (result,) = await self._run((step,))
-        except SwarmError as error:
-            done(step, error)
-        else:
-            done(step, result)
+            def answered(outputs: list[torch.Tensor], step: RowStep = step) -> None:
+                done(step, outputs[0])
 
-    async def _run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
+            def failed(error: BaseException, step: RowStep = step) -> None:
+                done(step, _known(error))
+
+            self._begin((prepared,), answered, failed)
+
+    def _begin(
+        self,
+        steps: Sequence[RowStep],
+        done: Callable[[list[torch.Tensor]], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """Ask for all of these steps; what can be sent without a wait leaves at once, as somebody's next token does.
+        `done` and `failed` as of a `Call`."""
+
+        def ended(error: BaseException) -> None:
+            self._release([step.session for step in steps])  # no row may go on in the background
+            failed(error)
+
+        call = Call(steps, done, ended)
         if self._failure is not None:
-            raise self._failure
-        sessions = [step.session for step in steps]
+            call.fail(self._failure)
+            return
         try:
             for step in steps:
                 self._resolve(step)
-            if len(steps) == 1:  # somebody's next token: a task of its own would only delay it
-                return [await self._row(steps[0])]
-            return list(await asyncio.gather(*(self._row(step) for step in steps)))
-        except BaseException:  # an error of one row or an interrupt: no row may go on in the background
-            self._release(tuple(sessions))
+            for row, step in enumerate(steps):
+                self._submit(call, row, step)
+        except BaseException as error:  # a mistake: who waits is told, and the log
+            call.fail(error)
             raise
+        call.begun()
 
     def _resolve(self, step: RowStep) -> None:
         """Give the session of a step a live core: its parent's fork, or a new one under a new id."""
@@ -310,16 +326,13 @@ class SwarmRemote:
             session.core = SessionCore(session_id, replace(self._config, standby=session.standby), cuts)
         self._sessions.by_id[session_id] = session
 
-    async def _row(self, step: RowStep) -> torch.Tensor:
-        session = step.session
+    def _submit(self, call: Call, row: int, step: RowStep) -> None:
+        session, hidden_TD, token_ids_T = step.session, step.hidden_TD, step.token_ids_T
         assert isinstance(session, LiveSession)
         assert session.core is not None
-        hidden_TD = step.hidden_TD.detach().to("cpu")
-        token_ids_T = None if step.token_ids_T is None else step.token_ids_T.to("cpu")
         session.dtype = tensors.NAMES[hidden_TD.dtype]
         count, want_from = len(hidden_TD), step.want_from
         session.timings.clear()
-        futures = []
         chunk = self._config.chunk(count)
         for at in range(0, count, chunk):
             rows_TD, ids_T = hidden_TD, token_ids_T
@@ -338,19 +351,13 @@ class SwarmRemote:
             want = min(max(want_from - at, 0), len(rows_TD))
             step_id, actions = session.core.submit(step.start + at, len(rows_TD), want)
             session.rows[step_id] = (rows_TD, step.regime_length)
-            future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
-            session.futures[step_id] = future
-            futures.append(future)
+            session.pieces[step_id] = call.expect(row)
             self.perform(session, actions, defer_sending=True)
-        await self._pump(session)
-        parts = [await future for future in futures]
-        session.length = step.start + count
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._send_pending(session)
 
     def _release(self, sessions: Sequence[RemoteSession]) -> None:
         for session in sessions:
             assert isinstance(session, LiveSession)
-            self._starting.discard(session)
             session.parent = None
             if session.core is not None:
                 if session.route is not None and not session.prompt_keys:  # something was answered
@@ -365,11 +372,9 @@ class SwarmRemote:
         self._client.router.on_ended(session.core.session)
         session.outbox.clear()
         session.rows.clear()
-        futures, session.futures = session.futures, {}
-        for future in futures.values():
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # marked as seen: a gather that failed already looks at one of them only
+        pieces, session.pieces = session.pieces, {}
+        for piece in pieces.values():
+            piece.fail(error)
 
     # --- actions ---
 
@@ -427,8 +432,8 @@ class SwarmRemote:
                 case Feed():
                     session.asked_at_s[action.to.peer_id] = asyncio.get_running_loop().time()
                     self._tasks.spawn(self._feed(session, action), name=f"feed {core.session}")
-        if session.outbox and not session.pumping and not defer_sending:
-            self._tasks.spawn(self._pump(session), name=f"send {core.session}")
+        if not defer_sending:
+            self._send_pending(session)
 
     def _offer(self, session: LiveSession, action: OpenHops) -> list[tuple[bytes, ...]]:
         """The keys to offer, for each hop of the route."""
@@ -454,9 +459,9 @@ class SwarmRemote:
             self._sessions.kept.add(session.prompt_keys, session.route.hops)
             session.prompt_keys = ()
         session.rows.pop(step.step, None)
-        future = session.futures.pop(step.step, None)
-        if future is not None and not future.done():
-            future.set_result(rows)
+        piece = session.pieces.pop(step.step, None)
+        if piece is not None:
+            piece.answer(rows)
 
     async def _plan(self, session: LiveSession, need: NeedRoute) -> None:
         core = session.core
@@ -690,6 +695,16 @@ class SwarmRemote:
         assert session.core is not None
         self.perform(session, session.core.timer())
 
+    def _send_pending(self, session: LiveSession) -> None:
+        """Send what is in the outbox, in order: now, as far as nothing has to be waited for, the rest by a task."""
+        if session.pumping:
+            return
+        while session.outbox:
+            if not self._send_now(session, session.outbox[0]):
+                self._tasks.spawn(self._pump(session), name="send a step")
+                return
+            session.outbox.popleft()
+
     async def _pump(self, session: LiveSession) -> None:
         """Send what is in the outbox, in order; one pump per session at a time."""
         if session.pumping:
@@ -701,6 +716,22 @@ class SwarmRemote:
         finally:
             session.pumping = False
 
+    def _send_now(self, session: LiveSession, action: SendStep) -> bool:
+        """As `_send`, if nothing has to be waited for; else False, and nothing was sent."""
+        core, step = session.core, action.step
+        assert core is not None
+        if core.route is None or not core.due(step.step, action.epoch):
+            return True
+        known, link = session.rows.get(step.step), self._client.links.known(core.route.hops[0].peer_id)
+        if step.hop or known is None or link is None or not link.wanted:
+            return False
+        message, payload = self._first(session, core, core.route, action, *known)
+        # with steps of other sessions it shares a frame
+        if message.bulk or not link.send_now(message, payload, alone=len(self._sessions.by_id) == 1):
+            return False
+        self._sent(payload)
+        return True
+
     async def _send(self, session: LiveSession, action: SendStep) -> None:
         core, step = session.core, action.step
         assert core is not None
@@ -710,19 +741,29 @@ class SwarmRemote:
             await self._have_replayed(session, step, core.route, action.epoch)
             return
         known = session.rows.get(step.step)
-        if known is None:
-            rows_TD, regime_length = await self._rows_again(session, step)
-        else:
-            rows_TD, regime_length = known
-            if len(rows_TD) > step.count:
-                rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
+        rows_TD, regime_length = await self._rows_again(session, step) if known is None else known
         if not core.due(step.step, action.epoch):
             return
         hop = core.route.hops[0]
-        message, payload = self._step(core, hop, step, action.epoch, rows_TD, regime_length)
+        message, payload = self._first(session, core, core.route, action, rows_TD, regime_length)
+        await self.send_to(session, hop.peer_id, hop.addresses, message, payload)
+
+    def _first(
+        self,
+        session: LiveSession,
+        core: SessionCore,
+        route: Route,
+        action: SendStep,
+        rows_TD: torch.Tensor,
+        regime_length: int,
+    ) -> tuple[Step, memoryview]:
+        """What the first hop gets now."""
+        step = action.step
+        if len(rows_TD) > step.count:
+            rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
         alone = step.count == 1 and step.until is None and not core.crowded
         session.timed_step = (step.step, asyncio.get_running_loop().time()) if alone else None
-        await self.send_to(session, hop.peer_id, hop.addresses, message, payload)
+        return self._step(core, route.hops[0], step, action.epoch, rows_TD, regime_length)
 
     def _step(
         self, core: SessionCore, hop: Hop, step: PendingStep, epoch: int, rows_TD: torch.Tensor, regime_length: int
@@ -787,8 +828,11 @@ class SwarmRemote:
         except Unavailable as error:
             self.perform(session, session.core.give_up(error))
         else:
-            self.traffic.steps += 1
-            self.traffic.bytes_sent += len(payload)
+            self._sent(payload)
+
+    def _sent(self, payload: memoryview) -> None:
+        self.traffic.steps += 1
+        self.traffic.bytes_sent += len(payload)
 
     async def _rows_again(self, session: LiveSession, step: PendingStep) -> tuple[torch.Tensor, int]:
         segments = session.history.between(step.first, step.first + step.count, self.model.regime_key)
@@ -824,6 +868,21 @@ def _switches(before: Route | None, action: OpenHops) -> int:
     known = {(hop.peer_id, hop.span) for hop in before.hops}
     hops = zip(action.route.hops, action.keep, strict=True)
     return sum(keep > 0 and (hop.peer_id, hop.span) not in known for hop, keep in hops)
+
+
+def _known(error: BaseException | None) -> SwarmError:
+    """What became of whoever waited."""
+    if isinstance(error, SwarmError):
+        return error
+    return Unavailable(f"this client failed: {type(error).__name__}: {error}", hint="make the model again")
+
+
+def _on_cpu(step: RowStep) -> RowStep:
+    """As it travels, and is kept."""
+    hidden_TD, ids_T = step.hidden_TD, step.token_ids_T
+    if hidden_TD.is_cpu and not hidden_TD.requires_grad and (ids_T is None or ids_T.is_cpu):
+        return step
+    return replace(step, hidden_TD=hidden_TD.detach().to("cpu"), token_ids_T=None if ids_T is None else ids_T.to("cpu"))
 
 
 def _stop(route: Route, step: PendingStep) -> int:

@@ -20,6 +20,7 @@ from routing.errors import SwarmError
 from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
 from routing.router import Hop, Route
 from swarm.network import ClientNode
+from swarm.session.calls import Piece
 from swarm.session.core import Action, PendingStep, SendStep, SessionCore
 from swarm.session.history import History
 from swarm.session.kept import KeptPrompts
@@ -99,7 +100,6 @@ class LiveSession(RemoteSession):
         "core",
         "deadline_s",
         "dtype",
-        "futures",
         "heard_at_s",
         "history",
         "idle_looks",
@@ -108,6 +108,7 @@ class LiveSession(RemoteSession):
         "outbox",
         "pace",
         "parent",
+        "pieces",
         "prefix_secret",
         "prompt_keys",
         "pumping",
@@ -141,7 +142,8 @@ class LiveSession(RemoteSession):
         """Only sessions with the same one begin with what peers hold of each other's prompts."""
         self.core: SessionCore | None = None
         self.history = History()
-        self.futures: dict[StepId, asyncio.Future[torch.Tensor]] = {}
+        self.pieces: dict[StepId, Piece] = {}
+        """Steps that somebody waits for."""
         self.rows: dict[StepId, tuple[torch.Tensor, int]] = {}
         self.outbox: deque[SendStep] = deque()
         self.pumping = False

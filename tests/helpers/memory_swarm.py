@@ -79,7 +79,7 @@ class Guest(NetworkThread):
     """One more client in the thread of another one."""
 
     def __init__(self, host: NetworkThread, client: ClientNode) -> None:
-        self._loop, self._thread, self.client = host._loop, host._thread, client
+        self._loop, self._thread, self._awaited, self.client = host._loop, host._thread, host._awaited, client
         self.post(client.start)
 
 

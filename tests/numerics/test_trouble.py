@@ -5,6 +5,7 @@ Virtual wires, real engines and drivers. The real processes' version of these is
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -22,6 +23,7 @@ from peers.wire.messages import Urgency
 from routing.errors import CallerError, NoRoute, Unavailable
 from routing.router import Route, RouteRequest
 from swarm.models.tracing import traced
+from swarm.network import Answer
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm, impatient
 from tests.helpers.traces import check_trace
@@ -322,6 +324,45 @@ def test_an_interrupted_generation_frees_its_pages(make_swarm: Callable[..., Mem
         generate(model, prompt(2), stopping_criteria=[AtToken(3, interrupt)])
     assert swarm.eventually_settled()
     assert torch.equal(generate(model, prompt()), generate(local, prompt()))
+
+
+def test_who_is_interrupted_while_a_step_is_under_way_leaves_nothing_and_may_go_on_at_once(
+    make_swarm: Callable[..., MemorySwarm], local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)], latency_s=0.01)
+    model, waits, wait = swarm.model(), itertools.count(), Answer.wait
+
+    def interrupted(answer: Answer[Any], timeout_s: float | None) -> Any:
+        if next(waits) == 3:
+            raise KeyboardInterrupt
+        return wait(answer, timeout_s)
+
+    with model.session():
+        monkeypatch.setattr(Answer, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, prompt(2))
+        assert torch.equal(generate(model, prompt(2)), generate(local, prompt(2)))
+    assert swarm.eventually_settled()
+
+
+def test_a_lone_sessions_next_token_leaves_without_a_task(
+    make_swarm: Callable[..., MemorySwarm], local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+    remote, spawned = model._remote_layers.remote, list[str]()
+    spawn = remote._tasks.spawn
+
+    def noted(work: Any, *, name: str) -> Any:
+        spawned.append(name)
+        return spawn(work, name=name)
+
+    with model.session():
+        ids = generate(model, prompt())
+        monkeypatch.setattr(remote._tasks, "spawn", noted)
+        assert torch.equal(generate(model, ids), generate(local, ids))
+        assert "send a step" not in spawned
+    assert swarm.eventually_settled()
 
 
 def test_a_conversation_keeps_its_session_and_survives_the_loss_of_every_page(

@@ -67,7 +67,7 @@ def test_an_interrupted_call_cancels_its_work(network: NetworkThread, monkeypatc
         assert work.begun.wait(10)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("swarm.network._Call.result", interrupted)
+    monkeypatch.setattr("swarm.network.Answer.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         network.call(work.run())
     assert work.cancelled.wait(10)

@@ -29,7 +29,6 @@ from peers.runtime.engine import (
     SessionReleased,
     Work,
 )
-from peers.runtime.scheduler import Tempo
 from routing.errors import CallerError, Unavailable
 from routing.ids import BlockSpan, PeerId, SessionId
 from tests.peers.runtime.spans import ALICE, Local, Sequence, assert_same, new_session, running, together
@@ -603,14 +602,6 @@ async def test_a_start_that_is_cancelled_says_nothing_to_who_no_longer_waits() -
     await engine.stop()
     await asyncio.sleep(0)
     assert not complaints
-
-
-@pytest.fixture
-def momentary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library multiplies, and whatever it does takes but a moment."""
-    monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))
-    monkeypatch.setattr(engine_module, "MOMENT_S", 1e9)
-    monkeypatch.setattr(Tempo, "is_long", lambda *_: False)
 
 
 @pytest.mark.usefixtures("momentary")

@@ -199,6 +199,25 @@ async def test_a_step_that_is_computed_at_once_is_answered_as_any_other(monkeypa
         assert route.hops[2].handler.pusher.counts.returned == 4
 
 
+async def test_what_is_computed_at_once_has_left_before_it_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Route(2) as route:
+        client, (first, _) = route.client, route.hops
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        await client.result()
+        first.engine.momentary = True
+        pushed: list[int] = []
+
+        def note(*_: object, **__: object) -> None:
+            pushed.append(first.handler.pusher.counts.pushed)
+
+        monkeypatch.setattr(first.journal, "append", note)
+        monkeypatch.setattr(first.admission, "charge", note)
+        await client.step(first, 2, 5)
+        await client.result()
+        assert pushed == [2, 2]
+
+
 async def test_a_step_that_fails_at_once_is_told_to_the_client_who_may_repeat_it() -> None:
     async with Alone() as route:
         await route.client.open(route.hops)

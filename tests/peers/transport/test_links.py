@@ -712,6 +712,28 @@ async def test_what_several_tasks_send_in_one_turn_travels_in_one_frame(world: W
     await third.close()
 
 
+async def test_what_is_sent_at_once_but_not_alone_shares_a_frame(world: World) -> None:
+    third = world.network.transport(THIRD)
+    frames: list[list[AnyMessage]] = []
+
+    async def collect(stream: Stream) -> None:
+        await stream.receive()
+        await stream.send(codec.encode(a_hello()))
+        while True:
+            frames.append([message for message, _ in codec.decode(await stream.receive())])
+
+    await third.serve(STREAM_PROTOCOL, collect)
+    link = await world.one.links.to(THIRD)
+    sent = [Close(sessions=(bytes([number] * 16),)) for number in range(4)]
+    assert link.send_now(sent[0])
+    assert link.send_now(sent[1], alone=False)
+    assert link.send_now(sent[2], alone=False)
+    assert link.send_now(sent[3]), "and overtakes nothing"
+    await asyncio.sleep(0.1)
+    assert frames == [sent[:1], sent[1:]]
+    await third.close()
+
+
 async def test_what_is_sent_at_once_leaves_behind_what_waits_for_the_end_of_the_turn_and_never_waits(
     world: World, capped: Node
 ) -> None:
