@@ -1,4 +1,4 @@
-"""Whether a node can run on this machine at all: found out before anything is downloaded.
+"""Whether a node can run on this machine at all: found out before anything is downloaded; and how its threads wait.
 
 Knows what the node needs of the system. Imports only what every Python has, so that it can be asked before the rest.
 """
@@ -27,3 +27,11 @@ def require_platform() -> None:
             f"hivemind is here without its libp2p daemon for {system} on {platform.machine()}",
             hint="on x86-64 or arm64, install it again: pip install --force-reinstall --no-deps hivemind",
         )
+
+
+def let_threads_sleep() -> None:
+    """Have torch's threads sleep when they wait: spinning, they keep those of other peers and programs from work.
+
+    For whoever starts a process, before anything imports torch: its libraries read this once, when they are loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

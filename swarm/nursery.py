@@ -29,6 +29,7 @@ from typing import Final, TypeAlias
 
 import psutil
 
+from peers.platform import let_threads_sleep
 from routing.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ def _fork_on_demand(control: socket.socket) -> list[str] | None:
 
 
 if __name__ == "__main__":
+    let_threads_sleep()
     for module in sys.argv[2:]:
         importlib.import_module(module)
     gc.freeze()  # a collection in a child would write to, and so copy, what is shared

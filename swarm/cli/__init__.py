@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 
-from peers.platform import require_platform
+from peers.platform import let_threads_sleep, require_platform
 from routing.errors import SwarmError
 
 
@@ -20,8 +20,7 @@ def main() -> None:
         require_platform()
     except SwarmError as error:
         sys.exit(f"error: {error}\nhint: {error.hint}")
-    # torch's threads sleep when they wait: spinning, they keep those of other peers and programs from work
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep()
     # what torch and transformers are made of stays: looking for garbage among it takes a seventh of their import
     gc.set_threshold(10_000)
     from swarm.cli import signals  # which, as the rest, another platform may not be able to import

@@ -102,6 +102,23 @@ def test_a_nursery_that_cannot_import_says_so() -> None:
     broken.close()
 
 
+def test_what_is_preloaded_finds_that_its_threads_are_to_sleep(tmp_path: Path) -> None:
+    """Torch's libraries ask when they are loaded, which here is before `python -m swarm` begins."""
+    (tmp_path / "preloaded.py").write_text(
+        "import os\nopen(os.environ['SEEN'], 'w').write(os.environ['OMP_WAIT_POLICY'])"
+    )
+    for asked, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | asked
+        environment |= {"PYTHONPATH": f"{tmp_path}:{environment.get('PYTHONPATH', '')}", "SEEN": str(tmp_path / "seen")}
+        forking = Nursery(environment, preload=["preloaded"])
+        child, held, said = start(forking, "--version")
+        assert child.wait(timeout=60) == 0
+        assert (tmp_path / "seen").read_text() == policy
+        forking.close()
+        os.close(held)
+        os.close(said)
+
+
 def test_a_nursery_ends_with_its_owner(tmp_path: Path) -> None:
     program = "import os, time; from swarm.nursery import Nursery; "
     program += "print(Nursery(os.environ, preload=()).pid, flush=True); time.sleep(600)"
