@@ -8,6 +8,7 @@ import ctypes
 import logging
 import platform
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -145,6 +146,25 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     broken.chmod(0o755)
     with pytest.raises(NoLibrary, match="cannot do it"):
         build._compiled(str(broken))
+
+
+def test_a_compiler_that_a_busy_machine_keeps_waiting_is_not_asked_for_a_slower_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compilations = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[bytes]:
+        if "--version" not in command:
+            compilations.append(command)
+            raise subprocess.TimeoutExpired(command, 1)
+        return subprocess.CompletedProcess(command, 0, b"")
+
+    monkeypatch.setenv("HIVESWARM_CACHE", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(NoLibrary, match="did not end"):
+        build._compiled("busy")
+    assert len(compilations) == 1
+    assert not list(tmp_path.rglob("*.so"))
 
 
 class Layers(nn.Module):
