@@ -31,6 +31,7 @@ struct Multiply {
     static Floats add(Floats total, Left x, Left w) { return total + x * w; }
 };
 #if defined(__AVX512BF16__)
+constexpr bool WIDENS = false;  // bfloat16 is multiplied as it is
 template <>
 struct Multiply<Bfloat, Bfloat> {
     static constexpr int STEP = 2 * LANES;
@@ -39,6 +40,8 @@ struct Multiply<Bfloat, Bfloat> {
     static Left right(const Bfloat *at) { return load<__m512bh>(at); }
     static Floats add(Floats total, Left x, Left w) { return (Floats)_mm512_dpbf16_ps((__m512)total, x, w); }
 };
+#else
+constexpr bool WIDENS = true;
 #endif
 
 // Weights in 4 bits (peers/model/kernels/packed.py): each group of GROUP has a scale and, with LEAST, a least weight.
@@ -178,25 +181,26 @@ void convert(const From *from, size_t count, To *into) {
     for (; at < count; ++at) store(into + at, number(from[at]));
 }
 
-// Columns [n, n + columns) of w as X, without the scale of an output.
-template <class X>
-void unpack(const Job &job, size_t n, size_t columns, int8_t, X *into) {
-    convert((const int8_t *)job.w + n * job.K, columns * job.K, into);
-}
+// Positions [from, to) of columns [n, n + columns) of w as X, without the scale of an output; `from`: of a whole group.
 template <class X, class W>
-void unpack(const Job &job, size_t n, size_t columns, W, X *into) {
-    const Groups<W> groups(job, n);
-    const size_t full = job.K / GROUP;
-    for (size_t column = 0; column < columns; ++column, into += job.K) {
-        for (size_t group = 0; group < full; ++group) {
-            const Levels levels = groups.levels_of(column, group);
-            for (size_t at = 0; at < GROUP / 2; at += LANES) {
-                const Codes both = codes(groups.codes_of(column, group) + at);
-                store(into + group * GROUP + at, levels.of(both));
-                store(into + group * GROUP + GROUP / 2 + at, levels.of(both >> 4));
+void unpack(const Job &job, size_t n, size_t columns, size_t from, size_t to, X *into) {
+    if constexpr (std::is_same_v<W, Even> || std::is_same_v<W, Normal>) {
+        const Groups<W> groups(job, n);
+        for (size_t column = 0; column < columns; ++column) {
+            size_t k = from;
+            for (; k + GROUP <= to; k += GROUP, into += GROUP) {
+                const Levels levels = groups.levels_of(column, k / GROUP);
+                for (size_t at = 0; at < GROUP / 2; at += LANES) {
+                    const Codes both = codes(groups.codes_of(column, k / GROUP) + at);
+                    store(into + at, levels.of(both));
+                    store(into + GROUP / 2 + at, levels.of(both >> 4));
+                }
             }
+            for (size_t group = k / GROUP, rest = 0; k + rest < to; ++rest) store(into++, groups.one(column, group, rest));
         }
-        for (size_t k = full * GROUP; k < job.K; ++k) store(into + k, groups.one(column, full, k - full * GROUP));
+    } else {
+        for (size_t column = 0; column < columns; ++column, into += to - from)
+            convert((const W *)job.w + (n + column) * job.K + from, to - from, into);
     }
 }
 
@@ -226,7 +230,7 @@ void all_rows(const Job &job, size_t from, size_t to, size_t n) {
         if (to - from > ROWS || !std::is_same_v<X, float>) {  // what several tiles use is unpacked once
             static thread_local Aligned buffer;
             X *whole = aligned<X>(buffer, columns * job.K);
-            unpack(job, n, columns, W{}, whole);
+            unpack<X, W>(job, n, columns, 0, job.K, whole);
             const Job dense{job.x, whole, job.scale ? job.scale + n : nullptr, job.bias ? job.bias + n : nullptr,
                             nullptr, (Y *)job.y + n, job.M, job.N, job.K};
             return all_rows<columns, X, X, Y>(dense, from, to, 0);
@@ -292,7 +296,7 @@ void band(const Job &job, size_t n, size_t from, size_t to) {
     else {
         static thread_local Aligned buffer;
         Bfloat *whole = aligned<Bfloat>(buffer, w_tiles * SIDE * job.K);
-        unpack(job, n, w_tiles * SIDE, W{}, whole);
+        unpack<Bfloat, W>(job, n, w_tiles * SIDE, 0, job.K, whole);
         asm volatile("" ::: "memory");  // the compiler does not know what tiles read
         w = whole;
     }
@@ -327,12 +331,105 @@ void tiled_share(const void *what, size_t part, size_t parts) {
 }
 #endif
 
+// Many rows, where the processor multiplies float32 only: x is arranged so that the lanes of a vector are rows, and each
+// number of w meets PANEL of them. w is walked in runs that stay, widened, in the first-level cache for all panels of a
+// slice; sums of a run are added up, lest they grow far above what is added to them.
+constexpr size_t PANEL = 2 * LANES;
+// Faster from 12 rows on, but sums are added up in another order then: a token's should not depend on how many others,
+// of sessions or of an expert, are computed with it. So this is for pieces of prompts.
+constexpr size_t PANELLED_ROWS = 64;
+constexpr int WIDTH = LANES == 16 ? 12 : 6;      // columns of w, so that sums and inputs fill the registers
+constexpr size_t RUN = 256;
+constexpr size_t SLICE_PANELS_MIN = 4;
+
+// As panels of float32, [K, PANEL] each; rows that are not there are zero.
+template <class X>
+void panel_share(const void *what, size_t part, size_t parts) {
+    const Job &job = *(const Job *)what;
+    const size_t panels = (job.M + PANEL - 1) / PANEL, K = job.K;
+    for (size_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
+        const size_t rows = std::min(PANEL, job.M - panel * PANEL);
+        const X *x = (const X *)job.x + panel * PANEL * K;
+        float *into = (float *)job.y + panel * PANEL * K;
+        for (size_t k = 0; k < K; ++k, into += PANEL)
+            for (size_t row = 0; row < PANEL; ++row) into[row] = row < rows ? number(x[row * K + k]) : 0;
+    }
+}
+
+// `sums` grow by a run of `length` of a panel and of columns whose positions lie `stride` apart.
+template <int columns, int vectors>
+inline void multiply_panel(const float *x, const float *w, size_t length, size_t stride, Floats (*sums)[2]) {
+    Floats total[columns][vectors] = {};
+    for (size_t k = 0; k < length; ++k) {
+        Floats left[vectors];
+        for (int at = 0; at < vectors; ++at) left[at] = floats(x + k * PANEL + at * LANES);
+        for (int column = 0; column < columns; ++column)
+            for (int at = 0; at < vectors; ++at) total[column][at] += left[at] * w[column * stride + k];
+    }
+    for (int column = 0; column < columns; ++column)
+        for (int at = 0; at < vectors; ++at) sums[column][at] += total[column][at];
+}
+
+// Sums of outputs [n, n + columns) for `rows` rows, as they are asked for.
+template <int columns, class Y>
+inline void finish_panel(const Job &job, const Floats (*sums)[2], size_t n, size_t rows, Y *y) {
+    Y values[columns][PANEL];
+    for (int column = 0; column < columns; ++column) {
+        const float scale = job.scale ? job.scale[n + column] : 1, bias = job.bias ? job.bias[n + column] : 0;
+        for (int at = 0; at < 2; ++at) store(values[column] + at * LANES, sums[column][at] * scale + bias);
+    }
+    for (size_t row = 0; row < rows; ++row, y += job.N)
+        for (int column = 0; column < columns; ++column) y[column] = values[column][row];
+}
+
+// Rows [from, to) by columns [n, n + columns); `from`: of a whole panel.
+template <int columns, class W, class Y>
+void panelled(const Job &job, size_t n, size_t from, size_t to) {
+    static thread_local Aligned buffer;
+    const size_t panels = (to - from + PANEL - 1) / PANEL;
+    buffer.assign(panels * columns * 2, Floats{});
+    auto *sums = (Floats (*)[2])buffer.data();
+    alignas(64) float widened[columns * RUN];
+    for (size_t k = 0; k < job.K; k += RUN) {
+        const size_t length = std::min(RUN, job.K - k);
+        const float *w = widened;
+        if constexpr (std::is_same_v<W, float>) w = (const float *)job.w + n * job.K + k;
+        else unpack<float, W>(job, n, columns, k, k + length, widened);
+        const size_t stride = std::is_same_v<W, float> ? job.K : length;
+        for (size_t panel = 0; panel < panels; ++panel) {
+            const float *x = (const float *)job.x + (from + panel * PANEL) * job.K + k * PANEL;
+            if (to - from - panel * PANEL > LANES)
+                multiply_panel<columns, 2>(x, w, length, stride, sums + panel * columns);
+            else multiply_panel<columns, 1>(x, w, length, stride, sums + panel * columns);
+        }
+    }
+    for (size_t panel = 0; panel < panels; ++panel) {
+        const size_t m = from + panel * PANEL;
+        finish_panel<columns>(job, sums + panel * columns, n, std::min(PANEL, to - m), (Y *)job.y + m * job.N + n);
+    }
+}
+
+// As `share`, where x is arranged.
+template <class W, class Y>
+void panelled_share(const void *what, size_t part, size_t parts) {
+    const Job &job = *(const Job *)what;
+    const size_t groups = (job.N + WIDTH - 1) / WIDTH;
+    const size_t begin = groups * part / parts * WIDTH, end = std::min(job.N, groups * (part + 1) / parts * WIDTH);
+    const size_t slice = std::max(SLICE_BYTES / (job.K * sizeof(float)) / PANEL, SLICE_PANELS_MIN) * PANEL;
+    for (size_t m = 0; m < job.M; m += slice) {
+        const size_t to = std::min(job.M, m + slice);
+        size_t n = begin;
+        for (; n + WIDTH <= end; n += WIDTH) panelled<WIDTH, W, Y>(job, n, m, to);
+        for (; n < end; ++n) panelled<1, W, Y>(job, n, m, to);
+    }
+}
+
 template <class X, class W>
 void unpack_share(const void *what, size_t part, size_t parts) {
     const Job &job = *(const Job *)what;
     const size_t from = job.N * part / parts, to = job.N * (part + 1) / parts;
     X *into = (X *)job.y + from * job.K;
-    unpack(job, from, to - from, W{}, into);
+    unpack<X, W>(job, from, to - from, 0, job.K, into);
     if (job.scale)
         for (size_t n = from; n < to; ++n)
             for (size_t k = 0; k < job.K; ++k, ++into) store(into, number(*into) * job.scale[n]);
@@ -377,6 +474,21 @@ void hive_linear(void *pool, int inputs, int weights, const void *x, const void 
     }
 #endif
     static thread_local Aligned wide;
+    if (M >= PANELLED_ROWS && (inputs == 0 || WIDENS)) {
+        static constexpr hive::Work PANELS[2] = {panel_share<float>, panel_share<Bfloat>};
+        static constexpr hive::Work PANELLED[2][4] = {
+            {panelled_share<float, float>, panelled_share<int8_t, float>, panelled_share<Even, float>,
+             panelled_share<Normal, float>},
+            {panelled_share<Bfloat, Bfloat>, panelled_share<int8_t, Bfloat>, panelled_share<Even, Bfloat>,
+             panelled_share<Normal, Bfloat>}};
+        const size_t panels = (M + PANEL - 1) / PANEL;
+        Job first = job;
+        first.y = aligned<float>(wide, panels * PANEL * K);
+        ((hive::Pool *)pool)->run(PANELS[inputs], &first, panels * PANEL * K * sizeof(float), panels);
+        job.x = first.y;
+        ((hive::Pool *)pool)->run(PANELLED[inputs][weights], &job, N * K * halves / 2, (N + WIDTH - 1) / WIDTH);
+        return;
+    }
     if (inputs == 1 && weights != PLAIN && M <= ROWS) {  // few inputs meet each weight: widened once, not with each
         job.x = aligned<float>(wide, M * K), inputs = 2;
         convert((const Bfloat *)x, M * K, (float *)job.x);

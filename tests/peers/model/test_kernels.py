@@ -45,7 +45,7 @@ def assert_exact(product_MN: Tensor, input_MK: Tensor, weight_NK: Tensor, bias_N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=150, deadline=None)
 @given(
-    st.integers(1, 40),
+    st.one_of(st.integers(1, 40), st.integers(60, 150)),
     st.integers(1, 70),
     st.integers(1, 300),
     st.booleans(),
@@ -127,7 +127,7 @@ def test_what_other_processors_run_is_compiled_once_and_exact_too(
     monkeypatch.setattr("peers.model.kernels.pool.library", lambda: other)
     pool = Pool(2)
     for dtype in DTYPES:
-        for rows, outputs, inputs in ((1, 5, 3), (2, 64, 96), (9, 33, 130), (40, 300, 301)):
+        for rows, outputs, inputs in ((1, 5, 3), (2, 64, 96), (9, 33, 130), (40, 300, 301), (75, 131, 517)):
             input_MK, weight_NK = matrix(rows, inputs, rows, dtype), matrix(outputs, inputs, 9, dtype)
             assert_exact(pool.linear(input_MK, weight_NK, None), input_MK, weight_NK, None)
             for format_ in Format:
