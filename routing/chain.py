@@ -7,9 +7,11 @@ other is entered and left once.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple
+from operator import itemgetter
+from typing import Final
 
 from routing.coordinates import Coordinate
 from routing.ids import BlockSpan, PeerId
@@ -38,74 +40,108 @@ def shortlist(
     kept = set(keep)
     chosen: list[Candidate] = []
     covered = defaultdict[Cell, set[int]](set)
-    for candidate in sorted(candidates, key=_per_block_s):
-        held = covered[cells(candidate.peer_id)]
-        if candidate.peer_id in kept or (len(chosen) < MAX_SHORTLIST and not held.issuperset(candidate.span)):
+    ranked = [
+        ((c.cost.enter_s + c.cost.leave_s) / (c.span.end - c.span.start) + c.cost.per_block_s, c.peer_id, c)
+        for c in candidates
+    ]
+    ranked.sort(key=_time_and_peer)
+    for at, (_, peer, candidate) in enumerate(ranked):
+        if len(chosen) >= MAX_SHORTLIST:
+            return chosen + [other for _, peer, other in ranked[at:] if peer in kept]
+        held, blocks = covered[cells(peer)], range(candidate.span.start, candidate.span.end)
+        if peer in kept or not held.issuperset(blocks):
             chosen.append(candidate)
-            held.update(candidate.span)
+            held.update(blocks)
     return chosen
 
 
-def cheapest_chain(candidates: Sequence[Candidate], num_blocks: int, link_s: Callable[[PeerId, PeerId], float]) -> Hops:
+def cheapest_chain(
+    candidates: Sequence[Candidate],
+    num_blocks: int,
+    link_s: Callable[[PeerId, PeerId], float],
+    *,
+    least_s: Callable[[PeerId], float] = lambda peer: 0.0,
+    at_most_s: float = math.inf,
+) -> Hops:
     """The hops that cover every block once at the least seconds; empty when the candidates leave a gap.
 
-    `link_s(a, b)` replaces the entry of b where it follows a. Dynamic programming over (boundary, candidate).
+    `link_s(a, b)` replaces the entry of b where it follows a, and is no less than `least_s(b)`. Empty, too, when it
+    would take longer than `at_most_s`: what certainly does is not looked at. Dynamic programming over (boundary,
+    candidate).
     """
+    least = [least_s(candidate.peer_id) for candidate in candidates]
+    holding: list[list[int]] = [[] for _ in range(num_blocks)]
+    for index, (_, span, _) in enumerate(candidates):
+        for block in range(span.start, min(span.end, num_blocks)):
+            holding[block].append(index)
+    rest = _rest_s(candidates, holding, least)
+    at_most_s *= 1 + _ROUNDING
     links: list[dict[int, float]] = [{} for _ in candidates]  # into each, as far as they were asked for
-    arrived = [_Way(0.0, -1, ())]
+    arrived: list[_Way] = [(0.0, -1, None)]
     running: dict[int, _Way] = {}
-    for block in range(num_blocks):
+    for block, (holders, rest_s) in enumerate(zip(holding, rest, strict=True)):
+        arrived.sort(key=_seconds)
         on: dict[int, _Way] = {}
-        order = sorted(range(len(arrived)), key=lambda at: arrived[at].cost_s)
-        for index, (peer_id, span, cost) in enumerate(candidates):
-            if block not in span:
-                continue
-            entry_s, row, best = running.get(index, _NOWHERE).cost_s, links[index], None
-            for at in order:
-                way = arrived[at]
-                if way.cost_s >= entry_s:
+        for index in holders:
+            peer_id, _, (enter_s, per_block_s, _) = candidates[index]
+            before = running.get(index)
+            entry_s, floor_s, row, best = math.inf if before is None else before[0], least[index], links[index], before
+            for way in arrived:
+                cost_s, last, _ = way
+                if cost_s + floor_s >= entry_s:
                     break
-                if way.last == index:
+                if last == index:
                     continue
-                if way.last < 0:
-                    taken_s = way.cost_s + cost.enter_s
+                if last < 0:
+                    cost_s += enter_s
                 else:
-                    if way.last not in row:
-                        row[way.last] = link_s(candidates[way.last].peer_id, peer_id)
-                    taken_s = way.cost_s + row[way.last]
-                if taken_s < entry_s:
-                    entry_s, best = taken_s, way
-            if best is not None:
-                way = _Way(entry_s + cost.per_block_s, index, (*best.hops, _Taken(peer_id, block)))
-            elif index in running:
-                way = running[index]._replace(cost_s=entry_s + cost.per_block_s)
-            else:
-                continue
-            on[index] = way
+                    if last not in row:
+                        row[last] = link_s(candidates[last].peer_id, peer_id)
+                    cost_s += row[last]
+                if cost_s < entry_s:
+                    entry_s, best = cost_s, way
+            cost_s = entry_s + per_block_s
+            if best is not None and cost_s + rest_s[index] <= at_most_s:
+                on[index] = cost_s, index, best[2] if best is before else (peer_id, block, best[2])
         running, arrived = on, list(on.values())
         if not arrived:
             return ()
-    end = min(arrived, key=lambda way: way.cost_s + candidates[way.last].cost.leave_s)
-    edges = [hop.start for hop in end.hops] + [num_blocks]
-    return tuple((hop.peer_id, BlockSpan(hop.start, edges[at + 1])) for at, hop in enumerate(end.hops))
+    _, _, taken = min(arrived, key=lambda way: way[0] + candidates[way[1]].cost.leave_s)
+    hops: list[tuple[PeerId, BlockSpan]] = []
+    while taken is not None:
+        peer_id, start, taken = taken
+        hops.append((peer_id, BlockSpan(start, hops[-1][1].start if hops else num_blocks)))
+    return tuple(reversed(hops))
 
 
-class _Taken(NamedTuple):
-    peer_id: PeerId
-    start: int
+def _rest_s(
+    candidates: Sequence[Candidate], holding: Sequence[Sequence[int]], least: Sequence[float]
+) -> list[dict[int, float]]:
+    """For every block and candidate that holds it, what follows the block after it at least: as if every link were as
+    short as it can be."""
+    found: list[dict[int, float]] = []
+    goes_on: dict[int, float] = {}
+    changes_s = math.inf
+    for holders in reversed(holding):
+        if found:
+            rest = {index: min(changes_s, goes_on.get(index, math.inf)) for index in holders}
+        else:
+            rest = {index: candidates[index].cost.leave_s for index in holders}
+        found.append(rest)
+        goes_on = {index: rest_s + candidates[index].cost.per_block_s for index, rest_s in rest.items()}
+        changes_s = min((least[index] + rest_s for index, rest_s in goes_on.items()), default=math.inf)
+    found.reverse()
+    return found
 
 
-class _Way(NamedTuple):
-    """A way to a boundary that ends at candidate `last`."""
+_ROUNDING: Final = 1e-9
+"""Of the same seconds, added up in another order."""
 
-    cost_s: float
-    last: int
-    hops: tuple[_Taken, ...]
+_Taken = tuple[PeerId, int, "_Taken | None"]
+"""A peer, the block from which on it is taken, and what was taken before it."""
 
+_Way = tuple[float, int, _Taken | None]
+"""What it takes to come to a boundary, the candidate through which it does, and what was taken for that."""
 
-_NOWHERE: Final = _Way(float("inf"), -1, ())
-
-
-def _per_block_s(candidate: Candidate) -> tuple[float, PeerId]:
-    cost = candidate.cost
-    return (cost.enter_s + cost.leave_s) / len(candidate.span) + cost.per_block_s, candidate.peer_id
+_time_and_peer: Final = itemgetter(0, 1)
+_seconds: Final = itemgetter(0)

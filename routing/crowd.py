@@ -50,16 +50,20 @@ class Crowd:
             and (adapter is None or a.hosts(adapter))
         }
         self.able: Sequence[Announcement] = tuple(self.by_peer.values())
-        self._at: dict[tuple[object, ...], list[int]] = {}
-        """The places in `able` of peers with equal spans."""
+        self._at: dict[tuple[int, int], list[int]] = {}
+        """The places in `able` of peers with one span, by its ends."""
+        self._at_several: dict[tuple[BlockSpan, ...], list[int]] = {}
+        """Of those with several."""
         alike: dict[tuple[tuple[object, ...], int, Cell], list[Announcement]] = {}
         for at, a in enumerate(self.able):
             parts = a.spans.parts
-            ends = (parts[0].start, parts[0].end) if len(parts) == 1 else parts  # thousands are hashed
-            if ends in self._at:
-                self._at[ends].append(at)
+            ends: tuple[object, ...] = parts
+            if len(parts) == 1:  # thousands are hashed
+                ends = one = (parts[0].start, parts[0].end)
+                places = self._at.setdefault(one, [])
             else:
-                self._at[ends] = [at]
+                places = self._at_several.setdefault(parts, [])
+            places.append(at)
             kind = (ends, a.max_bytes_per_s, cell_of(a.place))
             if kind in alike:
                 alike[kind].append(a)
@@ -70,7 +74,9 @@ class Crowd:
 
     def holders(self, span: BlockSpan, first: int) -> Iterator[Announcement]:
         """Everybody who holds these blocks, in the order of `able` from its place `first` on, and around."""
-        alike = (places for places in self._at.values() if self.able[places[0]].spans.covers(span))
+        start, end = span.start, span.end
+        alike = [places for ends, places in self._at.items() if ends[0] <= start and end <= ends[1]]
+        alike += [places for spans, places in self._at_several.items() if any(part.covers(span) for part in spans)]
         places = sorted(chain.from_iterable(alike))
         begin = bisect_left(places, first)
         return (self.able[at] for at in chain(places[begin:], places[:begin]))
@@ -104,6 +110,9 @@ class Crowd:
                 del self._rankings[next(iter(self._rankings))]
             ranking = self._rankings[tokens, turn_s] = []
             for alike in self._alike:
+                if len(alike) == 1:
+                    ranking.append([(0.0, alike[0].peer_id, alike[0])])
+                    continue
                 first = alike[0].spans.parts[0]
                 blocks = first.end - first.start
                 ranked = [

@@ -70,7 +70,7 @@ class Directory:
     def says(self, peer: PeerId, state: PeerState) -> None:
         """The peer itself says so: newer than its record, and true until it announces another one."""
         known = self._entries.get(peer)
-        if known is not None:
+        if known is not None and known[0].state is not state:
             self._entries[peer] = (replace(known[0], state=state), known[1])
             self._snapshot = None
 

@@ -10,9 +10,9 @@ import itertools
 import math
 from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from routing.coordinates import Coordinate, distance_s, moved
+from routing.coordinates import USABLE_ERROR, Coordinate, distance_s, moved
 from routing.dealing import Dealing, price_s
 from routing.detours import Detours
 from routing.flow import capacity
@@ -152,6 +152,9 @@ class Estimates:
         self._measured: dict[PeerId, _Measured] = {}
         self._planned: dict[PeerId, tuple[int, int]] = {}
         """Sessions that this node sent to a peer since the record with this sequence, which does not count them."""
+        self._found: dict[PeerId, tuple[Announcement, PeerEstimate]] = {}
+        self._found_for: tuple[object, ...] = ()
+        """What `of` said last, as long as nothing that it follows from has changed."""
         self._fastest = (BANDWIDTH_BYTES_PER_S, -math.inf)
         """The best way out of here that was measured lately, and when."""
         self.detours = Detours()
@@ -220,8 +223,9 @@ class Estimates:
         for peer, sequence in {a.peer_id: a.sequence for a, _ in hops}.items():
             before, count = self._planned.pop(peer, (0, 0))
             if len(self._planned) >= self._max_peers:
-                del self._planned[next(iter(self._planned))]
+                self._forget(self._planned)
             self._planned[peer] = (sequence, count + 1 if before == sequence else 1)
+            self._found.pop(peer, None)
         if session is not None:
             self._dealing.deal(session, [(a.peer_id, blocks / _speed(a)) for a, blocks in hops])
 
@@ -268,10 +272,10 @@ class Estimates:
 
     def predicted_rtt_s(self, announcement: Announcement) -> float:
         """What the places of both ends say, where both know theirs well enough."""
-        place = announcement.place
-        if place is None or not (place.usable and self.here.usable):
+        here, place = self.here, announcement.place
+        if place is None or place.error > USABLE_ERROR or here.error > USABLE_ERROR:
             return DEFAULT_RTT_S
-        return distance_s(self.here, place)
+        return distance_s(here, place)
 
     @property
     def measured(self) -> Set[PeerId]:
@@ -284,6 +288,17 @@ class Estimates:
 
     def of(self, announcement: Announcement, now_s: float) -> PeerEstimate:
         """Measured where measured, announced or assumed where not."""
+        found_for = (now_s, self.turn_s, self.here, self._fastest)
+        if found_for != self._found_for:
+            self._found, self._found_for = {}, found_for
+        known = self._found.get(announcement.peer_id)
+        if known is not None and known[0] is announcement:
+            return known[1]
+        estimate = self._of(announcement, now_s)
+        self._found[announcement.peer_id] = announcement, estimate
+        return estimate
+
+    def _of(self, announcement: Announcement, now_s: float) -> PeerEstimate:
         measured = self._measured.get(announcement.peer_id)
         fastest, at_s = self._fastest
         assumed = fastest if now_s - at_s <= HALF_LIFE_S else BANDWIDTH_BYTES_PER_S
@@ -306,11 +321,17 @@ class Estimates:
         )
 
     def _touch(self, peer: PeerId) -> _Measured:
+        self._found.pop(peer, None)
         measured = self._measured.pop(peer, None) or _Measured()
         if len(self._measured) >= self._max_peers:
-            del self._measured[next(iter(self._measured))]
+            self._forget(self._measured)
         self._measured[peer] = measured
         return measured
+
+    def _forget(self, known: dict[PeerId, Any]) -> None:
+        first = next(iter(known))
+        del known[first]
+        self._found.pop(first, None)
 
 
 def queued_s(announcement: Announcement, sessions: int, turn_s: float) -> float:

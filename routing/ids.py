@@ -145,7 +145,7 @@ class BlockSpans:
 
     @property
     def num_blocks(self) -> int:
-        return sum(map(len, self.parts))
+        return sum([part.end - part.start for part in self.parts])
 
     @property
     def end(self) -> int:

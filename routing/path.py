@@ -44,7 +44,7 @@ def gaps(spans: Iterable[BlockSpan], num_blocks: int) -> tuple[BlockSpan, ...]:
     """Maximal runs of blocks in `[0, num_blocks)` that no span covers."""
     uncovered = []
     reached = 0
-    for span in sorted(spans):
+    for span in sorted(spans, key=_start):
         if span.start >= num_blocks:
             break
         if span.start > reached:
@@ -123,12 +123,12 @@ def _search(candidates: Iterable[Candidate], num_blocks: int) -> Path | None:
         if not running:
             return None
         relaxed += len(running)
-        before = reached[block]
+        before_s = reached[block].cost_s
         for run in running:
-            taken_over_s = before.cost_s + run.enter_s
-            if taken_over_s < run.cost_s:
-                run.cost_s, run.began = taken_over_s, block
-            run.cost_s += run.per_block_s
+            cost_s, taken_over_s = run.cost_s, before_s + run.enter_s
+            if taken_over_s < cost_s:
+                cost_s, run.began = taken_over_s, block
+            run.cost_s = cost_s + run.per_block_s
         if block == num_blocks - 1:
             for run in running:
                 run.cost_s += run.leave_s
@@ -162,6 +162,7 @@ class _Running:
 
 
 _cost_s = operator.attrgetter("cost_s")
+_start = operator.attrgetter("start")
 
 
 def _undominated(candidates: Iterable[Candidate]) -> Iterator[Candidate]:

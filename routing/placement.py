@@ -16,7 +16,7 @@ from itertools import accumulate, chain
 from typing import Final
 
 from routing.errors import CallerError
-from routing.flow import capacities_of
+from routing.flow import by_span, capacities_of
 from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.path import gaps
 from routing.records import CLOCK_SLACK_S, Announcement, PeerState
@@ -176,17 +176,19 @@ def _better_balance(
     if not has_turn((a for a in alike if a.state is PeerState.ONLINE), mine, now_s):
         return None
     others = [a for a in alike if a is not mine]
-    span = choose_span(others, mine.num_blocks, mine.max_blocks, now_s, mine.decode_s_per_block)
-    spans = BlockSpans.of(span)
     without = _throughput((a for a in others if a.state in _COUNTED), mine.num_blocks)
     capacity = sum(amount for _, amount in capacities_of(mine))
-    now, then = (
-        min(
-            amount + (capacity / held.num_blocks if any(block in part for part in held) else 0.0)
-            for block, amount in enumerate(without)
-        )
-        for held in (mine.spans, spans)
-    )
+
+    def scarcest(held: BlockSpans) -> float:
+        each, blocks = capacity / held.num_blocks, set(chain.from_iterable(held))
+        return min(amount + (each if block in blocks else 0.0) for block, amount in enumerate(without))
+
+    now = scarcest(mine.spans)
+    if min(without) + capacity < MOVE_GAIN * now:
+        return None  # wherever it went
+    span = choose_span(others, mine.num_blocks, mine.max_blocks, now_s, mine.decode_s_per_block)
+    spans = BlockSpans.of(span)
+    then = scarcest(spans)
     rarest_then = min(
         count - any(block in part for part in mine.spans) + (block in span) for block, count in enumerate(firm)
     )
@@ -198,8 +200,7 @@ def _better_balance(
 def _throughput(announcements: Iterable[Announcement], num_blocks: int) -> list[float]:
     """What each block gets from peers that are or will be online, if everybody shares itself out evenly."""
     amounts = [0.0] * num_blocks
-    for a in announcements:
-        for span, amount in capacities_of(a):
-            for block in span:
-                amounts[block] += amount / len(span)
+    for span, amount in by_span(part for a in announcements for part in capacities_of(a)).items():
+        for block in span:
+            amounts[block] += amount / len(span)
     return amounts

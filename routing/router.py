@@ -7,7 +7,8 @@ driver feeds it announcements and measurements and asks it for plans. Not for se
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
@@ -193,7 +194,8 @@ class Router:
         if any(rtt_s is None for rtt_s in rtts_s):
             return
         known_s = [rtt_s for rtt_s in rtts_s if rtt_s is not None]
-        places = [self._directory.place_of(peer) for peer in peers]
+        found = map(self._directory.place_of, peers)
+        places = [place if place is not None and place.usable else None for place in found]
         halves_s = (known_s[0] + known_s[-1]) / 2
         for (from_s, here), (to_s, there) in itertools.pairwise(zip(known_s, places, strict=True)):
             halves_s += _half_trip_s(from_s, here, to_s, there)
@@ -396,6 +398,7 @@ class Router:
             previous=previous,
             whole=works(previous),
             kept=kept if works(kept) else (),
+            detoured=bool(estimates.detours),
         )
 
     def _crowd(self, snapshot: Snapshot, request: RouteRequest) -> Crowd:
@@ -416,7 +419,13 @@ class Router:
             return hops  # all at one place, or at none that is known
         keep = {peer for peer, _ in (*hops, *view.previous)} | self._estimates.detours.latest(MAX_DETOURED)
         few = shortlist(candidates, lambda peer: cell_of(view.usable[peer].place), keep)
-        chain = cheapest_chain(few, view.request.num_blocks, view.compared_entry_s)
+        chain = cheapest_chain(
+            few,
+            view.request.num_blocks,
+            view.compared_entry_s,
+            least_s=view.least_entry_s,
+            at_most_s=view.compared_route_s(hops),
+        )
         return min((other for other in (chain, hops) if other), key=view.compared_route_s)
 
     def _spread(self, view: _View, hops: Hops, at: float, now_s: float) -> Hops:
@@ -427,11 +436,12 @@ class Router:
         for index, (peer, span) in enumerate(hops):
             others = {other for other, _ in hops if other != peer}
             able = (a for a in view.holders(span, first) if a.peer_id not in others)
-            most_s = view.compared_part_s(hops, index, peer) + within_s - view.compared_route_s(hops)
+            part_s = view.compared_part_s(hops, index)
+            most_s = part_s(peer) + within_s - view.compared_route_s(hops)
             weights = {
                 a.peer_id: _share(flow, a, span)
                 for a in itertools.islice(able, MAX_ALTERNATIVES)
-                if view.compared_part_s(hops, index, a.peer_id) <= most_s
+                if part_s(a.peer_id) <= most_s
             }
             weights.setdefault(peer, _share(flow, view.by_peer[peer], span))
             hops = (*hops[:index], (pick(weights, turn), span), *hops[index + 1 :])
@@ -472,10 +482,14 @@ class _Known(NamedTuple):
     """What it is compared by: dearer for last resorts, cheaper for peers of the route that was."""
     price_s_per_block: float
     """The part of `compared.per_block_s` that is there for this node's other sessions."""
-    trip_s: float
-    """The part of `compared.enter_s` that goes from this node to the peer."""
-    way_s: float
-    """The same of `cost.enter_s`."""
+    beside_trip_s: float
+    """`cost.enter_s` without the way from this node to the peer."""
+    compared_beside_trip_s: float
+    """The same of `compared.enter_s`."""
+    scale: float
+    """What a second of a trip counts in `compared`."""
+    place: Coordinate | None
+    """Where that says anything."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -496,6 +510,8 @@ class _View:
     """Whether `previous` can still be used as it is."""
     kept: Hops
     """The hops of `request.kept`, where all of them can be used."""
+    detoured: bool
+    """Whether any way is known to take something else than half a round trip."""
     _known: dict[PeerId, _Known] = field(default_factory=dict)
     _usable: dict[PeerId, Announcement] | None = None
 
@@ -540,13 +556,19 @@ class _View:
 
     def entry_s(self, before: PeerId, peer: PeerId) -> float:
         """What `peer` costs to enter from `before` instead of from this node."""
-        known = self._of(peer)
-        return known.cost.enter_s - known.way_s + self._trip_s(before, peer)
+        return self._of(peer).beside_trip_s + self._trip_s(before, peer)
 
     def compared_entry_s(self, before: PeerId, peer: PeerId) -> float:
-        known = self._of(peer)
-        scale = known.trip_s / known.way_s if known.way_s else 1.0
-        return known.compared.enter_s - known.trip_s + scale * self._trip_s(before, peer)
+        known = self._known.get(peer) or self._of(peer)
+        return known.compared_beside_trip_s + known.scale * self._trip_s(before, peer)
+
+    def least_entry_s(self, peer: PeerId) -> float:
+        """No less is `compared_entry_s`, from wherever."""
+        known, least_s = self._of(peer), 0.0
+        if not self.detoured:
+            height_s = math.inf if known.place is None else known.place.height_s
+            least_s = min(height_s, known.estimate.rtt_s) / 2
+        return known.compared_beside_trip_s + known.scale * least_s
 
     def route_s(self, hops: Hops) -> float:
         """What one step takes from the first frame out to the last answer back."""
@@ -568,12 +590,18 @@ class _View:
         total_s += sum(len(span) * self.compared(peer).per_block_s for peer, span in hops)
         return total_s + sum(self.compared_entry_s(a, b) for (a, _), (b, _) in itertools.pairwise(hops))
 
-    def compared_part_s(self, hops: Hops, index: int, peer: PeerId) -> float:
-        """The part of `compared_route_s` that another peer at this hop changes, with `peer` there."""
-        compared = self.compared(peer)
-        part_s = len(hops[index][1]) * compared.per_block_s
-        part_s += self.compared_entry_s(hops[index - 1][0], peer) if index else compared.enter_s
-        return part_s + (self.compared_entry_s(peer, hops[index + 1][0]) if index + 1 < len(hops) else compared.leave_s)
+    def compared_part_s(self, hops: Hops, index: int) -> Callable[[PeerId], float]:
+        """The part of `compared_route_s` that another peer at this hop changes, with that peer there."""
+        blocks = len(hops[index][1])
+        before = hops[index - 1][0] if index else None
+        after = hops[index + 1][0] if index + 1 < len(hops) else None
+
+        def part_s(peer: PeerId) -> float:
+            enter_s, per_block_s, leave_s = self._of(peer).compared
+            part_s = blocks * per_block_s + (enter_s if before is None else self.compared_entry_s(before, peer))
+            return part_s + (leave_s if after is None else self.compared_entry_s(peer, after))
+
+        return part_s
 
     def saved_s(self) -> float:
         """What a step over `kept` takes less because of what is held there: its computation, its part of the wait, and
@@ -606,41 +634,56 @@ class _View:
     def _of(self, peer: PeerId) -> _Known:
         known = self._known.get(peer)
         if known is None:
-            announcement, request = self.by_peer[peer], self.request
-            estimate = self.estimates.of(announcement, self.now_s)
-            cost = hop_cost(estimate, tokens=request.tokens, bytes_per_token=request.bytes_per_token)
-            half_s = trip_s = way_s = estimate.rtt_s / 2
-            if detours := self.estimates.detours:
-                trip_s = way_s = half_s + max(-half_s, detours.of(HERE, peer, self.now_s))
-                back_s = max(-half_s, detours.of(peer, HERE, self.now_s))
-                cost = HopCost(cost.enter_s - half_s + way_s, cost.per_block_s, cost.leave_s + back_s)
-            compared = cost
-            if peer in self.settled and not self.whole:
-                compared = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
-                trip_s *= 1 - HYSTERESIS
-            price_s = self.estimates.price_s_per_block(announcement) if request.spread is not None else 0.0
-            if price_s:
-                price_s *= longer(estimate.decode_s_per_block, estimate.prefill_s_per_token_block, request.tokens)
-                compared = compared._replace(per_block_s=compared.per_block_s + price_s)
-            if self.last_resort(announcement):
-                compared = compared._replace(enter_s=compared.enter_s + _LAST_RESORT_S)
-            known = self._known[peer] = _Known(estimate, cost, compared, price_s, trip_s, way_s)
+            known = self._known[peer] = self._price(peer, self.crowd.by_peer[peer])
         return known
+
+    def _price(self, peer: PeerId, announcement: Announcement) -> _Known:
+        request, estimates = self.request, self.estimates
+        estimate = estimates.of(announcement, self.now_s)
+        cost = hop_cost(estimate, tokens=request.tokens, bytes_per_token=request.bytes_per_token)
+        half_s = trip_s = way_s = estimate.rtt_s / 2
+        if self.detoured:
+            trip_s = way_s = half_s + max(-half_s, estimates.detours.of(HERE, peer, self.now_s))
+            back_s = max(-half_s, estimates.detours.of(peer, HERE, self.now_s))
+            cost = HopCost(cost.enter_s - half_s + way_s, cost.per_block_s, cost.leave_s + back_s)
+        compared = cost
+        if peer in self.settled and not self.whole:
+            compared = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
+            trip_s *= 1 - HYSTERESIS
+        price_s = estimates.price_s_per_block(announcement) if request.spread is not None else 0.0
+        if price_s:
+            price_s *= longer(estimate.decode_s_per_block, estimate.prefill_s_per_token_block, request.tokens)
+            compared = compared._replace(per_block_s=compared.per_block_s + price_s)
+        if self.last_resort(announcement):
+            compared = compared._replace(enter_s=compared.enter_s + _LAST_RESORT_S)
+        place = announcement.place
+        return _Known(
+            estimate,
+            cost,
+            compared,
+            price_s,
+            cost.enter_s - way_s,
+            compared.enter_s - trip_s,
+            trip_s / way_s if way_s else 1.0,
+            place if place is not None and place.usable else None,
+        )
 
     def _trip_s(self, a: PeerId, b: PeerId) -> float:
         """One way between two peers: by their places, within what this node's own round trips to both allow.
 
         Where a place is not known, as far as from this node to the second one.
         """
-        from_s, to_s = self._of(a).estimate.rtt_s, self._of(b).estimate.rtt_s
-        half_s = _half_trip_s(from_s, self.by_peer[a].place, to_s, self.by_peer[b].place)
-        detours = self.estimates.detours
-        return half_s + max(-half_s, detours.of(a, b, self.now_s)) if detours else half_s
+        known = self._known
+        from_, to = known.get(a) or self._of(a), known.get(b) or self._of(b)
+        half_s = _half_trip_s(from_.estimate[0], from_.place, to.estimate[0], to.place)
+        if self.detoured:
+            half_s += max(-half_s, self.estimates.detours.of(a, b, self.now_s))
+        return half_s
 
 
 def _half_trip_s(from_s: float, here: Coordinate | None, to_s: float, there: Coordinate | None) -> float:
-    """Half a round trip between two peers to which this node's own take `from_s` and `to_s`."""
-    if here is None or there is None or not (here.usable and there.usable):
+    """Half a round trip between two peers, at usable places, to which this node's own take `from_s` and `to_s`."""
+    if here is None or there is None:
         return to_s / 2
     return min(max(distance_s(here, there), abs(from_s - to_s)), from_s + to_s) / 2
 

@@ -1,23 +1,25 @@
 """Runs a simulated swarm second by second, with the decisions of real nodes.
 
-Owns time, churn, queues and what is counted. Nodes renew records every RECORD_RENEW_S, as real ones do, and read them
-as often, real ones a little oftener: everybody decides from what is some seconds old. Deterministic: same
-configuration, same report.
+Owns time, churn, queues and what is counted. Nodes renew records every RECORD_RENEW_S and read them every
+READ_EVERY_S, as real ones do: everybody decides from what is some seconds old. What they measure of round trips they
+take in as they read. Deterministic: same configuration, same report.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import random
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
+from peers.discovery import READ_EVERY_S
 from routing.errors import NoRoute
 from routing.flow import BATCH, by_span, max_flow
 from routing.ids import BlockSpan, BlockSpans, PeerId
@@ -37,6 +39,8 @@ from swarm.simulation.world import (
     round_trip_s,
 )
 
+logger = logging.getLogger(__name__)
+
 LOOK_S: Final = 4.0
 SETTLE_S: Final = 3.0
 REST_S: Final = 600.0
@@ -45,6 +49,8 @@ USERS_BOUND_S: Final = 300.0
 """It takes long to compute, and changes little."""
 WARM_UP_S: Final = 120.0
 """Users and queues settle before anything is counted."""
+TOLD_S: Final = 60
+"""Of virtual time, between two lines in the log."""
 
 
 class Simulation:
@@ -70,7 +76,7 @@ class Simulation:
         for _ in range(config.peers):
             self._join(ready=True)
         self._clients = [
-            Client(draw_place(self.rng), self.rng.uniform(0, RECORD_RENEW_S), turn=self.rng.random())
+            Client(draw_place(self.rng), self.rng.uniform(0, READ_EVERY_S), turn=self.rng.random())
             for _ in range(config.clients)
         ]
         self._users = [  # they do not come all at once
@@ -105,6 +111,8 @@ class Simulation:
             if (second - WARM_UP_S) % USERS_BOUND_S == 0:
                 users_bound = self._users_bound()
             if second % SAMPLE_S == 0:
+                if second % TOLD_S == 0:
+                    self._tell(second, counted)
                 samples.append(
                     Sample(
                         at_s=second - WARM_UP_S,
@@ -136,6 +144,15 @@ class Simulation:
             rebuilt_routes=counts["rebuilt"],
             failed_sessions=counts["failed"],
             hops=statistics.fmean([len(user.hops) for user in self._users if user.hops] or [0]),
+        )
+
+    def _tell(self, second: int, counted: int) -> None:
+        logger.info(
+            "minute %d of %g: %d tokens/s so far, %.1f %% of the maximum flow now",
+            (second - WARM_UP_S) // 60,
+            self.config.minutes,
+            self.counts["processed"] / counted,
+            100 * self.counts["processed"] / counted / (self._bound() or 1.0),
         )
 
     # --- peers ---
@@ -207,13 +224,21 @@ class Simulation:
         elif self._open_since_s is None:
             self._open_since_s = now_s
         open_for_s = 0.0 if self._open_since_s is None else now_s - self._open_since_s
+        of_span = defaultdict[BlockSpans, list[Announcement]](list)
+        if not missing:
+            for a in online:
+                of_span[a.spans].append(a)
         for peer in list(self.peers.values()):
             if peer.intent is not None:
                 if now_s >= peer.moves_at_s:
                     self._move(peer, records)
             elif peer.state is PeerState.ONLINE and (now_s >= peer.looks_at_s or (missing and now_s % LOOK_S == 0)):
                 peer.looks_at_s = now_s + TURN_S
-                if not missing and peer.record is not None and not has_turn(online, peer.record, now_s):
+                if (
+                    not missing
+                    and peer.record is not None
+                    and not has_turn(of_span[peer.record.spans], peer.record, now_s)
+                ):
                     continue  # what `choose_move` would find out after much else
                 move = choose_move(records, peer.peer_id, now_s, open_for_s=open_for_s)
                 if move is not None and (move.heals or now_s - peer.moved_at_s >= REST_S):
@@ -243,7 +268,11 @@ class Simulation:
     def _read(self) -> None:
         for client in self._clients:
             if self.now_s >= client.reads_at_s:
-                client.reads_at_s += RECORD_RENEW_S
+                client.reads_at_s += READ_EVERY_S
+                for peer in client.met:
+                    if self.peers.get(peer.peer_id) is peer:
+                        client.router.on_rtt(peer.peer_id, round_trip_s(client.where, peer.where), self.now_s)
+                client.met.clear()
                 fresh = [a for a in self._records() if client.seen.get(a.peer_id, -1) < a.sequence]
                 client.seen.update((a.peer_id, a.sequence) for a in fresh)
                 client.router.on_announcements(fresh, self.now_s)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from peers.discovery import NO_ROUTE_PATIENCE_S
 from routing.coordinates import Coordinate
 from routing.errors import NoRoute, PeerError
 from routing.flow import GOLDEN
@@ -46,8 +47,6 @@ PIECE: Final = 8
 """Decoded tokens per step of the core."""
 OPENING_S: Final = 0.4
 """From a hop's death, or from a question, until all hops are open: two round trips between regions."""
-NO_ROUTE_PATIENCE_S: Final = 4.0
-"""As in `peers.discovery`."""
 MIDST_S: Final = 60.0
 """Who comes first is in the midst of an answer: its prompt has one token."""
 BUSY_S: Final = 5.0
@@ -78,6 +77,8 @@ class Client:
     router: Router = field(default_factory=Router)
     turn: float = 0.0
     seen: dict[PeerId, int] = field(default_factory=dict)
+    met: dict[Peer, None] = field(default_factory=dict)
+    """Peers that it sent something to since it read last, in that order."""
 
 
 @dataclass(slots=True)
@@ -319,7 +320,7 @@ class User:
                 error = PeerError(f"{hop.peer_id} has no room")
                 self._perform(stage, core.busy(hop.peer_id, action.epoch, BUSY_S, error, preempted=False))
             else:
-                router.on_rtt(hop.peer_id, round_trip_s(self.client.where, peer.where), stage.now_s)
+                self.client.met[peer] = None
                 router.on_step(hop.peer_id, len(hop.span), 1, *peer.step_s(len(hop.span)), stage.now_s)
                 self._perform(stage, core.opened(hop.peer_id, hop.span.start, action.epoch, held=keep))
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
 
-from routing.chain import MAX_SHORTLIST, cell_of, cheapest_chain, shortlist
+from routing.chain import MAX_SHORTLIST, Hops, cell_of, cheapest_chain, shortlist
 from routing.coordinates import Coordinate
 from routing.cost import HopCost
 from routing.ids import BlockSpan, PeerId
@@ -38,6 +39,15 @@ def test_no_chain_is_cheaper_when_every_pair_of_peers_has_its_own_price(seed: in
     assert [block for _, span in chain for block in span] == list(range(blocks))
     best = min(cost_s([(candidate.peer_id, span) for candidate, span in walk]) for walk in walks)
     assert cost_s(list(chain)) == pytest.approx(best)
+
+    def least_s(peer: PeerId) -> float:
+        return min(seconds for (_, b), seconds in links.items() if b == peer)
+
+    def within(seconds: float) -> Hops:
+        return cheapest_chain(candidates, blocks, lambda a, b: links[a, b], least_s=least_s, at_most_s=seconds)
+
+    assert within(math.inf) == within(best) == within(1.3 * best) == chain
+    assert within(0.999 * best) == ()
 
 
 def test_a_shortlist_holds_the_best_of_every_place_and_whoever_must_stay() -> None:

@@ -123,5 +123,5 @@ def test_the_part_of_a_route_that_another_peer_changes_is_what_it_changes(said: 
     for a in view.holders(span):
         other = (*hops[:index], (a.peer_id, span), *hops[index + 1 :])
         difference_s = view.compared_route_s(other) - view.compared_route_s(hops)
-        parts_s = [view.compared_part_s(hops, index, served) for served in (a.peer_id, hops[index][0])]
-        assert parts_s[0] - parts_s[1] == pytest.approx(difference_s)
+        part_s = view.compared_part_s(hops, index)
+        assert part_s(a.peer_id) - part_s(hops[index][0]) == pytest.approx(difference_s)

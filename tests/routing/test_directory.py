@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing.directory import Directory
-from routing.records import CLOCK_SLACK_S, Announcement
+from routing.records import CLOCK_SLACK_S, Announcement, PeerState
 from tests.routing.swarms import MODEL, NOW_S, OTHER_MODEL, announcement, peer
 
 
@@ -96,6 +96,11 @@ def test_a_snapshot_never_changes_and_is_reused_while_nothing_does() -> None:
     assert [a.peer_id for a in before.peers] == [peer(1)]
     assert [a.peer_id for a in after.of_model(MODEL)] == [peer(1)]
     assert [a.peer_id for a in after.of_model(OTHER_MODEL)] == [peer(2)]
+    directory.says(peer(1), PeerState.DRAINING)
+    leaving = directory.snapshot(NOW_S + 1)
+    assert [a.state for a in leaving.of_model(MODEL)] == [PeerState.DRAINING]
+    directory.says(peer(1), PeerState.DRAINING)
+    assert directory.snapshot(NOW_S + 1) is leaving
     assert directory.snapshot(NOW_S + 60).of_model(MODEL) == ()
 
 

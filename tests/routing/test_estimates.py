@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from routing.coordinates import Coordinate
 from routing.cost import hop_cost
 from routing.estimates import (
     BANDWIDTH_BYTES_PER_S,
@@ -12,9 +17,11 @@ from routing.estimates import (
     HALF_LIFE_S,
     SMOOTHING,
     Estimates,
+    Load,
     PeerEstimate,
     Smoothed,
 )
+from routing.records import Announcement
 from tests.routing.swarms import NOW_S, announcement, peer
 
 SAID = announcement(peer(1), decode_s_per_block=0.002, prefill_s_per_token_block=0.0002)
@@ -184,3 +191,25 @@ def test_what_a_prompt_waited_counts_as_what_a_step_of_one_position_would_have_w
     estimates.on_trial(peer(1), 10, 0.01, NOW_S)
     estimates.on_step(peer(1), 10, 91, 0.1, 2.0, NOW_S)
     assert estimates.of(announcement(peer(1)), NOW_S).queue_s == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_told_twice_is_what_would_be_found_again(seed: int) -> None:
+    rng, now_s = random.Random(seed), NOW_S
+    estimates = Estimates(max_peers=4)
+    said = [announcement(peer(n), sessions=n, place=Coordinate(n / 100, 0.0, 0.01, 0.1)) for n in range(6)]
+    events: list[Callable[[Announcement], object]] = [
+        lambda a: estimates.on_rtt(a.peer_id, rng.uniform(0.01, 0.2), now_s, a.place),
+        lambda a: estimates.on_step(a.peer_id, 4, rng.choice((1, 9)), rng.random(), rng.random(), now_s),
+        lambda a: estimates.on_transfer(a.peer_id, 10**6, rng.uniform(0.1, 9.0), now_s),
+        lambda a: estimates.on_trial(a.peer_id, 4, rng.random(), now_s),
+        lambda a: estimates.on_planned(rng.randrange(9), [(a, 3)], rng.uniform(0.1, 3.0), now_s),
+        lambda a: estimates.on_ended(rng.randrange(9)),
+        lambda a: setattr(estimates, "load", Load(tokens_per_s=rng.uniform(1, 99), turn_s=rng.uniform(0, 9))),
+        lambda a: said.__setitem__(said.index(a), replace(a, sequence=a.sequence + 1, sessions=rng.randrange(30))),
+    ]
+    for _ in range(200):
+        rng.choice(events)(rng.choice(said))
+        now_s += rng.choice((0.0, 0.0, 0.0, 1.0))
+        for a in said:
+            assert estimates.of(a, now_s) == estimates._of(a, now_s)

@@ -36,6 +36,10 @@ def test_a_seed_decides_everything_and_the_swarm_stays_covered_within_its_bounds
     assert page.count("<polyline") == 3
     assert "http" not in page.replace("http://www.w3.org", "")
     assert report.as_plain()["of_bound"] == report.of_bound
+    bars = [line.split()[-1] for line in report.lines() if "bar: " in line]
+    assert bars == ["met" if met else "missed" for met in report.met.values()]
+    assert len(bars) == 4
+    assert report.met["coverage"] is (report.coverage >= 0.999)
 
 
 def test_a_gap_is_healed_by_peers_that_can_be_spared_and_by_nobody_else() -> None:
