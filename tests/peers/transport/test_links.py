@@ -692,8 +692,8 @@ async def test_closing_while_others_dial_and_send_leaves_nothing_behind(world: W
     )
 
 
-async def test_what_several_tasks_send_in_one_turn_travels_in_one_frame(world: World) -> None:
-    third = world.network.transport(THIRD)
+async def frames_at(third: MemoryTransport) -> list[list[AnyMessage]]:
+    """What it hears over one link, frame by frame."""
     frames: list[list[AnyMessage]] = []
 
     async def collect(stream: Stream) -> None:
@@ -703,6 +703,12 @@ async def test_what_several_tasks_send_in_one_turn_travels_in_one_frame(world: W
             frames.append([message for message, _ in codec.decode(await stream.receive())])
 
     await third.serve(STREAM_PROTOCOL, collect)
+    return frames
+
+
+async def test_what_several_tasks_send_in_one_turn_travels_in_one_frame(world: World) -> None:
+    third = world.network.transport(THIRD)
+    frames = await frames_at(third)
     link = await world.one.links.to(THIRD)
     sent = [Close(sessions=(bytes([number] * 16),)) for number in range(5)]
     await asyncio.gather(*map(link.send, sent))
@@ -714,15 +720,7 @@ async def test_what_several_tasks_send_in_one_turn_travels_in_one_frame(world: W
 
 async def test_what_is_sent_at_once_but_not_alone_shares_a_frame(world: World) -> None:
     third = world.network.transport(THIRD)
-    frames: list[list[AnyMessage]] = []
-
-    async def collect(stream: Stream) -> None:
-        await stream.receive()
-        await stream.send(codec.encode(a_hello()))
-        while True:
-            frames.append([message for message, _ in codec.decode(await stream.receive())])
-
-    await third.serve(STREAM_PROTOCOL, collect)
+    frames = await frames_at(third)
     link = await world.one.links.to(THIRD)
     sent = [Close(sessions=(bytes([number] * 16),)) for number in range(4)]
     assert link.send_now(sent[0])
