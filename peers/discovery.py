@@ -188,21 +188,27 @@ class Discovery:
         finally:
             self._asked.discard(peer.peer_id)
 
-    async def route(self, request: RouteRequest, *, patience_s: float = NO_ROUTE_PATIENCE_S) -> Route:
-        """A route now, or as soon as the missing blocks are announced, or a peer that has them answers again.
+    async def route(self, request: RouteRequest, *, patience_s: float | None = None) -> Route:
+        """A route now, or as soon as the missing blocks are announced, or a peer that has them answers again or has
+        been left alone for long enough.
 
-        Raises NoRoute after `patience_s`, or LATE_PATIENCE_S while peers that have them may only be late.
+        Raises NoRoute after `patience_s` (default NO_ROUTE_PATIENCE_S), or LATE_PATIENCE_S where that is more, while
+        peers that have them may only be late. What is waited for longer than NO_ROUTE_PATIENCE_S is named in the log.
         """
         self.watch(request.model)
         clock_s = asyncio.get_running_loop().time
-        began_s, looked = clock_s(), False
+        began_s, looked, named = clock_s(), False, False
+        least_s = NO_ROUTE_PATIENCE_S if patience_s is None else patience_s
         while True:
             try:
                 return self.router.plan(request, self._clock())
             except NoRoute as error:
-                deadline_s = began_s + (max(patience_s, LATE_PATIENCE_S) if error.late else patience_s)
+                deadline_s = began_s + (max(least_s, LATE_PATIENCE_S) if error.late else least_s)
                 if clock_s() >= deadline_s:
                     raise
+                if not named and clock_s() >= began_s + NO_ROUTE_PATIENCE_S:
+                    named = True
+                    logger.warning("waiting for up to %.0f s more: %s", deadline_s - clock_s(), error)
             with suppress(TimeoutError):  # a DHT that does not answer must not hide what is missing
                 async with asyncio.timeout_at(deadline_s):
                     await self._look_again(request.model, LOOK_AGAIN_S if looked else 0.0)

@@ -90,6 +90,9 @@ class SessionConfig:
     busy_patience_s: float = 300.0
     """How long "busy" and "preempted" are waited out without one result in between, replays not counted. For so long
     are hops believed, too, that say they are computing a step."""
+    gap_patience_s: float = 90.0
+    """How long blocks that nobody offers are waited for once the caller has had outputs, which would be lost. Peers that
+    refused come back meanwhile, and placement heals a gap within a minute. Who has had none is told soon."""
     max_hold_s: float = 2.0
     """Of a wait for one hop's room while others hold the session's pages."""
     max_full: int = 3
@@ -148,10 +151,12 @@ class NeedRoute:
     """Plan a route without `avoid` and answer with `route_ready` or `no_route`.
 
     `keep`: hops that hold the session. If others can serve what lies between them, these stay as they are.
+    `patience_s`: for so long blocks that nobody offers are waited for; None: as for a new session, not for long.
     """
 
     avoid: frozenset[PeerId]
     keep: tuple[Hop, ...] = ()
+    patience_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +295,8 @@ class SessionCore:
         self._next_step = 0
         self._end = 0
         """Where the last submitted step ends."""
+        self._given = False
+        """Whether the caller has had outputs."""
         self._waited_s = 0.0
         self._full: dict[PeerId, float] = {}
         """Peers that had no room since the last result, and how long they asked to be left alone; 0: that is over."""
@@ -476,6 +483,7 @@ class SessionCore:
             self._waited_s = 0.0
             self._full.clear()
             self._pending.remove(next(p for p in self._pending if p.step == step))
+            self._given = self._given or answered.want_from < answered.count
             actions.append(StepDone(answered))
             self._standbys.answered()
         return actions + ([*self._go_on(), *self._tend()] if self.state is State.READY else [])
@@ -785,7 +793,8 @@ class SessionCore:
         kept = [hop for hop in self._installed if hop.peer_id not in gone]
         taken = {hop.span.start for hop in kept}
         kept += [hop for hop in self.standby_hops if hop.span.start not in taken]
-        return [NeedRoute(frozenset(self._avoid), tuple(sorted(kept, key=lambda hop: hop.span.start)))]
+        patience_s = self.config.gap_patience_s if self._given or self.unborn else None
+        return [NeedRoute(frozenset(self._avoid), tuple(sorted(kept, key=lambda hop: hop.span.start)), patience_s)]
 
     def _rebuild(self, error: SwarmError, route: Route | None = None) -> list[Action]:
         """With `route`, over the same hops, which forget the session when it is opened there again."""

@@ -483,7 +483,7 @@ class SwarmRemote:
             session=core.session,
         )
         try:
-            route = await self._client.discovery.route(request)
+            route = await self._client.discovery.route(request, patience_s=need.patience_s)
         except Unavailable as error:  # no route, or this node has ended
             self.perform(session, core.no_route(error))
         else:

@@ -289,7 +289,8 @@ class User:
         try:
             route = client.router.plan(request, stage.now_s)
         except NoRoute as error:
-            if stage.now_s - self._needed_at_s >= NO_ROUTE_PATIENCE_S:
+            patience_s = NO_ROUTE_PATIENCE_S if need.patience_s is None else need.patience_s
+            if stage.now_s - self._needed_at_s >= patience_s:
                 self._need = None
                 self._perform(stage, core.no_route(error))
             return

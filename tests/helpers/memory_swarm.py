@@ -30,6 +30,7 @@ from peers.transport.memory import MemoryNetwork, MemoryTransport
 from peers.wire.messages import Urgency
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans, PeerId
+from routing.router import Route, RouteRequest
 from routing.store import RecordStore
 from swarm.models.loading import load_model
 from swarm.network import ClientNode, NetworkThread
@@ -57,8 +58,13 @@ def new_key() -> SigningKey:
 @contextmanager
 def impatient() -> Iterator[None]:
     """Blocks that nobody serves are waited for only until everybody's records were read."""
+    patient = Discovery.route
+
+    async def route(self: Discovery, request: RouteRequest, *, patience_s: float | None = None) -> Route:
+        return await patient(self, request, patience_s=0.5)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Discovery.route, "__kwdefaults__", {"patience_s": 0.5})
+        patch.setattr(Discovery, "route", route)
         yield
 
 

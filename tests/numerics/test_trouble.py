@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import StoppingCriteria
 
+from peers import discovery
 from peers.transport import links
 from peers.wire.messages import Urgency
 from routing.errors import CallerError, NoRoute, Unavailable
@@ -184,14 +185,14 @@ def test_a_rebuild_is_planned_from_the_route_that_was_lost(
 ) -> None:
     swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
     model = swarm.model()
-    discovery, asked = swarm.thread.client.discovery, []
-    route = discovery.route
+    asked: list[Route | None] = []
+    route = swarm.thread.client.discovery.route
 
-    async def spy(request: RouteRequest) -> Route:
+    async def spy(request: RouteRequest, *, patience_s: float | None) -> Route:
         asked.append(request.previous)
-        return await route(request)
+        return await route(request, patience_s=patience_s)
 
-    monkeypatch.setattr(discovery, "route", spy)
+    monkeypatch.setattr(swarm.thread.client.discovery, "route", spy)
     used: list[Route] = []
 
     def kill() -> None:
@@ -240,6 +241,32 @@ def test_a_gap_is_named(make_swarm: Callable[..., MemorySwarm]) -> None:
     with impatient(), pytest.raises(NoRoute, match="1:3") as raised:
         generate(swarm.model(), prompt())
     assert raised.value.missing == ((1, 3),)
+
+
+def test_a_session_under_way_waits_for_blocks_whose_only_holders_are_left_alone(
+    make_swarm: Callable[..., MemorySwarm],
+    local: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(discovery, "NO_ROUTE_PATIENCE_S", 0.5)
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS), (2, NUM_BLOCKS)])
+    model, ids = swarm.model(), prompt()
+
+    async def fail() -> None:
+        client = swarm.thread.client
+        now_s = client.discovery.now_s()
+        for peer in swarm.peers[1:]:
+            for ago_s in (2.5, 0.0):  # the second time they are left alone for longer
+                client.router.on_failure(peer._key.peer_id, now_s - ago_s, "refused")
+
+    def refuse() -> None:
+        swarm.thread.call(fail())
+        swarm.forget_sessions()
+
+    assert torch.equal(generate(model, ids, stopping_criteria=[AtToken(5, refuse)]), generate(local, ids))
+    assert "s more: no route" in caplog.text
+    assert "backed off" in caplog.text
 
 
 def test_a_route_uses_part_of_a_span(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:

@@ -107,6 +107,23 @@ async def test_a_gap_is_named_when_patience_ends_also_while_the_dht_is_silent(re
     await reader.discovery._tasks.close()
 
 
+async def test_who_waits_for_longer_is_told_in_the_log_and_gets_a_peer_that_was_left_alone_meanwhile(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "NO_ROUTE_PATIENCE_S", 0.1)
+    await reader.announce(2, 0, 30)
+    reader.discovery.watch(MODEL)
+    await reader.discovery.refresh()
+    reader.discovery.router.on_failure(PEER.peer_id, reader.discovery.now_s() - 1.0, "refused")
+    with pytest.raises(NoRoute, match="backed off"):
+        await reader.discovery.route(REQUEST)
+    assert caplog.text == ""
+    route = await reader.discovery.route(REQUEST, patience_s=60.0)
+    assert [hop.peer_id for hop in route.hops] == [PEER.peer_id]
+    assert "s more: no route" in caplog.text
+    await reader.discovery._tasks.close()
+
+
 async def test_bad_records_are_dropped_one_by_one(reader: Reader, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     await reader.announce(2, 0, 30)

@@ -59,6 +59,9 @@ def keeping(actions: Sequence[Action]) -> tuple[int, ...]:
     return next(action.keep for action in actions if isinstance(action, OpenHops))
 
 
+PATIENT_S = SessionConfig().gap_patience_s
+
+
 def kinds(actions: Sequence[Action]) -> list[type[Action]]:
     return [type(action) for action in actions]
 
@@ -112,6 +115,27 @@ def test_without_a_route_the_session_fails() -> None:
     error = NoRoute("blocks 3:5 are missing")
     assert core.no_route(error) == [Fail(error)]
     assert (core.state, core.alive, core.no_route(error), core.route_ready(route(P))) == (State.FAILED, False, [], [])
+
+
+def test_missing_blocks_are_waited_for_longer_once_outputs_would_be_lost() -> None:
+    def need(actions: Sequence[Action]) -> float | None:
+        (patience_s,) = [action.patience_s for action in actions if isinstance(action, NeedRoute)]
+        return patience_s
+
+    core = SessionCore(SESSION, SessionConfig(gap_patience_s=7.0))
+    assert need(core.submit(0, 4, 4)[1]) is None
+    core.route_ready(route(P, Q))
+    opened(core)
+    core.result(StepId(1), 1)
+    prompt, _ = core.submit(4, 4, 3)
+    assert need(core.hop_lost(P, LOST)) is None, "nobody has seen anything of it"
+    core.route_ready(route(R, Q))
+    opened(core)
+    for step in [step.step for step in core._sent.values()]:
+        core.result(step, core.epoch)
+    core.result(prompt, core.epoch)
+    core.submit(8, 1, 0)
+    assert need(core.hop_lost(R, LOST)) == 7.0
 
 
 def test_a_ready_session_sends_at_once_within_its_window() -> None:
@@ -194,7 +218,7 @@ def test_a_hop_that_is_busy_too_often_is_done_without() -> None:
         core.timer()
     assert core.busy(Q, 1, 0.1, FULL, preempted=False) == [
         Release(route(P, Q).hops[1:]),
-        NeedRoute(frozenset(), route(P).hops),
+        NeedRoute(frozenset(), route(P).hops, PATIENT_S),
     ]
 
 
@@ -210,7 +234,7 @@ def test_a_hop_without_room_is_replaced_and_the_others_keep_what_they_hold(preem
     released, need = core.busy(peer, core.epoch, 0.5, FULL, preempted=preempted)
     assert isinstance(released, Release)
     assert [hop.peer_id for hop in released.hops] == [peer]
-    assert need == NeedRoute(frozenset(), route(P).hops)
+    assert need == NeedRoute(frozenset(), route(P).hops, PATIENT_S)
     assert core.route_ready(route(P, peer)) == [Wait(0.5)]
     assert (core.state, core.uses(P)) == (State.WAITING, True)
     assert core.timer() == [need]
@@ -335,7 +359,7 @@ def test_a_peer_that_declined_is_avoided_from_then_on_and_a_stranger_does_not_ma
     core.submit(1, 1, 0)
     assert core.refused(R, 1, LOST) == core.hop_lost(R, LOST) == core.refused(Q, 0, LOST) == []
     assert core.forgotten(0, FORGOT) == core.busy(Q, 0, 1.0, FULL, preempted=True) == []
-    assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}), route(P).hops)
+    assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}), route(P).hops, PATIENT_S)
 
 
 def test_a_session_without_progress_fails_after_its_attempts_also_when_every_replay_succeeds() -> None:

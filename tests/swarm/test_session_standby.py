@@ -50,7 +50,10 @@ def test_a_standby_takes_the_place_of_its_hop_and_lacks_only_what_it_lagged_behi
     assert step(core, 6, 2) == []
     core.submit(8, 1, 0)
     released, need = core.hop_lost(Q, LOST)
-    assert (released, need) == (Release(route(P, Q).hops[1:]), NeedRoute(frozenset(), (route(P).hops[0], SECOND)))
+    assert (released, need) == (
+        Release(route(P, Q).hops[1:]),
+        NeedRoute(frozenset(), (route(P).hops[0], SECOND), SessionConfig().gap_patience_s),
+    )
     (opening,) = core.route_ready(route(P, R))
     assert isinstance(opening, OpenHops)
     assert opening.keep == (9, 6)
