@@ -31,6 +31,7 @@ from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool, accelerate, accelerate_by_torch, pool_for
 from peers.model.support import one_line
 from peers.runtime.cache import Chunk, SpanCache, open_cache
+from peers.runtime.cores import Cores
 from peers.runtime.errands import Errand, Errands, Job
 from peers.runtime.graphs import recorder_for
 from peers.runtime.pages import PagePool
@@ -263,6 +264,7 @@ class Engine:
         """Whether the cache has nothing more to prepare."""
         self._alone = False
         """Whether torch computes in this thread alone, which is when the library's threads have the other cores."""
+        self._cores = Cores()
         self._last_session: int | None = None
         """Whose work was the last forward, where it had one to itself."""
         self._stopping = False
@@ -738,9 +740,12 @@ class Engine:
             _require(self.model.device)
         else:
             elapsed_s = time.perf_counter() - began_s
-            self._settle(batch, output_TH, elapsed_s - (self._paused_s - paused_s))
+            compute_s = elapsed_s - (self._paused_s - paused_s)
+            self._settle(batch, output_TH, compute_s)
             if beside:
                 self._paused_s = paused_s + elapsed_s
+            elif len(output_TH) > TOKENS_MAX:
+                self._cores.measured(len(output_TH), alone=self._alone, seconds=compute_s)
 
     def _wait_for_batch(self) -> _Batch:
         """The next forward's works; empty when there are none and the engine is stopping or not prepared yet, or when a
@@ -882,7 +887,7 @@ class Engine:
         hidden_TH = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         alone = self._alone
         # in a short forward torch has little to share out, and its helpers would stand in the way of the library's
-        self._share_cores(self._accelerated and len(hidden_TH) <= TOKENS_MAX)
+        self._share_cores(self._accelerated and (len(hidden_TH) <= TOKENS_MAX or self._cores.alone(len(hidden_TH))))
         try:
             return self._cache.forward(
                 chunks,
