@@ -11,7 +11,9 @@ import signal
 import sys
 from pathlib import Path
 
-from peers.host import Event, PeerConfig, run_peer
+from peers.host.config import PeerConfig
+from peers.host.events import Event
+from peers.host.run import run_peer
 from routing.invites import parse
 
 

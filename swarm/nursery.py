@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 AVAILABLE: Final = sys.platform == "linux"
 START_TIMEOUT_S: Final = 120.0
 """Imports included, on a busy machine."""
-PRELOADED: Final = ("peers.host", "swarm.cli.node")
+PRELOADED: Final = ("peers.host.run", "swarm.cli.node")
 """What nodes need."""
 UNKNOWN: Final = 255
 """The exit code of a child that outlived its nursery."""

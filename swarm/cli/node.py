@@ -12,7 +12,9 @@ from typing import Any, cast
 import typer
 
 from peers.errors import InsecureIdentity
-from peers.host import BootstrapConfig, Emit, Event, PeerConfig, run_bootstrap, run_peer
+from peers.host.config import BootstrapConfig, PeerConfig
+from peers.host.events import Emit, Event
+from peers.host.run import run_bootstrap, run_peer
 from routing.errors import SwarmError
 from routing.invites import MAX_BOOTSTRAPS, Invite
 from swarm.cli import signals

@@ -23,7 +23,7 @@ from swarm.cli import signals
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-    from peers.host import Event
+    from peers.host.events import Event
 
 logger = logging.getLogger(__name__)
 

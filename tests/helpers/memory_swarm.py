@@ -19,7 +19,7 @@ import torch
 
 from peers.capacity import plan_capacity
 from peers.discovery import Discovery
-from peers.host import ServerPeer
+from peers.host.server import ServerPeer
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import load_config
 from peers.model.lora import AdapterFolder

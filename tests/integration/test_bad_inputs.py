@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from peers.errors import AddressInUse, InsecureIdentity, PeerTooSmall, PeerUnreachable, UnknownModel
-from peers.host import BootstrapConfig, PeerConfig, run_bootstrap, run_peer
+from peers.host.config import BootstrapConfig, PeerConfig
+from peers.host.run import run_bootstrap, run_peer
 from routing.errors import InvalidAddress, NoRoute
 from routing.identity import SigningKey
 from swarm import SwarmModelForCausalLM

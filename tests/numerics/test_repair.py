@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from peers.errors import Preempted
-from peers.host import ServerPeer
+from peers.host.server import ServerPeer
 from peers.runtime.engine import Done, Work
 from peers.serving.journal import Journal, JournalLimits
 from peers.serving.push import Delivery

@@ -27,7 +27,8 @@ main()
 PYTHON = """
 import asyncio, pathlib
 from peers.errors import UnsupportedPlatform
-from peers.host import PeerConfig, run_peer
+from peers.host.config import PeerConfig
+from peers.host.run import run_peer
 from swarm import SwarmModelForCausalLM
 platform.system = lambda: "Windows"
 config = PeerConfig(model="no/such-model", network="hive", identity=pathlib.Path("nowhere.key"))

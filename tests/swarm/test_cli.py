@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import os
@@ -18,7 +17,8 @@ from typer.testing import CliRunner, Result
 
 import peers.host
 from peers.errors import InsecureIdentity
-from peers.host import Event
+from peers.host.config import PeerConfig
+from peers.host.events import Event
 from peers.model.progress import Progress
 from routing.errors import NoRoute
 from routing.health import models
@@ -160,7 +160,7 @@ def test_memory_is_read_with_its_unit(text: str, expected: int) -> None:
 
 
 def test_a_bandwidth_may_be_written_per_second(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]) -> None:
-    configs: list[peers.host.PeerConfig] = []
+    configs: list[PeerConfig] = []
     monkeypatch.setattr(node, "join", lambda config, as_json: configs.append(config))
     monkeypatch.setattr(node, "claim_identity", lambda path, role: Path("unused.key"))
     wishes = ("--nice", "5", "--schedule", "22:00-08:00,12:00-13:00", "--pause-on-load", "40")
@@ -174,7 +174,7 @@ def test_a_bandwidth_may_be_written_per_second(monkeypatch: pytest.MonkeyPatch, 
 def test_several_spans_and_shared_prefixes_reach_the_peer(
     monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]
 ) -> None:
-    configs: list[peers.host.PeerConfig] = []
+    configs: list[PeerConfig] = []
     monkeypatch.setattr(node, "join", lambda config, as_json: configs.append(config))
     monkeypatch.setattr(node, "claim_identity", lambda path, role: Path("unused.key"))
     for arguments in (("--blocks", "8:12,0:4"), ("--share-prefixes",)):
@@ -271,7 +271,8 @@ def test_a_closed_reader_ends_a_command_quietly() -> None:
 
 
 def test_every_event_of_a_node_has_words() -> None:
-    kinds = set(re.findall(r'Event\(\s*"(\w+)"', inspect.getsource(peers.host)))
+    modules = "".join(module.read_text() for folder in peers.host.__path__ for module in Path(folder).glob("*.py"))
+    kinds = set(re.findall(r'Event\(\s*"(\w+)"', modules))
     examples = {
         "connected": {"peer_id": "12D3KooA"},
         "loading": {"model": "m", "spans": [[0, 10]], "dtype": "float32", "quantization": "none"},

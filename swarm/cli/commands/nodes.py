@@ -56,7 +56,7 @@ def bootstrap(
             signals.end_with_parent()
         entrance = entrance_of(initial_peers, None, network) if initial_peers else None
         options = _node_options("bootstrap", entrance, network, listen, announce, identity)
-        from peers.host import BootstrapConfig
+        from peers.host.config import BootstrapConfig
         from swarm.cli import node
 
         node.bootstrap(BootstrapConfig(**options), as_json=as_json)
@@ -231,7 +231,7 @@ def join(
 
         hours = None if schedule is None else Schedule.parse(schedule)
         options = _node_options("peer", entrance, network, listen, announce, identity)
-        from peers.host import PeerConfig
+        from peers.host.config import PeerConfig
         from swarm.cli import node
 
         config = PeerConfig(
@@ -270,7 +270,7 @@ def _node_options(
     announce: list[str] | None,
     identity: Path | None,
 ) -> dict[str, Any]:
-    """The fields of `peers.host.NodeOptions`. Claims the identity, once the addresses are found to be valid."""
+    """The fields of `peers.host.config.NodeOptions`. Claims the identity, once the addresses are found to be valid."""
     own = {
         name: tuple(validate_multiaddr(address, need_peer_id=False) for address in addresses or ())
         for name, addresses in (("listen", listen), ("announce", announce))

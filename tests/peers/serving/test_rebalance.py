@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from peers import host
 from peers.errors import PeerTooSmall
-from peers.host import ServerPeer
+from peers.host import server
+from peers.host.server import ServerPeer
 from peers.serving import rebalance
 from peers.serving.rebalance import Rebalance
 from routing.ids import BlockSpan, BlockSpans
@@ -49,7 +49,7 @@ class Halves(MemorySwarm):
 def swarm(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Halves]:
     """Two peers with the first half of the model, one with the second; all may move."""
     monkeypatch.setattr(rebalance, "SETTLE_S", 0.01)
-    monkeypatch.setattr(host, "MOVE_DRAIN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(server, "MOVE_DRAIN_TIMEOUT_S", 0.1)
     local = save_checkpoint(FAMILIES["llama"], folder)
     spans = [(0, HALF), (0, HALF), (HALF, NUM_BLOCKS)]
     with Halves(folder, spans, cache=tmp_path, movable=True) as swarm:
@@ -62,7 +62,7 @@ def driver(peer: ServerPeer) -> Rebalance:
         await peer.move(move.spans)
 
     peer.discovery.watch(peer.handler.served.model)
-    return Rebalance(peer.discovery, peer._present, peer._intend, move, rng=random.Random(0))
+    return Rebalance(peer.discovery, peer.presence.describe, peer.presence.intend, move, rng=random.Random(0))
 
 
 def test_a_peer_that_is_spare_takes_the_place_of_one_that_left_and_answers_stay_the_local_ones(
@@ -87,7 +87,7 @@ def test_a_peer_that_is_spare_takes_the_place_of_one_that_left_and_answers_stay_
     assert sorted(outcome) == [False, True], "one of two goes"
     mover = (first, second)[outcome.index(True)]
     assert mover.handler.served.spans == BlockSpans.of(BlockSpan(HALF, NUM_BLOCKS))
-    assert mover.state is PeerState.ONLINE
+    assert mover.presence.state is PeerState.ONLINE
     swarm.check(model)
 
 
@@ -117,5 +117,5 @@ def test_a_peer_that_cannot_load_other_blocks_serves_what_it_served(
     with pytest.raises(PeerTooSmall):
         swarm.thread.call(spare.move(BlockSpans.of(BlockSpan(1, HALF))), timeout_s=30)
     assert spare.handler.served.spans == before
-    assert spare.state is PeerState.ONLINE
+    assert spare.presence.state is PeerState.ONLINE
     swarm.check(model)

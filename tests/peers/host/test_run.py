@@ -7,22 +7,24 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from peers import capacity, host
+from peers import capacity
 from peers.capacity import FORWARD_BYTES, plan_capacity
 from peers.errors import AddressInUse, InsecureIdentity
-from peers.host import BootstrapConfig, Event, PeerConfig, run_bootstrap, run_peer
+from peers.host import blocks, server
+from peers.host.config import BootstrapConfig, PeerConfig
+from peers.host.events import Event
+from peers.host.run import run_bootstrap, run_peer
 from peers.runtime.engine import Engine
 from peers.runtime.probe import Probe
 from peers.serving.owner import Owner
 from peers.serving.reachability import DialBackService
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.links import Links
-from routing.errors import CallerError, SwarmError, Unavailable
+from routing.errors import SwarmError
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans
 from routing.records import MAX_MODEL_NAME_CHARS
@@ -73,15 +75,6 @@ async def test_a_bad_identity_or_port_is_refused_before_the_model_is_looked_for(
     assert isinstance(await refusal(peer(tmp_path)), InsecureIdentity)
 
 
-@pytest.mark.parametrize("option", [{"name": "n" * 49}, {"name": "\x1b[2J"}, {"network": "My Network"}])
-def test_a_name_that_no_record_can_carry_is_refused_at_once(option: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(CallerError) as caught:
-        peer(tmp_path, **option)
-    assert caught.value.hint
-    with pytest.raises(CallerError):
-        BootstrapConfig(network="My Network", identity=tmp_path / "own.key")
-
-
 async def test_the_port_of_the_first_start_is_remembered_also_when_it_is_once_taken(tmp_path: Path, taken: int) -> None:
     async def ports() -> set[str]:
         """Where a bootstrap listens, that is started and stopped."""
@@ -109,7 +102,7 @@ def test_a_long_name_of_a_model_is_announced_whole(tmp_path: Path) -> None:
     folder = tmp_path / ("m" * MAX_MODEL_NAME_CHARS)
     save_checkpoint(FAMILIES["llama"], folder)
     with MemorySwarm(folder, [(0, 1)], cache=tmp_path / "cache") as swarm:
-        assert swarm.peers[0]._describe(1, 0.0).model_name == folder.name
+        assert swarm.peers[0].presence.describe().model_name == folder.name
 
 
 # --- announcing ---
@@ -154,7 +147,7 @@ class Life:
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HIVESWARM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("peers.serving.announce.RECORD_RENEW_S", 0.5)
-    monkeypatch.setattr(host, "LOOK_AROUND_S", 0.0)
+    monkeypatch.setattr(server, "LOOK_AROUND_S", 0.0)
     save_checkpoint(FAMILIES["llama"], tmp_path / "tiny")
     return tmp_path / "tiny"
 
@@ -180,15 +173,6 @@ async def test_a_peer_outside_its_hours_loads_announces_itself_as_paused_and_ope
     assert life.kinds[-2:] == ["draining", "stopped"]
 
 
-@pytest.mark.parametrize(
-    "wish", [{"nice": 20}, {"pause_on_load_percent": 0.0}, {"max_bytes_per_s": 1}], ids=lambda wish: next(iter(wish))
-)
-def test_a_comfort_that_makes_no_sense_is_refused_at_once(wish: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(CallerError) as caught:
-        peer(tmp_path, **wish)
-    assert caught.value.hint
-
-
 async def test_a_peer_measures_itself_at_its_first_start_and_remembers_it(tmp_path: Path, tiny: Path) -> None:
     found = []
     for _ in range(2):
@@ -212,7 +196,7 @@ async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_fr
     async def measured(engine: Engine) -> Probe:
         return found
 
-    monkeypatch.setattr(host, "measure", measured)
+    monkeypatch.setattr(blocks, "measure", measured)
     options = {
         "blocks": BlockSpans.of(BlockSpan(0, plan.max_blocks)),
         "max_memory_bytes": plan.share.num_bytes(plan.request.sizes, plan.max_blocks),
@@ -229,7 +213,7 @@ async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_ha
     entry = NodeConfig(network="hive", signing_key=SigningKey.from_seed(bytes(32)))
     bootstrap = await HivemindNode.create(entry)
     (address,) = bootstrap.transport.addresses
-    monkeypatch.setattr(host, "LOOK_AROUND_S", 2.0)  # meanwhile the bootstrap leaves
+    monkeypatch.setattr(server, "LOOK_AROUND_S", 2.0)  # meanwhile the bootstrap leaves
     monkeypatch.setattr("peers.serving.joining.SETTLE_S", 0.1)
     config = peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1, initial_peers=(address,))
     async with Life(config) as life:
@@ -247,27 +231,6 @@ async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_ha
             await links.close()
     kinds = [kind for kind in life.kinds if not kind.startswith("reach")]
     assert kinds[:5] == ["connected", "loading", "unannounced", "announced", "ready"]
-
-
-def test_a_wrong_clock_is_named_as_the_reason() -> None:
-    problem = Unavailable("no DHT node accepted the record")
-    behind, right, unknown = (host._outage(problem, skew_s).fields for skew_s in (-60.0, 2.0, None))
-    assert "60 s behind" in str(behind["reason"])
-    assert "clock" in str(behind["hint"])
-    assert right == unknown == {"reason": str(problem), "hint": problem.hint}
-    assert host._outage(None, -60.0).kind == "announced"
-
-
-@pytest.mark.looptime
-async def test_a_clock_that_goes_wrong_is_told_once_and_again_when_it_is_right() -> None:
-    links, said = SimpleNamespace(clock_skew_s=None), list[Event]()
-    watching = asyncio.create_task(host._watch_clock(links, said.append))
-    for skew_s in (None, 3.0, -300.0, -299.0, None, -298.0, 1.0, 0.0):
-        links.clock_skew_s = skew_s
-        await asyncio.sleep(5 * host.CLOCK_LOOK_S)
-    watching.cancel()
-    assert [event.kind for event in said] == ["clock_wrong", "clock_right"]
-    assert said[0].fields["skew_s"] == -300.0
 
 
 async def test_a_peer_of_two_devices_is_one_peer(tmp_path: Path, tiny: Path) -> None:

@@ -1,0 +1,358 @@
+"""One serving node: builds the parts, wires them, has them serve other blocks, takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
+from types import MappingProxyType
+
+from peers.capacity import Plan
+from peers.discovery import Discovery
+from peers.host.blocks import Blocks
+from peers.host.events import Emit, Event
+from peers.host.presence import Presence
+from peers.model.catalog import Checkpoint
+from peers.model.lora import AdapterFolder
+from peers.model.progress import Progress
+from peers.model.storage import cache_folder
+from peers.runtime.engine import EngineConfig, Sharing
+from peers.runtime.joined import AnyEngine
+from peers.runtime.probe import Probe
+from peers.serving.adapters import AdapterLimits
+from peers.serving.admission import Admission, AdmissionLimits
+from peers.serving.handler import Handler, Served
+from peers.serving.joining import settle
+from peers.serving.journal import Journal, JournalLimits
+from peers.serving.ledger import Ledger, LedgerLimits
+from peers.serving.metrics import PeerMetrics
+from peers.serving.push import Delivery
+from peers.serving.reachability import DialBackService
+from peers.serving.rebalance import Rebalance
+from peers.serving.shelves import TrainingLimits
+from peers.serving.spill import Disk
+from peers.serving.status import StatusReport
+from peers.serving.training import Training
+from peers.transport.base import Transport
+from peers.transport.links import Link, Links
+from peers.transport.tasks import Tasks
+from peers.wire.messages import PROTOCOL_VERSION
+from routing.errors import SwarmError, Unavailable
+from routing.identity import SigningKey
+from routing.ids import BlockSpan, BlockSpans
+from routing.placement import Move, before_me, choose_span
+from routing.records import MAX_MODEL_NAME_CHARS, Announcement, HostedAdapter, PeerState
+from routing.router import Router
+from routing.store import RecordStore
+from routing.version import SOFTWARE, VERSION
+
+logger = logging.getLogger(__name__)
+
+MOVE_DRAIN_TIMEOUT_S = 5.0
+"""A step that takes longer is repeated elsewhere: somebody waits for the blocks to which this peer goes."""
+LOOK_AROUND_S = 3.0
+"""How long a joining peer without `--blocks` looks for others before it chooses."""
+
+
+class ServerPeer:
+    """Over any transport: the real one in a process, the memory twin in tests."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        store: RecordStore,
+        *,
+        key: SigningKey,
+        network: str,
+        name: str = "",
+        lease_s: float = 60.0,
+        max_bytes_per_s: int | None = None,
+        journal_disk_bytes: int = 0,
+        adapters: Mapping[str, AdapterFolder] = MappingProxyType({}),
+        outage: Callable[[Unavailable | None], None] | None = None,
+    ) -> None:
+        """`adapters` are hosted, by name. `outage` hears when no other node takes this peer's record any more, and
+        (None) when that is over."""
+        self.tasks = Tasks()
+        self.links = Links(transport, network=network, software=SOFTWARE, max_bytes_per_s=max_bytes_per_s)
+        self.router = Router()
+        self.discovery = Discovery(store=store, router=self.router, links=self.links, network=network)
+        self.presence = Presence(store, key, network=network, momentary=self._momentary, outage=outage)
+        self.handler: Handler
+        self.training: Training
+        self.engine: AnyEngine
+        self.probe: Probe
+        self.cache_tokens = 0
+        self._transport = transport
+        self._key = key
+        self._name = name
+        self._lease_s = lease_s
+        self._max_bytes_per_s = max_bytes_per_s
+        self._journal_disk_bytes = journal_disk_bytes
+        self._adapters = adapters
+        self._blocks: Blocks
+        self._plan: Plan
+        """Of the blocks that are served."""
+        self._max_blocks = 0
+        """That it may move to, if any."""
+        self._status: StatusReport
+        self._announcing: asyncio.Task[None] | None = None
+        """While it is not served yet: that it will be."""
+        self._loaded = False
+        self._engine_closer = AsyncExitStack()
+        self._watching: asyncio.Task[None] | None = None
+        DialBackService(self.links)
+
+    async def choose_span(
+        self, checkpoint: Checkpoint, plan: Plan, decode_s_per_block: float | None, *, alone: bool = False
+    ) -> BlockSpans:
+        """The least-covered span that fits and that is fair at this speed. Looks around for a moment first, and unless
+        it is `alone` announces its choice, which others that join at the same time go round or before."""
+        self.discovery.watch(checkpoint.model_id)
+        deadline_s = time.monotonic() + LOOK_AROUND_S
+        while True:
+            await self.discovery.refresh()
+            others = self.router.snapshot(self.discovery.now_s()).of_model(checkpoint.model_id)
+            if others or time.monotonic() >= deadline_s:
+                break
+            await asyncio.sleep(0.5)
+
+        def choose(others: list[Announcement]) -> BlockSpan:
+            counted, now_s = before_me(others, self._key.peer_id), self.discovery.now_s()
+            return choose_span(counted, plan.num_blocks, plan.max_blocks, now_s, decode_s_per_block=decode_s_per_block)
+
+        async def announce(span: BlockSpan) -> None:
+            self.presence.offer(self._static(checkpoint, BlockSpans.of(span), plan, decode_s_per_block or 0.0, 0.0))
+            await self.presence.intend(span)
+
+        if alone:
+            return BlockSpans.of(choose(list(others)))
+        span = await settle(self.discovery, checkpoint.model_id, choose, announce, rng=random.Random())
+        self.presence.join(BlockSpans.of(span))
+        self._announcing = self.tasks.spawn(self.presence.run(), name="announce that it joins")
+        return BlockSpans.of(span)
+
+    async def load(
+        self,
+        checkpoint: Checkpoint,
+        spans: BlockSpans,
+        plan: Plan,
+        *,
+        threads: int,
+        progress: Progress | None = None,
+        page_size: int | None = None,
+        share_prefixes: Sharing = "owner",
+        probe: Probe | None = None,
+        movable: bool = False,
+        max_blocks: int | None = None,
+    ) -> None:
+        """Load the weights, start the engine, measure it unless that is known. Raises SwarmError.
+
+        `movable`: `rebalance` may load other blocks later, up to `max_blocks`; as many as `plan` allows by default.
+        """
+        config = EngineConfig(cache_tokens=plan.cache_tokens, threads=threads, share_prefixes=share_prefixes)
+        if page_size is not None:
+            config = replace(config, page_size=page_size)
+        self._blocks = Blocks(checkpoint=checkpoint, config=config, adapters=self._adapters)
+        self._max_blocks = (max_blocks or plan.max_blocks) if movable else 0
+        await self._run_blocks(spans, plan, probe=probe, progress=progress)
+
+    async def _reload(self, spans: BlockSpans) -> None:
+        fitting = replace(self._plan, forwards=len(spans.parts))
+        fitting = fitting.beside(self.probe.forward_bytes, blocks=spans.num_blocks)
+        await self._run_blocks(spans, fitting, probe=self.probe)
+
+    async def _run_blocks(
+        self, spans: BlockSpans, plan: Plan, *, probe: Probe | None, progress: Progress | None = None
+    ) -> None:
+        checkpoint = self._blocks.checkpoint
+        running = await self._blocks.start(spans, plan, probe=probe, progress=progress)
+        self._engine_closer.push_async_callback(running.engine.stop)
+        self.engine, self._plan, self.probe = running.engine, running.plan, running.probe
+        model, stats = self.engine.model, self.engine.stats()
+        self.cache_tokens = stats.longest_tokens
+        ledger: Ledger[Delivery, Link] = Ledger(
+            LedgerLimits(
+                max_positions=min(stats.longest_tokens, model.max_positions),
+                pool_positions=stats.total_tokens,
+                weight=self.engine.weight,
+                lease_s=self._lease_s,
+            )
+        )
+        served = Served(model=checkpoint.model_id, spans=spans, hidden_size=model.hidden_size)
+        if self._loaded:
+            self.handler.settle(engine=self.engine, served=served, ledger=ledger)
+        else:
+            self._wire(served, ledger, running.plan)
+            self._loaded = True
+        self.handler.adapters.hosted = running.adapters
+        speeds = self.probe.decode_s_per_block, self.probe.prefill_s_per_token_block
+        self.presence.offer(
+            replace(self._static(checkpoint, spans, running.plan, *speeds), max_blocks=self._max_blocks)
+        )
+
+    def _wire(self, served: Served, ledger: Ledger[Delivery, Link], plan: Plan) -> None:
+        """What stays for good, whichever blocks are served."""
+        self.handler = Handler(
+            links=self.links,
+            engine=self.engine,
+            served=served,
+            ledger=ledger,
+            admission=Admission(
+                AdmissionLimits(
+                    max_bytes_in_flight=plan.in_flight_bytes, max_bytes_in_flight_per_peer=plan.in_flight_bytes // 2
+                )
+            ),
+            journal=self._journal(plan.journal_bytes),
+            adapters=AdapterLimits(max_bytes=plan.adapter_bytes, max_bytes_per_peer=plan.adapter_bytes // 2),
+        )
+        limits = TrainingLimits(max_bytes=plan.training_bytes, max_bytes_per_peer=plan.training_bytes)
+        self.training = Training(links=self.links, handler=self.handler, limits=limits)
+        self._status = self.links.status = StatusReport(
+            self.handler,
+            self.router,
+            memory_offered_bytes=sum(plan.request.limits_bytes),
+            device=plan.device_names,
+            discovery_s=self.discovery.now_s,
+        )
+
+    def _journal(self, max_bytes: int) -> Journal:
+        limits = JournalLimits(max_bytes=max_bytes, max_bytes_per_peer=max_bytes // 2)
+        if not self._journal_disk_bytes:
+            return Journal(limits)
+        folder = cache_folder()
+        with suppress(OSError):  # a full disk: the journal goes without, and says so
+            folder.mkdir(parents=True, exist_ok=True)
+        return Journal(limits, Disk(folder, self._journal_disk_bytes))
+
+    async def serve(self) -> None:
+        """Accept sessions and announce until cancelled; raises what no part expected."""
+        await self.links.serve()
+        self.presence.serve(paused=self.handler.paused)
+        self._watching = self.tasks.spawn(self.engine.broken(), name="engine")
+        if self._announcing is not None:
+            self._announcing.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.handler.run(), name="handler")
+                group.create_task(self.training.run(), name="training")
+                group.create_task(self.presence.run(), name="announce")
+                group.create_task(self.tasks.failed(), name="background")
+        finally:
+            await self.tasks.close()
+
+    async def announced(self) -> None:
+        """Wait until others have taken this peer's record for the first time."""
+        await self.presence.heard.wait()
+
+    def metrics(self) -> PeerMetrics:
+        """What it counts, from `load` on."""
+        return PeerMetrics(self.handler, self.training, self.links, self.presence.describe)
+
+    def pause(self, paused: bool) -> None:
+        """Step back for the owner, or return, and announce it at once. Steps that run finish; sessions go elsewhere."""
+        self.handler.pause(paused)
+        if self.presence.state in (PeerState.ONLINE, PeerState.PAUSED):
+            self.presence.serve(paused=paused)
+
+    async def drain(self, *, timeout_s: float) -> None:
+        """Tell the swarm that this peer leaves, take nothing new, hand sessions over to others."""
+        await self.presence.leave()
+        await self.handler.drain(timeout_s=timeout_s)
+
+    async def rebalance(self, emit: Emit) -> None:
+        """Serve other blocks whenever the swarm needs that more, until cancelled; where it may not, return."""
+        if not self._max_blocks:
+            return
+
+        async def move(move: Move) -> None:
+            emit(Event("moving", {**move.spans.as_fields(), "heals": move.heals}))
+            try:
+                await self.move(move.spans)
+            finally:
+                emit(Event("moved", self.presence.describe().spans.as_fields()))
+
+        presence = self.presence
+        await Rebalance(self.discovery, presence.describe, presence.intend, move, rng=random.Random()).run()
+
+    async def move(self, spans: BlockSpans) -> None:
+        """Serve other blocks instead, under the same identity, addresses and links; sessions here go elsewhere.
+
+        Raises SwarmError when they cannot be loaded; then it serves what it served before, and where it cannot do that
+        either, `serve` ends.
+        """
+        before = self.presence.describe().spans
+        await self.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)
+        self.handler.vacate()
+        self.training.vacate()
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+        await self._engine_closer.aclose()
+        await self.handler.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)  # what the engine failed as it stopped
+        self.handler.leave_engine()
+        del self.engine
+        gc.collect()  # the weights of before must be gone before others are loaded, and models hold themselves
+        try:
+            await self._settle(spans)
+        except SwarmError:
+            self._watching = self.tasks.spawn(self._settle(before), name="serve what was served before")
+            await asyncio.wait([self._watching])
+            raise
+        self._status.moved = (before, time.monotonic())
+
+    async def _settle(self, spans: BlockSpans) -> None:
+        self.presence.join(spans)
+        await self._reload(spans)
+        self._watching = self.tasks.spawn(self.engine.broken(), name="engine")
+        self.presence.serve(paused=self.handler.paused)
+
+    async def close(self) -> None:
+        """End links and engine. The transport belongs to the caller."""
+        await self.tasks.close()
+        await self.links.close()
+        await self._engine_closer.aclose()
+
+    def _static(
+        self, checkpoint: Checkpoint, spans: BlockSpans, plan: Plan, decode_s: float, prefill_s: float
+    ) -> Announcement:
+        """What does not change while these blocks are served."""
+        return Announcement(
+            peer_id=self._transport.peer_id,
+            model=checkpoint.model_id,
+            model_name=checkpoint.name[-MAX_MODEL_NAME_CHARS:],
+            num_blocks=plan.num_blocks,
+            spans=spans,
+            state=PeerState.JOINING,
+            dtype=plan.dtype_name,
+            quantization=plan.quantization,
+            version=VERSION,
+            protocol=PROTOCOL_VERSION,
+            name=self._name,
+            addresses=(),
+            decode_s_per_block=decode_s,
+            prefill_s_per_token_block=prefill_s,
+            cache_tokens=self.cache_tokens,
+            free_tokens=self.cache_tokens,
+            max_bytes_per_s=self._max_bytes_per_s or 0,
+            adapters=tuple(HostedAdapter(name, folder.digest) for name, folder in self._adapters.items()),
+            sequence=0,
+            expires_at_s=0.0,
+        )
+
+    def _momentary(self, announcement: Announcement) -> Announcement:
+        """With what is another number at every moment."""
+        joining = self.presence.state is PeerState.JOINING
+        return replace(
+            announcement,
+            addresses=self._transport.addresses[:4],
+            free_tokens=0 if joining else self.engine.stats().room_tokens,
+            queue_s=self.handler.queue_s if self._loaded else 0.0,
+            sessions=len(self.handler.ledger) if self._loaded else 0,
+            place=self.router.here,
+        )
