@@ -19,7 +19,8 @@ from peers.transport.tasks import Tasks
 from routing.errors import InvalidRecord, NoRoute, PeerError, Unavailable
 from routing.ids import ModelId, PeerId
 from routing.records import Announcement, index_keys, model_keys, verify_record
-from routing.router import Route, Router, RouteRequest
+from routing.router import Router
+from routing.routes import Route, RouteRequest
 from routing.store import RecordStore, StoredRecord
 
 logger = logging.getLogger(__name__)

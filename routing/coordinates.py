@@ -52,6 +52,13 @@ def distance_s(a: Coordinate, b: Coordinate) -> float:
     return math.hypot(a[0] - b[0], a[1] - b[1]) + a[2] + b[2]
 
 
+def half_trip_s(from_s: float, here: Coordinate | None, to_s: float, there: Coordinate | None) -> float:
+    """Half a round trip between two peers, at usable places, to which this node's own take `from_s` and `to_s`."""
+    if here is None or there is None:
+        return to_s / 2
+    return min(max(distance_s(here, there), abs(from_s - to_s)), from_s + to_s) / 2
+
+
 def moved(mine: Coordinate, theirs: Coordinate, rtt_s: float, *, salt: str) -> Coordinate:
     """My point after one round trip to a node that says it is at `theirs`.
 

@@ -14,11 +14,15 @@ from typing import Final
 
 from routing.chain import Cell, cell_of
 from routing.cost import block_s, longer
+from routing.directory import Snapshot
 from routing.estimates import queued_s
-from routing.ids import BlockSpan, PeerId
+from routing.ids import BlockSpan, ModelId, PeerId
 from routing.precision import is_at_least
 from routing.records import Announcement, PeerState
+from routing.routes import RouteRequest
 
+MAX_CROWDS: Final = 8
+"""Kinds of requests for which peers are sorted beforehand."""
 _Ranked = list[tuple[float, PeerId, Announcement]]
 MAX_RANKINGS: Final = 4
 """Kept at a time, one for each length of a step and each load of the swarm."""
@@ -127,6 +131,25 @@ class Crowd:
                 ranked.sort(key=_time_and_peer)
                 ranking.append(ranked)
         return ranking
+
+
+class Crowds:
+    """Those of the snapshot that was looked at last, one for each kind of request."""
+
+    def __init__(self) -> None:
+        self._snapshot: Snapshot | None = None
+        self._by_kind: dict[tuple[ModelId, int, int | None, str | None, bytes | None], Crowd] = {}
+
+    def of(self, snapshot: Snapshot, request: RouteRequest) -> Crowd:
+        if self._snapshot is not snapshot or len(self._by_kind) >= MAX_CROWDS:
+            self._snapshot, self._by_kind = snapshot, {}
+        adapter = None if request.adapter is None else request.adapter.digest
+        kind = (request.model, request.num_blocks, request.protocol, request.min_precision, adapter)
+        if (crowd := self._by_kind.get(kind)) is None:
+            announcements = snapshot.of_model(request.model)
+            crowd = Crowd(announcements, request.num_blocks, request.protocol, request.min_precision, adapter)
+            self._by_kind[kind] = crowd
+        return crowd
 
 
 def _waits_s(a: Announcement, tokens: int, turn_s: float) -> float:

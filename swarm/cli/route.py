@@ -13,7 +13,8 @@ from rich.text import Text
 from peers.wire.messages import PROTOCOL_VERSION
 from routing.cost import BYTES_PER_TOKEN
 from routing.errors import CallerError
-from routing.router import Explanation, Option, RouteRequest
+from routing.explanation import Explanation, Option
+from routing.routes import RouteRequest
 from swarm.cli import signals
 from swarm.health import look
 from swarm.network import Entrance, enter

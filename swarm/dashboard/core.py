@@ -19,7 +19,8 @@ from routing.flow import by_span, capacities_of, max_flow
 from routing.health import ModelHealth, adapters, coverage
 from routing.ids import BlockSpan, ModelId, PeerId
 from routing.records import DIGEST_DIGITS, Announcement, PeerState
-from routing.router import Route, Router, RouteRequest
+from routing.router import Router
+from routing.routes import Route, RouteRequest
 from routing.version import VERSION
 from swarm.dashboard.peers import (
     KnownPeer,

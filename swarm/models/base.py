@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Self, cast
 
 from torch import Tensor
 
-from routing.router import Route
+from routing.routes import Route
 from swarm.errors import SessionClosed, UnsupportedOutput, WeightsAreRemote
 from swarm.models.generation import Session, current_session, generation
 from swarm.models.layers import RemoteLayers

@@ -15,7 +15,7 @@ from typing import Any
 
 from routing.errors import CallerError
 from routing.ids import PeerId, SessionId
-from routing.router import Hop
+from routing.routes import Hop
 from swarm.session.core import Action, PendingStep
 from swarm.session.driver import SwarmRemote
 from swarm.session.timeline import Slice, Timeline

@@ -60,7 +60,7 @@ from itertools import pairwise
 
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
-from routing.router import Hop, Route
+from routing.routes import Hop, Route
 from swarm.session import repair
 from swarm.session.standby import Standby, Standbys
 

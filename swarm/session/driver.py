@@ -30,7 +30,7 @@ from routing.health import ModelHealth, coverage
 from routing.hosting import find_adapter
 from routing.ids import PeerId, SessionId
 from routing.records import HostedAdapter
-from routing.router import Hop, Kept, Route, RouteRequest
+from routing.routes import Hop, Kept, Route, RouteRequest
 from swarm.errors import SessionClosed
 from swarm.network import Answer, ClientNode, Entrance, NetworkThread, enter
 from swarm.session.calls import Call

@@ -23,7 +23,7 @@ from peers.wire import parts, tensors
 from peers.wire.messages import AdapterGradient, AdapterTarget, Code, Jumps, Train, Trained, Untrained
 from routing.errors import PeerError
 from routing.ids import BlockSpan, PeerId
-from routing.router import Hop
+from routing.routes import Hop
 from swarm.network import ClientNode
 from swarm.session.live import RemoteModel
 from swarm.session.uploads import Uploads

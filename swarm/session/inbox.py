@@ -18,7 +18,7 @@ from peers.wire import tensors
 from peers.wire.messages import CODES, Code, Failed, Opened, Relay, Result
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
-from routing.router import Hop, Route
+from routing.routes import Hop, Route
 from swarm.session.core import PendingStep
 from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from routing.router import Hop
+from routing.routes import Hop
 
 MAX_KEYS: Final = 16_384
 """Blocks of positions; two of 64 to a prompt of a few sentences."""

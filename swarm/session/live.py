@@ -18,7 +18,7 @@ from peers.tally import StepTimes
 from peers.wire.messages import Failed, Opened, Replay, Result, Step
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
-from routing.router import Hop, Route
+from routing.routes import Hop, Route
 from swarm.network import ClientNode
 from swarm.session.calls import Piece
 from swarm.session.core import Action, PendingStep, SendStep, SessionCore

@@ -15,7 +15,7 @@ import torch
 
 from peers.wire.messages import MAX_PREFIX_KEYS, PREFIX_POSITIONS
 from routing.ids import ModelId
-from routing.router import Hop
+from routing.routes import Hop
 from swarm.session.history import Segment
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from peers.model.adapters import Adapter, Dropout
 from peers.wire.messages import Jumps
 from routing.errors import CallerError
-from routing.router import Route
+from routing.routes import Route
 
 Resilience = Literal["replay", "standby"]
 """How a session outlives a peer: what that held is computed again elsewhere, or another peer holds it already."""

@@ -9,7 +9,8 @@ from typing import Final
 
 from routing.errors import NoRoute
 from routing.ids import PeerId
-from routing.router import Router, RouteRequest
+from routing.router import Router
+from routing.routes import RouteRequest
 
 REVIEW_S_MIN: Final = 5.0
 REVIEW_S_MAX: Final = 60.0

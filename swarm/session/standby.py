@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 from routing.ids import PeerId, StepId
-from routing.router import Hop
+from routing.routes import Hop
 
 REST_DOUBLINGS = 6
 

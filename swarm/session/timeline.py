@@ -15,7 +15,7 @@ from typing import Any
 
 from peers.tally import kind_of
 from routing.ids import PeerId, SessionId, StepId
-from routing.router import Hop, Route
+from routing.routes import Hop, Route
 from swarm.session.core import Action, Fail, NeedRoute, OpenHops, PendingStep, Release, SendStep, Wait
 
 MAX_SLICES = 200_000

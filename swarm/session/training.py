@@ -61,7 +61,7 @@ from peers.wire.messages import (
 )
 from routing.errors import CallerError, NoRoute, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId
-from routing.router import Hop, Route, RouteRequest
+from routing.routes import Hop, Route, RouteRequest
 from swarm.network import ClientNode, NetworkThread
 from swarm.session.exchange import Exchange, MicroBatch, Owed, Stretch, Sum, TrainingTraffic
 from swarm.session.live import RemoteModel

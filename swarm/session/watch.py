@@ -12,7 +12,7 @@ from peers.transport.tasks import Tasks
 from peers.wire.messages import Code, Trace, Traced
 from routing.errors import PeerError, Unavailable
 from routing.ids import PeerId, SessionId
-from routing.router import Hop
+from routing.routes import Hop
 from swarm.session.core import SessionCore
 from swarm.session.live import Driver, LiveSession, Sessions
 

@@ -25,7 +25,8 @@ from routing.flow import BATCH, by_span, max_flow
 from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.placement import TURN_S, choose_move, choose_span, gives_way, has_turn
 from routing.records import RECORD_LIFETIME_S, RECORD_RENEW_S, Announcement, PeerState
-from routing.router import Router, RouteRequest
+from routing.router import Router
+from routing.routes import RouteRequest
 from swarm.simulation.report import Report, Sample
 from swarm.simulation.sharing import Sharing
 from swarm.simulation.users import CHUNK, DONE, Client, User, trips_s

@@ -21,7 +21,8 @@ from routing.errors import NoRoute, PeerError
 from routing.flow import GOLDEN
 from routing.ids import PeerId, SessionId
 from routing.records import PeerState
-from routing.router import Route, Router, RouteRequest
+from routing.router import Router
+from routing.routes import Route, RouteRequest
 from swarm.session.core import (
     Action,
     Fail,

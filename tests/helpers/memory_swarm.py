@@ -30,7 +30,7 @@ from peers.transport.memory import MemoryNetwork, MemoryTransport
 from peers.wire.messages import Urgency
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans, PeerId
-from routing.router import Route, RouteRequest
+from routing.routes import Route, RouteRequest
 from routing.store import RecordStore
 from swarm.models.loading import load_model
 from swarm.network import ClientNode, NetworkThread

@@ -36,7 +36,7 @@ from peers.serving.shelves import TrainingLimits
 from peers.wire.messages import AdapterGradient, AdapterTarget, Train, Trained
 from routing.errors import CallerError, NoRoute
 from routing.ids import BlockSpan, PeerId
-from routing.router import Hop
+from routing.routes import Hop
 from swarm import SwarmModelForSequenceClassification
 from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedMask
 from swarm.models.classification import with_class_head

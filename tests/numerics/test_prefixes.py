@@ -16,7 +16,7 @@ import torch
 from peers.runtime.engine import EngineStats
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.errors import CallerError
-from routing.router import Route, RouteRequest
+from routing.routes import Route, RouteRequest
 from swarm import SwarmModelForCausalLM
 from swarm.session.review import ANSWER_STEPS
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint

@@ -22,7 +22,7 @@ from peers import discovery
 from peers.transport import links
 from peers.wire.messages import Urgency
 from routing.errors import CallerError, NoRoute, Unavailable
-from routing.router import Route, RouteRequest
+from routing.routes import Route, RouteRequest
 from swarm.models.tracing import traced
 from swarm.network import Answer
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint

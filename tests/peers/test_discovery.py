@@ -18,7 +18,8 @@ from peers.transport.memory import MemoryNetwork, MemoryStore
 from routing.errors import NoRoute, Unavailable
 from routing.ids import BlockSpan, BlockSpans
 from routing.records import index_key, model_key, sign_record
-from routing.router import Router, RouteRequest
+from routing.router import Router
+from routing.routes import RouteRequest
 from routing.store import StoredRecord
 from tests.peers.transport.nodes import MODEL, announcement, signing_key
 

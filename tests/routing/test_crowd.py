@@ -15,7 +15,8 @@ from routing.errors import NoRoute
 from routing.estimates import queued_s
 from routing.ids import BlockSpan, BlockSpans
 from routing.records import Announcement, PeerState
-from routing.router import Route, Router, RouteRequest
+from routing.router import Router
+from routing.routes import Route, RouteRequest
 from tests.routing.swarms import MODEL, NOW_S, announcement, peer
 
 BLOCKS = 6
@@ -92,7 +93,7 @@ def test_plans_that_follow_each_other_are_those_of_a_router_that_looks_at_everyb
         request = RouteRequest(
             model=MODEL, num_blocks=BLOCKS, bytes_per_token=100, cache_tokens=10, spread=number / 8, session=number
         )
-        forgetting._crowds_of = forgetting._shares = None
+        forgetting._crowds._snapshot = forgetting._spreading._known = None
         for index, router in enumerate((remembering, forgetting)):
             router.on_rtt(peer(measured), seconds, NOW_S)
             if fails:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from routing.dealing import ROOMY, SESSIONS_MIN, Dealing, price_s
 from routing.ids import PeerId
-from routing.router import Router, RouteRequest
+from routing.router import Router
+from routing.routes import RouteRequest
 from tests.routing.swarms import MODEL, NOW_S, announcement, peer
 
 REQUEST = RouteRequest(model=MODEL, num_blocks=30, bytes_per_token=1152)

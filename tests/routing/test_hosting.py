@@ -9,7 +9,8 @@ import pytest
 from routing.errors import CallerError, NoRoute
 from routing.hosting import find_adapter
 from routing.records import MAX_ADAPTERS, HostedAdapter
-from routing.router import Router, RouteRequest
+from routing.router import Router
+from routing.routes import RouteRequest
 from tests.routing.swarms import MODEL, NOW_S, announcement, peer
 
 POET, RIVAL = HostedAdapter("poet", b"\xab" * 16), HostedAdapter("poet", b"\xac" + bytes(15))

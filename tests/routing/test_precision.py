@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from routing.errors import CallerError, NoRoute
 from routing.precision import PRECISIONS, check_precision, is_at_least, precision
 from routing.records import Announcement
-from routing.router import Route, RouteRequest
+from routing.routes import Route, RouteRequest
 from tests.routing.swarms import MODEL, NOW_S, announcement, peer
 from tests.routing.test_router import router_with
 

@@ -18,7 +18,9 @@ from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.path import Candidate, cheapest_path
 from routing.placement import choose_span
 from routing.records import Announcement, PeerState
-from routing.router import HYSTERESIS, Hop, Kept, Route, Router, RouteRequest
+from routing.router import Router
+from routing.routes import Hop, Kept, Route, RouteRequest
+from routing.view import HYSTERESIS
 from tests.routing.swarms import MODEL, NOW_S, OTHER_MODEL, announcement, peer
 
 REQUEST = RouteRequest(model=MODEL, num_blocks=30, bytes_per_token=1152)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from routing.ids import BlockSpan
-from routing.router import Hop
+from routing.routes import Hop
 from swarm.session.kept import KeptPrompts
 from tests.routing.swarms import peer
 

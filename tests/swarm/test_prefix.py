@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peers.wire.messages import MAX_PREFIX_KEYS, PREFIX_POSITIONS
 from routing.ids import BlockSpan, ModelId, PeerId
-from routing.router import Hop
+from routing.routes import Hop
 from swarm.session.history import Segment
 from swarm.session.prefix import describe_blocks, prefix_keys
 from tests.swarm.test_history import regime_key, segment

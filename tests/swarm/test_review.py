@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from routing.router import Router, RouteRequest
+from routing.router import Router
+from routing.routes import RouteRequest
 from swarm.session.review import ANSWER_STEPS, next_review_s, usual_saving, usual_tokens, worth_leaving
 from tests.routing.swarms import MODEL, NOW_S, announcement, peer
 

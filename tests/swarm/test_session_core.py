@@ -22,7 +22,7 @@ from peers.errors import Busy, PeerUnreachable, Refused
 from peers.wire.messages import Code
 from routing.errors import NoRoute, SwarmError
 from routing.ids import BlockSpan, PeerId, SessionId, StepId
-from routing.router import Hop, Route
+from routing.routes import Hop, Route
 from swarm.session.core import (
     Action,
     Fail,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from routing.ids import BlockSpan, PeerId, StepId
-from routing.router import Hop
+from routing.routes import Hop
 from swarm.session.core import (
     STANDBY_FED_EVERY_S,
     Feed,

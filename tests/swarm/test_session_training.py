@@ -21,7 +21,8 @@ from peers.transport.links import Links
 from peers.transport.memory import MemoryNetwork
 from peers.wire.messages import AdapterTarget
 from routing.ids import PeerId
-from routing.router import Hop, Route, Router
+from routing.router import Router
+from routing.routes import Hop, Route
 from swarm.session.live import RemoteModel
 from swarm.session.training import TrainingRoute
 from swarm.session.uploads import Uploads

@@ -16,7 +16,7 @@ from peers.transport.tasks import Tasks
 from peers.wire.messages import Trace, Traced
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, PeerId, SessionId
-from routing.router import Hop, Route
+from routing.routes import Hop, Route
 from swarm.session.core import Action, SessionConfig, SessionCore
 from swarm.session.inbox import Inbox
 from swarm.session.live import SILENCE_S_MAX, LiveSession

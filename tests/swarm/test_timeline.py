@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing.ids import BlockSpan, PeerId, SessionId, StepId
-from routing.router import Hop
+from routing.routes import Hop
 from swarm.session.core import PendingStep, SendStep
 from swarm.session.timeline import Slice, Timeline, lay_out
 from tests.helpers.traces import check_trace

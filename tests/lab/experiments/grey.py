@@ -13,7 +13,7 @@ from typing import Final
 
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId
-from routing.router import Hop
+from routing.routes import Hop
 from swarm.session.core import Action, NeedRoute, OpenHops, PendingStep, SendStep
 from tests.lab.experiments.pairs import PEERS, pairs_network, twin
 from tests.lab.network import Network

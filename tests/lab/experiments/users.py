@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from routing.ids import PeerId
-from routing.router import Route, RouteRequest
+from routing.routes import Route, RouteRequest
 from tests.lab.experiments.pairs import PEERS
 from tests.lab.network import Network
 from tests.lab.notebook import MODEL, Experiment, Notebook, ends, mean, median

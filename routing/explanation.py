@@ -1,0 +1,83 @@
+"""Why a route is what it is: what it would take with every other peer that holds the blocks of one of its hops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from routing.chain import Hops
+from routing.cost import waits_s
+from routing.ids import BlockSpans, PeerId
+from routing.records import Announcement
+from routing.routes import Route
+from routing.view import View
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What a route would take if this peer served a hop of it, and how much of that is the peer's."""
+
+    peer_id: PeerId
+    name: str
+    spans: BlockSpans
+    """Everything that it serves."""
+    route_s: float
+    trip_s: float
+    """Into the peer from where the step comes from, and back to this node from the last hop; bytes included."""
+    queue_s: float
+    compute_s: float
+    chosen: bool
+    measured: bool
+    """Else all of this is what the peer says, and what places predict."""
+    bytes_per_s: float
+    """From this node to the peer."""
+    bytes_measured: bool
+    """Else that is assumed."""
+    note: str = ""
+    """Why it is entered only where nobody else can be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Why a route is what it is."""
+
+    route: Route
+    options: tuple[tuple[Option, ...], ...]
+    """For each hop, the peers that hold all of its blocks, the best first."""
+    left_out: tuple[tuple[str, BlockSpans, str], ...]
+    """Peers that cannot be used now: name or id, spans, reason."""
+
+
+def options(view: View, hops: Hops) -> tuple[tuple[Option, ...], ...]:
+    """For each hop, the peers that hold all of its blocks and serve no other one, the best first."""
+    options = []
+    for at, (chosen, span) in enumerate(hops):
+        others = {peer for peer, _ in hops if peer != chosen}
+        able = [a for a in view.holders(span) if a.peer_id not in others]
+        options.append(tuple(sorted((_option(view, hops, at, a) for a in able), key=_best_first)))
+    return tuple(options)
+
+
+def _option(view: View, hops: Hops, at: int, announcement: Announcement) -> Option:
+    peer, (chosen, span) = announcement.peer_id, hops[at]
+    cost, estimate = view.cost(peer), view.estimate(peer)
+    queue_s = waits_s(estimate, view.request.tokens)
+    trip_s = (view.entry_s(hops[at - 1][0], peer) if at else cost.enter_s) - queue_s
+    alternative = (*hops[:at], (peer, span), *hops[at + 1 :])
+    return Option(
+        peer_id=peer,
+        name=announcement.name,
+        spans=announcement.spans,
+        route_s=view.route_s(alternative),
+        trip_s=trip_s + (cost.leave_s if at == len(hops) - 1 else 0.0),
+        queue_s=queue_s,
+        compute_s=len(span) * cost.per_block_s,
+        chosen=peer == chosen,
+        measured=peer in view.estimates.measured,
+        bytes_per_s=estimate.bytes_per_s,
+        bytes_measured=view.estimates.timed(peer),
+        note=view.last_resort(announcement),
+    )
+
+
+def _best_first(option: Option) -> tuple[bool, float, PeerId]:
+    return bool(option.note), option.route_s, option.peer_id
