@@ -144,13 +144,15 @@ class Sum:
 class Exchange:
     """With the peers of one model, for its one `TrainingRoute`. Used in the network's loop."""
 
-    def __init__(self, client: ClientNode, model: RemoteModel, uploads: Uploads) -> None:
+    def __init__(self, client: ClientNode, model: RemoteModel, uploads: Uploads, *, max_growth: float) -> None:
+        """`max_growth`: as in `TrainingConfig`."""
         self.traffic = TrainingTraffic()
         self.block_s: dict[PeerId, float] = {}
         """What an answer takes per position and block, lately."""
         self._client = client
         self._model = model
         self._uploads = uploads
+        self._max_growth = max_growth
         self._asked: dict[tuple[bytes, bool], _Asked] = {}
         self._sums: dict[bytes, Sum] = {}
         """Of passes under way, by id."""
@@ -183,7 +185,6 @@ class Exchange:
         stretch: Stretch,
         gradient_TH: torch.Tensor | None,
         *,
-        max_growth: float,
         keep: bool = False,
         again: bool = False,
         own: Sum | None = None,
@@ -244,7 +245,7 @@ class Exchange:
             if answer.done() and not answer.cancelled():
                 answer.exception()  # of a link that ended while it was sent to: that has been raised already
         if gradient_TH is not None:
-            limit = max_growth * _norm(gradient_TH)
+            limit = self._max_growth * _norm(gradient_TH)
             _believable(peer.peer_id, "input", result_TH, limit)
             if own is not None:
                 limit *= max(1.0, _norm(stretch.input_TH))

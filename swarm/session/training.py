@@ -127,7 +127,7 @@ class TrainingRoute:
         self._network = network
         self._client: ClientNode = network.client
         self._model = model
-        self._exchange = Exchange(network.client, model, uploads)
+        self._exchange = Exchange(network.client, model, uploads, max_growth=self.config.max_growth)
         self._route: Route | None = None
         self._planning = asyncio.Lock()
         self._tasks = Tasks()
@@ -291,7 +291,7 @@ class TrainingRoute:
             hop, span = await self._hop(at, blocks.end, trouble)
             stretch = Stretch(hop, span, secrets.token_bytes(16), rows_TH)
             try:
-                output_TH = await self._ask(batch, stretch, None, keep=keep)
+                output_TH = await self._exchange.ask(batch, stretch, None, keep=keep)
             except SwarmError as error:
                 await self._failed(hop, error, trouble)
                 continue
@@ -362,7 +362,7 @@ class TrainingRoute:
         while True:
             collect = collect or (own is not None and not own.unasked)
             try:
-                given_TH = await self._ask(batch, stretch, gradient_TH, again=again, own=own, collect=collect)
+                given_TH = await self._exchange.ask(batch, stretch, gradient_TH, again=again, own=own, collect=collect)
             except SwarmError as error:
                 if isinstance(error, Refused) and error.code == Code.FORGOTTEN and not again:
                     self.traffic.resent += 1
@@ -384,11 +384,6 @@ class TrainingRoute:
             return given_TH
         finally:
             self._forget([replace(batch, stretches=others)])
-
-    async def _ask(
-        self, batch: MicroBatch, stretch: Stretch, gradient_TH: torch.Tensor | None, **options: Any
-    ) -> torch.Tensor:
-        return await self._exchange.ask(batch, stretch, gradient_TH, max_growth=self.config.max_growth, **options)
 
     # --- inside the loop: peers ---
 
