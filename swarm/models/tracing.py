@@ -16,8 +16,9 @@ from typing import Any
 from routing.errors import CallerError
 from routing.ids import PeerId, SessionId
 from routing.routes import Hop
-from swarm.session.core import Action, PendingStep
+from swarm.session.actions import Action
 from swarm.session.driver import SwarmRemote
+from swarm.session.steps import PendingStep
 from swarm.session.timeline import Slice, Timeline
 
 

@@ -53,16 +53,29 @@ without asking: the pause, or the step after it, then ends as "preempted".
 from __future__ import annotations
 
 import enum
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.routes import Hop, Route
-from swarm.session import repair
+from swarm.session.actions import (
+    Action,
+    Fail,
+    Feed,
+    NeedRoute,
+    NeedStandbys,
+    OpenHops,
+    OpenStandby,
+    Release,
+    SendStep,
+    Skip,
+    StepDone,
+    Wait,
+)
+from swarm.session.opening import Opening
 from swarm.session.standby import Standby, Standbys
+from swarm.session.steps import PendingStep, Steps
 
 
 class State(enum.Enum):
@@ -91,8 +104,8 @@ class SessionConfig:
     """How long "busy" and "preempted" are waited out without one result in between, replays not counted. For so long
     are hops believed, too, that say they are computing a step."""
     gap_patience_s: float = 90.0
-    """How long blocks that nobody offers are waited for once the caller has had outputs, which would be lost. Peers that
-    refused come back meanwhile, and placement heals a gap within a minute. Who has had none is told soon."""
+    """How long blocks that nobody offers are waited for once the caller has had outputs, which would be lost: peers
+    that refused come back meanwhile, and placement heals a gap within a minute. Who has had none is told soon."""
     max_hold_s: float = 2.0
     """Of a wait for one hop's room while others hold the session's pages."""
     max_full: int = 3
@@ -119,137 +132,6 @@ class SessionConfig:
         return max(1, min(self.chunk_positions, -(-count // pieces)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PendingStep:
-    """A step that is not answered yet."""
-
-    step: StepId
-    first: int
-    count: int
-    want_from: int
-    replay: bool = False
-    alone: bool = False
-    """Nothing else of the session may be under way with it. So is the first step of a fork, and one that rolls back: if
-    a hop missed it, the next step would seem to fit on what it should have removed."""
-    parent: SessionId | None = None
-    hop: int = 0
-    """The first hop that runs it: the client sends it to hop 0; for any other, the hop before it has its journal."""
-    until: int | None = None
-    """No hop from this one on runs it, and the one before it answers; None: the last one."""
-
-    def clashes(self, other: PendingStep) -> bool:
-        """Some hop would run both, and they do not come to it by one way."""
-        ends = [step.until for step in (self, other) if step.until is not None]
-        return self.hop != other.hop and max(self.hop, other.hop) < min(ends, default=self.hop + other.hop + 1)
-
-
-# --- actions ---
-
-
-@dataclass(frozen=True, slots=True)
-class NeedRoute:
-    """Plan a route without `avoid` and answer with `route_ready` or `no_route`.
-
-    `keep`: hops that hold the session. If others can serve what lies between them, these stay as they are.
-    `patience_s`: for so long blocks that nobody offers are waited for; None: as for a new session, not for long.
-    """
-
-    avoid: frozenset[PeerId]
-    keep: tuple[Hop, ...] = ()
-    patience_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OpenHops:
-    """Install `route` under `epoch`; answer each hop with `opened`, `refused` or `hop_lost`.
-
-    A hop may be asked what it holds of the first `offer` positions: they will be sent as they now stand in the history.
-    One of an older route goes on with at most its number in `keep`, and need not be asked unless `forgot`.
-    """
-
-    route: Route
-    epoch: int
-    offer: int
-    keep: tuple[int, ...]
-    forgot: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """Every hop holds the first `positions` of the session already. So much for `steps`: their outputs nobody wants."""
-
-    positions: int
-    steps: tuple[PendingStep, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SendStep:
-    """Send to the first hop; where `step.hop` is another one, have the hop before that send it from its journal."""
-
-    step: PendingStep
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepDone:
-    """The result belongs to this step, which is now answered."""
-
-    step: PendingStep
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Tell these hops to forget the session."""
-
-    hops: tuple[Hop, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Call `timer` after `delay_s`, spread by up to a half so that clients do not return together."""
-
-    delay_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """The session is over; every pending step fails with `error`."""
-
-    error: SwarmError
-
-
-@dataclass(frozen=True, slots=True)
-class NeedStandbys:
-    """Find for each of `hops`, if possible, another peer with the same blocks that is none of the route nor in `avoid`,
-    and answer with `standbys_found`."""
-
-    hops: tuple[Hop, ...]
-    avoid: frozenset[PeerId]
-
-
-@dataclass(frozen=True, slots=True)
-class OpenStandby:
-    """Install `hop` under `epoch` between the neighbours of the hop with the same blocks; answer with `opened` or
-    `standby_lost`. `offer` and `keep` as in `OpenHops`."""
-
-    hop: Hop
-    epoch: int
-    offer: int
-    keep: int
-
-
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """Have `step` sent to a standby, in the background: by the hop before it or, where `step.hop` is 0, from here."""
-
-    to: Hop
-    step: PendingStep
-    epoch: int
-
-
-Action = NeedRoute | OpenHops | Skip | SendStep | StepDone | Release | Wait | Fail | NeedStandbys | OpenStandby | Feed
-
-
 class SessionCore:
     """See the module. Every method returns the actions to perform, in order."""
 
@@ -265,9 +147,7 @@ class SessionCore:
         self.route: Route | None = None
         """The one that was installed last, also while another one is looked for."""
         self.attempts = 0
-        self._pending: deque[PendingStep] = deque()
-        self._sent: dict[StepId, PendingStep] = {}
-        self._unsent: deque[PendingStep] = deque()
+        self._steps = Steps()
         self._installed: tuple[Hop, ...] = ()
         """Hops that were opened and not released."""
         self._lost: set[PeerId] = set()
@@ -276,25 +156,13 @@ class SessionCore:
         """What the last one to leave said."""
         self._unjournalled: set[PeerId] = set()
         """Peers whose journal had less than they said."""
-        self._missing: set[tuple[PeerId, int]] = set()
-        """Hops that are not open yet, each by its peer and first block."""
-        self._holds: list[int] = []
-        """Positions that each hop of the route held when it was opened."""
-        self._journals: list[int] = []
-        """The lowest position from which each hop could then send again what it sent."""
-        self._offer = 0
-        self._keep: tuple[int, ...] = ()
-        """What the hops of the route were asked for and told to keep when it was opened."""
-        self._held = 0
-        """Positions that every hop of the route held when it was opened."""
+        self._opening = Opening()
+        """Of the route."""
         self._offers = True
         self._trusts = True
         """Whether hops may go on with what they hold."""
         self._forgot = False
         self._avoid: set[PeerId] = set()
-        self._next_step = 0
-        self._end = 0
-        """Where the last submitted step ends."""
         self._given = False
         """Whether the caller has had outputs."""
         self._waited_s = 0.0
@@ -318,12 +186,12 @@ class SessionCore:
     @property
     def outstanding(self) -> bool:
         """True while the driver should be hearing from somebody."""
-        return self.state is State.OPENING or (self.state is State.READY and bool(self._sent))
+        return self.state is State.OPENING or (self.state is State.READY and bool(self._steps.sent))
 
     @property
     def crowded(self) -> bool:
         """True while several steps are to arrive in order, and so must travel in one lane."""
-        return len(self._sent) + len(self._unsent) > 1
+        return self._steps.crowded
 
     @property
     def unborn(self) -> bool:
@@ -353,11 +221,11 @@ class SessionCore:
 
     @property
     def pending(self) -> tuple[PendingStep, ...]:
-        return tuple(self._pending)
+        return tuple(self._steps.pending)
 
     def sent(self, step: StepId, epoch: int) -> PendingStep | None:
         """The unanswered step that a result of this epoch would answer."""
-        return self._sent.get(step) if epoch == self.epoch else None
+        return self._steps.sent.get(step) if epoch == self.epoch else None
 
     def due(self, step: StepId, epoch: int) -> bool:
         """Whether a step that was to be sent still is."""
@@ -372,7 +240,7 @@ class SessionCore:
         """
         core = SessionCore(child, self.config, cuts)
         core._avoid = set(self._avoid)
-        if self.state is State.READY and not self._sent and not self.unborn:
+        if self.state is State.READY and not self._steps.sent and not self.unborn:
             core.state, core.route, core.epoch = State.READY, self.route, self.epoch
             core._installed = self._installed
             core._parent = self.session
@@ -384,15 +252,13 @@ class SessionCore:
         assert self.alive, f"submit in state {self.state}"
         assert 0 <= want_from <= count
         assert count > 0
-        rolls_back, self._end = first < self._end, first + count
-        if rolls_back:
+        step = self._steps.ask(first, count, want_from)
+        if step.alone:
             self._standbys.rolled_back(first)
-        step = PendingStep(step=self._new_id(), first=first, count=count, want_from=want_from, alone=rolls_back)
-        self._pending.append(step)
         if self.state is State.IDLE:
             return step.step, self._need_route()
         if self.state in (State.READY, State.PAUSING):
-            self._unsent.append(step)
+            self._steps.to_send(step)
         return step.step, self._go_on() if self.state is State.READY else []
 
     def close(self) -> list[Action]:
@@ -401,7 +267,7 @@ class SessionCore:
             return []
         actions = self._release()
         self.state = State.CLOSED
-        self._pending.clear()
+        self._steps.pending.clear()
         return actions
 
     # --- events from the network ---
@@ -409,7 +275,7 @@ class SessionCore:
     def route_ready(self, route: Route) -> list[Action]:
         if self.state is not State.ROUTING:
             return []
-        if not self._pending:
+        if not self._steps.pending:
             return self._idle()
         if delay_s := max((self._full.get(hop.peer_id, 0.0) for hop in route.hops), default=0.0):
             self._full = dict.fromkeys(self._full, 0.0)
@@ -418,7 +284,7 @@ class SessionCore:
         self.epoch += 1
         self.route = route
         self.state = State.OPENING
-        self._sent.clear()
+        self._steps.sent.clear()
         peers = {hop.peer_id for hop in route.hops}
         known = {(hop.peer_id, hop.span) for hop in self._installed}
         spans = {hop.span for hop in route.hops}
@@ -431,14 +297,13 @@ class SessionCore:
         for hop in unused:
             self._standbys.forget(hop)
         self._installed = route.hops
-        self._missing = {(hop.peer_id, hop.span.start) for hop in route.hops}
-        self._offer, sure = self._settled_until() if self._offers else 0, self._sure_until()
-        self._keep = tuple(
+        offer, sure = self._steps.settled_until() if self._offers else 0, self._sure_until()
+        keep = tuple(
             min(sure, self._reaches.get((hop.peer_id, hop.span.start), sure)) if (hop.peer_id, hop.span) in known else 0
             for hop in route.hops
         )
-        self._holds, self._journals = [0] * len(route.hops), [0] * len(route.hops)
-        actions.append(OpenHops(route, self.epoch, self._offer, self._keep, self._forgot))
+        self._opening = Opening(route.hops, offer, keep)
+        actions.append(OpenHops(route, self.epoch, offer, keep, self._forgot))
         return actions + [self._open_standby(standby, min(sure, standby.reach)) for standby in self._standbys]
 
     def no_route(self, error: SwarmError) -> list[Action]:
@@ -450,27 +315,24 @@ class SessionCore:
         if epoch == self.epoch and (standby := self._standbys.at(peer, start)) is not None:
             self._standbys.opened(standby, held)
             return self._tend()
-        if self.state is not State.OPENING or epoch != self.epoch or (peer, start) not in self._missing:
+        if self.state is not State.OPENING or epoch != self.epoch:
             return []
-        assert self.route is not None
-        self._missing.discard((peer, start))
-        index = next(i for i, hop in enumerate(self.route.hops) if (hop.peer_id, hop.span.start) == (peer, start))
-        self._holds[index] = min(held, max(self._offer, self._keep[index]))
-        self._journals[index] = self._holds[index] if peer in self._unjournalled else journal
-        if self._missing:
+        believed = None if peer in self._unjournalled else journal
+        if not self._opening.opened(peer, start, held, believed) or not self._opening.complete:
             return []
         self.state = State.READY
         self._lost.clear()
         self._reaches.clear()
         self._forgot = False
-        self._held = min(self._holds)
-        actions = self._skip()
-        self._unsent = deque(self._steps_beyond_held())
-        return actions + self._send()
+        held, steps = self._steps.skip(self._opening.held)
+        self._opening.held = held
+        again = self._opening.steps(self._steps.pending, self._cuts, self.config.chunk, self._steps.new_id)
+        self._steps.to_send(*again)
+        return ([Skip(held, steps)] if held else []) + self._send()
 
     def result(self, step: StepId, epoch: int) -> list[Action]:
         """The last hop answered `step`."""
-        answered = self._sent.pop(step, None) if epoch == self.epoch else None
+        answered = self._steps.sent.pop(step, None) if epoch == self.epoch else None
         if answered is None or self.state not in (State.READY, State.PAUSING, State.ROUTING):
             return []
         self._busy_repeats = 0
@@ -482,7 +344,7 @@ class SessionCore:
             self._trusts = True
             self._waited_s = 0.0
             self._full.clear()
-            self._pending.remove(next(p for p in self._pending if p.step == step))
+            self._steps.answered(step)
             self._given = self._given or answered.want_from < answered.count
             actions.append(StepDone(answered))
             self._standbys.answered()
@@ -527,9 +389,9 @@ class SessionCore:
             return []
         if gap_at is None:
             self._forgot = True
-        elif any(self._holds):  # some hop does not hold what it said it holds: everything is sent again,
-            self._trusts = False
-            self._offers = self._offers and any(self._keep)  # and if that was a prefix, none is believed any more
+        elif self._opening.held_any:  # some hop does not hold what it said it holds: everything is sent again,
+            self._trusts = False  # and if that was a prefix, none is believed any more
+            self._offers = self._offers and any(self._opening.keep)
         return self._rebuild(error)
 
     def journal_lost(self, peer: PeerId, epoch: int, error: SwarmError) -> list[Action]:
@@ -569,20 +431,20 @@ class SessionCore:
             return []
         delay_s = min(max(0.05, retry_after_s) * 2 ** min(5, self._busy_repeats), self.config.max_wait_s)
         self._busy_repeats += 1
-        self._behind_busy.update(self._sent)
+        self._behind_busy.update(self._steps.sent)
         self._waited_s += delay_s
         if self._waited_s > self.config.busy_patience_s:
             return self._fail(error)
         if self.state is State.READY and not preempted and self._busy_repeats <= self.config.max_busy_repeats:
             self.state = State.PAUSING
             return [Wait(delay_s)]
-        if not self._pending or (
+        if not self._steps.pending or (
             self._sure_until()
             and delay_s <= self.config.max_hold_s
             and peer not in self._full
             and len(self._full) < self.config.max_full
         ):
-            if self._pending:
+            if self._steps.pending:
                 self._full[peer] = delay_s
             return self._do_without({peer})
         self._full.clear()
@@ -594,11 +456,10 @@ class SessionCore:
         """The wait is over."""
         if self.state is State.PAUSING:
             self.state = State.READY
-            self._unsent.extendleft(reversed(self._sent.values()))
-            self._sent.clear()
+            self._steps.send_again()
             return self._go_on()
         if self.state is State.WAITING:
-            return self._need_route() if self._pending else self._idle()
+            return self._need_route() if self._steps.pending else self._idle()
         return []
 
     def standbys_found(self, epoch: int, hops: Sequence[Hop]) -> list[Action]:
@@ -635,94 +496,33 @@ class SessionCore:
 
     # --- inside ---
 
-    def _new_id(self) -> StepId:
-        self._next_step += 1
-        return StepId(self._next_step)
-
     def _on_route(self, peer: PeerId | None) -> bool:
         if self.route is None or self.state not in (State.OPENING, State.READY, State.PAUSING):
             return False
         return peer is None or any(hop.peer_id == peer for hop in self.route.hops)
-
-    def _settled_until(self) -> int:
-        """Up to here the history holds what the pending steps send, and no later one of them undoes it."""
-        end = self._pending[0].first
-        for step in self._pending:
-            if step.first < end:
-                return min(step.first for step in self._pending)
-            end = step.first + step.count
-        return end
 
     def _sure_until(self) -> int:
         """Up to here whatever a hop holds of the session is what the history says: what a pending step undoes, some hop
         may not have undone."""
         if not self._trusts or self.attempts > self.config.max_attempts // 2:
             return 0
-        return min([self._settled_until(), *(step.first for step in self._pending if step.alone)])
-
-    def _skip(self) -> list[Action]:
-        """Take off the pending steps what every hop holds and nobody wants to hear."""
-        wanted = (step.first + step.want_from for step in self._pending if step.want_from < step.count)
-        self._held = min(self._held, self._settled_until(), *wanted)
-        if not self._held:
-            return []
-        steps = tuple(step for step in self._pending if step.first + step.count <= self._held)
-        self._pending = deque(step for step in self._pending if step not in steps)
-        return [Skip(self._held, steps)]
-
-    def _steps_beyond_held(self) -> Iterable[PendingStep]:
-        """The pending steps, and before each of them a replay of what some hop lacks by then."""
-        steps = [_beyond(step, self._held) for step in self._pending]
-        begin = repair.begin_at(self._holds, self._journals, [(step.first, step.first + step.count) for step in steps])
-        held = self._held
-        for step in steps:
-            # a later step may have been answered before an earlier one: there the pending steps leave a hole
-            bounds = [held, *(cut for cut in self._cuts(step.first) if cut > held), step.first]
-            for start, end in pairwise(bounds):
-                for leg in repair.legs(begin, start, end):
-                    yield from self._replay_chunks(leg)
-            alone = self._held <= step.first < held
-            for leg in repair.legs(begin, step.first, step.first + step.count):
-                if leg.until == len(begin):
-                    yield replace(step, alone=alone, hop=leg.hop)
-                else:
-                    yield from self._replay_chunks(leg)
-            held = step.first + step.count
-
-    def _replay_chunks(self, leg: repair.Leg) -> Iterable[PendingStep]:
-        chunk = self.config.chunk(leg.end - leg.first)
-        until = None if leg.until == len(self._holds) else leg.until
-        for first in range(leg.first, leg.end, chunk):
-            count = min(chunk, leg.end - first)
-            yield PendingStep(
-                step=self._new_id(), first=first, count=count, want_from=count, replay=True, hop=leg.hop, until=until
-            )
+        return self._steps.sure_until()
 
     def _go_on(self) -> list[Action]:
         """Send on, or part with the hops that leave as soon as nothing is under way."""
         if not self._lost:
             return self._send()
         assert self._farewell is not None
-        return [] if self._sent else self._rebuild(self._farewell)
+        return [] if self._steps.sent else self._rebuild(self._farewell)
 
     def _send(self) -> list[Action]:
-        actions: list[Action] = []
-        while self._unsent and len(self._sent) < self.config.window:
-            step = self._unsent[0]
-            if self._parent is not None:
-                step = replace(step, parent=self._parent, alone=True)
-            if any(step.alone or other.alone or step.clashes(other) for other in self._sent.values()):
-                break
-            self._unsent.popleft()
-            self._sent[step.step] = step
-            actions.append(SendStep(step, self.epoch))
-        return actions
+        return [SendStep(step, self.epoch) for step in self._steps.send(self.config.window, self._parent)]
 
     def _release(self) -> list[Action]:
         """Let go of everything."""
         self.route = None
         self._end_route()
-        self._sent.clear()
+        self._steps.sent.clear()
         return self._let_go((*self._installed, *self.standby_hops))
 
     def _let_go(self, hops: Iterable[Hop]) -> list[Action]:
@@ -733,10 +533,6 @@ class SessionCore:
 
     # --- standbys ---
 
-    def _answered_until(self) -> int:
-        """Every hop has run these positions, and no pending step undoes them."""
-        return min((step.first for step in self._pending), default=self._end)
-
     def _tend(self) -> list[Action]:
         """Look for standbys and fill them, where the route works."""
         if not self.config.standby or self.state is not State.READY or self._lost or self.unborn:
@@ -745,7 +541,7 @@ class SessionCore:
         actions: list[Action] = []
         if lacking := self._standbys.lacking(self.route.hops):
             actions.append(NeedStandbys(lacking, frozenset(self._avoid)))
-        answered = self._answered_until()
+        answered = self._steps.answered_until()
         lagging = [s for s in self._standbys if s.open and s.feed is None and answered - s.held >= self._standby_lag]
         return actions + [self._feed(standby, answered) for standby in lagging]
 
@@ -757,14 +553,14 @@ class SessionCore:
         hop = next(at for at, hop in enumerate(self.route.hops) if hop.span == standby.hop.span)
         count = end - first
         step = PendingStep(
-            step=self._new_id(), first=first, count=count, want_from=count, replay=True, hop=hop, until=hop + 1
+            step=self._steps.new_id(), first=first, count=count, want_from=count, replay=True, hop=hop, until=hop + 1
         )
         self._standbys.feeds(standby, step.step, end)
         return Feed(standby.hop, step, self.epoch)
 
     def _open_standby(self, standby: Standby, keep: int) -> OpenStandby:
         standby.open, standby.feed = False, None
-        offer = 0 if keep or not self._offers else self._answered_until()
+        offer = 0 if keep or not self._offers else self._steps.answered_until()
         standby.offered = max(keep, offer)
         return OpenStandby(standby.hop, self.epoch, offer, keep)
 
@@ -778,9 +574,8 @@ class SessionCore:
 
     def _end_route(self) -> None:
         """Nothing more is sent over it. Its last answers may still come."""
-        self._unsent.clear()
+        self._steps.withdraw()
         self._behind_busy.clear()
-        self._missing.clear()
         self._parent = None
 
     def _idle(self) -> list[Action]:
@@ -801,13 +596,13 @@ class SessionCore:
         self.attempts += 1
         if self.attempts > self.config.max_attempts:
             return self._fail(error)
-        if route is not None and self._pending:
+        if route is not None and self._steps.pending:
             self._end_route()
             self._installed = ()  # so that nothing is kept
             actions = self._let_go(self.standby_hops)
             self.state = State.ROUTING
             return actions + self.route_ready(route)
-        if self._pending and not self._sure_until():
+        if self._steps.pending and not self._sure_until():
             return self._release() + self._need_route()
         return self._do_without(self._lost | self._avoid)
 
@@ -815,16 +610,10 @@ class SessionCore:
         """The other hops keep what they hold, and others take the place of these."""
         self._end_route()
         actions = self._let_go(hop for hop in self._installed if hop.peer_id in gone)
-        return actions + (self._need_route() if self._pending else self._idle())
+        return actions + (self._need_route() if self._steps.pending else self._idle())
 
     def _fail(self, error: SwarmError) -> list[Action]:
         actions = self._release()
         self.state = State.FAILED
-        self._pending.clear()
+        self._steps.pending.clear()
         return [*actions, Fail(error)]
-
-
-def _beyond(step: PendingStep, held: int) -> PendingStep:
-    """The step without the positions below `held`, of which no output is wanted."""
-    cut = max(0, held - step.first)
-    return replace(step, first=step.first + cut, count=step.count - cut, want_from=step.want_from - cut)

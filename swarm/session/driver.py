@@ -33,8 +33,7 @@ from routing.records import HostedAdapter
 from routing.routes import Hop, Kept, Route, RouteRequest
 from swarm.errors import SessionClosed
 from swarm.network import Answer, ClientNode, Entrance, NetworkThread, enter
-from swarm.session.calls import Call
-from swarm.session.core import (
+from swarm.session.actions import (
     Action,
     Fail,
     Feed,
@@ -42,22 +41,21 @@ from swarm.session.core import (
     NeedStandbys,
     OpenHops,
     OpenStandby,
-    PendingStep,
     Release,
     SendStep,
-    SessionConfig,
-    SessionCore,
     Skip,
-    State,
     StepDone,
     Wait,
 )
+from swarm.session.calls import Call
+from swarm.session.core import SessionConfig, SessionCore, State
 from swarm.session.history import Segment
 from swarm.session.inbox import Inbox
 from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
 from swarm.session.prefix import describe_blocks, prefix_keys
 from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
 from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_saving, usual_tokens, worth_leaving
+from swarm.session.steps import PendingStep
 from swarm.session.training import TrainingConfig, TrainingRoute
 from swarm.session.trial import Trials
 from swarm.session.uploads import Uploads

@@ -19,8 +19,8 @@ from peers.wire.messages import CODES, Code, Failed, Opened, Relay, Result
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.routes import Hop, Route
-from swarm.session.core import PendingStep
 from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
+from swarm.session.steps import PendingStep
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,14 @@ from routing.errors import SwarmError
 from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
 from routing.routes import Hop, Route
 from swarm.network import ClientNode
+from swarm.session.actions import Action, SendStep
 from swarm.session.calls import Piece
-from swarm.session.core import Action, PendingStep, SendStep, SessionCore
+from swarm.session.core import SessionCore
 from swarm.session.history import History
 from swarm.session.kept import KeptPrompts
 from swarm.session.pace import Pace
 from swarm.session.remote import RemoteSession
+from swarm.session.steps import PendingStep
 from swarm.session.uploads import Uploads
 
 SILENCE_S_MAX = 30.0

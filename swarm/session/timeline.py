@@ -16,7 +16,8 @@ from typing import Any
 from peers.tally import kind_of
 from routing.ids import PeerId, SessionId, StepId
 from routing.routes import Hop, Route
-from swarm.session.core import Action, Fail, NeedRoute, OpenHops, PendingStep, Release, SendStep, Wait
+from swarm.session.actions import Action, Fail, NeedRoute, OpenHops, Release, SendStep, Wait
+from swarm.session.steps import PendingStep
 
 MAX_SLICES = 200_000
 """Some 60 MB of JSON. What comes later is counted, not kept."""

@@ -23,22 +23,10 @@ from routing.ids import PeerId, SessionId
 from routing.records import PeerState
 from routing.router import Router
 from routing.routes import Route, RouteRequest
-from swarm.session.core import (
-    Action,
-    Fail,
-    NeedRoute,
-    OpenHops,
-    PendingStep,
-    Release,
-    SendStep,
-    SessionConfig,
-    SessionCore,
-    Skip,
-    State,
-    StepDone,
-    Wait,
-)
+from swarm.session.actions import Action, Fail, NeedRoute, OpenHops, Release, SendStep, Skip, StepDone, Wait
+from swarm.session.core import SessionConfig, SessionCore, State
 from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_tokens, worth_leaving
+from swarm.session.steps import PendingStep
 from swarm.simulation.sharing import Sharing
 from swarm.simulation.world import BYTES_PER_TOKEN, MODEL, Peer, SimulationConfig, round_trip_s
 

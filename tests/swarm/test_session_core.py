@@ -23,7 +23,7 @@ from peers.wire.messages import Code
 from routing.errors import NoRoute, SwarmError
 from routing.ids import BlockSpan, PeerId, SessionId, StepId
 from routing.routes import Hop, Route
-from swarm.session.core import (
+from swarm.session.actions import (
     Action,
     Fail,
     Feed,
@@ -31,17 +31,15 @@ from swarm.session.core import (
     NeedStandbys,
     OpenHops,
     OpenStandby,
-    PendingStep,
     Release,
     SendStep,
-    SessionConfig,
-    SessionCore,
     Skip,
-    State,
     StepDone,
     Wait,
 )
+from swarm.session.core import SessionConfig, SessionCore, State
 from swarm.session.pace import SILENCE_S_MIN, Pace
+from swarm.session.steps import PendingStep
 
 P, Q, R = (PeerId(name) for name in "PQR")
 SESSION, CHILD = SessionId(b"s" * 16), SessionId(b"c" * 16)
@@ -131,7 +129,7 @@ def test_missing_blocks_are_waited_for_longer_once_outputs_would_be_lost() -> No
     assert need(core.hop_lost(P, LOST)) is None, "nobody has seen anything of it"
     core.route_ready(route(R, Q))
     opened(core)
-    for step in [step.step for step in core._sent.values()]:
+    for step in [step.step for step in core._steps.sent.values()]:
         core.result(step, core.epoch)
     core.result(prompt, core.epoch)
     core.submit(8, 1, 0)

@@ -6,17 +6,8 @@ from dataclasses import replace
 
 from routing.ids import BlockSpan, PeerId, StepId
 from routing.routes import Hop
-from swarm.session.core import (
-    STANDBY_FED_EVERY_S,
-    Feed,
-    NeedRoute,
-    NeedStandbys,
-    OpenHops,
-    OpenStandby,
-    Release,
-    SessionConfig,
-    SessionCore,
-)
+from swarm.session.actions import Feed, NeedRoute, NeedStandbys, OpenHops, OpenStandby, Release
+from swarm.session.core import STANDBY_FED_EVERY_S, SessionConfig, SessionCore
 from tests.swarm.test_session_core import LOST, SESSION, P, Q, R, kinds, opened, route, sent
 
 S = PeerId("S")
@@ -78,9 +69,9 @@ def test_a_standby_of_slow_steps_lags_by_fewer_so_that_it_does_not_forget() -> N
     core = standing()
     for step_s in (0.0, 0.1):
         core.paced(step_s)
-        assert Feed not in step(core, core._end), "four may lack"
+        assert Feed not in step(core, core._steps.end), "four may lack"
     core.paced(STANDBY_FED_EVERY_S)
-    assert Feed in step(core, core._end), "a single one may"
+    assert Feed in step(core, core._steps.end), "a single one may"
 
 
 def test_what_a_step_undoes_does_not_count_though_it_was_on_its_way_to_the_standby() -> None:

@@ -17,7 +17,8 @@ from peers.wire.messages import Trace, Traced
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, PeerId, SessionId
 from routing.routes import Hop, Route
-from swarm.session.core import Action, SessionConfig, SessionCore
+from swarm.session.actions import Action
+from swarm.session.core import SessionConfig, SessionCore
 from swarm.session.inbox import Inbox
 from swarm.session.live import SILENCE_S_MAX, LiveSession
 from swarm.session.watch import WATCH_S, Watch

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from routing.ids import BlockSpan, PeerId, SessionId, StepId
 from routing.routes import Hop
-from swarm.session.core import PendingStep, SendStep
+from swarm.session.actions import SendStep
+from swarm.session.steps import PendingStep
 from swarm.session.timeline import Slice, Timeline, lay_out
 from tests.helpers.traces import check_trace
 

@@ -14,7 +14,8 @@ from typing import Final
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId
 from routing.routes import Hop
-from swarm.session.core import Action, NeedRoute, OpenHops, PendingStep, SendStep
+from swarm.session.actions import Action, NeedRoute, OpenHops, SendStep
+from swarm.session.steps import PendingStep
 from tests.lab.experiments.pairs import PEERS, pairs_network, twin
 from tests.lab.network import Network
 from tests.lab.notebook import MODEL, SPANS, Experiment, Notebook, ends, median
