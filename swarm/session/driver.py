@@ -20,17 +20,14 @@ from msgspec.structs import replace as replace_fields
 
 from peers.errors import PeerSilent, PeerUnreachable, StreamClosed
 from peers.model.adapters import Adapter
-from peers.transport.links import BULK_BYTES, Link
+from peers.transport.links import BULK_BYTES
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
-from peers.wire.messages import PREFIX_POSITIONS, PROTOCOL_VERSION, Close, Open, Replay, Step, Urgency
-from routing.errors import CallerError, NoRoute, PeerError, SwarmError, Unavailable
-from routing.flow import GOLDEN
+from peers.wire.messages import Replay, Step, Urgency
+from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.health import ModelHealth, coverage
-from routing.hosting import find_adapter
 from routing.ids import PeerId, SessionId
-from routing.records import HostedAdapter
-from routing.routes import Hop, Kept, Route, RouteRequest
+from routing.routes import Hop, Route
 from swarm.errors import SessionClosed
 from swarm.network import Answer, ClientNode, Entrance, NetworkThread, enter
 from swarm.session.actions import (
@@ -48,13 +45,15 @@ from swarm.session.actions import (
     Wait,
 )
 from swarm.session.calls import Call
-from swarm.session.core import SessionConfig, SessionCore, State
+from swarm.session.core import SessionConfig, SessionCore
 from swarm.session.history import Segment
 from swarm.session.inbox import Inbox
+from swarm.session.installing import Installer
 from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
-from swarm.session.prefix import describe_blocks, prefix_keys
+from swarm.session.planning import Planner
+from swarm.session.prompts import Prompts
 from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
-from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_saving, usual_tokens, worth_leaving
+from swarm.session.review import REVIEW_S_MIN
 from swarm.session.steps import PendingStep
 from swarm.session.training import TrainingConfig, TrainingRoute
 from swarm.session.trial import Trials
@@ -63,13 +62,8 @@ from swarm.session.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-RECONSIDER_S_MIN, RECONSIDER_S = 0.5, 5.0
-"""Between two looks for a better route for a session whose steps have become slow: twice as long each time."""
 LOOK_TIMEOUT_S = 2.0
 """How long somebody who only looks waits for the network's thread."""
-_NOTHING = memoryview(b"")
-GOODBYE_TIMEOUT_S = 2.0
-"""How long closing waits for "close" messages to leave; a hop that misses one frees its pages with the link."""
 
 
 class SwarmRemote:
@@ -94,20 +88,19 @@ class SwarmRemote:
         self.uploads = Uploads(network.client.links, model.model)
         self.training = None if model.adapter else TrainingRoute(network, model, self.uploads, training)
         """None with an adapter that peers host: they compute no gradients through one."""
-        self._hosted: HostedAdapter | None = None
-        """Which one that is, once it is known."""
+        self._rng = rng or random.Random()
         self._network = network
         self._client: ClientNode = network.client
         self._sessions = Sessions(model=model, client=network.client, uploads=self.uploads)
+        self._prompts = Prompts(self._sessions)
+        self._planner = Planner(self._sessions, self._prompts, turn=self._rng.random())
+        self._installer = Installer(self._sessions, self._prompts, self)
         self._embed = embed
         self._config = config or SessionConfig()
         self._owns_network = owns_network
-        self._rng = rng or random.Random()
         self._urgency = urgency
-        self._turn = self._rng.random()
         self._prefix_secret = prefix_secret or secrets.token_bytes(32)
         self._tasks = Tasks()
-        self._goodbyes = Tasks()
         self._guard = Tasks()
         self._covered: ModelHealth | None = None
         """What `coverage` said last."""
@@ -240,8 +233,7 @@ class SwarmRemote:
 
     async def _stop(self) -> None:
         self._release(tuple(self._sessions.by_id.values()))
-        await self._goodbyes.settled(timeout_s=GOODBYE_TIMEOUT_S)
-        await self._goodbyes.close()
+        await self._installer.close()
         await self._guard.close()
         if self.training is not None:
             await self.training.close()
@@ -358,9 +350,7 @@ class SwarmRemote:
             assert isinstance(session, LiveSession)
             session.parent = None
             if session.core is not None:
-                if session.route is not None and not session.prompt_keys:  # something was answered
-                    keys = self._keys(session, (), self._blocks(session, session.length))
-                    self._sessions.kept.add(keys, session.route.hops)
+                self._prompts.ended(session)
                 self.perform(session, session.core.close())
                 self._forget(session, SessionClosed("the session was released"))
 
@@ -407,55 +397,36 @@ class SwarmRemote:
                     self.traffic.rebuilds += action.epoch > 1 and action.route is not session.route
                     self._sessions.last_route = action.route
                     session.begin(action.route, review_in_s=REVIEW_S_MIN)
-                    for index, prefix in enumerate(self._offer(session, action)):
-                        work = self._open_hop(session, action, index, prefix)
+                    for index, prefix in enumerate(self._prompts.offer(session, action)):
+                        work = self._installer.open_hop(session, action, index, prefix)
                         self._tasks.spawn(work, name=f"open {core.session}")
                 case Skip():
                     self.traffic.prefix_positions += action.positions
                     for step in action.steps:
                         self._done(session, step, session.rows[step.step][0][:0])
                 case Release():
-                    self._close_hops(action.hops, core.session)
+                    self._installer.close_hops(action.hops, core.session)
                 case Wait():
                     delay_s = action.delay_s * self._rng.uniform(1.0, 1.5)
                     self._tasks.spawn(self._wait(session, delay_s), name=f"wait {core.session}")
                 case Fail():
                     self._forget(session, action.error)
                 case NeedStandbys():
-                    found = self._find_standbys(session, action)
+                    assert core.route is not None
+                    found = self._planner.standbys(session, core.route, action)
                     self.perform(session, core.standbys_found(core.epoch, found))
                 case OpenStandby():
                     session.asked_at_s[action.hop.peer_id] = asyncio.get_running_loop().time()
-                    self._tasks.spawn(self._open_standby(session, action), name=f"open standby {core.session}")
+                    work = self._installer.open_standby(session, action)
+                    self._tasks.spawn(work, name=f"open standby {core.session}")
                 case Feed():
                     session.asked_at_s[action.to.peer_id] = asyncio.get_running_loop().time()
                     self._tasks.spawn(self._feed(session, action), name=f"feed {core.session}")
         if not defer_sending:
             self._send_pending(session)
 
-    def _offer(self, session: LiveSession, action: OpenHops) -> list[tuple[bytes, ...]]:
-        """The keys to offer, for each hop of the route."""
-        assert session.core is not None
-        hops = action.route.hops
-        blocks = self._blocks(session, action.offer)
-        session.offered = max(len(blocks) * PREFIX_POSITIONS, *action.keep)
-        return [
-            self._keys(session, hops[:index], blocks) if action.forgot or not keep else ()
-            for index, keep in enumerate(action.keep)
-        ]
-
-    def _blocks(self, session: LiveSession, end: int) -> list[bytes]:
-        """What the positions before `end` are, for their keys."""
-        return describe_blocks(session.history.between(0, end, self.model.regime_key), self.model.regime_key)
-
-    def _keys(self, session: LiveSession, upstream: Sequence[Hop], blocks: Sequence[bytes]) -> tuple[bytes, ...]:
-        adapter = self._hosted.digest if self._hosted else None if session.adapter is None else session.adapter.name
-        return prefix_keys(session.prefix_secret, self.model.model, session.dtype, upstream, blocks, adapter)
-
     def _done(self, session: LiveSession, step: PendingStep, rows: torch.Tensor) -> None:
-        if session.prompt_keys and session.route is not None:
-            self._sessions.kept.add(session.prompt_keys, session.route.hops)
-            session.prompt_keys = ()
+        self._prompts.answered(session)
         session.rows.pop(step.step, None)
         piece = session.pieces.pop(step.step, None)
         if piece is not None:
@@ -464,166 +435,22 @@ class SwarmRemote:
     async def _plan(self, session: LiveSession, need: NeedRoute) -> None:
         core = session.core
         assert core is not None
-        pending = core.pending
-        length = max((step.first + step.count for step in pending), default=0)
         try:
-            await self._find_hosted()
-        except SwarmError as error:
-            self.perform(session, core.no_route(error))
-            return
-        self._turn = (self._turn + GOLDEN) % 1.0
-        request = replace(
-            self._request(need.avoid, session.route, length),
-            tokens=usual_tokens([step.count for step in pending]),
-            keep=need.keep,
-            kept=None if session.route is not None else self._kept(session, pending, length),
-            spread=self._turn,
-            session=core.session,
-        )
-        try:
-            route = await self._client.discovery.route(request, patience_s=need.patience_s)
-        except Unavailable as error:  # no route, or this node has ended
+            route = await self._planner.route(session, core, need)
+        except (CallerError, Unavailable) as error:  # no route, or this node has ended
             self.perform(session, core.no_route(error))
         else:
             self.perform(session, core.route_ready(route))
             if not core.alive:  # released meanwhile
                 self._client.router.on_ended(core.session)
 
-    def _kept(self, session: LiveSession, pending: Sequence[PendingStep], length: int) -> Kept | None:
-        """Where a session before this one had the longest part of its prompt."""
-        session.prompt_keys = self._keys(session, (), self._blocks(session, length))
-        count, hops = self._sessions.kept.find(session.prompt_keys)
-        saves = usual_saving([step.count for step in pending], count * PREFIX_POSITIONS)
-        return Kept(hops=hops, saves=saves) if count else None
-
-    async def _find_hosted(self) -> None:
-        """The adapter that the model is to have, among those that peers announce. Raises CallerError, NoRoute."""
-        if self.model.adapter is None or self._hosted is not None:
-            return
-        if (found := self._known_hosted(self.model.adapter)) is None:
-            await self._client.discovery.refresh()
-            found = self._known_hosted(self.model.adapter)
-        self._hosted = found
-        if found is not None:
-            return
-        raise NoRoute(
-            f"no peer hosts adapter {self.model.adapter} of model {self.model.model}",
-            missing=[(0, self.model.num_blocks)],
-            hint="`swarm status` shows which there are; host one with `swarm join MODEL --adapter NAME=FOLDER`",
-        )
-
-    def _known_hosted(self, asked: str) -> HostedAdapter | None:
-        snapshot = self._client.router.snapshot(self._client.discovery.now_s())
-        return find_adapter(snapshot.of_model(self.model.model), asked)
-
-    def _request(self, avoid: frozenset[PeerId], previous: Route | None, length: int) -> RouteRequest:
-        """For a step of one position."""
-        return RouteRequest(
-            model=self.model.model,
-            num_blocks=self.model.num_blocks,
-            avoid=avoid,
-            bytes_per_token=self.model.hidden_size * 4,
-            cache_tokens=length,
-            protocol=PROTOCOL_VERSION,
-            min_precision=self.model.min_precision,
-            adapter=self._hosted,
-            previous=previous,
-        )
-
     def reconsider(self, session: LiveSession) -> None:
         """Let go of the hop that took longest, between two steps and without blame, where another is clearly faster."""
-        core, loop_s, timings = session.core, asyncio.get_running_loop().time(), self._sessions.last_hops
-        if core is None or core.route is None or core.state is not State.READY or not timings:
-            return
-        if loop_s < (session.reconsider_at_s if session.pace.slowed else session.review_at_s):
-            return
-        if session.pace.slowed:
-            session.reconsider_at_s = loop_s + min(RECONSIDER_S, RECONSIDER_S_MIN * 2.0 ** min(session.looks, 9))
-            session.looks += 1
-        session.review_at_s = loop_s + next_review_s(loop_s - session.began_s)
-        slowest = max(timings, key=lambda hop: hop.queue_s + hop.compute_s).peer
-        request, now_s = self._request(frozenset(), core.route, session.length), self._client.discovery.now_s()
-        others_s = sum(hop.queue_s + hop.compute_s for hop in timings if hop.peer != slowest)
-        took = {"step_s": session.pace.usual_s(1), "others_s": others_s}
-        if worth_leaving(self._client.router, request, slowest, now_s, **took, slowed=session.pace.slowed):
+        core = session.core
+        if core is not None and (slowest := self._planner.to_leave(session, core)) is not None:
             error = PeerUnreachable(f"{slowest} has become slow")
             logger.info("session %s: %s", core.session, error)
             self.perform(session, core.hop_leaves(slowest, core.epoch, error, answers=True))
-
-    async def _open_hop(self, session: LiveSession, action: OpenHops, index: int, prefix: tuple[bytes, ...]) -> None:
-        core, route, epoch = session.core, action.route, action.epoch
-        assert core is not None
-        hop = route.hops[index]
-        message = self._opening(session, route, index, epoch, prefix=prefix, keep=action.keep[index])
-        try:
-            link = await self._client.links.to(hop.peer_id, hop.addresses)
-            await self._upload(session, link, hop)
-            if core.epoch == epoch and core.route is route:  # else it was released meanwhile
-                await link.send(message, bulk=message.adapter is not None)
-        except PeerError as error:
-            self.lose(session, hop.peer_id, error)
-        except Unavailable as error:  # of this client's own node: no other route helps
-            self.perform(session, core.give_up(error))
-
-    async def _upload(self, session: LiveSession, link: Link, hop: Hop) -> None:
-        """What of the session's adapter is the hop's."""
-        adapter = None if session.adapter is None else session.adapter.within(hop.span)
-        if adapter is not None:
-            await self.uploads.send(link, adapter, hop.span, told=session.renew_deadline)
-
-    def _opening(
-        self,
-        session: LiveSession,
-        route: Route,
-        index: int,
-        epoch: int,
-        *,
-        prefix: tuple[bytes, ...],
-        keep: int,
-        standby: bool = False,
-    ) -> Open:
-        core, hop = session.core, route.hops[index]
-        assert core is not None
-        own = None if session.adapter is None else session.adapter.within(hop.span)
-        following = route.hops[index + 1] if index + 1 < len(route.hops) else None
-        return Open(
-            session=core.session.raw,
-            epoch=epoch,
-            model=self.model.model.digest,
-            start=hop.span.start,
-            end=hop.span.end,
-            previous=route.hops[index - 1].peer_id if index else None,
-            next=None if following is None else following.peer_id,
-            next_addresses=() if following is None else following.addresses,
-            prefix=prefix,
-            keep=keep,
-            adapter=self._hosted.digest if self._hosted else None if own is None else own.name,
-            standby=standby,
-        )
-
-    # --- standbys: nothing here may harm the session ---
-
-    def _find_standbys(self, session: LiveSession, need: NeedStandbys) -> list[Hop]:
-        core = session.core
-        assert core is not None
-        assert core.route is not None
-        request, now_s = self._request(need.avoid, core.route, session.length), self._client.discovery.now_s()
-        hops = (self._client.router.standby(request, hop, need.avoid, now_s) for hop in need.hops)
-        return [hop for hop in hops if hop is not None]
-
-    async def _open_standby(self, session: LiveSession, action: OpenStandby) -> None:
-        core, hop = session.core, action.hop
-        assert core is not None
-        route = core.route
-        if route is None or core.epoch != action.epoch:
-            return
-        index = next(at for at, other in enumerate(route.hops) if other.span == hop.span)
-        prefix: tuple[bytes, ...] = ()
-        if action.offer:
-            prefix = self._keys(session, route.hops[:index], self._blocks(session, action.offer))
-        standing = replace(route, hops=(*route.hops[:index], hop, *route.hops[index + 1 :]))
-        message = self._opening(session, standing, index, action.epoch, prefix=prefix, keep=action.keep, standby=True)
-        await self._send_to_standby(session, hop, hop, action.epoch, message)
 
     async def _feed(self, session: LiveSession, action: Feed) -> None:
         core, step, to = session.core, action.step, action.to
@@ -642,51 +469,12 @@ class SwarmRemote:
                 to=to.peer_id,
                 to_addresses=to.addresses,
             )
-            await self._send_to_standby(session, to, core.route.hops[step.hop - 1], action.epoch, message)
+            await self._installer.to_standby(session, to, core.route.hops[step.hop - 1], action.epoch, message)
             return
         rows_TD, regime_length = await self._rows_again(session, step)
         carried, payload = self._step(core, to, step, action.epoch, rows_TD, regime_length)
         whole = replace_fields(carried, bulk=len(payload) >= BULK_BYTES, urgency=Urgency.BACKGROUND, stop=to.span.end)
-        await self._send_to_standby(session, to, to, action.epoch, whole, payload)
-
-    async def _send_to_standby(
-        self,
-        session: LiveSession,
-        standby: Hop,
-        hop: Hop,
-        epoch: int,
-        message: Open | Replay | Step,
-        payload: memoryview = _NOTHING,
-    ) -> None:
-        """What concerns `standby`, to it or to the `hop` before it."""
-        core = session.core
-        assert core is not None
-        try:
-            link = await self._client.links.to(hop.peer_id, hop.addresses)
-            bulk = isinstance(message, Step) and message.bulk
-            if isinstance(message, Open) and message.adapter is not None:
-                await self._upload(session, link, hop)
-                bulk = True
-            if core.epoch == epoch and core.standby_at(standby.peer_id, standby.span.start):
-                await link.send(message, payload, bulk=bulk)
-                self.traffic.bytes_sent += len(payload)
-        except (PeerError, Unavailable) as error:
-            logger.info("session %s: no standby at %s: %s", core.session, standby.peer_id, error)
-            if hop is standby:
-                self.blame(standby.peer_id, error)
-            self.perform(session, core.standby_lost(standby.peer_id, epoch))
-
-    def _close_hops(self, hops: Sequence[Hop], session: SessionId) -> None:
-        for peer in dict.fromkeys(hop.peer_id for hop in hops):
-            self._goodbyes.spawn(self._close_hop(peer, session), name=f"close {session}")
-
-    async def _close_hop(self, peer: PeerId, session: SessionId) -> None:
-        link = self._client.links.known(peer)
-        if link is not None:
-            try:
-                await link.send(Close(sessions=(session.raw,)))
-            except PeerError as error:
-                logger.debug("session %s: %s", session, error)  # the hop frees it with the link
+        await self._installer.to_standby(session, to, to, action.epoch, whole, payload)
 
     async def _wait(self, session: LiveSession, delay_s: float) -> None:
         await asyncio.sleep(delay_s)

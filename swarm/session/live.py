@@ -18,6 +18,7 @@ from peers.tally import StepTimes
 from peers.wire.messages import Failed, Opened, Replay, Result, Step
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
+from routing.records import HostedAdapter
 from routing.routes import Hop, Route
 from swarm.network import ClientNode
 from swarm.session.actions import Action, SendStep
@@ -230,6 +231,8 @@ class Sessions:
     by_id: dict[SessionId, LiveSession] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
     kept: KeptPrompts = field(default_factory=KeptPrompts)
+    hosted: HostedAdapter | None = None
+    """The adapter of the model that peers host, once it is known which that is."""
     last_route: Route | None = None
     """The one that was installed last."""
     last_hops: tuple[HopTiming, ...] = ()
@@ -237,6 +240,12 @@ class Sessions:
     observer: Observer | None = None
     trials: dict[SessionId, tuple[PeerId, asyncio.Queue[Opened | Result | Failed]]] = field(default_factory=dict)
     """Of no user: who is tried, and where its answers go."""
+
+    def adapter_of(self, session: LiveSession) -> bytes | None:
+        """The name of that which is added to the model in this session, wherever it stands."""
+        if self.hosted is not None:
+            return self.hosted.digest
+        return None if session.adapter is None else session.adapter.name
 
 
 class Observer(Protocol):

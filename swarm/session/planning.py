@@ -1,0 +1,113 @@
+"""Over which hops a session goes: what is asked of the router, and when a hop that works is left for a faster one.
+
+Owns how the sessions of one model share the swarm's peers, and which of the adapters that peers host the model has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from peers.wire.messages import PROTOCOL_VERSION
+from routing.errors import NoRoute
+from routing.flow import GOLDEN
+from routing.hosting import find_adapter
+from routing.ids import PeerId
+from routing.records import HostedAdapter
+from routing.routes import Hop, Route, RouteRequest
+from swarm.session.actions import NeedRoute, NeedStandbys
+from swarm.session.core import SessionCore, State
+from swarm.session.live import LiveSession, Sessions
+from swarm.session.prompts import Prompts
+from swarm.session.review import next_review_s, usual_tokens, worth_leaving
+
+RECONSIDER_S_MIN, RECONSIDER_S = 0.5, 5.0
+"""Between two looks for a better route for a session whose steps have become slow: twice as long each time."""
+
+
+class Planner:
+    """Of one model's sessions; used in the network's loop."""
+
+    def __init__(self, sessions: Sessions, prompts: Prompts, *, turn: float) -> None:
+        """`turn`: in [0, 1), where to begin among peers that are about as good."""
+        self._sessions = sessions
+        self._prompts = prompts
+        self._turn = turn
+
+    async def route(self, session: LiveSession, core: SessionCore, need: NeedRoute) -> Route:
+        """Raises CallerError, Unavailable."""
+        pending = core.pending
+        length = max((step.first + step.count for step in pending), default=0)
+        await self._find_hosted()
+        self._turn = (self._turn + GOLDEN) % 1.0
+        request = replace(
+            self._request(need.avoid, session.route, length),
+            tokens=usual_tokens([step.count for step in pending]),
+            keep=need.keep,
+            kept=None if session.route is not None else self._prompts.kept(session, pending, length),
+            spread=self._turn,
+            session=core.session,
+        )
+        return await self._sessions.client.discovery.route(request, patience_s=need.patience_s)
+
+    def standbys(self, session: LiveSession, route: Route, need: NeedStandbys) -> list[Hop]:
+        """Second peers for the hops that lack one, as far as there are any."""
+        client = self._sessions.client
+        request, now_s = self._request(need.avoid, route, session.length), client.discovery.now_s()
+        hops = (client.router.standby(request, hop, need.avoid, now_s) for hop in need.hops)
+        return [hop for hop in hops if hop is not None]
+
+    def to_leave(self, session: LiveSession, core: SessionCore) -> PeerId | None:
+        """The hop that took longest, where a route without it is clearly faster and it is time to look for one."""
+        loop_s, timings, client = asyncio.get_running_loop().time(), self._sessions.last_hops, self._sessions.client
+        if core.route is None or core.state is not State.READY or not timings:
+            return None
+        if loop_s < (session.reconsider_at_s if session.pace.slowed else session.review_at_s):
+            return None
+        if session.pace.slowed:
+            session.reconsider_at_s = loop_s + min(RECONSIDER_S, RECONSIDER_S_MIN * 2.0 ** min(session.looks, 9))
+            session.looks += 1
+        session.review_at_s = loop_s + next_review_s(loop_s - session.began_s)
+        slowest = max(timings, key=lambda hop: hop.queue_s + hop.compute_s).peer
+        request, now_s = self._request(frozenset(), core.route, session.length), client.discovery.now_s()
+        others_s = sum(hop.queue_s + hop.compute_s for hop in timings if hop.peer != slowest)
+        took = {"step_s": session.pace.usual_s(1), "others_s": others_s}
+        worth = worth_leaving(client.router, request, slowest, now_s, **took, slowed=session.pace.slowed)
+        return slowest if worth else None
+
+    def _request(self, avoid: frozenset[PeerId], previous: Route | None, length: int) -> RouteRequest:
+        """For a step of one position."""
+        model = self._sessions.model
+        return RouteRequest(
+            model=model.model,
+            num_blocks=model.num_blocks,
+            avoid=avoid,
+            bytes_per_token=model.hidden_size * 4,
+            cache_tokens=length,
+            protocol=PROTOCOL_VERSION,
+            min_precision=model.min_precision,
+            adapter=self._sessions.hosted,
+            previous=previous,
+        )
+
+    async def _find_hosted(self) -> None:
+        """The adapter that the model is to have, among those that peers announce. Raises CallerError, NoRoute."""
+        model = self._sessions.model
+        if model.adapter is None or self._sessions.hosted is not None:
+            return
+        if (found := self._known_hosted(model.adapter)) is None:
+            await self._sessions.client.discovery.refresh()
+            found = self._known_hosted(model.adapter)
+        self._sessions.hosted = found
+        if found is not None:
+            return
+        raise NoRoute(
+            f"no peer hosts adapter {model.adapter} of model {model.model}",
+            missing=[(0, model.num_blocks)],
+            hint="`swarm status` shows which there are; host one with `swarm join MODEL --adapter NAME=FOLDER`",
+        )
+
+    def _known_hosted(self, asked: str) -> HostedAdapter | None:
+        client = self._sessions.client
+        snapshot = client.router.snapshot(client.discovery.now_s())
+        return find_adapter(snapshot.of_model(self._sessions.model.model), asked)
