@@ -63,16 +63,6 @@ def remote_of(tuned: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("llama")
-
-
-@pytest.fixture(scope="module")
-def local(folder: Path) -> Any:
-    return save_checkpoint(FAMILIES["llama"], folder)
-
-
-@pytest.fixture(scope="module")
 def swarm(folder: Path, local: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MemorySwarm]:
     cache, config = tmp_path_factory.mktemp("cache"), SessionConfig(chunk_positions=16)
     with MemorySwarm(folder, SPANS, cache=cache, session_config=config, training=True) as swarm:

@@ -9,18 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
+from tests.helpers.families import NUM_BLOCKS, VOCABULARY
 from tests.helpers.memory_swarm import MemorySwarm
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("llama")
-
-
-@pytest.fixture(scope="module")
-def local(folder: Path) -> Any:
-    return save_checkpoint(FAMILIES["llama"], folder)
 
 
 @pytest.fixture(scope="module")

@@ -188,11 +188,6 @@ def test_gradients_of_inputs_equal_local_ones_whatever_peers_kept(family: str, t
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("llama")
-
-
-@pytest.fixture(scope="module")
 def local(folder: Path) -> Any:
     return save_checkpoint(FAMILIES["llama"], folder).requires_grad_(False)
 

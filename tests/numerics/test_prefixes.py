@@ -5,7 +5,7 @@ One process, memory transport, real engines, handlers and drivers. The real proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,29 +47,6 @@ def stats(swarm: MemorySwarm) -> list[EngineStats]:
     return [peer.engine.stats() for peer in swarm.peers]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("llama")
-
-
-@pytest.fixture(scope="module")
-def local(folder: Path) -> Any:
-    return save_checkpoint(FAMILIES["llama"], folder)
-
-
-@pytest.fixture
-def make_swarm(folder: Path, local: Any, tmp_path: Path) -> Iterator[Callable[..., MemorySwarm]]:
-    swarms: list[MemorySwarm] = []
-
-    def make(spans: list[tuple[int, int]] = SPANS, **options: Any) -> MemorySwarm:
-        swarms.append(MemorySwarm(folder, spans, cache=tmp_path, **options))
-        return swarms[-1]
-
-    yield make
-    for swarm in swarms:
-        swarm.close()
-
-
 @pytest.mark.parametrize(
     ("family", "same_length", "other_length"),
     [
@@ -101,7 +78,7 @@ def test_a_known_beginning_is_not_sent_again(family: str, same_length: int, othe
 
 
 def test_every_output_is_there_when_every_output_is_wanted(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:
-    model = make_swarm().model()
+    model = make_swarm(SPANS).model()
     generate(model, text(160))
     with torch.no_grad():
         actual, expected = model(text(160)).logits, local(text(160)).logits
@@ -112,7 +89,7 @@ def test_every_output_is_there_when_every_output_is_wanted(make_swarm: Callable[
 
 
 def test_sessions_share_a_beginning_while_they_run(make_swarm: Callable[..., MemorySwarm], local: Any) -> None:
-    swarm = make_swarm()
+    swarm = make_swarm(SPANS)
     model = swarm.model()
     expected = [generate(local, text(160, seed=seed)) for seed in range(5)]
     second: list[torch.Tensor] = []
@@ -130,7 +107,7 @@ def test_sessions_share_a_beginning_while_they_run(make_swarm: Callable[..., Mem
 def test_a_prompt_that_was_seen_before_is_planned_with_what_its_old_route_saves(
     make_swarm: Callable[..., MemorySwarm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_swarm().model()
+    model = make_swarm(SPANS).model()
     remote = model._remote_layers.remote
     asked: dict[Hashable, RouteRequest] = {}
 
@@ -155,7 +132,7 @@ def test_a_prompt_that_was_seen_before_is_planned_with_what_its_old_route_saves(
 def test_a_hop_that_dies_after_a_hit_is_replaced_and_the_ids_stay_the_same(
     make_swarm: Callable[..., MemorySwarm], local: Any, dies: int
 ) -> None:
-    swarm = make_swarm()
+    swarm = make_swarm(SPANS)
     model = swarm.model()
     generate(model, text(160))
     route = [hop.peer_id for hop in model._remote_layers.remote.route.hops]
@@ -171,7 +148,7 @@ def test_a_hop_that_dies_after_a_hit_is_replaced_and_the_ids_stay_the_same(
 def test_a_session_that_was_forgotten_replays_from_what_is_kept(
     make_swarm: Callable[..., MemorySwarm], local: Any
 ) -> None:
-    swarm = make_swarm()
+    swarm = make_swarm(SPANS)
     model = swarm.model()
     ids = text(160)
     forget = AtToken(5, swarm.forget_sessions)
@@ -182,7 +159,7 @@ def test_a_session_that_was_forgotten_replays_from_what_is_kept(
 def test_under_pressure_what_is_kept_goes_and_every_session_ends_well(
     make_swarm: Callable[..., MemorySwarm], local: Any
 ) -> None:
-    swarm = make_swarm(cache_tokens=256)  # two sessions of 176 positions want more, but for what they share
+    swarm = make_swarm(SPANS, cache_tokens=256)  # two sessions of 176 positions want more, but for what they share
     model = swarm.model()
     with ThreadPoolExecutor(3) as threads:
         results = list(threads.map(lambda seed: generate(model, text(160, seed=seed)), range(3)))
@@ -201,7 +178,7 @@ def test_another_client_begins_with_nothing_unless_both_sides_agree(
         ("network", (None, None), 0),
         ("network", (b"s" * 32, b"s" * 32), 2 * BLOCK),
     ):
-        swarm = make_swarm(share_prefixes=share_prefixes)
+        swarm = make_swarm(SPANS, share_prefixes=share_prefixes)
         first, second = (swarm.model(guest=True, prefix_secret=secret) for secret in secrets)
         for model in (first, second):
             assert torch.equal(generate(model, text(160)), generate(local, text(160)))
@@ -219,7 +196,7 @@ def test_a_hop_that_holds_less_than_it_says_costs_a_route_and_no_token(
     make_swarm: Callable[..., MemorySwarm], local: Any, too_many: int, same_route: bool
 ) -> None:
     """Within what it was offered it may have lost it, and is not believed again; beyond that it is broken."""
-    swarm = make_swarm()
+    swarm = make_swarm(SPANS)
     model = swarm.model()
     remote = model._remote_layers.remote
     generate(model, text(20))

@@ -29,7 +29,7 @@ from swarm.session import driver, trial
 from swarm.session.core import SessionConfig
 from swarm.session.pace import Pace
 from swarm.session.trial import TRIAL_STEPS, Trials
-from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
+from tests.helpers.families import NUM_BLOCKS
 from tests.helpers.memory_swarm import MemorySwarm
 from tests.numerics.test_trouble import AtToken, generate, prompt
 
@@ -39,16 +39,6 @@ SPANS = [(0, 1), (1, 2), (2, NUM_BLOCKS)]
 PROMPT = prompt(length=100)
 CONFIG = SessionConfig(chunk_positions=32)
 TOKENS = 16
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("llama")
-
-
-@pytest.fixture(scope="module")
-def local(folder: Path) -> Any:
-    return save_checkpoint(FAMILIES["llama"], folder)
 
 
 class Scene:

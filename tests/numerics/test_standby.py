@@ -14,23 +14,12 @@ import torch
 
 from routing.ids import PeerId
 from swarm.session.core import SessionConfig
-from tests.helpers.families import FAMILIES, save_checkpoint
 from tests.numerics.test_repair import LENGTH, PROMPT, Scene
 from tests.numerics.test_trouble import AtToken, generate
 
 pytestmark = pytest.mark.usefixtures("plain_forwards")
 
 LAG = 8
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("llama")
-
-
-@pytest.fixture(scope="module")
-def local(folder: Path) -> Any:
-    return save_checkpoint(FAMILIES["llama"], folder)
 
 
 @pytest.fixture

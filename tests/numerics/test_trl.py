@@ -61,11 +61,6 @@ QUESTIONS = [(f"{a}+{b}=", f"{a + b}.", f"{a * b + 1} bees?") for a in range(2, 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("llama")
-
-
-@pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return save_tokenizer(folder)
 

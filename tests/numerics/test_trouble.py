@@ -9,7 +9,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from routing.errors import CallerError, NoRoute, Unavailable
 from routing.routes import Route, RouteRequest
 from swarm.models.tracing import traced
 from swarm.network import Answer
-from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
+from tests.helpers.families import NUM_BLOCKS, VOCABULARY
 from tests.helpers.memory_swarm import MemorySwarm, impatient
 from tests.helpers.traces import check_trace
 
@@ -55,29 +55,6 @@ def prompt(rows: int = 1, length: int = 9, seed: int = 0) -> torch.Tensor:
 def generate(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     result: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **{**GREEDY, **kwargs})
     return result
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("llama")
-
-
-@pytest.fixture(scope="module")
-def local(folder: Path) -> Any:
-    return save_checkpoint(FAMILIES["llama"], folder)
-
-
-@pytest.fixture
-def make_swarm(folder: Path, local: Any, tmp_path: Path) -> Iterator[Callable[..., MemorySwarm]]:
-    swarms: list[MemorySwarm] = []
-
-    def make(spans: list[tuple[int, int] | str], **options: Any) -> MemorySwarm:
-        swarms.append(MemorySwarm(folder, spans, cache=tmp_path, **options))
-        return swarms[-1]
-
-    yield make
-    for swarm in swarms:
-        swarm.close()
 
 
 @pytest.mark.parametrize("dies", [0, 1])
