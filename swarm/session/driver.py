@@ -16,18 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from msgspec.structs import replace as replace_fields
 
 from peers.errors import PeerSilent, PeerUnreachable, StreamClosed
 from peers.model.adapters import Adapter
-from peers.transport.links import BULK_BYTES
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
-from peers.wire.messages import Replay, Step, Urgency
-from routing.errors import CallerError, PeerError, SwarmError, Unavailable
+from peers.wire.messages import Urgency
+from routing.errors import CallerError, SwarmError, Unavailable
 from routing.health import ModelHealth, coverage
 from routing.ids import PeerId, SessionId
-from routing.routes import Hop, Route
+from routing.routes import Route
 from swarm.errors import SessionClosed
 from swarm.network import Answer, ClientNode, Entrance, NetworkThread, enter
 from swarm.session.actions import (
@@ -54,6 +52,7 @@ from swarm.session.planning import Planner
 from swarm.session.prompts import Prompts
 from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
 from swarm.session.review import REVIEW_S_MIN
+from swarm.session.sending import Sender
 from swarm.session.steps import PendingStep
 from swarm.session.training import TrainingConfig, TrainingRoute
 from swarm.session.trial import Trials
@@ -95,12 +94,11 @@ class SwarmRemote:
         self._prompts = Prompts(self._sessions)
         self._planner = Planner(self._sessions, self._prompts, turn=self._rng.random())
         self._installer = Installer(self._sessions, self._prompts, self)
-        self._embed = embed
         self._config = config or SessionConfig()
         self._owns_network = owns_network
-        self._urgency = urgency
         self._prefix_secret = prefix_secret or secrets.token_bytes(32)
         self._tasks = Tasks()
+        self._sender = Sender(self._sessions, self, self._installer, tasks=self._tasks, embed=embed, urgency=urgency)
         self._guard = Tasks()
         self._covered: ModelHealth | None = None
         """What `coverage` said last."""
@@ -223,7 +221,7 @@ class SwarmRemote:
     # --- inside the loop ---
 
     async def _start(self) -> None:
-        Inbox(self._sessions, self)
+        Inbox(self._sessions, self, self._sender)
         if self.training is not None:
             self.training.install()
         self._client.discovery.watch(self.model.model)
@@ -343,7 +341,7 @@ class SwarmRemote:
             session.rows[step_id] = (rows_TD, step.regime_length)
             session.pieces[step_id] = call.expect(row)
             self.perform(session, actions, defer_sending=True)
-        self._send_pending(session)
+        self._sender.send_pending(session)
 
     def _release(self, sessions: Sequence[RemoteSession]) -> None:
         for session in sessions:
@@ -421,9 +419,9 @@ class SwarmRemote:
                     self._tasks.spawn(work, name=f"open standby {core.session}")
                 case Feed():
                     session.asked_at_s[action.to.peer_id] = asyncio.get_running_loop().time()
-                    self._tasks.spawn(self._feed(session, action), name=f"feed {core.session}")
+                    self._tasks.spawn(self._sender.feed(session, action), name=f"feed {core.session}")
         if not defer_sending:
-            self._send_pending(session)
+            self._sender.send_pending(session)
 
     def _done(self, session: LiveSession, step: PendingStep, rows: torch.Tensor) -> None:
         self._prompts.answered(session)
@@ -452,181 +450,10 @@ class SwarmRemote:
             logger.info("session %s: %s", core.session, error)
             self.perform(session, core.hop_leaves(slowest, core.epoch, error, answers=True))
 
-    async def _feed(self, session: LiveSession, action: Feed) -> None:
-        core, step, to = session.core, action.step, action.to
-        assert core is not None
-        if core.route is None or not core.feeds(step.step, action.epoch):
-            return
-        if len(session.history) < step.first + step.count:  # rolled back meanwhile
-            self.perform(session, core.feed_failed(step.step, action.epoch, busy=True))
-            return
-        self.traffic.standby_positions += step.count
-        if step.hop:
-            message = replace_fields(
-                self._replay(session, step, core.route, action.epoch),
-                bulk=step.count * self.model.hidden_size * 2 >= BULK_BYTES,
-                urgency=Urgency.BACKGROUND,
-                to=to.peer_id,
-                to_addresses=to.addresses,
-            )
-            await self._installer.to_standby(session, to, core.route.hops[step.hop - 1], action.epoch, message)
-            return
-        rows_TD, regime_length = await self._rows_again(session, step)
-        carried, payload = self._step(core, to, step, action.epoch, rows_TD, regime_length)
-        whole = replace_fields(carried, bulk=len(payload) >= BULK_BYTES, urgency=Urgency.BACKGROUND, stop=to.span.end)
-        await self._installer.to_standby(session, to, to, action.epoch, whole, payload)
-
     async def _wait(self, session: LiveSession, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         assert session.core is not None
         self.perform(session, session.core.timer())
-
-    def _send_pending(self, session: LiveSession) -> None:
-        """Send what is in the outbox, in order: now, as far as nothing has to be waited for, the rest by a task."""
-        if session.pumping:
-            return
-        while session.outbox:
-            if not self._send_now(session, session.outbox[0]):
-                self._tasks.spawn(self._pump(session), name="send a step")
-                return
-            session.outbox.popleft()
-
-    async def _pump(self, session: LiveSession) -> None:
-        """Send what is in the outbox, in order; one pump per session at a time."""
-        if session.pumping:
-            return
-        session.pumping = True
-        try:
-            while session.outbox:
-                await self._send(session, session.outbox.popleft())
-        finally:
-            session.pumping = False
-
-    def _send_now(self, session: LiveSession, action: SendStep) -> bool:
-        """As `_send`, if nothing has to be waited for; else False, and nothing was sent."""
-        core, step = session.core, action.step
-        assert core is not None
-        if core.route is None or not core.due(step.step, action.epoch):
-            return True
-        known, link = session.rows.get(step.step), self._client.links.known(core.route.hops[0].peer_id)
-        if step.hop or known is None or link is None or not link.wanted:
-            return False
-        message, payload = self._first(session, core, core.route, action, *known)
-        # with steps of other sessions it shares a frame
-        if message.bulk or not link.send_now(message, payload, alone=len(self._sessions.by_id) == 1):
-            return False
-        self._sent(payload)
-        return True
-
-    async def _send(self, session: LiveSession, action: SendStep) -> None:
-        core, step = session.core, action.step
-        assert core is not None
-        if core.route is None or not core.due(step.step, action.epoch):
-            return
-        if step.hop:
-            await self._have_replayed(session, step, core.route, action.epoch)
-            return
-        known = session.rows.get(step.step)
-        rows_TD, regime_length = await self._rows_again(session, step) if known is None else known
-        if not core.due(step.step, action.epoch):
-            return
-        hop = core.route.hops[0]
-        message, payload = self._first(session, core, core.route, action, rows_TD, regime_length)
-        await self.send_to(session, hop.peer_id, hop.addresses, message, payload)
-
-    def _first(
-        self,
-        session: LiveSession,
-        core: SessionCore,
-        route: Route,
-        action: SendStep,
-        rows_TD: torch.Tensor,
-        regime_length: int,
-    ) -> tuple[Step, memoryview]:
-        """What the first hop gets now."""
-        step = action.step
-        if len(rows_TD) > step.count:
-            rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
-        alone = step.count == 1 and step.until is None and not core.crowded
-        session.timed_step = (step.step, asyncio.get_running_loop().time()) if alone else None
-        return self._step(core, route.hops[0], step, action.epoch, rows_TD, regime_length)
-
-    def _step(
-        self, core: SessionCore, hop: Hop, step: PendingStep, epoch: int, rows_TD: torch.Tensor, regime_length: int
-    ) -> tuple[Step, memoryview]:
-        """`step` for `hop`, the first of the route or one in its place, with what goes with it."""
-        assert core.route is not None
-        dtype = tensors.NAMES[rows_TD.dtype]
-        payload = tensors.pack(rows_TD, dtype)
-        message = Step(
-            session=core.session.raw,
-            block=hop.span.start,
-            epoch=epoch,
-            step=step.step,
-            first=step.first,
-            count=step.count,
-            want_from=step.want_from,
-            regime_length=regime_length,
-            parent=None if step.parent is None else step.parent.raw,
-            dtype=dtype,
-            hidden=self.model.hidden_size,
-            # steps under way together share a lane, also a short one behind long ones: they must stay in order
-            bulk=len(payload) >= BULK_BYTES or core.crowded,
-            urgency=self._urgency,
-            stop=_stop(core.route, step),
-        )
-        return message, payload
-
-    async def _have_replayed(self, session: LiveSession, step: PendingStep, route: Route, epoch: int) -> None:
-        """The hop before the step's first one sends it, from its journal."""
-        hop = route.hops[step.hop - 1]
-        self.traffic.replayed_positions += step.count
-        message = self._replay(session, step, route, epoch)
-        await self.send_to(session, hop.peer_id, hop.addresses, message, memoryview(b""))
-
-    def _replay(self, session: LiveSession, step: PendingStep, route: Route, epoch: int) -> Replay:
-        core = session.core
-        assert core is not None
-        segments = session.history.between(step.first, step.first + step.count, self.model.regime_key)
-        return Replay(
-            session=core.session.raw,
-            block=route.hops[step.hop - 1].span.start,
-            epoch=epoch,
-            step=step.step,
-            first=step.first,
-            count=step.count,
-            want_from=step.want_from,
-            regime_length=max(segment.regime_length for segment in segments),
-            bulk=core.crowded or step.count * self.model.hidden_size * 2 >= BULK_BYTES,
-            urgency=self._urgency,
-            stop=_stop(route, step),
-        )
-
-    async def send_to(
-        self, session: LiveSession, peer: PeerId, addresses: Sequence[str], message: Step | Replay, payload: memoryview
-    ) -> None:
-        assert session.core is not None
-        try:
-            link = await self._client.links.to(peer, addresses)
-            await link.send(message, payload, bulk=message.bulk and isinstance(message, Step))
-        except PeerError as error:
-            self.lose(session, peer, error)
-        except Unavailable as error:
-            self.perform(session, session.core.give_up(error))
-        else:
-            self._sent(payload)
-
-    def _sent(self, payload: memoryview) -> None:
-        self.traffic.steps += 1
-        self.traffic.bytes_sent += len(payload)
-
-    async def _rows_again(self, session: LiveSession, step: PendingStep) -> tuple[torch.Tensor, int]:
-        segments = session.history.between(step.first, step.first + step.count, self.model.regime_key)
-        rows_TD = await asyncio.to_thread(self._embed_again, segments)
-        return rows_TD, max(segment.regime_length for segment in segments)
-
-    def _embed_again(self, segments: Sequence[Segment]) -> torch.Tensor:
-        return torch.cat([segment.rows(self._embed).detach().to("cpu") for segment in segments])
 
     # --- blame ---
 
@@ -669,10 +496,6 @@ def _on_cpu(step: RowStep) -> RowStep:
     if hidden_TD.is_cpu and not hidden_TD.requires_grad and (ids_T is None or ids_T.is_cpu):
         return step
     return replace(step, hidden_TD=hidden_TD.detach().to("cpu"), token_ids_T=None if ids_T is None else ids_T.to("cpu"))
-
-
-def _stop(route: Route, step: PendingStep) -> int:
-    return 0 if step.until is None else route.hops[step.until - 1].span.end
 
 
 def connect(

@@ -20,6 +20,7 @@ from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.routes import Hop, Route
 from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
+from swarm.session.sending import Sender
 from swarm.session.steps import PendingStep
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,10 @@ STANDBY_REST_S = 10.0
 class Inbox:
     """Handles the messages of one client's links, for the sessions of one model."""
 
-    def __init__(self, sessions: Sessions, driver: Driver) -> None:
+    def __init__(self, sessions: Sessions, driver: Driver, sender: Sender) -> None:
         self._sessions = sessions
         self._driver = driver
+        self._sender = sender
         links = sessions.client.links
         links.handle(Opened, self._opened)
         links.handle(Result, self._result)
@@ -192,7 +194,7 @@ class Inbox:
         session.timed_step = None  # it takes other ways than its route's
         step = replace_fields(message.step, epoch=session.core.epoch)
         if step == message.step and session.core.uses(following.peer_id):
-            await self._driver.send_to(session, following.peer_id, following.addresses, step, payload)
+            await self._sender.send_to(session, following.peer_id, following.addresses, step, payload)
 
     def _link_lost(self, link: Link) -> None:
         error = PeerUnreachable(f"the connection to {link.remote} ended")

@@ -15,7 +15,7 @@ import torch
 
 from peers.model.adapters import Adapter
 from peers.tally import StepTimes
-from peers.wire.messages import Failed, Opened, Replay, Result, Step
+from peers.wire.messages import Failed, Opened, Result
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
 from routing.records import HostedAdapter
@@ -283,10 +283,4 @@ class Driver(Protocol):
 
     def blame(self, peer: PeerId, error: SwarmError) -> None:
         """A peer failed somebody."""
-        ...
-
-    async def send_to(
-        self, session: LiveSession, peer: PeerId, addresses: Sequence[str], message: Step | Replay, payload: memoryview
-    ) -> None:
-        """Send a step to one hop of the session's route."""
         ...

@@ -327,7 +327,7 @@ class User:
         self._perform(stage, self.core.hop_leaves(peer, self.core.epoch, error, answers=answers))
 
     def _review(self, stage: Stage) -> None:
-        """As `swarm.session.driver` does between two steps."""
+        """As `swarm.session.planning` does between two steps."""
         core, now_s = self.core, stage.now_s
         assert core is not None
         self._review_at_s = now_s + next_review_s(now_s - self._opened_at_s)

@@ -135,7 +135,7 @@ def test_where_this_loop_is_late_its_peers_may_be_as_late(late_s: float) -> None
 def test_a_session_ends_with_the_link_that_carries_it_and_not_with_that_of_a_ping() -> None:
     async def work(loop: LateLoop) -> None:
         async with Scene(loop) as scene:
-            Inbox(scene.sessions, scene)  # type: ignore[arg-type]
+            Inbox(scene.sessions, scene, None)  # type: ignore[arg-type]
             link = scene.client.known(PEER)
             assert link is not None
             await link.close()
