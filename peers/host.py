@@ -271,8 +271,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             alone=not config.initial_peers,
         )
         max_blocks = plan.max_blocks
-        if spans.num_blocks < max_blocks:
-            plan = plan.beside(FORWARD_BYTES if probe is None else probe.forward_bytes, blocks=spans.num_blocks)
+        plan = plan.beside(FORWARD_BYTES if probe is None else probe.forward_bytes, blocks=spans)
         format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
         emit(Event("loading", {"model": checkpoint.name, **spans.as_fields(), **format_}))
         await peer.load(
@@ -497,7 +496,7 @@ class ServerPeer:
             for name, adapter in hosted.items():
                 self._check_adapter(name, adapter)
             self.probe = probe or await measure(self.engine)
-            final = plan.beside(self.probe.forward_bytes, blocks=spans.num_blocks)
+            final = plan.beside(self.probe.forward_bytes, blocks=spans)
             fits = plan.cache_tokens <= final.cache_tokens
             if fits:
                 self._engine_closer = trial.pop_all()
@@ -546,7 +545,7 @@ class ServerPeer:
 
         async def reload(spans: BlockSpans) -> None:
             fitting = replace(plan, forwards=len(spans.parts))
-            await again(spans, fitting.beside(self.probe.forward_bytes, blocks=spans.num_blocks), probe=self.probe)
+            await again(spans, fitting.beside(self.probe.forward_bytes, blocks=spans), probe=self.probe)
 
         self._reload = reload
         self._loaded = True
