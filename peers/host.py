@@ -20,6 +20,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from peers.platform import let_threads_sleep, require_platform
+
+THREADS_SLEEP = let_threads_sleep()  # programs that embed a peer come in here
+
 import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
 
@@ -36,7 +40,6 @@ from peers.model.progress import Progress
 from peers.model.quantization import NONE
 from peers.model.storage import cache_folder
 from peers.model.support import examine
-from peers.platform import require_platform
 from peers.runtime.engine import Engine, EngineConfig, Sharing
 from peers.runtime.joined import AnyEngine, JoinedEngine
 from peers.runtime.probe import Probe, measure
@@ -213,6 +216,11 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
 
     What can be refused without the model (options, identity, port, entry nodes) is refused before it is downloaded.
     """
+    if not THREADS_SLEEP:
+        logger.warning(
+            "torch was here before peers.host: its threads spin while they wait, and take the processor from other "
+            "peers and programs; import peers.host first, or start this program with OMP_WAIT_POLICY=PASSIVE"
+        )
     check_options(
         dtype=config.dtype,
         device=config.device,

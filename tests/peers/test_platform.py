@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
@@ -10,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from peers import host
 from peers.errors import UnsupportedPlatform
+from peers.host import PeerConfig
 from peers.platform import require_platform
+from routing.errors import CallerError
 
 WITHOUT_UNIX = """
 import platform, signal, sys
@@ -61,6 +66,42 @@ def test_a_peer_and_a_client_in_python_get_a_typed_error_before_any_download() -
     assert done.returncode == 1
     assert done.stdout.startswith("Windows has neither")
     assert done.stderr.splitlines()[-1].startswith("peers.errors.UnsupportedPlatform: Windows has neither")
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "found"),
+    [("", {}, "True PASSIVE"), ("", {"OMP_WAIT_POLICY": "ACTIVE"}, "True ACTIVE"), ("import torch", {}, "False None")],
+)
+def test_threads_of_a_program_that_embeds_a_peer_sleep_unless_it_says_otherwise_or_loads_torch_first(
+    before: str, asked: dict[str, str], found: str
+) -> None:
+    program = f"""
+import os, sys
+{before}
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Watch())
+import peers.host
+print(peers.host.THREADS_SLEEP, os.environ.get("OMP_WAIT_POLICY"))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | asked
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True, env=environment
+    )
+    assert done.stdout.splitlines() == [*([] if before else [found.split()[1]]), found]
+
+
+async def test_a_peer_whose_threads_spin_says_so_at_its_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PeerConfig(model="no/such-model", network="hive", identity=Path("nowhere.key"), device="abacus")
+    for sleep in (True, False):
+        monkeypatch.setattr(host, "THREADS_SLEEP", sleep)
+        with pytest.raises(CallerError):
+            await host.run_peer(config, emit=print, stop=asyncio.Event())
+        assert ("OMP_WAIT_POLICY=PASSIVE" in caplog.text) is not sleep
 
 
 def test_a_hivemind_without_its_daemon_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
