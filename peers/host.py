@@ -591,7 +591,7 @@ class ServerPeer:
         folder = cache_folder()
         with suppress(OSError):  # a full disk: the journal goes without, and says so
             folder.mkdir(parents=True, exist_ok=True)
-        return Journal(limits, Disk(folder, self._journal_disk_bytes))
+        return Journal(limits, Disk(folder, self._journal_disk_bytes, self.tasks))
 
     async def serve(self) -> None:
         """Accept sessions and announce until cancelled; raises what no part expected."""
