@@ -9,13 +9,14 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from peers import host
 from peers.errors import UnsupportedPlatform
 from peers.host import PeerConfig
-from peers.platform import require_platform
+from peers.platform import let_threads_sleep, require_platform
 from routing.errors import CallerError
 
 WITHOUT_UNIX = """
@@ -68,29 +69,36 @@ def test_a_peer_and_a_client_in_python_get_a_typed_error_before_any_download() -
     assert done.stderr.splitlines()[-1].startswith("peers.errors.UnsupportedPlatform: Windows has neither")
 
 
-@pytest.mark.parametrize(
-    ("before", "asked", "found"),
-    [("", {}, "True PASSIVE"), ("", {"OMP_WAIT_POLICY": "ACTIVE"}, "True ACTIVE"), ("import torch", {}, "False None")],
-)
-def test_threads_of_a_program_that_embeds_a_peer_sleep_unless_it_says_otherwise_or_loads_torch_first(
-    before: str, asked: dict[str, str], found: str
-) -> None:
-    program = f"""
+HOW_THREADS_WAIT = """
 import os, sys
-{before}
 class Watch:
     def find_spec(self, name, *_):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"))
+            print(os.environ["OMP_WAIT_POLICY"], flush=True)
+            os._exit(0)
 sys.meta_path.insert(0, Watch())
 import peers.host
-print(peers.host.THREADS_SLEEP, os.environ.get("OMP_WAIT_POLICY"))
 """
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | asked
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True, env=environment
-    )
-    assert done.stdout.splitlines() == [*([] if before else [found.split()[1]]), found]
+
+
+def test_in_a_program_that_embeds_a_peer_how_threads_wait_is_settled_before_torch_is_loaded() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", HOW_THREADS_WAIT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, env=environment)
+    assert done.stdout == "PASSIVE\n"
+
+
+@pytest.mark.parametrize(
+    ("loaded", "asked", "policy"),
+    [(False, None, "PASSIVE"), (False, "ACTIVE", "ACTIVE"), (True, None, None), (True, "ACTIVE", "ACTIVE")],
+)
+def test_threads_sleep_unless_somebody_says_otherwise_or_torch_is_there_already(
+    loaded: bool, asked: str | None, policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peers.platform.sys", SimpleNamespace(modules={"torch": None} if loaded else {}))
+    monkeypatch.setattr(os, "environ", {} if asked is None else {"OMP_WAIT_POLICY": asked})
+    assert let_threads_sleep() is (policy is not None)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 async def test_a_peer_whose_threads_spin_says_so_at_its_start(
