@@ -106,8 +106,8 @@ class Plan:
                     left.insert(0, BlockSpan(end, span.end))
         return parts
 
-    def beside(self, forward_bytes: int, *, blocks: int | None = None) -> Plan:
-        """What remains beside a forward that was found to take so much; `blocks`: as many are settled by now.
+    def beside(self, forward_bytes: int, *, blocks: BlockSpans | None = None) -> Plan:
+        """What remains beside a forward that was found to take so much; `blocks`: which are settled by now.
 
         Raises PeerTooSmall.
         """
@@ -179,7 +179,7 @@ def plan_capacity(
         limits_bytes=limits_bytes,
         sizes=Sizes(
             block_bytes=bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization) + hosted_bytes,
-            token_bytes=max(shape.elements for shape in anatomy.kv_shapes) * chosen_dtype.itemsize,
+            token_bytes=tuple(shape.elements * chosen_dtype.itemsize for shape in anatomy.kv_shapes),
             # with quantization, each block stands here whole for a moment
             process_bytes=PROCESS_BYTES
             - FORWARD_BYTES
@@ -189,11 +189,9 @@ def plan_capacity(
             + (adapter_bytes // len(devices) if on_host else adapter_bytes),
             forward_bytes=forwards * FORWARD_BYTES,
         ),
-        num_blocks=total_blocks,
         max_positions=max_positions(config),
         windows=anatomy.windows,
-        shares=tuple(shape.elements for shape in anatomy.kv_shapes),
-        blocks=num_blocks if blocks is None else blocks.num_blocks,
+        blocks=num_blocks if blocks is None else blocks,
         cache_tokens=cache_tokens,
     )
     return Plan(
@@ -214,7 +212,7 @@ def plan_capacity(
 def _share(request: Request) -> Share:
     share = divide(request)
     if not share.fits(request):
-        needed_bytes = sum(share.num_bytes(request.sizes, blocks) for blocks in share.blocks if blocks)
+        needed_bytes = sum(share.num_bytes(request, blocks) for blocks in share.blocks if blocks)
         raise PeerTooSmall(
             f"{sum(share.blocks)} block(s) of this model with a cache of {share.cache_tokens} tokens take "
             f"{_mib(needed_bytes)}, this peer may use {_mib(sum(request.limits_bytes))}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import sys
 from pathlib import Path
 
 from peers.errors import UnsupportedPlatform
@@ -29,9 +30,12 @@ def require_platform() -> None:
         )
 
 
-def let_threads_sleep() -> None:
+def let_threads_sleep() -> bool:
     """Have torch's threads sleep when they wait: spinning, they keep those of other peers and programs from work.
 
-    For whoever starts a process, before anything imports torch: its libraries read this once, when they are loaded.
+    Before anything imports torch: its libraries read this once, when they are loaded. False where they have been,
+    without anybody having said how threads are to wait.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return "OMP_WAIT_POLICY" in os.environ

@@ -76,7 +76,7 @@ class Blocks:
                 for name, adapter in adapters.items():
                     _check_adapter(engine, name, adapter)
                 probe = probe or await measure(engine)
-                final = plan.beside(probe.forward_bytes, blocks=spans.num_blocks)
+                final = plan.beside(probe.forward_bytes, blocks=spans)
                 if plan.cache_tokens <= final.cache_tokens:
                     trial.pop_all()
                     by_digest = {self.adapters[name].digest: adapter for name, adapter in adapters.items()}

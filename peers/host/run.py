@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
 
+from peers import host
 from peers.capacity import FORWARD_BYTES, Plan, check_options, plan_capacity
 from peers.exposition import told
 from peers.host import events
@@ -31,6 +33,8 @@ from peers.serving.owner import Owner, be_nice
 from peers.serving.reachability import DialBackService, watch_reachability
 from peers.transport.links import Links
 from routing.version import SOFTWARE
+
+logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 20.0
 
@@ -64,6 +68,11 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
 
     What can be refused without the model (options, identity, port, entry nodes) is refused before it is downloaded.
     """
+    if not host.THREADS_SLEEP:
+        logger.warning(
+            "torch was here before peers.host: its threads spin while they wait, and take the processor from other "
+            "peers and programs; import peers.host first, or start this program with OMP_WAIT_POLICY=PASSIVE"
+        )
     check_options(
         dtype=config.dtype,
         device=config.device,
@@ -105,8 +114,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             alone=not config.initial_peers,
         )
         max_blocks = plan.max_blocks
-        if spans.num_blocks < max_blocks:
-            plan = plan.beside(FORWARD_BYTES if probe is None else probe.forward_bytes, blocks=spans.num_blocks)
+        plan = plan.beside(FORWARD_BYTES if probe is None else probe.forward_bytes, blocks=spans)
         format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
         emit(Event("loading", {"model": checkpoint.name, **spans.as_fields(), **format_}))
         await peer.load(

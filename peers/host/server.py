@@ -164,7 +164,7 @@ class ServerPeer:
 
     async def _reload(self, spans: BlockSpans) -> None:
         fitting = replace(self._plan, forwards=len(spans.parts))
-        fitting = fitting.beside(self.probe.forward_bytes, blocks=spans.num_blocks)
+        fitting = fitting.beside(self.probe.forward_bytes, blocks=spans)
         await self._run_blocks(spans, fitting, probe=self.probe)
 
     async def _run_blocks(
@@ -228,7 +228,7 @@ class ServerPeer:
         folder = cache_folder()
         with suppress(OSError):  # a full disk: the journal goes without, and says so
             folder.mkdir(parents=True, exist_ok=True)
-        return Journal(limits, Disk(folder, self._journal_disk_bytes))
+        return Journal(limits, Disk(folder, self._journal_disk_bytes, self.tasks))
 
     async def serve(self) -> None:
         """Accept sessions and announce until cancelled; raises what no part expected."""

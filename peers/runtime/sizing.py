@@ -12,6 +12,10 @@ Several devices share the blocks so that the pool, which is as large on each of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import sub
+
+from routing.ids import BlockSpans
 
 TOKENS_MIN = 2048
 """Below that, one conversation would fill the pool: such a peer is more trouble to a route than help."""
@@ -28,8 +32,8 @@ class Sizes:
 
     block_bytes: int
     """The weights of one block."""
-    token_bytes: int
-    """The keys and values of one position at one block."""
+    token_bytes: tuple[int, ...]
+    """The keys and values of one position, at each block of the model."""
     process_bytes: int
     """Everything else, whatever the number of blocks, but for"""
     forward_bytes: int
@@ -43,22 +47,27 @@ class Request:
     limits_bytes: tuple[int, ...]
     """Of each device."""
     sizes: Sizes
-    num_blocks: int
-    """Of the whole model."""
     max_positions: int
     """Of one session."""
-    windows: tuple[int | None, ...] = (None,)
+    windows: tuple[int | None, ...]
     """How many positions each block of the model sees; None: all."""
-    shares: tuple[int, ...] = ()
-    """What each block stores of a position, in any unit; nothing where all store alike."""
-    blocks: int | None = None
+    blocks: BlockSpans | int | None = None
+    """Which, or how many that follow each other."""
     cache_tokens: int | None = None
 
     def weight(self, tokens: int) -> int:
-        """What a session of that length takes, in positions that every block keeps; on average over the blocks."""
-        shares = self.shares or (1,) * len(self.windows)
+        """What a session of that length takes, in positions that every block keeps; on average over the model's."""
+        sizes = self.sizes.token_bytes
         kept = (tokens if window is None else min(tokens, window + BEHIND_WINDOW_TOKENS) for window in self.windows)
-        return -(-sum(count * share for count, share in zip(kept, shares, strict=True)) // sum(shares))
+        return -(-sum(count * size for count, size in zip(kept, sizes, strict=True)) // sum(sizes))
+
+    def token_bytes(self) -> list[int]:
+        """The most that a position takes at 0, 1, 2, … blocks that follow each other, of those that may be served."""
+        sizes = self.sizes.token_bytes
+        if isinstance(self.blocks, BlockSpans):
+            sizes = tuple(sizes[block] for span in self.blocks for block in span)
+        ends = list(accumulate(sizes, initial=0))
+        return [max(map(sub, ends[count:], ends)) for count in range(len(ends))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +80,14 @@ class Share:
 
     def fits(self, request: Request) -> bool:
         return all(
-            not blocks or self.num_bytes(request.sizes, blocks) <= limit_bytes
+            not blocks or self.num_bytes(request, blocks) <= limit_bytes
             for blocks, limit_bytes in zip(self.blocks, request.limits_bytes, strict=True)
         )
 
-    def num_bytes(self, sizes: Sizes, blocks: int) -> int:
-        """On a device with so many blocks."""
-        per_block = sizes.block_bytes + self.cache_tokens * sizes.token_bytes
-        return blocks * per_block + sizes.process_bytes + sizes.forward_bytes
+    def num_bytes(self, request: Request, blocks: int) -> int:
+        """On a device with so many blocks, those that store the most."""
+        sizes, pool_bytes = request.sizes, self.cache_tokens * request.token_bytes()[blocks]
+        return blocks * sizes.block_bytes + pool_bytes + sizes.process_bytes + sizes.forward_bytes
 
 
 def divide(request: Request) -> Share:
@@ -87,15 +96,17 @@ def divide(request: Request) -> Share:
     rooms = [limit_bytes - sizes.process_bytes - sizes.forward_bytes for limit_bytes in request.limits_bytes]
     most = cache_tokens or SESSIONS_MAX * request.weight(request.max_positions)
     least = cache_tokens or min(request.weight(TOKENS_MIN), most)
+    token_bytes = request.token_bytes()
 
     def affordable(device: int, blocks: int) -> int:
-        return (rooms[device] // blocks - sizes.block_bytes) // sizes.token_bytes
+        return (rooms[device] - blocks * sizes.block_bytes) // token_bytes[blocks]
 
-    wanted = request.blocks
+    wanted = request.blocks.num_blocks if isinstance(request.blocks, BlockSpans) else request.blocks
     if wanted is None:
         useful = cache_tokens or min(USEFUL_TOKENS // TOKENS_MIN * request.weight(TOKENS_MIN), most)
-        room = sum(max(0, room // (sizes.block_bytes + useful * sizes.token_bytes)) for room in rooms)
-        wanted = min(request.num_blocks, max(1, room))
+        counts = range(1, len(token_bytes))
+        room = sum(affordable(device, count) >= useful for device in range(len(rooms)) for count in counts)
+        wanted = min(len(counts), max(1, room))
     blocks = [0] * len(rooms)
     for _ in range(wanted):
         roomiest = max(range(len(rooms)), key=lambda device: affordable(device, blocks[device] + 1))

@@ -16,6 +16,7 @@ A chunk is paid for once, by the client whose session brought it, for as long as
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from dataclasses import dataclass, field
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.ids import BlockSpan, PeerId, Place
 
-Spill = Callable[[Sequence[memoryview]], list[memoryview] | None]
-"""Moves payloads out of memory: the same bytes, readable from elsewhere; None when there is no room. What it returns
-takes room until nobody refers to it."""
+Settle = Callable[[list[memoryview] | None], None]
+Spill = Callable[[Sequence[memoryview], Settle], bool]
+"""Begins to move payloads out of memory; False when there is no room. Later, and in order, it settles them: with the
+same bytes, readable from elsewhere, which take room until nobody refers to them, or with None where that has failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class _Chunk:
     payload: memoryview
     users: int = 0
     in_memory: bool = True
+    """And paid for: neither on disk nor on the way there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,21 +212,40 @@ class Journal:
         for record in self._records.values():
             if record.owner == owner and any(part.chunk.in_memory for part in record.parts):
                 if not self._to_disk(record):
-                    self._drop(record.parts)
-                    record.parts, record.start = [], record.end
-                    self.evictions += 1
+                    self._forget(record)
                 return True
         return False
 
     def _to_disk(self, record: _Record) -> bool:
         chunks = [part.chunk for part in record.parts if part.chunk.in_memory]
-        moved = None if self._spill is None else self._spill([chunk.payload for chunk in chunks])
-        if moved is None:
+        payloads = [chunk.payload for chunk in chunks]
+        if self._spill is None or not self._spill(payloads, functools.partial(self._moved, chunks)):
             return False
-        for chunk, payload in zip(chunks, moved, strict=True):
-            chunk.payload, chunk.in_memory = payload, False
+        for chunk in chunks:
+            chunk.in_memory = False
             self._unpay(chunk)
         return True
+
+    def _moved(self, chunks: Sequence[_Chunk], payloads: Sequence[memoryview] | None) -> None:
+        """These are on disk, or lost: then whatever shares one of them goes for good."""
+        if payloads is not None:
+            for chunk, payload in zip(chunks, payloads, strict=True):
+                chunk.payload = payload
+            return
+        lost = set(chunks)
+        for record in self._records.values():
+            if any(part.chunk in lost for part in record.parts):
+                self._forget(record)
+        for key, (_, parts) in list(self._blocks.items()):
+            if any(part.chunk in lost for part in parts):
+                del self._blocks[key]
+                self._drop(parts)
+                self.evictions += 1
+
+    def _forget(self, record: _Record) -> None:
+        self._drop(record.parts)
+        record.parts, record.start = [], record.end
+        self.evictions += 1
 
     def _share(self, parts: list[_Part], more: Sequence[_Part] | Iterator[_Part]) -> None:
         for part in more:

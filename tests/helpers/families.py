@@ -216,24 +216,31 @@ def _families() -> Iterable[Family]:
         sliding_window=4,
         layer_types=ALTERNATING,
     )
-    yield family(
-        "dots3-note",
-        "Dots3NoteTextConfig",
+    dots3: dict[str, Any] = {
         **COMMON,
         **LATENT,
         **mixture,
-        num_key_value_heads=4,
-        head_dim=12,
-        use_dsa=False,
-        sliding_window=4,
-        layer_types=ALTERNATING,
-        swa_num_attention_heads=2,
-        swa_num_key_value_heads=2,
-        swa_q_lora_rank=16,
-        swa_kv_lora_rank=8,
-        swa_head_dim=12,
-        swa_qk_nope_head_dim=8,
-        swa_v_head_dim=6,
+        "num_key_value_heads": 4,
+        "head_dim": 12,
+        "sliding_window": 4,
+        "swa_num_attention_heads": 2,
+        "swa_num_key_value_heads": 2,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 8,
+        "swa_head_dim": 12,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 6,
+    }
+    yield family("dots3-note", "Dots3NoteTextConfig", **dots3, use_dsa=False, layer_types=ALTERNATING)
+    yield family(
+        "dots3-note-indexed",
+        "Dots3NoteTextConfig",
+        **dots3,
+        layer_types=[kind.replace("full", "indexed") for kind in ALTERNATING],
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+        pluggable=False,
     )
     yield family(
         "deepseek-v32",

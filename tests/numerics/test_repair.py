@@ -17,7 +17,7 @@ import torch
 from peers.errors import Preempted
 from peers.host.server import ServerPeer
 from peers.runtime.engine import Done, Work
-from peers.serving.journal import Journal, JournalLimits
+from peers.serving.journal import JournalLimits
 from peers.serving.push import Delivery
 from peers.serving.spill import Disk
 from peers.transport.links import Link
@@ -97,9 +97,8 @@ class Scene:
             self.swarm.kill_peer(peer)
         return killed
 
-    def journal(self, hop: int) -> Journal:
-        name = self.route[hop]
-        return next(peer for peer in self.swarm.peers if peer._key.peer_id == name).handler.journal
+    def peer(self, hop: int) -> ServerPeer:
+        return next(peer for peer in self.swarm.peers if peer._key.peer_id == self.route[hop])
 
 
 def _saying(run: Callable[[Work], Awaitable[Done]], peer: PeerId, slow: set[PeerId]) -> Callable[[Work], Any]:
@@ -201,7 +200,7 @@ def test_a_hop_whose_journal_is_gone_computes_again_what_the_one_before_it_sends
     used = scene.warm_up()
 
     def kill() -> None:
-        monkeypatch.setattr(scene.journal(1), "read", lambda *_: None)  # evicted just when it is asked for
+        monkeypatch.setattr(scene.peer(1).handler.journal, "read", lambda *_: None)  # evicted just when it is asked for
         scene.kill(2)
 
     actual = generate(scene.model, PROMPT, stopping_criteria=[AtToken(8, kill)])
@@ -216,8 +215,8 @@ def test_a_hop_whose_journal_is_gone_computes_again_what_the_one_before_it_sends
 def test_a_hop_is_rebuilt_from_a_journal_on_disk_and_without_one_where_the_disk_is_full(
     scene: Scene, local: Any, room: bool, tmp_path: Path
 ) -> None:
-    used, journal = scene.warm_up(), scene.journal(1)
-    disk = Disk(tmp_path, 1 << 20 if room else 0)
+    used, keeper = scene.warm_up(), scene.peer(1)
+    journal, disk = keeper.handler.journal, Disk(tmp_path, 1 << 20 if room else 0, keeper.tasks)
     journal.limits, journal._spill = JournalLimits(max_bytes=2048), disk
     kill = AtToken(8, lambda: scene.kill(2) and None)
     assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[kill]), generate(local, PROMPT))

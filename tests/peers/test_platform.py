@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from peers import host
 from peers.errors import UnsupportedPlatform
-from peers.platform import require_platform
+from peers.host.config import PeerConfig
+from peers.host.run import run_peer
+from peers.platform import let_threads_sleep, require_platform
+from routing.errors import CallerError
 
 WITHOUT_UNIX = """
 import platform, signal, sys
@@ -62,6 +69,49 @@ def test_a_peer_and_a_client_in_python_get_a_typed_error_before_any_download() -
     assert done.returncode == 1
     assert done.stdout.startswith("Windows has neither")
     assert done.stderr.splitlines()[-1].startswith("peers.errors.UnsupportedPlatform: Windows has neither")
+
+
+HOW_THREADS_WAIT = """
+import os, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ["OMP_WAIT_POLICY"], flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+import peers.host
+"""
+
+
+def test_in_a_program_that_embeds_a_peer_how_threads_wait_is_settled_before_torch_is_loaded() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", HOW_THREADS_WAIT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, env=environment)
+    assert done.stdout == "PASSIVE\n"
+
+
+@pytest.mark.parametrize(
+    ("loaded", "asked", "policy"),
+    [(False, None, "PASSIVE"), (False, "ACTIVE", "ACTIVE"), (True, None, None), (True, "ACTIVE", "ACTIVE")],
+)
+def test_threads_sleep_unless_somebody_says_otherwise_or_torch_is_there_already(
+    loaded: bool, asked: str | None, policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peers.platform.sys", SimpleNamespace(modules={"torch": None} if loaded else {}))
+    monkeypatch.setattr(os, "environ", {} if asked is None else {"OMP_WAIT_POLICY": asked})
+    assert let_threads_sleep() is (policy is not None)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
+async def test_a_peer_whose_threads_spin_says_so_at_its_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PeerConfig(model="no/such-model", network="hive", identity=Path("nowhere.key"), device="abacus")
+    for sleep in (True, False):
+        monkeypatch.setattr(host, "THREADS_SLEEP", sleep)
+        with pytest.raises(CallerError):
+            await run_peer(config, emit=print, stop=asyncio.Event())
+        assert ("OMP_WAIT_POLICY=PASSIVE" in caplog.text) is not sleep
 
 
 def test_a_hivemind_without_its_daemon_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

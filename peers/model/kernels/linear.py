@@ -144,7 +144,7 @@ def _ways(format_: Format, device: torch.device) -> list[Product]:
 
 def _by_torchs_own_product(input_MK: Tensor, layer: Layer) -> Tensor:
     assert isinstance(layer, PackedLinear)
-    return torch._weight_int8pack_mm(input_MK, layer.codes, layer.scales.to(input_MK.dtype))
+    return torch._weight_int8pack_mm(input_MK, layer.codes, layer.scales_for_torch)
 
 
 def _by_a_compiled_kernel(input_MK: Tensor, layer: Layer) -> Tensor:

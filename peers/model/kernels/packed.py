@@ -81,6 +81,11 @@ class PackedLinear(nn.Module):
         """What the layer computes with, whole; some architectures look at its dtype."""
         return self.whole(self.dtype)
 
+    @functools.cached_property
+    def scales_for_torch(self) -> Tensor:
+        """The scales in `dtype`, for products of torch's own; once, and where the layer stays from then on."""
+        return self.scales.to(self.dtype)
+
     def whole(self, dtype: torch.dtype) -> Tensor:
         """[N, K]"""
         return whole(self.codes, self.scales, self.format, self.in_features, dtype, self.pool)

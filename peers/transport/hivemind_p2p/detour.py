@@ -89,6 +89,12 @@ async def detours(peer: PeerId, addresses: Sequence[str]) -> AsyncIterator[Detou
                 end.transport.abort()
 
 
+async def look_for(peer: PeerId, addresses: Sequence[str]) -> None:
+    """Raises PeerUnreachable when nothing listens at any of the addresses."""
+    async with detours(peer, addresses):
+        pass
+
+
 class _End(asyncio.Protocol):
     """One of the two connections of a pipe: what is heard here is said at the other end, which made the first."""
 

@@ -22,7 +22,7 @@ from peers.errors import PeerSilent, PeerUnreachable, Refused, StreamClosed
 from peers.transport.base import MAX_STREAMS_PER_PEER, Handler
 from peers.transport.framing import FramedStream
 from peers.transport.hivemind_p2p.daemon import Daemon, address_text, peer_id_from, translated
-from peers.transport.hivemind_p2p.detour import detours
+from peers.transport.hivemind_p2p.detour import detours, look_for
 from peers.transport.patience import Patience
 from routing.addresses import peer_id_in, validate_multiaddr
 from routing.errors import CallerError, InvalidAddress, SwarmError
@@ -32,6 +32,8 @@ from routing.records import MAX_ADDRESSES
 logger = logging.getLogger(__name__)
 
 _GREETING_TIMEOUT_S: Final = 10.0
+_HEAD_START_S: Final = 1.0
+"""Of libp2p, before anybody else looks whether a peer is there."""
 _MAX_GONE: Final = 1024
 
 
@@ -110,7 +112,7 @@ class HivemindTransport:
         async with self._dialling.setdefault(peer, asyncio.Lock()):  # a detour ends for all who came by it
             if peer not in self._gone:
                 try:
-                    await self._daemon.connect(peer, addresses, timeout_s=timeout_s)
+                    await self._dial(peer, addresses, timeout_s)
                     return
                 except PeerSilent:
                     raise
@@ -118,6 +120,23 @@ class HivemindTransport:
                     pass  # refused just now, or put off for something that failed earlier
             await self._connect_again(peer, addresses, timeout_s)
             self._gone.pop(peer, None)
+
+    async def _dial(self, peer: PeerId, addresses: Sequence[str], timeout_s: float) -> None:
+        """Given up as soon as nothing answers plain TCP either: libp2p waits 5 s for that, and 15 s on the internet."""
+        dialling = asyncio.create_task(self._daemon.connect(peer, addresses, timeout_s=timeout_s))
+        tasks = [dialling]
+        try:
+            await asyncio.wait(tasks, timeout=_HEAD_START_S)
+            if not dialling.done():
+                tasks.append(asyncio.create_task(look_for(peer, addresses)))
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not dialling.done():
+                await tasks[1]
+            await dialling
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _connect_again(self, peer: PeerId, addresses: Sequence[str], timeout_s: float) -> None:
         async with detours(peer, addresses) as found:

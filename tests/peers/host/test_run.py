@@ -190,7 +190,7 @@ async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_fr
     for share in ("JOURNAL_SHARE", "TRAINING_SHARE", "ADAPTER_SHARE", "IN_FLIGHT_SHARE"):
         monkeypatch.setattr(capacity, share, 0.0)  # whose size would depend on the memory that is allowed below
     plan = plan_capacity(FAMILIES["llama"].config(), device="cpu", max_memory_bytes=4 << 30)
-    half_bytes = plan.max_blocks * plan.cache_tokens * plan.request.sizes.token_bytes // 2
+    half_bytes = plan.cache_tokens * sum(plan.request.sizes.token_bytes) // 2
     found = replace(PROBE, forward_bytes=FORWARD_BYTES + half_bytes)
 
     async def measured(engine: Engine) -> Probe:
@@ -199,7 +199,7 @@ async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_fr
     monkeypatch.setattr(blocks, "measure", measured)
     options = {
         "blocks": BlockSpans.of(BlockSpan(0, plan.max_blocks)),
-        "max_memory_bytes": plan.share.num_bytes(plan.request.sizes, plan.max_blocks),
+        "max_memory_bytes": plan.share.num_bytes(plan.request, plan.max_blocks),
     }
     for _ in range(2):
         async with Life(peer(tmp_path, model=str(tiny), threads=1, **options)) as life:

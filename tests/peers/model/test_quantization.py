@@ -173,20 +173,23 @@ def test_where_there_is_no_library_torch_multiplies_by_8_bits_if_that_is_faster(
     plain, changed, x = blocks(), blocks(), torch.randn(2, 3, 64).to(dtype)
     monkeypatch.setattr(linear, "_fastest_s", lambda _, rows_MK, __: (len(rows_MK) / 12, 1.0))
     assert accelerate_by_torch(changed) == 2
-    products, multiply = list[int](), torch._weight_int8pack_mm
+    products, scales, multiply = list[int](), set[torch.Tensor](), torch._weight_int8pack_mm
 
-    def counted(rows_MK: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    def counted(rows_MK: torch.Tensor, codes: torch.Tensor, scales_N: torch.Tensor) -> torch.Tensor:
         products.append(len(rows_MK))
-        return multiply(rows_MK, *others)
+        scales.add(scales_N)
+        return multiply(rows_MK, codes, scales_N)
 
     monkeypatch.setattr(torch, "_weight_int8pack_mm", counted)
     error = {"atol": 4 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps}
     torch.testing.assert_close(changed(x), plain(x), **error)
-    assert products == [6, 6]
+    torch.testing.assert_close(changed(x), plain(x), **error)
+    assert products == [6, 6] * 2
+    assert len(scales) == 2, "one tensor for each layer, not one for each product"
     torch.testing.assert_close(changed(x.repeat(3, 1, 1)), plain(x.repeat(3, 1, 1)))  # more rows than it was faster for
     with torch.enable_grad():
         changed(x.float().to(dtype).requires_grad_()).sum().backward()
-    assert products == [6, 6]
+    assert products == [6, 6] * 2
 
 
 def test_where_torch_has_no_product_of_8_bits_weights_are_made_whole(

@@ -57,9 +57,14 @@ class Local:
         for module in self.model.modules():
             if getattr(module, "rope_type", None) == "dynamic":  # it remembers the last sequence
                 module.max_seq_len_cached, module.inv_freq = module.original_max_seq_len, module.original_inv_freq
-        with torch.no_grad():
-            for ids in steps:
-                self.model(ids[None], past_key_values=cache, use_cache=True)
+        for ids in steps:
+            entered, left = self.run(ids, cache)
+        return entered, left
+
+    @torch.no_grad()
+    def run(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """What enters and what leaves the span at these tokens behind those in `cache`, which they join."""
+        self.model(ids[None], past_key_values=cache, use_cache=True)
         return self._seen["enters"][0], self._seen["leaves"][0]
 
 

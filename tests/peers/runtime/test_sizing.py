@@ -1,30 +1,48 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peers.runtime.sizing import SESSIONS_MAX, TOKENS_MIN, Request, Share, Sizes, divide
+from routing.ids import MAX_SPANS, BlockSpan, BlockSpans
 
 GIB = 1 << 30
-SIZES = st.builds(
-    Sizes,
-    block_bytes=st.integers(1, 4 * GIB),
-    token_bytes=st.integers(1, 1 << 20),
-    process_bytes=st.integers(0, GIB),
-    forward_bytes=st.integers(0, 4 * GIB),
-)
-REQUESTS = st.builds(
-    Request,
-    limits_bytes=st.lists(st.integers(0, 1 << 40), min_size=1, max_size=3).map(tuple),
-    sizes=SIZES,
-    num_blocks=st.integers(1, 200),
-    max_positions=st.integers(16, 1 << 30),
-    windows=st.lists(st.none() | st.integers(1, 5000), min_size=1, max_size=6).map(tuple),
-    blocks=st.none() | st.integers(1, 200),
-    cache_tokens=st.none() | st.integers(16, 1 << 20),
-).map(lambda request: replace(request, blocks=request.blocks and min(request.blocks, request.num_blocks)))
+
+
+def spans_of(blocks: Iterable[int]) -> BlockSpans:
+    return BlockSpans.of(*(BlockSpan(block, block + 1) for block in blocks))
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    kinds = st.tuples(st.integers(1, 1 << 20), st.none() | st.integers(1, 5000))
+    blocks = draw(st.lists(st.sampled_from(draw(st.lists(kinds, min_size=1, max_size=3))), min_size=1, max_size=60))
+    first, count = draw(st.integers(0, len(blocks) - 1)), draw(st.integers(1, len(blocks)))
+    some = BlockSpan(first, min(len(blocks), first + count))
+    return Request(
+        limits_bytes=tuple(draw(st.lists(st.integers(0, 1 << 40), min_size=1, max_size=3))),
+        sizes=Sizes(
+            block_bytes=draw(st.integers(1, 4 * GIB)),
+            token_bytes=tuple(token_bytes for token_bytes, _ in blocks),
+            process_bytes=draw(st.integers(0, GIB)),
+            forward_bytes=draw(st.integers(0, 4 * GIB)),
+        ),
+        max_positions=draw(st.integers(16, 1 << 30)),
+        windows=tuple(window for _, window in blocks),
+        blocks=draw(st.sampled_from([None, count, BlockSpans.of(some), spans_of([*some][::2][:MAX_SPANS])])),
+        cache_tokens=draw(st.none() | st.integers(16, 1 << 20)),
+    )
+
+
+REQUESTS = requests()
+
+
+def asked_of(request: Request) -> int | None:
+    return request.blocks.num_blocks if isinstance(request.blocks, BlockSpans) else request.blocks
 
 
 def most_of(request: Request) -> int:
@@ -36,12 +54,12 @@ def test_a_share_is_within_the_limits_or_the_least_that_was_asked_for(request: R
     share, most = divide(request), most_of(request)
     blocks = sum(share.blocks)
     assert len(share.blocks) == len(request.limits_bytes)
-    assert 1 <= blocks <= request.num_blocks
-    assert request.blocks in (None, blocks)
+    assert 1 <= blocks <= len(request.windows)
+    assert asked_of(request) in (None, blocks)
     assert request.cache_tokens in (None, share.cache_tokens)
     least = request.cache_tokens or min(request.weight(TOKENS_MIN), most)
     assert least <= share.cache_tokens <= most
-    assert share.fits(request) or (blocks, share.cache_tokens) == (request.blocks or 1, least)
+    assert share.fits(request) or (blocks, share.cache_tokens) == (asked_of(request) or 1, least)
 
 
 @given(REQUESTS)
@@ -51,7 +69,7 @@ def test_nothing_useful_is_left_over(request: Request) -> None:
         return
     if share.cache_tokens < most:  # not one more position would fit
         assert not replace(share, cache_tokens=share.cache_tokens + 1).fits(request)
-    if request.blocks is None and sum(share.blocks) < request.num_blocks:  # nor one more block with a useful cache
+    if request.blocks is None and sum(share.blocks) < len(request.windows):  # nor one more block with a useful cache
         useful = request.cache_tokens or min(8 * request.weight(TOKENS_MIN), most)
         for device in range(len(share.blocks)):
             more = tuple(count + (index == device) for index, count in enumerate(share.blocks))
@@ -73,14 +91,41 @@ def test_with_more_memory_a_peer_never_takes_fewer_blocks(request: Request, more
     assert sum(divide(roomier).blocks) >= sum(divide(request).blocks)
 
 
+@given(REQUESTS, st.data())
+def test_what_fits_whichever_blocks_it_will_be_fits_when_it_is_known_and_leaves_as_much_cache_or_more(
+    request: Request, data: st.DataObject
+) -> None:
+    share = divide(request)
+    if isinstance(request.blocks, BlockSpans) or not share.fits(request):
+        return
+    count = sum(share.blocks)
+    start = data.draw(st.integers(0, len(request.windows) - count))
+    known = divide(replace(request, blocks=BlockSpans.of(BlockSpan(start, start + count))))
+    assert sum(known.blocks) == count
+    assert known.cache_tokens >= share.cache_tokens
+
+
+def request_of(token_bytes: tuple[int, ...], windows: tuple[int | None, ...], **options: Any) -> Request:
+    sizes = Sizes(block_bytes=0, token_bytes=token_bytes, process_bytes=0, forward_bytes=0)
+    return Request(limits_bytes=(60_000,), sizes=sizes, max_positions=1 << 20, windows=windows, **options)
+
+
 def test_a_session_weighs_what_its_blocks_keep_of_it() -> None:
-    def weight(windows: tuple[int | None, ...], tokens: int, shares: tuple[int, ...] = ()) -> int:
-        sizes = Sizes(block_bytes=1, token_bytes=1, process_bytes=0, forward_bytes=0)
-        request = Request(limits_bytes=(1,), sizes=sizes, num_blocks=6, max_positions=1, windows=windows, shares=shares)
-        return request.weight(tokens)
+    def weight(windows: tuple[int | None, ...], tokens: int, token_bytes: tuple[int, ...] = (1,) * 6) -> int:
+        return request_of(token_bytes, windows).weight(tokens)
 
     assert weight((None,) * 6, 5000) == 5000
     assert weight((128,) * 6, 5000) == 448
     assert weight((128,) * 6, 100) == 100
     assert weight((512, 512, 512, 512, 512, None), 5000) == (5 * 832 + 5000 + 5) // 6
-    assert weight((512, None), 5000, shares=(2, 1)) == (2 * 832 + 5000 + 2) // 3, "one of them stores twice as much"
+    assert weight((512, None), 5000, (2, 1)) == (2 * 832 + 5000 + 2) // 3, "one of them stores twice as much"
+
+
+def test_blocks_that_store_little_leave_more_cache_than_those_that_store_much() -> None:
+    def cache_tokens(blocks: BlockSpans | int) -> int:
+        return divide(request_of((1, 1, 8, 1, 1, 8), (None,) * 6, blocks=blocks)).cache_tokens
+
+    assert cache_tokens(BlockSpans.parse("0:2")) == 30_000
+    assert cache_tokens(BlockSpans.parse("1:3")) == cache_tokens(2) == 60_000 // 9
+    assert cache_tokens(BlockSpans.parse("2:3,5:6")) == 60_000 // 16
+    assert cache_tokens(6) == 3000

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import mmap
 import resource
-from collections.abc import Iterator
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from peers.serving.journal import Journal, JournalLimits
+from peers.serving import spill
+from peers.serving.journal import Journal, JournalLimits, Settle
 from peers.serving.spill import Disk
+from peers.transport.tasks import Tasks
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.ids import BlockSpan, PeerId, Place
 from tests.peers.serving.hops import session_id
@@ -127,37 +133,117 @@ def test_who_has_too_much_loses_what_was_used_longest_ago_and_nobody_else_does()
     assert journal.evictions == 2
 
 
-def test_what_leaves_memory_goes_to_disk_where_there_is_room() -> None:
-    room = [1]
+class SlowDisk:
+    """Takes so many writes at a time, and settles them when it is told to."""
 
-    def spill(payloads: Any) -> list[memoryview] | None:
-        if not room:
-            return None
-        room.pop()
-        return [memoryview(bytes(payload)) for payload in payloads]
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.waiting: deque[tuple[list[bytes], Settle]] = deque()
 
-    journal = Journal(JournalLimits(max_bytes=10 * ROW), spill)
+    def __call__(self, payloads: Sequence[memoryview], settle: Settle) -> bool:
+        if len(self.waiting) == self.room:
+            return False
+        self.waiting.append(([bytes(payload) for payload in payloads], settle))
+        return True
+
+    def settle(self, *, lost: bool = False) -> None:
+        written, settle = self.waiting.popleft()
+        settle(None if lost else [memoryview(payload) for payload in written])
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_what_leaves_memory_goes_to_disk_where_there_is_room_and_can_be_read_all_the_while(settled: bool) -> None:
+    disk = SlowDisk(1)
+    journal = Journal(JournalLimits(max_bytes=10 * ROW), disk)
     opened(journal, 1, 2)
     append(journal, 1, 0, 8)
     append(journal, 2, 0, 8)
     assert journal.memory_bytes == {ANN: 8 * ROW}
     assert read(journal, 1, 0, 8) == rows(0, 8)
+    if settled:
+        disk.settle()
+        disk.room = 0
     append(journal, 1, 8, 8)
     assert (read(journal, 2, 0, 8), read(journal, 1, 0, 16)) == (None, rows(0, 16))
 
 
-def test_the_disk_holds_what_it_was_given_until_nobody_needs_it_and_a_full_one_says_no(tmp_path: Path) -> None:
-    disk = Disk(tmp_path, max_bytes=100)
-    moved = disk([memoryview(b"a" * 60), memoryview(b"b" * 30)])
-    assert moved is not None
-    assert [bytes(view) for view in moved] == [b"a" * 60, b"b" * 30]
-    assert disk([memoryview(b"c" * 11)]) is None
-    del moved[0]
+def test_what_a_disk_loses_is_lost_to_all_who_share_it_and_counted() -> None:
+    disk, keys = SlowDisk(1), (b"a",)
+    journal = Journal(JournalLimits(max_bytes=(PREFIX_POSITIONS + 10) * ROW), disk)
+    opened(journal, 1, keys=keys)
+    append(journal, 1, 0, PREFIX_POSITIONS)
+    journal.fork(place(1), place(2), 5)
+    opened(journal, 3)
+    append(journal, 3, 0, 11)
+    assert disk.waiting
+    disk.settle(lost=True)
+    assert journal.evictions == 3, "the prefix first, for want of room; then one session, and its fork"
+    assert journal.memory_bytes == {ANN: 11 * ROW}
+    assert [journal.start(place(1), PREFIX_POSITIONS), journal.start(place(2), 5)] == [PREFIX_POSITIONS, 5]
+    append(journal, 1, PREFIX_POSITIONS, 1)
+    assert read(journal, 1, PREFIX_POSITIONS, PREFIX_POSITIONS + 1) == rows(PREFIX_POSITIONS, 1), "it goes on"
+
+
+Moved = list[list[memoryview] | None]
+
+
+def files_in(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
+
+
+async def test_the_disk_holds_what_it_was_given_until_nobody_needs_it_and_a_full_one_says_no(tmp_path: Path) -> None:
+    tasks, moved = Tasks(), Moved()
+    disk = Disk(tmp_path, 100, tasks)
+    assert disk([memoryview(b"a" * 60), memoryview(b"b" * 30)], moved.append)
+    assert not disk([memoryview(b"c" * 11)], moved.append)
+    await tasks.settled(timeout_s=10)
+    assert moved == [[b"a" * 60, b"b" * 30]]
+    assert not disk([memoryview(b"c" * 11)], moved.append)
+    assert moved[0] is not None
+    del moved[0][0]
     assert disk.used_bytes == 90, "one file"
-    del moved
+    moved.clear()
     assert disk.used_bytes == 0
-    assert list(tmp_path.iterdir()) == []
-    assert Disk(tmp_path / "gone", max_bytes=100)([memoryview(b"a")]) is None
+    assert files_in(tmp_path) == []
+    gone = Disk(tmp_path / "gone", 100, tasks)
+    assert gone([memoryview(b"a")], moved.append)
+    await tasks.settled(timeout_s=10)
+    assert (moved, gone.used_bytes) == ([None], 0)
+
+
+async def test_a_disk_that_blocks_keeps_neither_the_loop_nor_readers_waiting_and_little_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on, mapped = threading.Event(), spill._mapped
+
+    def blocked(*arguments: Any) -> mmap.mmap:
+        assert go_on.wait(timeout=60)
+        return mapped(*arguments)
+
+    monkeypatch.setattr(spill, "_mapped", blocked)
+    monkeypatch.setattr(spill, "WAITING_BYTES_MAX", 16 * ROW)
+    tasks = Tasks()
+    disk = Disk(tmp_path, 1 << 20, tasks)
+    journal = Journal(JournalLimits(max_bytes=10 * ROW), disk)
+    opened(journal, 1, 2, 3, 4)
+    for session in (1, 2, 3, 4):
+        append(journal, session, 0, 8)
+        await asyncio.sleep(0)  # the loop turns
+    kept = [read(journal, session, 0, 8) for session in (1, 2, 3, 4)]
+    assert kept == [rows(0, 8), rows(0, 8), None, rows(0, 8)], "what more than waits already is dropped"
+    assert (journal.evictions, disk.used_bytes, files_in(tmp_path)) == (1, 16 * ROW, [])
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    journal.release(place(2))
+    go_on.set()
+    await tasks.settled(timeout_s=60)
+    assert disk.used_bytes == 8 * ROW
+    assert read(journal, 1, 0, 8) == rows(0, 8)
+    append(journal, 3, 8, 8)
+    await tasks.settled(timeout_s=60)
+    assert [read(journal, 4, 0, 8), read(journal, 3, 8, 16)] == [rows(0, 8), rows(8, 8)], "it takes more again"
+    journal.release(place(1))
+    journal.release(place(4))
+    assert disk.used_bytes == 0
 
 
 @contextmanager
@@ -172,16 +258,20 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("payloads", [[100], [100_000], [10] * 20, [10] * 20_000])
-def test_a_disk_that_fills_up_in_the_middle_says_so_once_and_keeps_nothing_of_it(
+async def test_a_disk_that_fills_up_in_the_middle_says_so_once_and_keeps_nothing_of_it(
     payloads: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    disk, journal = Disk(tmp_path, max_bytes=1 << 20), [memoryview(bytes(size)) for size in payloads]
+    tasks, moved, journal = Tasks(), Moved(), [memoryview(bytes(size)) for size in payloads]
+    disk = Disk(tmp_path, 1 << 20, tasks)
     with no_file_larger_than(64):
-        assert disk(journal) is None
-        assert disk(journal) is None
-    assert (disk.used_bytes, list(tmp_path.iterdir())) == (0, [])
-    assert disk(journal) == journal
+        assert disk(journal, moved.append)
+        assert disk(journal, moved.append)
+        await tasks.settled(timeout_s=10)
+    assert (moved, disk.used_bytes, files_in(tmp_path)) == ([None, None], 0, [])
+    assert disk(journal, moved.append)
+    await tasks.settled(timeout_s=10)
+    assert moved[2] == journal
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
@@ -194,7 +284,8 @@ class JournalMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.journal = Journal(self.limits)
+        self.disk = SlowDisk(2)
+        self.journal = Journal(self.limits, self.disk)
         self.sent: dict[int, bytes] = {}
         self.mark = 0
 
@@ -228,6 +319,11 @@ class JournalMachine(RuleBasedStateMachine):
     def release(self, session: int) -> None:
         self.journal.release(place(session))
         self.sent.pop(session, None)
+
+    @precondition(lambda self: self.disk.waiting)
+    @rule(lost=st.booleans())
+    def settle(self, lost: bool) -> None:
+        self.disk.settle(lost=lost)
 
     @invariant()
     def it_says_what_was_sent_or_nothing(self) -> None:

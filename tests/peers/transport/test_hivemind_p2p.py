@@ -30,7 +30,7 @@ from hivemind.proto import dht_pb2
 
 from peers.errors import AddressInUse, PeerUnreachable, ProtocolError, Refused, StreamClosed
 from peers.transport.base import Stream
-from peers.transport.hivemind_p2p import HivemindNode, NodeConfig, dht, node, streams
+from peers.transport.hivemind_p2p import HivemindNode, NodeConfig, detour, dht, node, streams
 from peers.transport.hivemind_p2p.daemon import translated
 from peers.transport.hivemind_p2p.detour import Detours, detours
 from peers.transport.record_table import _Entry
@@ -325,6 +325,37 @@ async def says(stream: Stream, frame: bytes) -> bool:
 @pytest.fixture
 async def away(swarm: Swarm) -> Away:
     return Away(await swarm.node(1))
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[str]:
+    """An address whose connections nobody accepts or refuses, as on the far side of a firewall."""
+    with contextlib.ExitStack() as sockets:
+        full = sockets.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        yield f"/ip4/127.0.0.1/tcp/{full.getsockname()[1]}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse what a full queue does not take")
+async def test_an_entry_node_whose_packets_vanish_is_given_up_before_libp2p_would_and_keeps_no_other_waiting(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "_HEAD_START_S", 0.0)
+    monkeypatch.setattr(detour, "_PROBE_TIMEOUT_S", 0.5)
+    entry = await swarm.node(1)
+    with black_hole() as address:
+        lost, also = (f"{address}/p2p/{signing_key(number).peer_id}" for number in (2, 1))
+        with pytest.raises(PeerUnreachable, match=f"nothing answers at {lost}"):
+            await HivemindNode.create(NodeConfig(network=NETWORK, signing_key=signing_key(3), initial_peers=(lost,)))
+        initial_peers = (lost, also, *entry.addresses)
+        config = NodeConfig(network=NETWORK, signing_key=signing_key(3), initial_peers=initial_peers)
+        async with await HivemindNode.create(config) as joined:
+            assert joined.known_nodes == 1
 
 
 async def test_a_peer_that_returns_is_reached_at_once_however_often_it_was_missed(
