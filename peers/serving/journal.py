@@ -20,6 +20,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.ids import BlockSpan, PeerId, Place
 
@@ -52,8 +54,7 @@ class _Chunk:
     in_memory: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(msgspec.Struct, frozen=True):
     """Positions `[first, end)` of a chunk."""
 
     chunk: _Chunk

@@ -55,8 +55,11 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
+
+import msgspec
+from msgspec.structs import replace
 
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
@@ -116,8 +119,7 @@ class SessionConfig:
         return max(1, min(self.chunk_positions, -(-count // pieces)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PendingStep:
+class PendingStep(msgspec.Struct, frozen=True, kw_only=True):
     """A step that is not answered yet."""
 
     step: StepId
@@ -177,16 +179,14 @@ class Skip:
     steps: tuple[PendingStep, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SendStep:
+class SendStep(msgspec.Struct, frozen=True):
     """Send to the first hop; where `step.hop` is another one, have the hop before that send it from its journal."""
 
     step: PendingStep
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepDone:
+class StepDone(msgspec.Struct, frozen=True):
     """The result belongs to this step, which is now answered."""
 
     step: PendingStep
