@@ -527,9 +527,9 @@ class Handler:
     def _check_comfort(self, *pacers: Pacer | None) -> None:
         if self.paused:
             raise self._paused()
-        backlog_s = max((pacer.backlog_s for pacer in pacers if pacer is not None), default=0.0)
-        if backlog_s > MAX_BACKLOG_S:
-            raise Busy(f"{backlog_s:.0f} s of frames wait for bandwidth here", retry_after_s=backlog_s)
+        for pacer in pacers:
+            if pacer is not None and (backlog_s := pacer.backlog_s) > MAX_BACKLOG_S:
+                raise Busy(f"{backlog_s:.0f} s of frames wait for bandwidth here", retry_after_s=backlog_s)
 
     def _make_room(self, *, standby: bool) -> None:
         """Standbys take of the spare room only, and go while there is still some. Raises Busy for one of them."""

@@ -114,10 +114,14 @@ class Inbox:
         if self._sessions.observer is not None:
             self._sessions.observer.answered(core.session, step, hops, message.hops)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
-        # whoever waited goes on meanwhile
-        asyncio.get_running_loop().call_later(LEARN_AFTER_S, self._learn, hops, message, step.count, elapsed_s)
+        # whoever waited goes on meanwhile; but who works now may fail before anything else is learnt
+        now_s = self._sessions.client.discovery.now_s()
+        for hop in hops if len(message.hops) == len(hops) else ():
+            self._sessions.client.router.on_success(hop.peer_id, now_s)
+            self._sessions.client.links.vouch(hop.peer_id)
+        asyncio.get_running_loop().call_later(LEARN_AFTER_S, self._learn, hops, message, step.count, elapsed_s, now_s)
         if len(session.trips_s) >= TRIPS:
-            self._sessions.client.router.on_trips(hops, min(session.trips_s), self._sessions.client.discovery.now_s())
+            self._sessions.client.router.on_trips(hops, min(session.trips_s), now_s)
             session.trips_s.clear()
         self._driver.reconsider(session)
 
@@ -236,16 +240,13 @@ class Inbox:
             if trips_s >= 0:  # else somebody claims too much
                 session.trips_s.append(trips_s)
 
-    def _learn(self, hops: Sequence[Hop], message: Result, count: int, elapsed_s: float) -> None:
+    def _learn(self, hops: Sequence[Hop], message: Result, count: int, elapsed_s: float, now_s: float) -> None:
         """Feed the router what the hops reported of their own time, and what is counted, with the same."""
         self._sessions.traffic.answered(count, message.hops, elapsed_s)
         if len(message.hops) != len(hops):
             return
-        now_s = self._sessions.client.discovery.now_s()
         for hop, (queue_s, compute_s) in zip(hops, message.hops, strict=True):
             self._sessions.client.router.on_step(hop.peer_id, len(hop.span), count, compute_s, queue_s, now_s)
-            self._sessions.client.router.on_success(hop.peer_id, now_s)
-            self._sessions.client.links.vouch(hop.peer_id)
 
 
 def _hop_at(route: Route, peer: PeerId, block: int) -> int | None:
