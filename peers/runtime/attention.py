@@ -20,10 +20,11 @@ import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,16 +42,15 @@ SCORES_LIMIT = 1 << 24
 """Scores held at once where they are written out (soft-capping, sinks, keys wider than values): 64 MiB in float32."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pattern:
+class Pattern(msgspec.Struct, frozen=True, eq=False):
     """One mask of one forward: which keys a query sees, as a function of absolute positions."""
 
     function: MaskFunction
-    sights: dict[int, Sight] = field(default_factory=dict)
+    sights: dict[int, Sight] = msgspec.field(default_factory=dict)
     """What each segment sees under this pattern; filled by the first layer that uses it."""
-    plans: dict[int, Plan] = field(default_factory=dict)
+    plans: dict[int, Plan] = msgspec.field(default_factory=dict)
     """For each table, which segments the library attends for; made by the first layer that uses both."""
-    layouts: dict[int, object] = field(default_factory=dict)
+    layouts: dict[int, object] = msgspec.field(default_factory=dict)
     """For each table, what `Whole` made of it."""
 
 
@@ -64,8 +64,7 @@ class LayerPool:
     """Which of a session's tables says where its positions are."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
     """`tokens` new positions of one session, from absolute position `start` on, somewhere in the packed forward."""
 
     start: int
@@ -88,16 +87,14 @@ class Sight:
     mask_nL: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(msgspec.Struct, frozen=True):
     """The slots a segment reads, and an additive mask over them where it does not see all."""
 
     runs: Sequence[tuple[int, int]]
     mask_nL: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """Short segments go through the library together, the others through torch one by one."""
 
     visits: Visits | None

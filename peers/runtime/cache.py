@@ -18,10 +18,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, Protocol
 
+import msgspec
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -60,8 +60,7 @@ SAMPLE = ((500, 1), (40, 1), (0, 150), (260, 1), (100, 50))
 """Positions that sessions hold, and those that are new, of a forward in which ways to attend are compared."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """`tokens` new positions of a session from `start` on; the session's pages already reach to their end."""
 
     session: int
@@ -94,9 +93,9 @@ class SpanCache(Protocol):
         `between` is called between blocks, and may run a forward of other sessions.
         """
 
-    def at_once(self, chunk: Chunk, hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor | None:
-        """As `forward` of one chunk without an adapter, where that is one call of the library, which any thread may
-        make, outside of inference mode too; else None, and nothing has happened."""
+    def at_once(self, chunk: Chunk, rows: memoryview, span: BlockSpan, regime_length: int) -> memoryview | None:
+        """As `forward` of one chunk without an adapter, as bytes in the model's dtype, where that is one call of the
+        library, which any thread may make; else None, and nothing has happened."""
 
     def prepare(self) -> Iterator[None]:
         """What makes later forwards faster and takes a second, in steps between which forwards may run."""
@@ -191,11 +190,12 @@ class PagedCache:
                 between=between if adapting is None else adapting.around(between),
             )[0]
 
-    def at_once(self, chunk: Chunk, hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor | None:
+    def at_once(self, chunk: Chunk, rows: memoryview, span: BlockSpan, regime_length: int) -> memoryview | None:
         tapes = self._tapes
         if tapes is None or not (tapes.is_plain(chunk.tokens) and self._is_recorded(chunk.tokens, span, regime_length)):
             return None
-        return tapes(hidden_TH, RaggedBatch(self._segments([chunk]), (), self._model.device, self._library))
+        batch = RaggedBatch(self._segments([chunk]), (), self._model.device, self._library)
+        return tapes.at_once(rows, chunk.tokens, batch)
 
     def _segments(self, chunks: Sequence[Chunk]) -> list[list[Segment]]:
         """Of each table."""
@@ -374,7 +374,7 @@ class SoloCache:
         self._caches[chunk.session] = cache
         return output_1TH[0]
 
-    def at_once(self, chunk: Chunk, hidden_TH: Tensor, span: BlockSpan, regime_length: int) -> Tensor | None:
+    def at_once(self, chunk: Chunk, rows: memoryview, span: BlockSpan, regime_length: int) -> memoryview | None:
         return None
 
     def prepare(self) -> Iterator[None]:

@@ -41,7 +41,7 @@ from peers.runtime.program import TOKENS_MAX
 from peers.runtime.scheduler import MIN_TOKEN_BUDGET, STEP_TOKENS, Item, Pace, Pick, Scheduler, Tempo
 from peers.tally import Tally
 from peers.wire.messages import Urgency
-from peers.wire.tensors import finite
+from peers.wire.tensors import NAMES, finite, finite_in
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId, Place, SessionId
 
@@ -242,6 +242,9 @@ class Engine:
     def __init__(self, model: SpanModel, config: EngineConfig) -> None:
         self.model = model
         self.config = config
+        self.dtype = NAMES[model.dtype]
+        """By its name."""
+        self._row_bytes = model.hidden_size * model.dtype.itemsize
         self._pages: PagePool
         self._prefixes: PrefixIndex
         self._scheduler = Scheduler(config.token_budget)
@@ -369,18 +372,23 @@ class Engine:
                 self._retire(ticket)
             raise
 
-    def at_once(self, work: Work) -> Done | None:
-        """What `run` would return, computed in this call; None, and nothing has happened, unless the work is the next
-        token, or a few, of the session that had the last forward to itself, nobody waits, and it is soon done.
+    def at_once(
+        self, session: SessionKey, start: int, rows: memoryview, span: BlockSpan, regime_length: int
+    ) -> tuple[memoryview, float] | None:
+        """What `run` would make of an interactive work without adapter or parent, computed in this call, with the
+        seconds that it took; `rows` and result as bytes in `dtype`. None, and nothing has happened, unless they are the
+        next token, or a few, of the session that had the last forward to itself, nobody waits, and it is soon done.
 
         Raises ComputeFailed, NonFiniteOutput, Unavailable.
         """
         with self._wake:  # the thread sleeps: what it could be doing was asked first
-            session = self._sessions.get(work.session)
-            if session is None or not (self._is_moment(work) and self._goes_on(session, work)):
+            state, tokens = self._sessions.get(session), len(rows) // self._row_bytes
+            if state is None or not (self._is_moment(tokens) and self._goes_on(state, start, span)):
                 return None
             try:
-                return self._step_here(session, work)
+                return self._step_here(
+                    state, Chunk(session=state.number, start=start, tokens=tokens), rows, regime_length
+                )
             except SwarmError:
                 raise
             except Exception as error:  # the books are wrong
@@ -552,60 +560,59 @@ class Engine:
             self._cache.fork(parent.number, child.number, position)
         child.span, child.held, child.before, child.preempted = parent.span, position, parent.before, False
 
-    def _is_moment(self, work: Work) -> bool:
-        """Whether this work would be the only one, and soon done without torch's threads."""
-        tokens = work.hidden.shape[0]
+    def _is_moment(self, tokens: int) -> bool:
+        """Whether a work of so many would be the only one, and soon done without torch's threads."""
         return (
             self._prepared
             and not (self._tickets or self._running or self._errands or self._stopping)
             and 0 < tokens <= STEP_TOKENS
-            and work.urgency == Urgency.INTERACTIVE
             and self._tempo.step_s <= MOMENT_S
             and not self._tempo.is_long(tokens)
         )
 
-    def _goes_on(self, session: _Session, work: Work) -> bool:
-        """Whether the work goes on where the last forward ended, with nothing to be undone or checked."""
+    def _goes_on(self, session: _Session, start: int, span: BlockSpan) -> bool:
+        """Whether a work goes on where the last forward ended, with nothing to be undone or checked."""
         return (
             session.number == self._last_session
-            and work.adapter is None
-            and work.parent is None
-            and session.span == work.span
+            and session.span == span
             and session.before == 0
-            and 0 < session.held == work.start == self._pages.length(session.number)
-            and work.hidden.shape[1:] == (self.model.hidden_size,)
+            and 0 < session.held == start == self._pages.length(session.number)
         )
 
-    def _step_here(self, session: _Session, work: Work) -> Done | None:
+    def _step_here(
+        self, session: _Session, chunk: Chunk, rows: memoryview, regime_length: int
+    ) -> tuple[memoryview, float] | None:
         began_s = time.perf_counter()
-        number, start, tokens = session.number, work.start, work.hidden.shape[0]
+        number, start, tokens = chunk.session, chunk.start, chunk.tokens
         end = start + tokens
+        assert session.span is not None
         self._pages.slide(number)
         if (copies := self._pages.grow(number, end)) is None:
             return None  # others must give way
         try:
             self._cache.copy(copies)
-            hidden_TH = work.hidden if work.hidden.dtype is self.model.dtype else work.hidden.to(self.model.dtype)
-            chunk = Chunk(session=number, start=start, tokens=tokens)
-            output_TH = self._cache.at_once(chunk, hidden_TH, work.span, work.longest)
+            output = self._cache.at_once(chunk, rows, session.span, max(regime_length, end))
         except Exception as error:  # this work fails, the engine lives on
             logger.exception("a forward failed")
             self._shorten(session)
             raise ComputeFailed("this peer failed to compute the step") from error
-        if output_TH is None:
+        if output is None:
             self._shorten(session)
             return None
+        ended_s = time.perf_counter()
+        self._loop.call_soon(self._note_moment, session, tokens, began_s, ended_s)  # when the output has left
         self._prefixes.begun(number, start, end)
-        now_s = time.perf_counter()
-        compute_s = now_s - began_s
-        self._note_forward(1, tokens, compute_s, steps=tokens)
-        self._note_steps([(session, began_s)], now_s)
-        if not finite(output_TH):
+        if not finite_in(output, self.dtype):
             self._shorten(session)
             raise _non_finite()
         session.held = end
         self._prefixes.computed(number, end)
-        return Done(hidden=output_TH, queue_s=0.0, compute_s=compute_s)
+        return output, ended_s - began_s
+
+    def _note_moment(self, session: _Session, tokens: int, began_s: float, ended_s: float) -> None:
+        with self._wake:
+            self._note_forward(1, tokens, ended_s - began_s, steps=tokens)
+            self._note_steps([(session, began_s)], ended_s)
 
     def _next(self) -> int:
         self._count += 1

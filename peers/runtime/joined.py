@@ -132,12 +132,18 @@ class JoinedEngine:
             raise
         return done
 
-    def at_once(self, work: Work) -> Done | None:
-        """As `Engine.at_once`, where one engine has all of the work's blocks."""
-        parts = self.parts(work.span)
-        if len(parts) != 1 or work.session not in self._lives:
+    @property
+    def dtype(self) -> str:
+        return self._engines[0].dtype
+
+    def at_once(
+        self, session: SessionKey, start: int, rows: memoryview, span: BlockSpan, regime_length: int
+    ) -> tuple[memoryview, float] | None:
+        """As `Engine.at_once`, where one engine has all of these blocks."""
+        parts = self.parts(span)
+        if len(parts) != 1 or session not in self._lives:
             return None
-        return parts[0][0].at_once(work)
+        return parts[0][0].at_once(session, start, rows, span, regime_length)
 
     def release(self, session: SessionKey) -> None:
         self._lives.pop(session, None)

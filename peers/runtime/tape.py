@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from peers.model.kernels import FastLinear, PackedLinear, Pool
-from peers.model.kernels.pool import INPUTS, WEIGHTS
+from peers.model.kernels.pool import INPUTS, WEIGHTS, Visits
 from peers.model.support import one_line
 from peers.runtime.adapting import Adapting, Place
 from peers.runtime.attention import LayerPool, Pattern, RaggedBatch
@@ -444,6 +444,8 @@ class Tapes:
         self._programs, self._like_H, self._pools, self._library = programs, like_H, pools, library
         self._adaptable = adaptable
         self._arena = torch.empty(0, dtype=torch.uint8)
+        self._room, self._room_at = memoryview(b""), 0
+        """What goes in and comes out `at_once`, and its address."""
         self._tapes: dict[int, _Tape | None] = {}
         """By the number of positions."""
         self._stopping: dict[int, _Tape | None] = {}
@@ -459,8 +461,7 @@ class Tapes:
         tape = tapes[tokens]
         if tape is None or (adapting is not None and not tape.stops.issuperset(adapting.layers)):
             return None
-        patterns = [Pattern(pattern.function) for pattern in self._programs.recordings[tokens > 1][1].patterns]
-        visits = batch.visits([(patterns[number], table) for number, table in tape.uses], hidden_xTH)
+        visits = self._visits(tape, tokens, batch)
         if visits is None:
             return None
         hidden_xTH = hidden_xTH.contiguous()
@@ -480,6 +481,28 @@ class Tapes:
             else:
                 self._library.run(part, bases, visits)
         return output_xTH
+
+    def at_once(self, rows: memoryview, tokens: int, batch: RaggedBatch) -> memoryview | None:
+        """The same of [T, H] as bytes, where `is_plain` of so many positions: torch, whose code is cold when a token
+        comes, takes longer to make tensors of them than all else."""
+        tape, size = self._tapes[tokens], len(rows)
+        assert tape is not None
+        assert tape.code is not None
+        if (visits := self._visits(tape, tokens, batch)) is None:
+            return None
+        half = -(-size // ALIGNMENT) * ALIGNMENT
+        if len(self._room) < 2 * half:
+            room = torch.empty(2 * half, dtype=torch.uint8)
+            self._room, self._room_at = room.numpy().data, room.data_ptr()
+        self._room[:size] = rows
+        positions = batch.positions.buffer_info()[0]
+        bases = (self._room_at, positions, self._arena.data_ptr(), self._room_at + half)
+        self._library.run(tape.code, bases, visits)
+        return memoryview(bytes(self._room[half : half + size]))
+
+    def _visits(self, tape: _Tape, tokens: int, batch: RaggedBatch) -> list[Visits] | None:
+        patterns = [Pattern(pattern.function) for pattern in self._programs.recordings[tokens > 1][1].patterns]
+        return batch.visits([(patterns[number], table) for number, table in tape.uses], self._like_H)
 
     def is_plain(self, tokens: int) -> bool:
         """Whether there is a tape for so many positions, and it is one call of the library."""

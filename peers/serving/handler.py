@@ -14,14 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from dataclasses import replace as replace_fields
+from functools import partial
 from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
 from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
 from peers.model.adapters import prefix_length
-from peers.runtime.engine import BehindWindow, CacheTooSmall, Done, EngineStats, PositionGap, SessionReleased, Work
+from peers.runtime.engine import BehindWindow, CacheTooSmall, EngineStats, PositionGap, SessionReleased, Work
 from peers.runtime.joined import AnyEngine
 from peers.serving.adapters import AdapterLimits, Adapters
 from peers.serving.admission import Admission
@@ -29,7 +29,7 @@ from peers.serving.journal import Journal, JournalLimits
 from peers.serving.ledger import Entry, Ledger, Repeat, Run
 from peers.serving.push import Delivery, Pusher
 from peers.tally import StepTimes, kind_of
-from peers.transport.base import MAX_FRAME_BYTES
+from peers.transport.base import MAX_FRAME_BYTES, Rest
 from peers.transport.links import Link, Links
 from peers.transport.pacer import Pacer
 from peers.transport.tasks import Tasks
@@ -52,6 +52,7 @@ from peers.wire.messages import (
     Trace,
     Traced,
     Train,
+    Urgency,
 )
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.estimates import StepEstimates
@@ -143,7 +144,7 @@ class Handler:
         self._vacant = False
         self.speeds = StepEstimates()
         links.handle(Open, self._open)
-        links.handle(Step, self._step)
+        links.handle_at_once(Step, self._step)
         links.handle(Replay, self._replay)
         links.handle(Close, self._close)
         links.handle(Failed, self._forward_failure)
@@ -271,7 +272,7 @@ class Handler:
         )
         await link.send(opened)
 
-    async def _step(self, link: Link, message: Step, payload: memoryview) -> None:
+    def _step(self, link: Link, message: Step, payload: memoryview) -> Rest | None:
         payload_bytes = len(payload)
         try:
             self._check_comfort(self._links.upload)
@@ -279,7 +280,7 @@ class Handler:
                 raise ProtocolError(f"rows of {message.hidden}, this model's hidden size is {self.served.hidden_size}")
             if payload_bytes > MAX_PAYLOAD_BYTES or len(message.hops) >= MAX_HOPS:
                 raise ProtocolError("a step too large, or with too many hops behind it, to be passed on from here")
-            rows = tensors.unpack(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
+            tensors.check(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
             if self.ledger.standbys:
                 self._make_room(standby=Place(SessionId(message.session), message.block) in self.ledger.standbys)
             self.admission.admit(link.remote, payload_bytes)
@@ -291,63 +292,63 @@ class Handler:
         except (ProtocolError, Busy, Refused) as error:
             logger.info("step %s of %s from %s: %s", message.step, message.session.hex()[:12], link.remote, error)
             # to whoever sent it: the client itself, or the predecessor, which tells its client
-            await link.send(self._failure(error, message.session, message.block, message.epoch, message.step))
-            return
+            failure = self._failure(error, message.session, message.block, message.epoch, message.step)
+            return partial(link.send, failure)
         if isinstance(verdict, Run):
             if verdict.forks and message.parent:
                 self.journal.fork(Place(SessionId(message.parent), message.block), entry.place, message.first)
-            work = Work(
-                session=entry.place,
-                owner=entry.owner,
-                start=message.first,
-                hidden=rows,
-                span=entry.span,
-                regime_length=message.regime_length,
-                parent=_parent(message) if verdict.forks else None,
-                urgency=message.urgency,
-            )
-            if entry.adapter is not None or not self._compute_now(link, entry, message, verdict, work, payload_bytes):
-                work_on = self._compute(link, entry, message, verdict, work, payload_bytes)
-                self._steps.spawn(work_on, name=f"step {entry.place}")
-            return
+            if not self._compute_now(link, entry, message, verdict, payload):
+                work = self._compute(link, entry, message, verdict, payload)
+                self._steps.spawn(work, name=f"step {entry.place}")
+            return None
         self.admission.finish(link.remote, payload_bytes)
-        if isinstance(verdict, Repeat):
-            await self.pusher.deliver(entry, verdict.answer)
+        return partial(self.pusher.deliver, entry, verdict.answer) if isinstance(verdict, Repeat) else None
 
-    def _compute_now(
-        self, link: Link, entry: Entry[Delivery, Link], step: Step, run: Run, work: Work, payload_bytes: int
-    ) -> bool:
+    def _compute_now(self, link: Link, entry: Entry[Delivery, Link], step: Step, run: Run, payload: memoryview) -> bool:
         """A lone session's next token, from its coming to its going without a wait, and so without a task; False where
         it is not that, and nothing has happened."""
+        if entry.adapter is not None or run.forks or step.urgency != Urgency.INTERACTIVE:
+            return False
+        dtype, hidden = self._engine.dtype, step.hidden
         try:
-            done = self._engine.at_once(work)
+            rows = tensors.converted(payload, dtype=step.dtype, to=dtype, hidden=hidden)
+            done = self._engine.at_once(entry.place, step.first, rows, entry.span, step.regime_length)
         except (PeerError, Unavailable) as error:
-            self.admission.finish(link.remote, payload_bytes)
+            self.admission.finish(link.remote, len(payload))
             if (failure := self._failed(entry, step, run, error)) is not None:
                 self._steps.spawn(_tell(entry.owner_link, failure), name=f"step {entry.place}")
             return True
         if done is None:
             return False
-        output = _output(entry, step, done)
-        delivery = self._wanted(entry, step, run, done, output)
+        output, compute_s = tensors.converted(done[0], dtype=dtype, to=step.dtype, hidden=hidden), done[1]
+        delivery = self._wanted(entry, step, run, output, 0.0, compute_s)
         left = delivery is None or self.pusher.deliver_now(entry, delivery)
         # the next hop has something to do by now: nobody waits for what else there is
-        self.admission.finish(link.remote, payload_bytes)
-        self._account(entry, step, done, None if delivery is None else output)
+        self.admission.finish(link.remote, len(payload))
+        self._account(entry, step, 0.0, compute_s, None if delivery is None else output)
         if delivery is not None and not left:
-            self._steps.spawn(self._deliver(entry, step, done, delivery), name=f"step {entry.place}")
+            self._steps.spawn(self._deliver(entry, step, 0.0, compute_s, delivery), name=f"step {entry.place}")
         else:
-            self.counts.steps.add(step.count, done.queue_s, done.compute_s, 0.0)
+            self.counts.steps.add(step.count, 0.0, compute_s, 0.0)
         return True
 
     async def _compute(
-        self, link: Link, entry: Entry[Delivery, Link], step: Step, run: Run, work: Work, payload_bytes: int
+        self, link: Link, entry: Entry[Delivery, Link], step: Step, run: Run, payload: memoryview
     ) -> None:
         try:
             if self.ledger.get(entry.place) is not entry:
                 return  # closed or on another route before it began: the engine must not hear of it again
-            if entry.adapter is not None:
-                work = replace_fields(work, adapter=self.adapters.again(entry.owner, entry.adapter))
+            work = Work(
+                session=entry.place,
+                owner=entry.owner,
+                start=step.first,
+                hidden=tensors.rows_in(payload, dtype=step.dtype, count=step.count, hidden=step.hidden),
+                span=entry.span,
+                regime_length=step.regime_length,
+                adapter=None if entry.adapter is None else self.adapters.again(entry.owner, entry.adapter),
+                parent=_parent(step) if run.forks else None,
+                urgency=step.urgency,
+            )
             with self._works.one(entry.place):
                 done = await self._engine.run(work)
         except (CallerError, PeerError, Unavailable) as error:
@@ -355,14 +356,14 @@ class Handler:
                 await _tell(entry.owner_link, failure)
             return
         finally:
-            self.admission.finish(link.remote, payload_bytes)
+            self.admission.finish(link.remote, len(payload))
             if self.ledger.get(entry.place) is None:
                 self.release(entry.place)
-        output = _output(entry, step, done)
-        delivery = self._wanted(entry, step, run, done, output)
-        self._account(entry, step, done, None if delivery is None else output)
+        output, queue_s, compute_s = tensors.pack(done.hidden, step.dtype), done.queue_s, done.compute_s
+        delivery = self._wanted(entry, step, run, output, queue_s, compute_s)
+        self._account(entry, step, queue_s, compute_s, None if delivery is None else output)
         if delivery is not None:
-            await self._deliver(entry, step, done, delivery)
+            await self._deliver(entry, step, queue_s, compute_s, delivery)
 
     def _failed(self, entry: Entry[Delivery, Link], step: Step, run: Run, error: SwarmError) -> Failed | None:
         """What the client is told, if it still wants to know."""
@@ -372,28 +373,43 @@ class Handler:
         return self._failure(error, step.session, step.block, step.epoch, step.step)
 
     def _wanted(
-        self, entry: Entry[Delivery, Link], step: Step, run: Run, done: Done, output: memoryview | None
+        self,
+        entry: Entry[Delivery, Link],
+        step: Step,
+        run: Run,
+        output: memoryview,
+        queue_s: float,
+        compute_s: float,
     ) -> Delivery | None:
         """What is to be sent for a step that was computed, if anybody still wants it."""
-        delivery = _delivery(entry, step, done, output)
+        delivery = _delivery(entry, step, output, (*step.hops, (queue_s, compute_s)))
         wanted = self.ledger.completed(entry, run, delivery, len(delivery.payload), self._clock())
         return delivery if wanted else None
 
-    def _account(self, entry: Entry[Delivery, Link], step: Step, done: Done, output: memoryview | None) -> None:
-        """A step was computed, and `output` is, or was, sent to the successor. In the turn of the event loop in which
-        it was `_wanted`: whoever asks for a replay later finds it in the journal."""
-        if output is not None:
+    def _account(
+        self,
+        entry: Entry[Delivery, Link],
+        step: Step,
+        queue_s: float,
+        compute_s: float,
+        output: memoryview | None,
+    ) -> None:
+        """A step was computed, and `output` is, or was, sent on. In the turn of the event loop in which it was
+        `_wanted`: whoever asks for a replay later finds it in the journal."""
+        if output is not None and entry.next is not None:
             self.journal.append(entry.place, step.first, step.count, step.dtype, output)
-        self.speeds.add(len(entry.span), step.count, done.compute_s, done.queue_s, self._clock())
-        self.admission.charge(entry.owner, positions=step.count, compute_s=done.compute_s)
+        self.speeds.add(len(entry.span), step.count, compute_s, queue_s, self._clock())
+        self.admission.charge(entry.owner, positions=step.count, compute_s=compute_s)
         self.counts.tokens[kind_of(step.count)] += step.count
 
-    async def _deliver(self, entry: Entry[Delivery, Link], step: Step, done: Done, delivery: Delivery) -> None:
+    async def _deliver(
+        self, entry: Entry[Delivery, Link], step: Step, queue_s: float, compute_s: float, delivery: Delivery
+    ) -> None:
         computed_s, send_s = self._clock(), 0.0
         if step.epoch == entry.epoch:  # else it is on another route by now, which asks for the output itself
             await self.pusher.deliver(entry, delivery)
             send_s = self._clock() - computed_s
-        self.counts.steps.add(step.count, done.queue_s, done.compute_s, send_s)
+        self.counts.steps.add(step.count, queue_s, compute_s, send_s)
 
     async def _replay(self, link: Link, message: Replay, _: memoryview) -> None:
         try:
@@ -511,9 +527,9 @@ class Handler:
     def _check_comfort(self, *pacers: Pacer | None) -> None:
         if self.paused:
             raise self._paused()
-        backlog_s = max((pacer.backlog_s for pacer in pacers if pacer is not None), default=0.0)
-        if backlog_s > MAX_BACKLOG_S:
-            raise Busy(f"{backlog_s:.0f} s of frames wait for bandwidth here", retry_after_s=backlog_s)
+        for pacer in pacers:
+            if pacer is not None and (backlog_s := pacer.backlog_s) > MAX_BACKLOG_S:
+                raise Busy(f"{backlog_s:.0f} s of frames wait for bandwidth here", retry_after_s=backlog_s)
 
     def _make_room(self, *, standby: bool) -> None:
         """Standbys take of the spare room only, and go while there is still some. Raises Busy for one of them."""
@@ -629,29 +645,23 @@ class Works:
             # whoever awaited the last work goes on in its own turn: it is before ours
 
 
-def _output(entry: Entry[Delivery, Link], step: Step, done: Done) -> memoryview | None:
-    """What the successor gets, where there is one."""
-    return None if entry.next is None else tensors.pack(done.hidden, step.dtype)
-
-
-def _delivery(entry: Entry[Delivery, Link], step: Step, done: Done, output: memoryview | None) -> Delivery:
-    """`output`: what a successor gets, where there is one."""
-    hops = (*step.hops, (done.queue_s, done.compute_s))
-    if output is not None and not 0 < step.stop <= entry.span.end:
+def _delivery(
+    entry: Entry[Delivery, Link], step: Step, output: memoryview, hops: tuple[tuple[float, float], ...]
+) -> Delivery:
+    if entry.next is not None and not 0 < step.stop <= entry.span.end:
         return Delivery(replace(step, block=entry.span.end, hops=hops), output, step.bulk)
-    rows = done.hidden
-    if step.want_from:
-        rows = rows[step.want_from :].clone()  # the answer is kept; the rows that nobody wants are not
+    if step.want_from:  # the answer is kept; the rows that nobody wants are not
+        output = memoryview(bytes(output[len(output) // step.count * step.want_from :]))
     result = Result(
         session=step.session,
         epoch=step.epoch,
         step=step.step,
-        count=len(rows),
+        count=step.count - step.want_from,
         dtype=step.dtype,
         hidden=step.hidden,
         hops=hops,
     )
-    return Delivery(result, tensors.pack(rows, step.dtype), step.bulk)
+    return Delivery(result, output, step.bulk)
 
 
 def code_of(error: SwarmError) -> str:

@@ -21,6 +21,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.ids import BlockSpan, PeerId, Place
 
@@ -55,8 +57,7 @@ class _Chunk:
     """And paid for: neither on disk nor on the way there."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(msgspec.Struct, frozen=True):
     """Positions `[first, end)` of a chunk."""
 
     chunk: _Chunk

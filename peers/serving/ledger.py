@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import msgspec
+
 from peers.errors import Busy, Refused
 from peers.wire.messages import Code, Open, Replay, Step
 from routing.ids import BlockSpan, PeerId, Place, SessionId, StepId
@@ -63,8 +65,7 @@ class LedgerLimits:
             raise ValueError("ledger limits are positive")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Run:
+class Run(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Compute this step, over positions `[first, end)`, and say by `completed` or `failed` how it went."""
 
     step: StepId
@@ -75,8 +76,7 @@ class Run:
     """The session begins with it, as a fork of the step's parent."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kept(Generic[Answer]):
+class Kept(msgspec.Struct, Generic[Answer], frozen=True):
     """The answer of a step that reached to position `end`."""
 
     answer: Answer
@@ -114,15 +114,13 @@ class Entry(Generic[Answer, OwnerLink]):
     answers: OrderedDict[StepId, Kept[Answer]] = field(default_factory=OrderedDict)
 
 
-@dataclass(frozen=True, slots=True)
-class Repeat(Generic[Answer]):
+class Repeat(msgspec.Struct, Generic[Answer], frozen=True):
     """The step was answered before: deliver `answer` again."""
 
     answer: Answer
 
 
-@dataclass(frozen=True, slots=True)
-class AlreadyRunning:
+class AlreadyRunning(msgspec.Struct, frozen=True):
     """The same step is being computed; its answer will come."""
 
 

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from peers.errors import Busy
 from peers.serving.ledger import Entry
 from peers.transport.links import Link, Links
@@ -30,8 +32,7 @@ RETRY_PUSH_S = 30.0
 """After a failed dial outputs go through the client for this long before the successor is tried again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True):
     """One output, ready for the wire, kept by the ledger as the step's stored answer."""
 
     message: Step | Result

@@ -8,7 +8,7 @@ conformance suite.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from routing.errors import CallerError
 from routing.ids import PeerId
@@ -21,6 +21,8 @@ MAX_STREAMS_PER_PEER: Final = 32
 worst, one frame in memory. One more is closed at once."""
 
 Buffer = bytes | bytearray | memoryview
+Rest: TypeAlias = Callable[[], Awaitable[None]]
+"""What is left to be done, and waited for."""
 
 
 class Stream(Protocol):
@@ -53,6 +55,14 @@ class Stream(Protocol):
 
         Raises StreamClosed at the end of the stream (once all frames that arrived were taken), and ProtocolError when
         the other side announces a frame above MAX_FRAME_BYTES, before anything of it is stored.
+        """
+        ...
+
+    async def each(self, handle: Callable[[bytearray | bytes], Rest | None]) -> None:
+        """Call `handle` for every frame, in order, and do what it leaves to be done before the next one.
+
+        A frame before which nothing is waited for is handled where it arrives, without a task in between. Never
+        returns; raises as `receive`, and what doing the rest raises.
         """
         ...
 
@@ -99,7 +109,9 @@ class Transport(Protocol):
 
 def frame_bytes(parts: Sequence[Buffer]) -> int:
     """Bytes of the joined parts. Raises CallerError above MAX_FRAME_BYTES."""
-    size = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
+    size = 0
+    for part in parts:
+        size += part.nbytes if isinstance(part, memoryview) else len(part)
     if size > MAX_FRAME_BYTES:
         raise CallerError(f"a frame of {size} bytes passes the limit of {MAX_FRAME_BYTES}", hint="send it in parts")
     return size

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 from peers.errors import ProtocolError, StreamClosed
-from peers.transport.base import MAX_FRAME_BYTES, Buffer, frame_bytes
+from peers.transport.base import MAX_FRAME_BYTES, Buffer, Rest, frame_bytes
 from routing.errors import PeerError
 from routing.ids import PeerId
 
@@ -44,6 +44,7 @@ class FramedStream(asyncio.BufferedProtocol):
         self.greeting: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._transport: asyncio.Transport | None = None
         self._scratch = bytearray(_SCRATCH_BYTES)
+        self._room = memoryview(self._scratch)
         self._filled = 0
         self._large: bytearray | None = None
         self._large_filled = 0
@@ -51,6 +52,9 @@ class FramedStream(asyncio.BufferedProtocol):
         self._queued_bytes = 0
         self._paused = False
         self._arrived: asyncio.Future[None] | None = None
+        self._handle: Callable[[bytearray], Rest | None] | None = None
+        self._rest: Rest | None = None
+        """Of the frame that was handled last."""
         self._writable = asyncio.Event()
         self._writable.set()
         self._lost = asyncio.Event()
@@ -87,14 +91,35 @@ class FramedStream(asyncio.BufferedProtocol):
 
     async def receive(self) -> bytearray:
         while not self._frames:
-            if self._end is not None or self._closing:
-                raise self._closed()
-            assert self._arrived is None, "two tasks receive from one stream"
-            self._arrived = asyncio.get_running_loop().create_future()
-            try:
-                await self._arrived
-            finally:
-                self._arrived = None
+            await self._arrival()
+        return self._take()
+
+    async def each(self, handle: Callable[[bytearray], Rest | None]) -> None:
+        self._handle = handle
+        try:
+            while True:
+                while not self._frames and self._rest is None:
+                    await self._arrival()
+                rest, self._rest = self._rest, None
+                if rest is None:
+                    rest = handle(self._take())
+                if rest is not None:
+                    await rest()
+        finally:
+            self._handle = self._rest = None
+
+    async def _arrival(self) -> None:
+        """Wait until there is something to handle. Raises as `receive`."""
+        if self._end is not None or self._closing:
+            raise self._closed()
+        assert self._arrived is None, "two tasks receive from one stream"
+        self._arrived = asyncio.get_running_loop().create_future()
+        try:
+            await self._arrived
+        finally:
+            self._arrived = None
+
+    def _take(self) -> bytearray:
         frame = self._frames.popleft()
         self._queued_bytes -= len(frame) + _FRAME_OVERHEAD_BYTES
         if self._paused and self._queued_bytes <= _QUEUE_BYTES // 2:
@@ -148,7 +173,7 @@ class FramedStream(asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._large is not None:
             return memoryview(self._large)[self._large_filled :]
-        return memoryview(self._scratch)[self._filled :]
+        return self._room[self._filled :] if self._filled else self._room
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._large is not None:
@@ -246,6 +271,11 @@ class FramedStream(asyncio.BufferedProtocol):
         return position
 
     def _queue(self, frame: bytearray) -> None:
+        if self._handle is not None and self._arrived is not None and not self._arrived.done():
+            self._rest = self._handle(frame)  # who would take it from the queue waits for it
+            if self._rest is not None:
+                self._wake_receiver()
+            return
         self._frames.append(frame)
         self._queued_bytes += len(frame) + _FRAME_OVERHEAD_BYTES
         if self._queued_bytes > _QUEUE_BYTES and not self._paused and not self._closing:

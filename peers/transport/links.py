@@ -20,8 +20,9 @@ import math
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -29,7 +30,7 @@ from weakref import WeakValueDictionary
 from msgspec.structs import replace
 
 from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
-from peers.transport.base import Stream, Transport, frame_bytes
+from peers.transport.base import Rest, Stream, Transport, frame_bytes
 from peers.transport.pacer import Pacer
 from peers.transport.patience import Patience
 from peers.transport.tasks import Tasks
@@ -153,11 +154,11 @@ class Link:
         lane = self._lanes.get(SMALL)
         if self.closed or lane is None or not lane.ready or self._owner.upload is not None:
             return False
-        self.used_at_s = asyncio.get_running_loop().time()
         if alone:
             lane.send_now(message, payload)
         else:
             lane.post(message, payload)
+        self.used_at_s = asyncio.get_running_loop().time()
         return True
 
     def _worth_timing(self, size: int, now_s: float) -> bool:
@@ -291,9 +292,10 @@ class Lane:
         if self._next is not None:
             self.post(message, payload)
             return
-        head = codec.encode(message, _size(payload))
+        size = _size(payload)
+        head = codec.encode(message, size)
         self.stream.send_now(head, payload)
-        size = len(head) + _size(payload)
+        size += len(head)
         self.queued_bytes += size
         self._volume.sent_bytes += size
 
@@ -364,6 +366,7 @@ class Links:
         """Is told of large sends over links that this node dialled: to whom, how many bytes, and after how many seconds
         it was known here that the other side had read them."""
         self._receivers: dict[type[Message], Receiver[Any]] = {}
+        self._at_once: dict[type[Message], Callable[[Link, Any, memoryview], Rest | None]] = {}
         self._lost: list[Callable[[Link], None]] = []
         self._needed: list[Callable[[], Iterable[Link]]] = []
         self._instance = secrets.token_bytes(16)
@@ -382,6 +385,13 @@ class Links:
     def handle(self, kind: type[AMessage], receiver: Receiver[AMessage]) -> None:
         """Give messages of `kind` to `receiver`, which slows that lane's sender for as long as it takes."""
         self._receivers[kind] = receiver
+
+    def handle_at_once(
+        self, kind: type[AMessage], receiver: Callable[[Link, AMessage, memoryview], Rest | None]
+    ) -> None:
+        """As `handle`, for a receiver that hardly ever has to wait, and returns what is left to be done when it has:
+        it is called where the message arrives."""
+        self._at_once[kind] = receiver
 
     def on_lost(self, callback: Callable[[Link], None]) -> None:
         """Call `callback` once for each link that ends, whoever ended it."""
@@ -596,14 +606,7 @@ class Links:
 
     async def _read(self, link: Link, stream: Stream, lane: str) -> None:
         try:
-            while True:
-                frame = await stream.receive()
-                link.heard_at_s = asyncio.get_running_loop().time()
-                self.volume.received_bytes += len(frame)
-                for message, payload in codec.decode(frame):
-                    await self._dispatch(link, message, payload)
-                if self.download is not None:
-                    await self.download.admit(len(frame), bulk=lane == BULK)
+            await stream.each(lambda frame: self._take(link, lane, frame))
         except StreamClosed as error:
             logger.debug("%r ended: %s", link, error)
         except PeerError as error:
@@ -611,19 +614,47 @@ class Links:
         finally:
             await link.close()
 
-    async def _dispatch(self, link: Link, message: AnyMessage, payload: memoryview) -> None:
-        if (receiver := self._receivers.get(type(message))) is not None:
-            link.used_at_s = asyncio.get_running_loop().time()
-            await receiver(link, message, payload)
-        elif isinstance(message, Ping):
+    def _take(self, link: Link, lane: str, frame: bytes | bytearray) -> Rest | None:
+        """Handle a frame; returns what is left to be done, if anything is."""
+        link.heard_at_s = asyncio.get_running_loop().time()
+        self.volume.received_bytes += len(frame)
+        try:
+            messages = iter(codec.decode(frame))
+            for message, payload in messages:
+                if (rest := self._dispatch(link, message, payload)) is not None:
+                    return partial(self._take_rest, link, lane, len(frame), rest, messages)
+        except PeerError as error:
+            return partial(_raise, error)
+        return None if self.download is None else partial(self.download.admit, len(frame), bulk=lane == BULK)
+
+    async def _take_rest(
+        self, link: Link, lane: str, size: int, rest: Rest, messages: Iterator[tuple[AnyMessage, memoryview]]
+    ) -> None:
+        """Of `_take`, from where it came upon `rest`."""
+        await rest()
+        for message, payload in messages:
+            if (more := self._dispatch(link, message, payload)) is not None:
+                await more()
+        if self.download is not None:
+            await self.download.admit(size, bulk=lane == BULK)
+
+    def _dispatch(self, link: Link, message: AnyMessage, payload: memoryview) -> Rest | None:
+        kind = type(message)
+        if (at_once := self._at_once.get(kind)) is not None:
+            link.used_at_s = link.heard_at_s
+            return at_once(link, message, payload)
+        if (receiver := self._receivers.get(kind)) is not None:
+            link.used_at_s = link.heard_at_s
+            return partial(receiver, link, message, payload)
+        if isinstance(message, Ping):
             pong = self.pong(message.nonce)
-            await link.send(replace(pong, status=self.status()) if message.detail else pong)
-        elif isinstance(message, Pong | Traced | DialBackReply):
+            return partial(link.send, replace(pong, status=self.status()) if message.detail else pong)
+        if isinstance(message, Pong | Traced | DialBackReply):
             waiting_link, future = self._requests.get(message.nonce, (None, None))
             if future is not None and waiting_link is link and not future.done():
                 future.set_result(message)
-        else:
-            raise ProtocolError(f"{link.remote} sent {type(message).__name__}, which nothing here expects")
+            return None
+        raise ProtocolError(f"{link.remote} sent {type(message).__name__}, which nothing here expects")
 
     def forget(self, link: Link) -> None:
         if self._outbound.get(link.remote) is link:
@@ -687,6 +718,10 @@ class Links:
                 abs(skew_s),
                 "ahead of" if skew_s > 0 else "behind",
             )
+
+
+async def _raise(error: PeerError) -> None:
+    raise error
 
 
 def _size(payload: codec.Buffer) -> int:

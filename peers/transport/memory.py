@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed
-from peers.transport.base import MAX_FRAME_BYTES, MAX_STREAMS_PER_PEER, Buffer, Handler, frame_bytes
+from peers.transport.base import MAX_FRAME_BYTES, MAX_STREAMS_PER_PEER, Buffer, Handler, Rest, frame_bytes
 from peers.transport.patience import Patience
 from peers.transport.record_table import RecordTable
 from routing.addresses import peer_id_in, validate_multiaddr
@@ -184,6 +184,11 @@ class MemoryStream:
 
     def _closed_there(self) -> bool:
         return bool(self._arriving) and self._arriving[-1][1] is None and self._arriving[-1][0] <= _now()
+
+    async def each(self, handle: Callable[[bytes | bytearray], Rest | None]) -> None:
+        while True:
+            if (rest := handle(await self.receive())) is not None:
+                await rest()
 
     async def receive(self) -> bytearray:
         while True:

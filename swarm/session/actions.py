@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from routing.errors import SwarmError
 from routing.ids import PeerId
 from routing.routes import Hop, Route
@@ -46,16 +48,14 @@ class Skip:
     steps: tuple[PendingStep, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SendStep:
+class SendStep(msgspec.Struct, frozen=True):
     """Send to the first hop; where `step.hop` is another one, have the hop before that send it from its journal."""
 
     step: PendingStep
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepDone:
+class StepDone(msgspec.Struct, frozen=True):
     """The result belongs to this step, which is now answered."""
 
     step: PendingStep

@@ -59,7 +59,7 @@ class Call:
         self.over = True
         outputs = []
         for step, pieces in zip(self.steps, self._pieces, strict=True):
-            step.session.length = step.start + len(step.hidden_TD)
+            step.session.length = step.start + step.hidden_TD.shape[0]
             parts = [part for part in pieces if part is not None]
             outputs.append(parts[0] if len(parts) == 1 else torch.cat(parts))
         self._done(outputs)

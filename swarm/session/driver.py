@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from msgspec.structs import replace as replace_fields
 
 from peers.errors import PeerSilent, PeerUnreachable, StreamClosed
 from peers.model.adapters import Adapter
@@ -146,10 +147,7 @@ class SwarmRemote:
         except KeyboardInterrupt:  # no row may go on in the background
             self.release([step.session for step in steps])
             raise
-        return [
-            result.to(device=step.hidden_TD.device, dtype=step.hidden_TD.dtype)
-            for step, result in zip(steps, results, strict=True)
-        ]
+        return [_like(step.hidden_TD, result) for step, result in zip(steps, results, strict=True)]
 
     def start(self, steps: Sequence[RowStep], done: Callable[[RowStep, torch.Tensor | SwarmError], None]) -> None:
         """Run each step by itself, without waiting; `done` is told each result, or why there is none, in the network's
@@ -319,29 +317,34 @@ class SwarmRemote:
         assert isinstance(session, LiveSession)
         assert session.core is not None
         session.dtype = tensors.NAMES[hidden_TD.dtype]
-        count, want_from = len(hidden_TD), step.want_from
+        count, want_from = hidden_TD.shape[0], step.want_from
         session.timings.clear()
         chunk = self._config.chunk(count)
+        segments = []
         for at in range(0, count, chunk):
-            rows_TD, ids_T = hidden_TD, token_ids_T
+            rows_TD, ids_T, size = hidden_TD, token_ids_T, min(chunk, count - at)
             if count > chunk:
                 rows_TD, ids_T = rows_TD[at : at + chunk], None if ids_T is None else ids_T[at : at + chunk]
-            session.history.append(
+            segments.append(
                 Segment(
                     first=step.start + at,
-                    count=len(rows_TD),
+                    count=size,
                     token_ids=ids_T,
                     hidden=rows_TD if ids_T is None else None,
                     position_offset=step.position_offset,
                     regime_length=step.regime_length,
                 )
             )
-            want = min(max(want_from - at, 0), len(rows_TD))
-            step_id, actions = session.core.submit(step.start + at, len(rows_TD), want)
+            want = min(max(want_from - at, 0), size)
+            step_id, actions = session.core.submit(step.start + at, size, want)
             session.rows[step_id] = (rows_TD, step.regime_length)
             session.pieces[step_id] = call.expect(row)
             self.perform(session, actions, defer_sending=True)
         self._sender.send_pending(session)
+        session.note_waiting()
+        for segment in segments:  # once they are on their way: in this turn nobody asks what was sent
+            session.history.append(segment)
+        session.room = tensors.Room(1, hidden_TD.shape[1], hidden_TD.dtype) if want_from == count - 1 else None
 
     def _release(self, sessions: Sequence[RemoteSession]) -> None:
         for session in sessions:
@@ -375,9 +378,6 @@ class SwarmRemote:
         """`rows`: the result that the actions follow from."""
         core = session.core
         assert core is not None
-        if core.outstanding and not session.waiting:
-            session.renew_deadline()
-        session.waiting = core.outstanding
         for action in actions:
             if self._sessions.observer is not None:
                 self._sessions.observer.acted(core.session, action)
@@ -422,6 +422,7 @@ class SwarmRemote:
                     self._tasks.spawn(self._sender.feed(session, action), name=f"feed {core.session}")
         if not defer_sending:
             self._sender.send_pending(session)
+            session.note_waiting()
 
     def _done(self, session: LiveSession, step: PendingStep, rows: torch.Tensor) -> None:
         self._prompts.answered(session)
@@ -495,7 +496,16 @@ def _on_cpu(step: RowStep) -> RowStep:
     hidden_TD, ids_T = step.hidden_TD, step.token_ids_T
     if hidden_TD.is_cpu and not hidden_TD.requires_grad and (ids_T is None or ids_T.is_cpu):
         return step
-    return replace(step, hidden_TD=hidden_TD.detach().to("cpu"), token_ids_T=None if ids_T is None else ids_T.to("cpu"))
+    return replace_fields(
+        step, hidden_TD=hidden_TD.detach().to("cpu"), token_ids_T=None if ids_T is None else ids_T.to("cpu")
+    )
+
+
+def _like(hidden_TD: torch.Tensor, result_TD: torch.Tensor) -> torch.Tensor:
+    """Where and as the input was."""
+    if hidden_TD.is_cpu and hidden_TD.dtype is result_TD.dtype:
+        return result_TD
+    return result_TD.to(device=hidden_TD.device, dtype=hidden_TD.dtype)
 
 
 def connect(

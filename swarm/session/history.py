@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise, repeat
 
+import msgspec
 import torch
+from msgspec.structs import replace
 
 from swarm.session.remote import Embed
 
@@ -19,8 +21,7 @@ RegimeKey = Callable[[int], object]
 """Lengths with equal keys may share one forward (`peers.model` RotaryRegime)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
     """Consecutive positions that arrived in one step, or may be sent again in one."""
 
     first: int

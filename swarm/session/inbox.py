@@ -21,12 +21,13 @@ from routing.ids import PeerId, SessionId, StepId
 from routing.routes import Hop, Route
 from swarm.session.live import Driver, HopTiming, LiveSession, Sessions
 from swarm.session.sending import Sender
-from swarm.session.steps import PendingStep
 
 logger = logging.getLogger(__name__)
 
 TRIPS = 16
 """The quickest of so many steps tells how long the ways of a route are: whatever else there is only adds."""
+LEARN_AFTER_S = 0.002
+"""Behind a result. By then who waited for it computes without Python."""
 STANDBY_REST_S = 10.0
 """A peer that could not stand by is asked for nothing as long as others can."""
 
@@ -40,7 +41,7 @@ class Inbox:
         self._sender = sender
         links = sessions.client.links
         links.handle(Opened, self._opened)
-        links.handle(Result, self._result)
+        links.handle_at_once(Result, self._result)
         links.handle(Failed, self._failed)
         links.handle(Relay, self._relay)
         links.on_lost(self._link_lost)
@@ -75,7 +76,7 @@ class Inbox:
         actions = session.core.opened(link.remote, message.start, message.epoch, message.held, message.journal)
         self._driver.perform(session, actions)
 
-    async def _result(self, link: Link, message: Result, payload: memoryview) -> None:
+    def _result(self, link: Link, message: Result, payload: memoryview) -> None:
         session = self._session_of(link, message.session)
         if session is None:
             self._tell_trial(link, message)
@@ -90,24 +91,40 @@ class Inbox:
         hops = route.hops[step.hop : step.until]
         if link.remote != hops[-1].peer_id or message.hidden != self._sessions.model.hidden_size:
             return
+        room, session.room = session.room, None
         try:
-            rows = tensors.unpack(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
+            rows = tensors.unpack(payload, dtype=message.dtype, count=message.count, hidden=message.hidden, room=room)
         except ProtocolError as error:
             self._driver.lose(session, link.remote, error)
             return
-        if len(rows) != step.count - step.want_from:
+        if message.count != step.count - step.want_from:
             self._driver.lose(
-                session, link.remote, ProtocolError(f"{link.remote} returned {len(rows)} rows of {step.count}")
+                session, link.remote, ProtocolError(f"{link.remote} returned {message.count} rows of {step.count}")
             )
             return
         self._sessions.traffic.results += 1
         self._sessions.traffic.bytes_received += len(payload)
-        self._learn(session, hops, message, step)
-        self._sessions.traffic.answered(step.count, message.hops, session.answered(step.count))
+        if len(message.hops) == len(hops):  # a route with a relay in it may have lost count; nothing depends on it
+            self._sessions.last_hops = timings = tuple(
+                HopTiming(peer=hop.peer_id, span=hop.span, queue_s=queue_s, compute_s=compute_s)
+                for hop, (queue_s, compute_s) in zip(hops, message.hops, strict=True)
+            )
+            session.timed(timings)
+            self._time_trips(session, message)
+        elapsed_s = session.answered(step.count)
         core.paced(session.pace.usual_s(1))
         if self._sessions.observer is not None:
             self._sessions.observer.answered(core.session, step, hops, message.hops)
         self._driver.perform(session, core.result(step.step, message.epoch), rows=rows)
+        # whoever waited goes on meanwhile; but who works now may fail before anything else is learnt
+        now_s = self._sessions.client.discovery.now_s()
+        for hop in hops if len(message.hops) == len(hops) else ():
+            self._sessions.client.router.on_success(hop.peer_id, now_s)
+            self._sessions.client.links.vouch(hop.peer_id)
+        asyncio.get_running_loop().call_later(LEARN_AFTER_S, self._learn, hops, message, step.count, elapsed_s, now_s)
+        if len(session.trips_s) >= TRIPS:
+            self._sessions.client.router.on_trips(hops, min(session.trips_s), now_s)
+            session.trips_s.clear()
         self._driver.reconsider(session)
 
     async def _failed(self, link: Link, message: Failed, _: memoryview) -> None:
@@ -218,27 +235,20 @@ class Inbox:
                     if (link := self._sessions.client.links.known(hop.peer_id)) is not None:
                         yield link
 
-    def _learn(self, session: LiveSession, hops: Sequence[Hop], message: Result, step: PendingStep) -> None:
-        """Feed the router what the hops reported of their own time."""
-        if len(message.hops) != len(hops):
-            return  # a route with a relay in it may have lost count; nothing depends on it
-        now_s = self._sessions.client.discovery.now_s()
-        timings = []
-        for hop, (queue_s, compute_s) in zip(hops, message.hops, strict=True):
-            timings.append(HopTiming(peer=hop.peer_id, span=hop.span, queue_s=queue_s, compute_s=compute_s))
-            self._sessions.client.router.on_step(hop.peer_id, len(hop.span), step.count, compute_s, queue_s, now_s)
-            self._sessions.client.router.on_success(hop.peer_id, now_s)
-            self._sessions.client.links.vouch(hop.peer_id)
+    def _time_trips(self, session: LiveSession, message: Result) -> None:
         timed, session.timed_step = session.timed_step, None
-        if timed is not None and timed[0] == step.step:
+        if timed is not None and timed[0] == message.step:
             trips_s = asyncio.get_running_loop().time() - timed[1] - sum(map(sum, message.hops))
             if trips_s >= 0:  # else somebody claims too much
                 session.trips_s.append(trips_s)
-            if len(session.trips_s) >= TRIPS:
-                self._sessions.client.router.on_trips(hops, min(session.trips_s), now_s)
-                session.trips_s.clear()
-        self._sessions.last_hops = tuple(timings)
-        session.timed(timings)
+
+    def _learn(self, hops: Sequence[Hop], message: Result, count: int, elapsed_s: float, now_s: float) -> None:
+        """Feed the router what the hops reported of their own time, and what is counted, with the same."""
+        self._sessions.traffic.answered(count, message.hops, elapsed_s)
+        if len(message.hops) != len(hops):
+            return
+        for hop, (queue_s, compute_s) in zip(hops, message.hops, strict=True):
+            self._sessions.client.router.on_step(hop.peer_id, len(hop.span), count, compute_s, queue_s, now_s)
 
 
 def _hop_at(route: Route, peer: PeerId, block: int) -> int | None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 import torch
+from msgspec.structs import replace
 
 from peers.model.adapters import Adapter
 from peers.tally import StepTimes
+from peers.wire import tensors
 from peers.wire.messages import Failed, Opened, Result
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
@@ -36,8 +39,7 @@ MAX_CLAIM_S = 60.0
 """More than this no hops are believed to have taken for a step."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HopTiming:
+class HopTiming(msgspec.Struct, frozen=True, kw_only=True):
     """What one hop reported of one step."""
 
     peer: PeerId
@@ -117,6 +119,7 @@ class LiveSession(RemoteSession):
         "pumping",
         "reconsider_at_s",
         "review_at_s",
+        "room",
         "route",
         "rows",
         "silence_s",
@@ -148,6 +151,8 @@ class LiveSession(RemoteSession):
         self.pieces: dict[StepId, Piece] = {}
         """Steps that somebody waits for."""
         self.rows: dict[StepId, tuple[torch.Tensor, int]] = {}
+        self.room: tensors.Room | None = None
+        """For the answer of the call that was begun last, where that is one row."""
         self.outbox: deque[SendStep] = deque()
         self.pumping = False
         self.route: Route | None = None
@@ -203,6 +208,13 @@ class LiveSession(RemoteSession):
             if before is not None:
                 hop = replace(hop, queue_s=before.queue_s + hop.queue_s, compute_s=before.compute_s + hop.compute_s)
             self.timings[hop.peer, hop.span] = hop
+
+    def note_waiting(self) -> None:
+        """Somebody should be heard from now on, or nobody."""
+        assert self.core is not None
+        if self.core.outstanding and not self.waiting:
+            self.renew_deadline()
+        self.waiting = self.core.outstanding
 
     def renew_deadline(self) -> None:
         """Something was heard of it, or is asked for from now on."""

@@ -9,9 +9,9 @@ Tensor names: T new positions of one sequence, D the model's hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
+import msgspec
 from torch import Tensor
 
 from peers.model.adapters import Adapter, Dropout
@@ -39,8 +39,7 @@ class RemoteSession:
         """Positions held. A step that starts below it truncates first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowStep:
+class RowStep(msgspec.Struct, frozen=True, kw_only=True):
     """New positions of one sequence: `hidden_TD` enters block 0 at positions `start, start + 1, …` of the session."""
 
     session: RemoteSession

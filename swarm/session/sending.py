@@ -105,7 +105,7 @@ class Sender:
     ) -> tuple[Step, memoryview]:
         """What the first hop gets now."""
         step = action.step
-        if len(rows_TD) > step.count:
+        if rows_TD.shape[0] > step.count:
             rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
         alone = step.count == 1 and step.until is None and not core.crowded
         session.timed_step = (step.step, asyncio.get_running_loop().time()) if alone else None

@@ -6,13 +6,14 @@ Owns that order, and up to where it leaves the history as it is. To whom steps g
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from routing.ids import SessionId, StepId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PendingStep:
+class PendingStep(msgspec.Struct, frozen=True, kw_only=True):
     """A step that is not answered yet."""
 
     step: StepId

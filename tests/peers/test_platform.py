@@ -79,7 +79,7 @@ class Watch:
             print(os.environ["OMP_WAIT_POLICY"], flush=True)
             os._exit(0)
 sys.meta_path.insert(0, Watch())
-import peers.host
+import peers.host.run
 """
 
 

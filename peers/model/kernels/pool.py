@@ -10,8 +10,8 @@ import logging
 import weakref
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -27,8 +27,7 @@ WEIGHTS = ("", "int8", "int4", "nf4")
 """Formats of weights, likewise; "" for the input's dtype."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Visits:
+class Visits(msgspec.Struct, frozen=True, eq=False):
     """What some rows of a forward attend to; the same for every layer that sees alike.
 
     Arrays of 64-bit integers, because to make a tensor of a few numbers takes torch ten times as long.

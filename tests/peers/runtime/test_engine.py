@@ -31,7 +31,7 @@ from peers.runtime.engine import (
 )
 from routing.errors import CallerError, Unavailable
 from routing.ids import BlockSpan, PeerId, SessionId
-from tests.peers.runtime.spans import ALICE, Local, Sequence, assert_same, new_session, running, together
+from tests.peers.runtime.spans import ALICE, Local, Sequence, assert_same, at_once, new_session, running, together
 
 SPAN = BlockSpan(1, 4)
 WIDTH = 32
@@ -647,14 +647,14 @@ async def test_what_is_known_no_more_or_waits_is_not_computed_where_it_arrives(l
         session = new_session()
         for start in range(2):
             await engine.run(work(session, start, 1))
-        assert engine.at_once(work(session, 2, 1)) is not None
+        assert at_once(engine, work(session, 2, 1)) is not None
         waiting = asyncio.create_task(engine.run(work(new_session(), 0, 1)))
         await asyncio.sleep(0)
-        assert engine.at_once(work(session, 3, 1)) is None
+        assert at_once(engine, work(session, 3, 1)) is None
         await waiting
         await engine.run(work(session, 3, 1))
         engine.release(session)
-        assert engine.at_once(work(session, 4, 1)) is None
+        assert at_once(engine, work(session, 4, 1)) is None
 
 
 @pytest.mark.usefixtures("momentary")
@@ -665,8 +665,8 @@ async def test_a_session_whose_next_page_is_somebody_elses_waits_for_its_turn(lo
         await engine.run(work(other, 0, 9))
         for start in range(3):
             await engine.run(work(session, start, 1))
-        assert engine.at_once(work(session, 3, 1)) is not None
-        assert engine.at_once(work(session, 4, 1)) is None
+        assert at_once(engine, work(session, 3, 1)) is not None
+        assert at_once(engine, work(session, 4, 1)) is None
         assert engine.held(session) == 4
         with pytest.raises(Preempted):  # who is younger gives way
             await engine.run(work(session, 4, 1))
@@ -682,7 +682,7 @@ async def test_a_work_that_fails_where_it_arrived_fails_alone(local: Local) -> N
         bad = work(session, 2, 1)
         bad.hidden[:] = torch.nan
         with pytest.raises(NonFiniteOutput):
-            engine.at_once(bad)
+            at_once(engine, bad)
         assert engine.held(session) == 2
         once, forward = engine._cache.at_once, RuntimeError("no memory")
 
@@ -691,9 +691,9 @@ async def test_a_work_that_fails_where_it_arrived_fails_alone(local: Local) -> N
 
         engine._cache.at_once = fail  # type: ignore[method-assign,assignment]
         with pytest.raises(ComputeFailed):
-            engine.at_once(work(session, 2, 1))
+            at_once(engine, work(session, 2, 1))
         engine._cache.at_once = once  # type: ignore[method-assign]
-        assert engine.at_once(work(session, 2, 1)) is not None
+        assert at_once(engine, work(session, 2, 1)) is not None
         assert engine.held(session) == 3
         engine.release(session)
         assert_all_free(engine)

@@ -10,12 +10,13 @@ import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import pytest_asyncio
 
-from peers.errors import PeerUnreachable, ProtocolError, StreamClosed
-from peers.transport.base import MAX_FRAME_BYTES, MAX_STREAMS_PER_PEER, Handler, Stream
+from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed
+from peers.transport.base import MAX_FRAME_BYTES, MAX_STREAMS_PER_PEER, Handler, Rest, Stream
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.memory import MemoryNetwork
 from routing.errors import CallerError, InvalidAddress, Unavailable
@@ -129,6 +130,32 @@ async def test_frames_arrive_whole_and_in_order(world: World) -> None:
     assert [bytes(await stream.receive()) for _ in frames] == frames
     await sending
     await stream.close()
+
+
+async def test_each_frame_is_handled_in_order_behind_what_those_before_it_left_to_do(world: World) -> None:
+    near, far = await connected(world)
+    handled: list[bytes] = []
+
+    def handle(frame: bytes | bytearray) -> Rest | None:
+        handled.append(bytes(frame))
+        return partial(later, bytes(frame)) if int(frame) % 3 == 0 else None
+
+    async def later(frame: bytes) -> None:
+        await asyncio.sleep(0)
+        handled.append(b"rest of " + frame)
+        if frame == b"6":
+            raise PeerSilent("enough")
+
+    for number in range(10):
+        await near.send(str(number).encode())
+    with pytest.raises(PeerSilent, match="enough"):
+        await far.each(handle)
+    assert handled == [b"0", b"rest of 0", b"1", b"2", b"3", b"rest of 3", b"4", b"5", b"6", b"rest of 6"]
+    assert await far.receive() == b"7"
+    await near.close()
+    with pytest.raises(StreamClosed):
+        await far.each(lambda _: None)
+    await far.close()
 
 
 async def test_the_parts_of_a_frame_are_joined_whatever_their_type(world: World) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peers.errors import ProtocolError, StreamClosed
-from peers.transport.base import MAX_FRAME_BYTES
+from peers.transport.base import MAX_FRAME_BYTES, Rest
 from peers.transport.framing import FramedStream
 from routing.ids import PeerId
 
@@ -109,6 +109,58 @@ async def test_a_stream_that_ends_inside_a_frame_says_so() -> None:
     assert await stream.receive() == b"whole"
     with pytest.raises(StreamClosed, match="middle of a frame"):
         await stream.receive()
+
+
+async def test_a_frame_is_handled_where_it_arrives_unless_something_before_it_is_waited_for() -> None:
+    stream, _ = new_stream()
+    handled: list[bytes] = []
+    waited, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def rest() -> None:
+        waited.set()
+        await may_go_on.wait()
+        handled.append(b"rest")
+
+    def handle(frame: bytearray) -> Rest | None:
+        handled.append(bytes(frame))
+        return rest if frame == b"slow" else None
+
+    feed(stream, b"\x00" + framed(b"before"))
+    reading = asyncio.create_task(stream.each(handle))
+    await asyncio.sleep(0)
+    assert handled == [b"before"]
+    feed(stream, framed(b"one") + framed(b"two"))
+    assert handled == [b"before", b"one", b"two"]
+    feed(stream, framed(b"slow") + framed(b"three"))
+    assert handled[3:] == [b"slow"]
+    await waited.wait()
+    feed(stream, framed(b"four"))
+    assert handled[3:] == [b"slow"]
+    may_go_on.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert handled[4:] == [b"rest", b"three", b"four"]
+    feed(stream, framed(b"last"))
+    assert handled[7:] == [b"last"]
+    stream.connection_lost(None)
+    with pytest.raises(StreamClosed):
+        await reading
+
+
+async def test_who_stops_reading_handles_no_more_and_what_a_frame_left_to_do_is_dropped() -> None:
+    stream, _ = new_stream()
+    feed(stream, b"\x00")
+
+    async def rest() -> None:
+        raise AssertionError
+
+    reading = asyncio.create_task(stream.each(lambda _: rest))
+    await asyncio.sleep(0)
+    feed(stream, framed(b"slow"))
+    reading.cancel()
+    await asyncio.wait([reading])
+    feed(stream, framed(b"later"))
+    assert await stream.receive() == b"later"
 
 
 async def test_reading_pauses_while_frames_wait_and_goes_on_when_they_are_taken() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import struct
 
 import msgpack
 import msgspec
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peers.errors import ProtocolError
@@ -243,6 +244,47 @@ def test_values_that_are_not_finite_are_refused(dtype: str, poison: float) -> No
     rows[1, 2] = poison
     with pytest.raises(ProtocolError, match="not finite"):
         tensors.unpack(bytes(tensors.pack(rows, dtype)), dtype=dtype, count=2, hidden=3)
+
+
+@pytest.mark.parametrize("dtype", sorted(tensors.DTYPES))
+def test_rows_fill_the_room_that_was_made_for_them_if_they_fit(dtype: str) -> None:
+    rows = torch.randn(1, 3).to(tensors.DTYPES[dtype])
+    for room in (
+        tensors.Room(1, 3, rows.dtype),
+        tensors.Room(2, 3, rows.dtype),
+        tensors.Room(1, 3, torch.float64),
+        None,
+    ):
+        back = tensors.unpack(tensors.pack(rows, dtype), dtype=dtype, count=1, hidden=3, room=room)
+        assert torch.equal(back, rows)
+    room = tensors.Room(1, 3, rows.dtype)
+    with pytest.raises(ProtocolError):
+        tensors.unpack(b"\xff" * (3 * rows.itemsize), dtype=dtype, count=1, hidden=3, room=room)
+
+
+@given(st.sampled_from(sorted(tensors.DTYPES)), st.lists(st.binary(min_size=4, max_size=4), min_size=1, max_size=9))
+@example("float32", [b"\x00\x00\x80\x7f"])
+@example("float32", [b"\xff\xff\x7f\xff"] * 2)
+@example("bfloat16", [b"\x7f\x7f\x80\xff"])
+@example("float16", [b"\xff\x7b\x00\x7c"])
+def test_bytes_of_few_values_are_finite_if_each_of_them_is(dtype: str, words: list[bytes]) -> None:
+    payload = b"".join(words)
+    values = torch.frombuffer(bytearray(payload), dtype=tensors.DTYPES[dtype])
+    assert tensors.finite_in(payload, dtype) == bool(torch.isfinite(values).all())
+
+
+@pytest.mark.parametrize("poison", [1.0, float("nan")])
+def test_bytes_of_many_values_are_finite_if_each_of_them_is(poison: float) -> None:
+    rows = torch.zeros(2, tensors.COPIED_BYTES)
+    rows[1, -1] = poison
+    assert tensors.finite_in(tensors.pack(rows, "float32"), "float32") == math.isfinite(poison)
+
+
+@given(st.sampled_from(sorted(tensors.DTYPES)), st.sampled_from(sorted(tensors.DTYPES)), st.integers(1, 5))
+def test_converted_rows_are_what_torch_makes_of_them(dtype: str, to: str, count: int) -> None:
+    rows = torch.randn(count, 3, generator=torch.Generator().manual_seed(count)).to(tensors.DTYPES[dtype])
+    payload = tensors.converted(tensors.pack(rows, dtype), dtype=dtype, to=to, hidden=3)
+    assert torch.equal(tensors.unpack(payload, dtype=to, count=count, hidden=3), rows.to(tensors.DTYPES[to]))
 
 
 @pytest.mark.parametrize(("dtype", "count", "hidden"), [("float64", 1, 2), ("float32", 2, 2), ("float32", 1 << 24, 1)])
