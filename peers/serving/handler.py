@@ -23,6 +23,7 @@ from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
 from peers.model.adapters import prefix_length
 from peers.runtime.engine import BehindWindow, CacheTooSmall, EngineStats, PositionGap, SessionReleased, Work
 from peers.runtime.joined import AnyEngine
+from peers.runtime.scheduler import STEP_TOKENS
 from peers.serving.adapters import AdapterLimits, Adapters
 from peers.serving.admission import Admission
 from peers.serving.journal import Journal, JournalLimits
@@ -307,7 +308,7 @@ class Handler:
     def _compute_now(self, link: Link, entry: Entry[Delivery, Link], step: Step, run: Run, payload: memoryview) -> bool:
         """A lone session's next token, from its coming to its going without a wait, and so without a task; False where
         it is not that, and nothing has happened."""
-        if entry.adapter is not None or run.forks or step.urgency != Urgency.INTERACTIVE:
+        if step.count > STEP_TOKENS or step.urgency != Urgency.INTERACTIVE or entry.adapter is not None or run.forks:
             return False
         dtype, hidden = self._engine.dtype, step.hidden
         try:
@@ -320,16 +321,16 @@ class Handler:
             return True
         if done is None:
             return False
-        output, compute_s = tensors.converted(done[0], dtype=dtype, to=step.dtype, hidden=hidden), done[1]
-        delivery = self._wanted(entry, step, run, output, 0.0, compute_s)
+        output, took = tensors.converted(done[0], dtype=dtype, to=step.dtype, hidden=hidden), (0.0, done[1])
+        delivery = self._wanted(entry, step, run, output, took)
         left = delivery is None or self.pusher.deliver_now(entry, delivery)
         # the next hop has something to do by now: nobody waits for what else there is
         self.admission.finish(link.remote, len(payload))
-        self._account(entry, step, 0.0, compute_s, None if delivery is None else output)
+        self._account(entry, step, took, None if delivery is None else output)
         if delivery is not None and not left:
-            self._steps.spawn(self._deliver(entry, step, 0.0, compute_s, delivery), name=f"step {entry.place}")
+            self._steps.spawn(self._deliver(entry, step, took, delivery), name=f"step {entry.place}")
         else:
-            self.counts.steps.add(step.count, 0.0, compute_s, 0.0)
+            self.counts.steps.add(step.count, *took, 0.0)
         return True
 
     async def _compute(
@@ -359,11 +360,11 @@ class Handler:
             self.admission.finish(link.remote, len(payload))
             if self.ledger.get(entry.place) is None:
                 self.release(entry.place)
-        output, queue_s, compute_s = tensors.pack(done.hidden, step.dtype), done.queue_s, done.compute_s
-        delivery = self._wanted(entry, step, run, output, queue_s, compute_s)
-        self._account(entry, step, queue_s, compute_s, None if delivery is None else output)
+        output, took = tensors.pack(done.hidden, step.dtype), (done.queue_s, done.compute_s)
+        delivery = self._wanted(entry, step, run, output, took)
+        self._account(entry, step, took, None if delivery is None else output)
         if delivery is not None:
-            await self._deliver(entry, step, queue_s, compute_s, delivery)
+            await self._deliver(entry, step, took, delivery)
 
     def _failed(self, entry: Entry[Delivery, Link], step: Step, run: Run, error: SwarmError) -> Failed | None:
         """What the client is told, if it still wants to know."""
@@ -373,43 +374,33 @@ class Handler:
         return self._failure(error, step.session, step.block, step.epoch, step.step)
 
     def _wanted(
-        self,
-        entry: Entry[Delivery, Link],
-        step: Step,
-        run: Run,
-        output: memoryview,
-        queue_s: float,
-        compute_s: float,
+        self, entry: Entry[Delivery, Link], step: Step, run: Run, output: memoryview, took: tuple[float, float]
     ) -> Delivery | None:
-        """What is to be sent for a step that was computed, if anybody still wants it."""
-        delivery = _delivery(entry, step, output, (*step.hops, (queue_s, compute_s)))
+        """What is to be sent for a step that was computed, if anybody still wants it. `took`: in queue and compute."""
+        delivery = _delivery(entry, step, output, (*step.hops, took))
         wanted = self.ledger.completed(entry, run, delivery, len(delivery.payload), self._clock())
         return delivery if wanted else None
 
     def _account(
-        self,
-        entry: Entry[Delivery, Link],
-        step: Step,
-        queue_s: float,
-        compute_s: float,
-        output: memoryview | None,
+        self, entry: Entry[Delivery, Link], step: Step, took: tuple[float, float], output: memoryview | None
     ) -> None:
         """A step was computed, and `output` is, or was, sent on. In the turn of the event loop in which it was
         `_wanted`: whoever asks for a replay later finds it in the journal."""
         if output is not None and entry.next is not None:
             self.journal.append(entry.place, step.first, step.count, step.dtype, output)
+        queue_s, compute_s = took
         self.speeds.add(len(entry.span), step.count, compute_s, queue_s, self._clock())
         self.admission.charge(entry.owner, positions=step.count, compute_s=compute_s)
         self.counts.tokens[kind_of(step.count)] += step.count
 
     async def _deliver(
-        self, entry: Entry[Delivery, Link], step: Step, queue_s: float, compute_s: float, delivery: Delivery
+        self, entry: Entry[Delivery, Link], step: Step, took: tuple[float, float], delivery: Delivery
     ) -> None:
         computed_s, send_s = self._clock(), 0.0
         if step.epoch == entry.epoch:  # else it is on another route by now, which asks for the output itself
             await self.pusher.deliver(entry, delivery)
             send_s = self._clock() - computed_s
-        self.counts.steps.add(step.count, queue_s, compute_s, send_s)
+        self.counts.steps.add(step.count, *took, send_s)
 
     async def _replay(self, link: Link, message: Replay, _: memoryview) -> None:
         try:

@@ -43,22 +43,22 @@ class Room:
         self._rows = torch.empty(count, hidden, dtype=dtype)
         self._bytes = self._rows.view(torch.uint8).numpy().data.cast("B")
 
-    def filled(self, payload: Buffer, dtype: str, count: int) -> torch.Tensor | None:
+    def filled(self, payload: Buffer, dtype: str, shape: tuple[int, int]) -> torch.Tensor | None:
         """The rows, with what `check` let pass; None where they are others than were expected. Once."""
         rows = self._rows
-        if DTYPES[dtype] is not rows.dtype or count != rows.shape[0]:
+        if DTYPES[dtype] is not rows.dtype or shape != rows.shape:
             return None
         self._bytes[:] = payload
         return rows
 
 
 def unpack(payload: Buffer, *, dtype: str, count: int, hidden: int, room: Room | None = None) -> torch.Tensor:
-    """Rows [count, hidden] from a stranger's bytes; in `room`, made for rows of `hidden`, if they fit.
+    """Rows [count, hidden] from a stranger's bytes; in `room`, if they fit.
 
     Raises ProtocolError as `check`. The result may share memory with a writable `payload`.
     """
     check(payload, dtype=dtype, count=count, hidden=hidden)
-    if room is not None and (rows := room.filled(payload, dtype, count)) is not None:
+    if room is not None and (rows := room.filled(payload, dtype, (count, hidden))) is not None:
         return rows
     return rows_in(payload, dtype=dtype, count=count, hidden=hidden)
 

@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from peers.errors import PeerSilent, PeerUnreachable, ProtocolError, StreamClosed, VersionMismatch
 from peers.transport import links as module
-from peers.transport.base import Stream
+from peers.transport.base import Rest, Stream
 from peers.transport.links import BULK, MAX_INBOUND_LINKS_PER_PEER, SMALL, STREAM_PROTOCOL, Link, Links
 from peers.transport.memory import MemoryNetwork, MemoryTransport
 from peers.transport.patience import RENEWALS_MAX
@@ -761,6 +762,34 @@ async def test_messages_of_one_frame_are_dispatched_in_order(world: World) -> No
     await stream.send(b"".join(codec.encode(Ping(nonce=nonce)) for nonce in (1, 2, 3)))
     answers = codec.decode(await stream.receive())
     assert [message for message, _ in answers] == [Pong(nonce=nonce) for nonce in (1, 2, 3)]
+
+
+async def test_what_is_handled_at_once_is_waited_for_only_where_it_leaves_something_to_be_done(world: World) -> None:
+    handled: list[str] = []
+
+    def handle(link: Link, message: Step, payload: memoryview) -> Rest | None:
+        handled.append(f"step {message.step}")
+        if message.step == 5:
+            raise ProtocolError("no fifth step")
+        return partial(rest, message.step) if message.step % 2 == 0 else None
+
+    async def rest(number: int) -> None:
+        await world.other.gate.wait()
+        handled.append(f"rest of {number}")
+
+    world.other.links.handle_at_once(Step, handle)
+    world.other.gate.clear()
+    stream = await world.raw()
+    await stream.receive()
+    await stream.send(b"".join(codec.encode(step(number)[0]) for number in (1, 2, 3, 4)))
+    await stream.send(codec.encode(step(5)[0]) + codec.encode(step(6)[0]))
+    await asyncio.sleep(0.1)
+    assert handled == ["step 1", "step 2"]
+    world.other.gate.set()
+    await asyncio.sleep(0.1)
+    assert handled[2:] == ["rest of 2", "step 3", "step 4", "rest of 4", "step 5"]
+    assert await ended(stream)
+    await stream.close()
 
 
 async def test_what_was_sent_before_a_link_was_closed_arrives(world: World) -> None:

@@ -252,6 +252,7 @@ def test_rows_fill_the_room_that_was_made_for_them_if_they_fit(dtype: str) -> No
     for room in (
         tensors.Room(1, 3, rows.dtype),
         tensors.Room(2, 3, rows.dtype),
+        tensors.Room(3, 1, rows.dtype),
         tensors.Room(1, 3, torch.float64),
         None,
     ):
