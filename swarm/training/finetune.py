@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 
 import torch
 from matplotlib.figure import Figure
-from peft import LoraConfig, PeftConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -40,7 +40,7 @@ SETTINGS_FILE: Final = "finetune.json"
 CHECKPOINTS: Final = "checkpoints"
 CURVE_FILE: Final = "loss.png"
 LOSSES_FILE: Final = "losses.json"
-LEARNING_RATES: Final = {"lora": 2e-4, "prompt": 1e-2}
+LEARNING_RATES: Final = {"lora": 2e-4, "prompt": 1e-3}
 
 
 class RunMismatch(CallerError):
@@ -60,6 +60,8 @@ class FinetuneConfig:
     """Linear layers that get an adapter, by the ends of their names; empty: all of every block."""
     virtual_tokens: int = 16
     """Of `prompt`."""
+    prompt_text: str | None = None
+    """What a `prompt` begins as, cut or repeated to its length. None: tokens of the vocabulary, drawn by `seed`."""
     epochs: float = 3.0
     steps: int | None = None
     """Instead of `epochs`."""
@@ -72,9 +74,17 @@ class FinetuneConfig:
     """Steps between two checkpoints, and two looks at the validation loss."""
     seed: int = 0
 
-    def adapter(self) -> PeftConfig:
+    def adapter(self, tokenizer: str) -> PeftConfig:
+        """`tokenizer`: the folder of the model's."""
         if self.method == "prompt":
-            return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.virtual_tokens)
+            # PEFT would begin with random numbers, which are far from every embedding: such runs are chaotic
+            return PromptTuningConfig(
+                task_type=TaskType.CAUSAL_LM,
+                num_virtual_tokens=self.virtual_tokens,
+                prompt_tuning_init=PromptTuningInit.TEXT if self.prompt_text else PromptTuningInit.SAMPLE_VOCAB,
+                prompt_tuning_init_text=self.prompt_text,
+                tokenizer_name_or_path=tokenizer if self.prompt_text else None,
+            )
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=self.rank,
@@ -133,7 +143,7 @@ def finetune(
     if resumed:
         on_resume(resumed_from)
     set_seed(config.seed)
-    adapted = get_peft_model(model, config.adapter())
+    adapted = get_peft_model(model, config.adapter(model.name_or_path))
     trainer = Trainer(
         model=adapted,
         args=_arguments(output, config, len(train), validating=bool(validation), on_cpu=model.device.type == "cpu"),

@@ -68,7 +68,7 @@ def finetune(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            "--learning-rate", min=1e-8, max=10.0, help="Default: 2e-4 for lora, 1e-2 for prompt.", show_default=False
+            "--learning-rate", min=1e-8, max=10.0, help="Default: 2e-4 for lora, 1e-3 for prompt.", show_default=False
         ),
     ] = None,
     rank: Annotated[int, typer.Option("--rank", min=1, max=256, help="Of lora: the width of its matrices.")] = 8,
@@ -85,6 +85,15 @@ def finetune(
     virtual_tokens: Annotated[
         int, typer.Option("--virtual-tokens", min=1, max=1024, help="Of prompt: how long the beginning is.")
     ] = 16,
+    prompt_text: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-text",
+            metavar="TEXT",
+            help="Of prompt: what it begins as. Default: tokens of the vocabulary, drawn with --seed.",
+            show_default=False,
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="Longer examples are cut.")] = 512,
     save_every: Annotated[
         int, typer.Option("--save-every", min=1, help="Steps between checkpoints and looks at the validation loss.")
@@ -136,6 +145,7 @@ def finetune(
             alpha=alpha,
             target_modules=tuple(target_modules or ()),
             virtual_tokens=virtual_tokens,
+            prompt_text=prompt_text or None,
             epochs=epochs,
             steps=steps,
             batch_size=batch_size,

@@ -14,15 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from swarm.training.data import IGNORED, Encoded
 from swarm.training.finetune import CURVE_FILE, SETTINGS_FILE, FinetuneConfig, RunMismatch, Step, finetune
+from tests.helpers.tokenizers import VOCABULARY, save_tokenizer
 
 VALIDATION = [Encoded([5, 6, 7, 8], [IGNORED, 6, 7, 8])]
 
 
-def model() -> Any:
+def model(vocabulary: int = 40) -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=40,
+            vocab_size=vocabulary,
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=2,
@@ -65,6 +66,25 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(method: A
     loss = loaded(input_ids=batch, labels=torch.tensor([VALIDATION[0].labels])).loss.item()
     assert loss == pytest.approx(outcome.validation_loss, rel=1e-5)
     assert (parts / CURVE_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_prompt_begins_as_text_or_as_tokens_that_a_seed_draws(tmp_path: Path) -> None:
+    tokenizer, base = save_tokenizer(tmp_path / "base"), model(VOCABULARY)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    embeddings = base.get_input_embeddings().weight.detach()
+
+    def begun(name: str, **options: Any) -> torch.Tensor:
+        untaught = {"method": "prompt", "virtual_tokens": 5, "steps": 1, "learning_rate": 1e-9}
+        finetune(base, examples(), [], tmp_path / name, FinetuneConfig(**untaught | options))
+        return load_file(tmp_path / name / "adapter_model.safetensors")["prompt_embeddings"]
+
+    text = embeddings[tokenizer("bee").input_ids]
+    torch.testing.assert_close(begun("text", prompt_text="bee"), text[[0, 1, 2, 0, 1]])
+    drawn = begun("drawn")
+    torch.testing.assert_close(drawn, embeddings[torch.cdist(drawn, embeddings).argmin(1)])
+    assert torch.equal(begun("again"), drawn)
+    assert not torch.equal(begun("other", seed=1), drawn)
 
 
 def test_another_run_in_the_folder_is_never_overwritten(tmp_path: Path) -> None:
