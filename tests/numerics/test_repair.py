@@ -25,7 +25,7 @@ from peers.transport.memory import MemoryStream
 from peers.wire.messages import Code, Failed, Step
 from routing.estimates import DOUBT_AFTER_S
 from routing.ids import PeerId
-from swarm.session import driver, trial
+from swarm.session import planning, trial
 from swarm.session.core import SessionConfig
 from swarm.session.pace import Pace
 from swarm.session.trial import TRIAL_STEPS, Trials
@@ -363,8 +363,8 @@ def test_a_hop_that_becomes_slow_is_left_between_two_steps_for_a_faster_one_and_
     scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All times are said, by peers and by the clock that the client has for its own: nothing is timed here."""
-    monkeypatch.setattr(driver, "RECONSIDER_S_MIN", 0.0)
-    monkeypatch.setattr(driver, "RECONSIDER_S", math.inf)
+    monkeypatch.setattr(planning, "RECONSIDER_S_MIN", 0.0)
+    monkeypatch.setattr(planning, "RECONSIDER_S", math.inf)
     discovery, used = scene.swarm.thread.client.discovery, []
     slow: set[PeerId] = set()
     answered = Pace.answered
