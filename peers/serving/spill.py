@@ -57,12 +57,12 @@ class Disk:
     async def _write(self) -> None:
         while self._waiting:
             payloads, size, settle = self._waiting[0]
+            moved: list[memoryview] | None = None
             try:
                 mapped = await asyncio.to_thread(_mapped, self._folder, payloads, size)
             except OSError as error:  # the journal goes without, as if there were no disk
                 self._stays_out(error)
                 self.used_bytes -= size
-                moved = None
             else:
                 if self._troubled:
                     logger.info("journals go to %s again", self._folder)

@@ -23,6 +23,7 @@ def requests(draw: st.DrawFn) -> Request:
     blocks = draw(st.lists(st.sampled_from(draw(st.lists(kinds, min_size=1, max_size=3))), min_size=1, max_size=60))
     first, count = draw(st.integers(0, len(blocks) - 1)), draw(st.integers(1, len(blocks)))
     some = BlockSpan(first, min(len(blocks), first + count))
+    asked: list[BlockSpans | int | None] = [None, count, BlockSpans.of(some), spans_of([*some][::2][:MAX_SPANS])]
     return Request(
         limits_bytes=tuple(draw(st.lists(st.integers(0, 1 << 40), min_size=1, max_size=3))),
         sizes=Sizes(
@@ -33,7 +34,7 @@ def requests(draw: st.DrawFn) -> Request:
         ),
         max_positions=draw(st.integers(16, 1 << 30)),
         windows=tuple(window for _, window in blocks),
-        blocks=draw(st.sampled_from([None, count, BlockSpans.of(some), spans_of([*some][::2][:MAX_SPANS])])),
+        blocks=draw(st.sampled_from(asked)),
         cache_tokens=draw(st.none() | st.integers(16, 1 << 20)),
     )
 

@@ -75,7 +75,7 @@ def test_a_prompt_begins_as_text_or_as_tokens_that_a_seed_draws(tmp_path: Path) 
     embeddings = base.get_input_embeddings().weight.detach()
 
     def begun(name: str, **options: Any) -> torch.Tensor:
-        untaught = {"method": "prompt", "virtual_tokens": 5, "steps": 1, "learning_rate": 1e-9}
+        untaught: dict[str, Any] = {"method": "prompt", "virtual_tokens": 5, "steps": 1, "learning_rate": 1e-9}
         finetune(base, examples(), [], tmp_path / name, FinetuneConfig(**untaught | options))
         return load_file(tmp_path / name / "adapter_model.safetensors")["prompt_embeddings"]
 
