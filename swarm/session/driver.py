@@ -9,17 +9,22 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import random
 import secrets
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from msgspec.structs import replace as replace_fields
 
 from peers.errors import PeerSilent, PeerUnreachable, StreamClosed
 from peers.model.adapters import Adapter
+from peers.tally import STEP_POSITIONS
 from peers.transport.links import BULK_BYTES, Link
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
@@ -33,6 +38,7 @@ from routing.records import HostedAdapter
 from routing.router import Hop, Kept, Route, RouteRequest
 from swarm.errors import SessionClosed
 from swarm.network import Answer, ClientNode, Entrance, NetworkThread, enter
+from swarm.session.callers import Callers
 from swarm.session.calls import Call
 from swarm.session.core import (
     Action,
@@ -52,9 +58,10 @@ from swarm.session.core import (
     StepDone,
     Wait,
 )
+from swarm.session.departures import Departures
 from swarm.session.history import Segment
 from swarm.session.inbox import Inbox
-from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
+from swarm.session.live import MAX_CLAIM_S, HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
 from swarm.session.prefix import describe_blocks, prefix_keys
 from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
 from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_saving, usual_tokens, worth_leaving
@@ -64,9 +71,12 @@ from swarm.session.uploads import Uploads
 from swarm.session.watch import Watch
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 RECONSIDER_S_MIN, RECONSIDER_S = 0.5, 5.0
 """Between two looks for a better route for a session whose steps have become slow: twice as long each time."""
+SHARED = 0.7
+"""Of a forward: what it takes however many rows there are."""
 LOOK_TIMEOUT_S = 2.0
 """How long somebody who only looks waits for the network's thread."""
 _NOTHING = memoryview(b"")
@@ -93,6 +103,8 @@ class SwarmRemote:
         """`owns_network`: `close` ends the network too. `rng` spreads retries. Sessions of remotes with the same
         `prefix_secret` (16 to 64 bytes; by default random) can share what peers hold of their prompts."""
         self.model = model
+        self.callers = Callers()
+        self._departures = Departures(self.callers, self._gain_s)
         self.uploads = Uploads(network.client.links, model.model)
         self.training = None if model.adapter else TrainingRoute(network, model, self.uploads, training)
         """None with an adapter that peers host: they compute no gradients through one."""
@@ -147,10 +159,18 @@ class SwarmRemote:
     def run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._closed:
             raise SessionClosed("this model's connection to the swarm was closed")
-        prepared = [_on_cpu(step) for step in steps]
+        prepared, caller = [_on_cpu(step) for step in steps], threading.get_ident()
 
         def begin(answer: Answer[list[torch.Tensor]]) -> None:
-            self._begin(prepared, answer.give, answer.fail)
+            def give(outputs: list[torch.Tensor]) -> None:
+                self.callers.answered(caller, time.perf_counter())
+                self._tell(answer.give, outputs)
+
+            if any(len(step.hidden_TD) > STEP_POSITIONS for step in prepared):  # it takes a forward of its own anyway
+                self.callers.left(caller)
+                self._begin(prepared, give, answer.fail)
+            else:
+                self._departures.leave(caller, lambda: self._begin(prepared, give, answer.fail))
 
         try:
             results = self._network.ask(begin)
@@ -169,6 +189,7 @@ class SwarmRemote:
             self._network.post(self._start_each, [(step, _on_cpu(step)) for step in steps], done)
 
     def release(self, sessions: Sequence[RemoteSession]) -> None:
+        self.callers.left(threading.get_ident())
         if not self._closed:
             self._network.post(self._release, tuple(sessions))
 
@@ -241,6 +262,7 @@ class SwarmRemote:
         self._guard.spawn(self._end_with_network(), name="end with the network")
 
     async def _stop(self) -> None:
+        self._departures.flush()
         self._release(tuple(self._sessions.by_id.values()))
         await self._goodbyes.settled(timeout_s=GOODBYE_TIMEOUT_S)
         await self._goodbyes.close()
@@ -271,12 +293,24 @@ class SwarmRemote:
         for step, prepared in steps:
 
             def answered(outputs: list[torch.Tensor], step: RowStep = step) -> None:
-                done(step, outputs[0])
+                self._tell(functools.partial(done, step), outputs[0])
 
             def failed(error: BaseException, step: RowStep = step) -> None:
                 done(step, _known(error))
 
             self._begin((prepared,), answered, failed)
+
+    def _tell(self, done: Callable[[T], None], outputs: T) -> None:
+        """Who is answered in one turn of the loop, as by one frame, is known to be before the first of them goes on."""
+        if len(self._sessions.by_id) == 1:
+            done(outputs)
+        else:
+            asyncio.get_running_loop().call_soon(done, outputs)
+
+    def _gain_s(self) -> float:
+        """About what a step saves somebody by sharing forwards: what does not grow with their rows, where it is most.
+        Elsewhere it saves others a forward, but nobody waits for it."""
+        return SHARED * min(MAX_CLAIM_S, max((hop.compute_s for hop in self._sessions.last_hops), default=0.0))
 
     def _begin(
         self,
@@ -356,6 +390,7 @@ class SwarmRemote:
         self._send_pending(session)
 
     def _release(self, sessions: Sequence[RemoteSession]) -> None:
+        self._departures.flush()  # who is released may be waiting there: what has not begun cannot be ended
         for session in sessions:
             assert isinstance(session, LiveSession)
             session.parent = None
