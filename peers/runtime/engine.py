@@ -270,6 +270,8 @@ class Engine:
         self._cores = Cores()
         self._last_session: int | None = None
         """Whose work was the last forward, where it had one to itself."""
+        self._arriving = False
+        """Whether the works of this turn of the event loop are not all there yet."""
         self._stopping = False
         self._wake = threading.Condition()  # guards everything above
         self._thread: threading.Thread | None = None
@@ -364,13 +366,20 @@ class Engine:
         self._check(work)
         with self._wake:
             ticket = self._submit(work)
-            self._wake.notify()
+            if not self._arriving:  # the others of this turn, as of one frame, are to share its forward
+                self._arriving = True
+                self._loop.call_soon(self._arrived)
         try:
             return await ticket.future
         except asyncio.CancelledError:
             with self._wake:
                 self._retire(ticket)
             raise
+
+    def _arrived(self) -> None:
+        with self._wake:
+            self._arriving = False
+            self._wake.notify()
 
     def at_once(
         self, session: SessionKey, start: int, rows: memoryview, span: BlockSpan, regime_length: int
@@ -759,7 +768,10 @@ class Engine:
         job's piece goes first."""
         with self._wake:
             while self._tickets or not self._stopping:
-                if self._errands.due or not (picks := self._scheduler.next_batch(self._pace())):
+                if self._arriving:
+                    if not self._wake.wait(MOMENT_S):
+                        self._arriving = False  # the loop is late: what is there runs
+                elif self._errands.due or not (picks := self._scheduler.next_batch(self._pace())):
                     pause_s = self._pause_s()
                     if not self._prepared or pause_s == 0:
                         return []

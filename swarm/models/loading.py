@@ -194,7 +194,6 @@ def load_model(
         accelerate(model, pool, rows=HEAD_ROWS)  # of all linear layers only the head is here
     if adapt is not None:
         model = adapt(model)
-    share_head(model)
     layers = RemoteLayers(model)
     layers.hosted = adapter
     layers.pools_last = kind is SwarmModelForSequenceClassification
@@ -211,6 +210,7 @@ def load_model(
         ),
         layers.embed,
     )
+    share_head(model, layers.remote.callers)
     return model
 
 

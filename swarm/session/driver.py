@@ -9,17 +9,22 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import random
 import secrets
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from msgspec.structs import replace as replace_fields
 
 from peers.errors import PeerSilent, PeerUnreachable, StreamClosed
 from peers.model.adapters import Adapter
+from peers.tally import STEP_POSITIONS
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
 from peers.wire.messages import Urgency
@@ -43,12 +48,14 @@ from swarm.session.actions import (
     StepDone,
     Wait,
 )
+from swarm.session.callers import Callers
 from swarm.session.calls import Call
 from swarm.session.core import SessionConfig, SessionCore
+from swarm.session.departures import Departures
 from swarm.session.history import Segment
 from swarm.session.inbox import Inbox
 from swarm.session.installing import Installer
-from swarm.session.live import HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
+from swarm.session.live import MAX_CLAIM_S, HopTiming, LiveSession, Observer, RemoteModel, Sessions, Traffic
 from swarm.session.planning import Planner
 from swarm.session.prompts import Prompts
 from swarm.session.remote import Embed, RemoteSession, Resilience, RowStep
@@ -61,7 +68,10 @@ from swarm.session.uploads import Uploads
 from swarm.session.watch import Watch
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
+SHARED = 0.7
+"""Of a forward: what it takes however many rows there are."""
 LOOK_TIMEOUT_S = 2.0
 """How long somebody who only looks waits for the network's thread."""
 
@@ -85,6 +95,8 @@ class SwarmRemote:
         """`owns_network`: `close` ends the network too. `rng` spreads retries. Sessions of remotes with the same
         `prefix_secret` (16 to 64 bytes; by default random) can share what peers hold of their prompts."""
         self.model = model
+        self.callers = Callers()
+        self._departures = Departures(self.callers, self._gain_s)
         self.uploads = Uploads(network.client.links, model.model)
         self.training = None if model.adapter else TrainingRoute(network, model, self.uploads, training)
         """None with an adapter that peers host: they compute no gradients through one."""
@@ -137,10 +149,18 @@ class SwarmRemote:
     def run(self, steps: Sequence[RowStep]) -> list[torch.Tensor]:
         if self._closed:
             raise SessionClosed("this model's connection to the swarm was closed")
-        prepared = [_on_cpu(step) for step in steps]
+        prepared, caller = [_on_cpu(step) for step in steps], threading.get_ident()
 
         def begin(answer: Answer[list[torch.Tensor]]) -> None:
-            self._begin(prepared, answer.give, answer.fail)
+            def give(outputs: list[torch.Tensor]) -> None:
+                self.callers.answered(caller, time.perf_counter())
+                self._tell(answer.give, outputs)
+
+            if any(len(step.hidden_TD) > STEP_POSITIONS for step in prepared):  # it takes a forward of its own anyway
+                self.callers.left(caller)
+                self._begin(prepared, give, answer.fail)
+            else:
+                self._departures.leave(caller, lambda: self._begin(prepared, give, answer.fail))
 
         try:
             results = self._network.ask(begin)
@@ -156,6 +176,7 @@ class SwarmRemote:
             self._network.post(self._start_each, [(step, _on_cpu(step)) for step in steps], done)
 
     def release(self, sessions: Sequence[RemoteSession]) -> None:
+        self.callers.left(threading.get_ident())
         if not self._closed:
             self._network.post(self._release, tuple(sessions))
 
@@ -228,6 +249,7 @@ class SwarmRemote:
         self._guard.spawn(self._end_with_network(), name="end with the network")
 
     async def _stop(self) -> None:
+        self._departures.flush()
         self._release(tuple(self._sessions.by_id.values()))
         await self._installer.close()
         await self._guard.close()
@@ -257,12 +279,24 @@ class SwarmRemote:
         for step, prepared in steps:
 
             def answered(outputs: list[torch.Tensor], step: RowStep = step) -> None:
-                done(step, outputs[0])
+                self._tell(functools.partial(done, step), outputs[0])
 
             def failed(error: BaseException, step: RowStep = step) -> None:
                 done(step, _known(error))
 
             self._begin((prepared,), answered, failed)
+
+    def _tell(self, done: Callable[[T], None], outputs: T) -> None:
+        """Who is answered in one turn of the loop, as by one frame, is known to be before the first of them goes on."""
+        if len(self._sessions.by_id) == 1:
+            done(outputs)
+        else:
+            asyncio.get_running_loop().call_soon(done, outputs)
+
+    def _gain_s(self) -> float:
+        """About what a step saves somebody by sharing forwards: what does not grow with their rows, where it is most.
+        Elsewhere it saves others a forward, but nobody waits for it."""
+        return SHARED * min(MAX_CLAIM_S, max((hop.compute_s for hop in self._sessions.last_hops), default=0.0))
 
     def _begin(
         self,
@@ -347,6 +381,7 @@ class SwarmRemote:
         session.room = tensors.Room(1, hidden_TD.shape[1], hidden_TD.dtype) if want_from == count - 1 else None
 
     def _release(self, sessions: Sequence[RemoteSession]) -> None:
+        self._departures.flush()  # who is released may be waiting there: what has not begun cannot be ended
         for session in sessions:
             assert isinstance(session, LiveSession)
             session.parent = None

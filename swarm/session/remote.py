@@ -18,6 +18,7 @@ from peers.model.adapters import Adapter, Dropout
 from peers.wire.messages import Jumps
 from routing.errors import CallerError
 from routing.routes import Route
+from swarm.session.callers import Callers
 
 Resilience = Literal["replay", "standby"]
 """How a session outlives a peer: what that held is computed again elsewhere, or another peer holds it already."""
@@ -126,6 +127,11 @@ class Remote(Protocol):
 
     def release(self, sessions: Sequence[RemoteSession]) -> None:
         """Forget sequences and free their pages. Instant and idempotent; never raises, also after `close`."""
+        ...
+
+    @property
+    def callers(self) -> Callers | None:
+        """Those who ask, where it pays that they meet; else None."""
         ...
 
     @property

@@ -44,7 +44,7 @@ class LocalRemote:
     def __init__(self, model: PreTrainedModel) -> None:
         self.embed: Callable[[Tensor, int], Tensor] | None = None
         """When set, every step that carries token ids must be what this makes of them."""
-        self.route = self.training = None
+        self.route = self.training = self.callers = None
         self.before_run: Callable[[Sequence[RowStep]], None] | None = None
         self.model = copy.deepcopy(model).eval()
         anatomy = examine(model.config)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from swarm.models.head import Meeting, share_head
+from swarm.session.callers import Callers
 
 WEIGHT = torch.arange(12.0).view(4, 3)
 DEADLINE_S = 30
@@ -73,6 +75,39 @@ def test_a_product_that_fails_fails_only_who_ran_it() -> None:
     outputs, errors = crowd(Meeting(head), head, 4)
     assert len(errors) == 1
     assert [index for index, output in enumerate(outputs) if output is None] == [0]
+
+
+def test_callers_that_were_answered_together_share_one_product() -> None:
+    callers, sizes, ready = Callers(), list[int](), threading.Barrier(4)
+    callers.answered("a slow one", 0.0)
+    callers.asked("a slow one", DEADLINE_S)  # so nobody is overdue, however busy this machine is
+
+    def product(rows_MK: Tensor) -> Tensor:
+        sizes.append(len(rows_MK))
+        return rows_MK @ WEIGHT.T
+
+    meeting = Meeting(product, callers)
+    meeting._product_s = DEADLINE_S
+
+    def call() -> None:
+        callers.answered(threading.get_ident(), time.perf_counter())
+        ready.wait(DEADLINE_S)
+        meeting(torch.ones(1, 3))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert sizes == [4]
+
+
+def test_who_does_not_come_is_not_waited_for_longer_than_a_product_takes() -> None:
+    callers = Callers()
+    meeting = Meeting(lambda rows_MK: rows_MK @ WEIGHT.T, callers)
+    callers.answered("somebody who interrupts his answer", time.perf_counter())
+    meeting._product_s = 0.001
+    assert torch.equal(meeting(torch.ones(1, 3)), torch.ones(1, 3) @ WEIGHT.T)
 
 
 def test_gradients_flow_through_the_layers_own_product() -> None:

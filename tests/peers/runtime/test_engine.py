@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -99,6 +100,29 @@ async def test_works_of_one_session_run_in_submission_order(local: Local) -> Non
         assert torch.equal(done.hidden, whole.hidden)
         assert more.hidden.shape == (2, WIDTH)
         assert engine.held(session) == 5
+
+
+async def test_works_of_one_turn_of_the_loop_share_a_forward_whatever_the_thread_does(local: Local) -> None:
+    async with running(local.cut()) as engine:
+        await engine.prepared()
+        sessions = [new_session() for _ in range(5)]
+        for number in range(20):
+            await together(*(engine.run(work(session, number, 1)) for session in sessions))
+        works = engine.counts().batch_works
+        assert (sum(works.counts), works.sum) == (20, 100)
+
+
+async def test_a_late_loop_keeps_nothing_that_has_come_from_running(local: Local) -> None:
+    async with running(local.cut()) as engine:
+        session = new_session()
+
+        async def is_busy() -> None:
+            deadline_s = time.monotonic() + 30
+            while not engine.held(session):  # in the turn in which the work came
+                assert time.monotonic() < deadline_s
+                threading.Event().wait(0.001)
+
+        await together(engine.run(work(session, 0, 1)), engine.run(work(new_session(), 0, 1)), is_busy())
 
 
 async def test_sessions_that_are_ready_together_share_a_forward(local: Local) -> None:
