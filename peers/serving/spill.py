@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from peers.serving.journal import Settle
 from peers.transport.tasks import Tasks
@@ -59,7 +60,9 @@ class Disk:
             payloads, size, settle = self._waiting[0]
             moved: list[memoryview] | None = None
             try:
-                mapped = await asyncio.to_thread(_mapped, self._folder, payloads, size)
+                with await asyncio.to_thread(_written, self._folder, payloads) as file:
+                    # here, as what a thread returns lives until that thread has forgotten it
+                    mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
             except OSError as error:  # the journal goes without, as if there were no disk
                 self._stays_out(error)
                 self.used_bytes -= size
@@ -87,10 +90,14 @@ class Disk:
         self.used_bytes -= size
 
 
-def _mapped(folder: Path, payloads: Sequence[memoryview], size: int) -> mmap.mmap:
+def _written(folder: Path, payloads: Sequence[memoryview]) -> IO[bytes]:
     """A new file of these bytes. Raises OSError."""
-    with tempfile.TemporaryFile(dir=folder) as file:
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # whoever gets it closes it
+    try:
         for payload in payloads:
             file.write(payload)
         file.flush()
-        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    except OSError:
+        file.close()
+        raise
+    return file

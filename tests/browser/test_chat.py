@@ -16,6 +16,7 @@ from swarm.gateway.keys import Account, hash_key
 from tests.helpers.accessibility import violations, violations_in_both_themes
 from tests.helpers.browser import chromium, visit
 from tests.helpers.gateway import GatewayWorld, serving
+from tests.helpers.memory_swarm import impatient
 
 KEY = "a-key-for-the-page-only"
 
@@ -238,7 +239,7 @@ def test_a_message_that_is_too_long_is_refused_with_what_there_is_room_for(brows
 def test_a_gap_is_said_in_a_sentence_and_the_peers_that_failed_in_details(browser: Browser, tmp_path: Path) -> None:
     world = GatewayWorld(tmp_path)
     try:
-        with serving(world.served) as gateway, visit(browser, gateway.url) as page:
+        with impatient(), serving(world.served) as gateway, visit(browser, gateway.url) as page:
             endless(page)
             say(page, "Go on until the end")
             expect(page.get_by_label("The model")).to_contain_text("tokens/s")

@@ -139,7 +139,7 @@ def test_a_peer_killed_in_training_changes_no_gradient(client: Any, failing: Loc
         assert embeds.grad is not None
         return embeds.grad
 
-    expected, ask = gradient(), route._ask
+    expected, ask = gradient(), route._exchange.ask
     killing = threading.Timer(0.1, lambda: killed[0].kill())
 
     async def asking(batch: Any, stretch: Any, gradient_TH: Any, **options: Any) -> torch.Tensor:
@@ -149,7 +149,7 @@ def test_a_peer_killed_in_training_changes_no_gradient(client: Any, failing: Loc
             killing.start()
         return await ask(batch, stretch, gradient_TH, **options)
 
-    route._ask = asking
+    route._exchange.ask = asking
     actual = gradient()
     killing.join()  # the next test may restart it
     assert float((actual - expected).norm() / expected.norm()) <= 1e-5

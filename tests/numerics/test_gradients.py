@@ -320,7 +320,7 @@ def interrupted(
     model: Any, when: Callable[[TrainingRoute, Any, bool], bool], act: Callable[[str], None], after_s: float = 0.005
 ) -> list[str]:
     """Let `act` happen to the peer of the first step that `when` chooses, while that is on its way."""
-    route, ask, hit = route_of(model), route_of(model)._ask, list[str]()
+    route, ask, hit = route_of(model), route_of(model)._exchange.ask, list[str]()
 
     async def asking(batch: Any, stretch: Any, gradient: Any, **options: Any) -> Tensor:
         if hit or not when(route, stretch, gradient is not None):
@@ -331,7 +331,7 @@ def interrupted(
         act(stretch.hop.peer_id)
         return await answer
 
-    route._ask = asking
+    route._exchange.ask = asking
     return hit
 
 
@@ -418,7 +418,7 @@ def test_micro_batches_are_at_several_hops_at_once_both_ways_and_never_more_than
     _, expected = gradient_of_inputs(local, inputs)
     route = route_of(model)
     route.config = TrainingConfig(micro_batch_tokens=8, in_flight=2)
-    ask, now, seen = route._ask, Counter[tuple[bool, int]](), list[tuple[bool, int, int]]()
+    ask, now, seen = route._exchange.ask, Counter[tuple[bool, int]](), list[tuple[bool, int, int]]()
 
     async def asking(batch: Any, stretch: Any, gradient: Any, **options: Any) -> Tensor:
         backward, block = gradient is not None, stretch.span.start
@@ -429,7 +429,7 @@ def test_micro_batches_are_at_several_hops_at_once_both_ways_and_never_more_than
         finally:
             now[backward, block] -= 1
 
-    route._ask = asking  # type: ignore[method-assign]
+    route._exchange.ask = asking  # type: ignore[method-assign]
     assert distance(gradient_of_inputs(model, inputs)[1], expected) <= TOLERANCE
     for backward in (False, True):
         assert max(hops for way, hops, _ in seen if way == backward) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 import resource
 import threading
 from collections import deque
@@ -214,13 +213,13 @@ async def test_the_disk_holds_what_it_was_given_until_nobody_needs_it_and_a_full
 async def test_a_disk_that_blocks_keeps_neither_the_loop_nor_readers_waiting_and_little_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    go_on, mapped = threading.Event(), spill._mapped
+    go_on, written = threading.Event(), spill._written
 
-    def blocked(*arguments: Any) -> mmap.mmap:
+    def blocked(*arguments: Any) -> Any:
         assert go_on.wait(timeout=60)
-        return mapped(*arguments)
+        return written(*arguments)
 
-    monkeypatch.setattr(spill, "_mapped", blocked)
+    monkeypatch.setattr(spill, "_written", blocked)
     monkeypatch.setattr(spill, "WAITING_BYTES_MAX", 16 * ROW)
     tasks = Tasks()
     disk = Disk(tmp_path, 1 << 20, tasks)
