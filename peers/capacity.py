@@ -21,8 +21,8 @@ from peers.model.lora import AdapterFolder
 from peers.model.quantization import NONE, bytes_in
 from peers.model.quantization import check as check_quantization
 from peers.model.support import examine
-from peers.runtime.engine import EngineConfig
 from peers.runtime.sizing import Request, Share, Sizes, divide
+from peers.runtime.works import EngineConfig
 from peers.wire.tensors import DTYPES, NAMES
 from routing.errors import CallerError, InvalidSpan
 from routing.ids import BlockSpan, BlockSpans
@@ -45,6 +45,8 @@ IN_FLIGHT_SHARE = 1 / 32
 than IN_FLIGHT_BYTES_MIN, which are among PROCESS_BYTES."""
 IN_FLIGHT_BYTES = 512 << 20
 IN_FLIGHT_BYTES_MIN = 32 << 20
+GRAPHS_SHARE = 1 / 32
+"""Of what a peer may use of a GPU, for CUDA graphs of steps (`runtime.graphs`), of all of its engines together."""
 MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -74,6 +76,8 @@ class Plan:
     """Of host memory, and of each other device's, for adapters that clients send."""
     in_flight_bytes: int = IN_FLIGHT_BYTES
     """Of host memory, for what came and was not computed yet."""
+    graph_bytes: int = 0
+    """Of each GPU's memory, for the CUDA graphs of each engine."""
 
     @property
     def max_blocks(self) -> int:
@@ -174,6 +178,7 @@ def plan_capacity(
     adapter_bytes = min(ADAPTER_BYTES, int(ADAPTER_SHARE * spare_bytes))
     in_flight_bytes = min(IN_FLIGHT_BYTES, int(IN_FLIGHT_SHARE * spare_bytes)) if on_host else IN_FLIGHT_BYTES
     in_flight_bytes = max(in_flight_bytes, IN_FLIGHT_BYTES_MIN)
+    graph_bytes = 0 if on_host else int(GRAPHS_SHARE * min(limits_bytes)) // forwards
     hosted_bytes = sum(adapter.block_bytes(anatomy.layers_path, total_blocks) for adapter in hosted)
     request = Request(
         limits_bytes=limits_bytes,
@@ -186,7 +191,8 @@ def plan_capacity(
             + (whole_block_bytes if quantization != NONE else 0)
             + ((journal_bytes + in_flight_bytes - IN_FLIGHT_BYTES_MIN) // len(devices) if on_host else 0)
             + training_bytes // len(devices)
-            + (adapter_bytes // len(devices) if on_host else adapter_bytes),
+            + (adapter_bytes // len(devices) if on_host else adapter_bytes)
+            + forwards * graph_bytes,
             forward_bytes=forwards * FORWARD_BYTES,
         ),
         max_positions=max_positions(config),
@@ -206,6 +212,7 @@ def plan_capacity(
         training_bytes=training_bytes,
         adapter_bytes=adapter_bytes,
         in_flight_bytes=in_flight_bytes,
+        graph_bytes=graph_bytes,
     )
 
 

@@ -69,7 +69,10 @@ class Discovery:
         """Whether they answer again, because somebody needs them."""
         self._answered = asyncio.Event()
         """One of those did."""
+        self._waiting: dict[object, tuple[ModelId, NoRoute]] = {}
+        """Each call that has waited for blocks for longer than NO_ROUTE_PATIENCE_S, and for which."""
         self._tasks = Tasks()
+        links.on_transfer = lambda peer, size, seconds: router.on_transfer(peer, size, seconds, clock())
         self._reading: asyncio.Task[None] | None = None
 
     @property
@@ -131,6 +134,7 @@ class Discovery:
             peer
             for peer in peers
             if peer.peer_id != self._links.transport.peer_id
+            and peer.addresses
             and now_s - self._pinged_at_s.get(peer.peer_id, 0.0)
             >= (PING_SILENT_EVERY_S if peer.peer_id in silent else PING_EVERY_S)
         ]
@@ -194,26 +198,37 @@ class Discovery:
         been left alone for long enough.
 
         Raises NoRoute after `patience_s` (default NO_ROUTE_PATIENCE_S), or LATE_PATIENCE_S where that is more, while
-        peers that have them may only be late. What is waited for longer than NO_ROUTE_PATIENCE_S is named in the log.
+        peers that have them may only be late. What is waited for longer than NO_ROUTE_PATIENCE_S is named in the log,
+        and by `waited_for`.
         """
         self.watch(request.model)
         clock_s = asyncio.get_running_loop().time
-        began_s, looked, named = clock_s(), False, False
+        began_s, looked, me = clock_s(), False, object()
         least_s = NO_ROUTE_PATIENCE_S if patience_s is None else patience_s
-        while True:
-            try:
-                return self.router.plan(request, self._clock())
-            except NoRoute as error:
-                deadline_s = began_s + (max(least_s, LATE_PATIENCE_S) if error.late else least_s)
-                if clock_s() >= deadline_s:
-                    raise
-                if not named and clock_s() >= began_s + NO_ROUTE_PATIENCE_S:
-                    named = True
-                    logger.warning("waiting for up to %.0f s more: %s", deadline_s - clock_s(), error)
-            with suppress(TimeoutError):  # a DHT that does not answer must not hide what is missing
-                async with asyncio.timeout_at(deadline_s):
-                    await self._look_again(request.model, LOOK_AGAIN_S if looked else 0.0)
-            looked = True
+        try:
+            while True:
+                try:
+                    return self.router.plan(request, self._clock())
+                except NoRoute as error:
+                    # whatever this machine does meanwhile, nothing is missing before the records were read once
+                    waited_s = clock_s() - began_s if looked else 0.0
+                    left_s = (max(least_s, LATE_PATIENCE_S) if error.late else least_s) - waited_s
+                    if left_s <= 0:
+                        raise
+                    if waited_s >= NO_ROUTE_PATIENCE_S:
+                        if me not in self._waiting:
+                            logger.warning("waiting for up to %.0f s more: %s", left_s, error)
+                        self._waiting[me] = request.model, error
+                with suppress(TimeoutError):  # a DHT that does not answer must not hide what is missing
+                    async with Patience(left_s):
+                        await self._look_again(request.model, LOOK_AGAIN_S if looked else 0.0)
+                looked = True
+        finally:
+            self._waiting.pop(me, None)
+
+    def waited_for(self, model: ModelId) -> NoRoute | None:
+        """Why some route of the model has been waited for, for longer than NO_ROUTE_PATIENCE_S; None where none has."""
+        return next((error for waited, error in self._waiting.values() if waited == model), None)
 
 
 def _verified(records: Iterable[StoredRecord], now_s: float) -> list[Announcement]:

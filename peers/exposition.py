@@ -102,9 +102,11 @@ def told(registry: CollectorRegistry, host: str, port: int) -> Iterator[str]:
     """
     try:
         server = _Server(host, port)
-    except OSError as error:
+    except (OSError, TypeError) as error:  # the latter of what cannot be a host's name at all
+        why = error.strerror if isinstance(error, OSError) else "that is no host"
         raise AddressInUse(
-            f"metrics cannot be told on {host} port {port}: {error.strerror}", hint="choose another --metrics-port"
+            f"metrics cannot be told on {host} port {port}: {why}",
+            hint="choose another --metrics-port or --metrics-host",
         ) from error
     server.set_app(make_wsgi_app(registry))
     ending = threading.Event()

@@ -85,6 +85,12 @@ def is_public(address: str) -> bool:
     return host.is_global and not host.is_multicast
 
 
+def is_private(address: str) -> bool:
+    """Whether it names a host by an IP address that means nothing on the internet. False for a name."""
+    match = _GRAMMAR.fullmatch(address) if len(address) <= MAX_ADDRESS_CHARS else None
+    return match is not None and match["family"] in ("ip4", "ip6") and not is_public(address)
+
+
 def _match(text: str) -> re.Match[str]:
     match = _GRAMMAR.fullmatch(text) if len(text) <= MAX_ADDRESS_CHARS and text.isascii() else None
     if match is None:

@@ -13,46 +13,38 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Final
 
-from routing.coordinates import Coordinate
+from routing.coordinates import Cell
 from routing.ids import BlockSpan, PeerId
 from routing.path import Candidate
 
 MAX_SHORTLIST: Final = 48
-CELL_S: Final = 0.02
-"""Peers whose round trips to anywhere differ by less are about at one place."""
-
-Cell = tuple[int, int, int] | None
 Hops = tuple[tuple[PeerId, BlockSpan], ...]
-
-
-def cell_of(place: Coordinate | None) -> Cell:
-    """The cell of the plane that holds a place; None for a peer of which none is known."""
-    if place is None or not place.usable:
-        return None
-    x_s, y_s, height_s, _ = place
-    return int(x_s // CELL_S), int(y_s // CELL_S), int(height_s // CELL_S)
 
 
 def shortlist(
     candidates: Iterable[Candidate], cells: Callable[[PeerId], Cell], keep: Iterable[PeerId]
 ) -> list[Candidate]:
-    """At most MAX_SHORTLIST (and all of `keep`): in every cell the best for each block, the best of all first."""
+    """At most MAX_SHORTLIST (and all of `keep`): in every cell the best for each block, the best of all first; as if
+    nobody saved anything by being the last hop."""
     kept = set(keep)
     chosen: list[Candidate] = []
     covered = defaultdict[Cell, set[int]](set)
-    ranked = [
-        ((c.cost.enter_s + c.cost.leave_s) / (c.span.end - c.span.start) + c.cost.per_block_s, c.peer_id, c)
-        for c in candidates
-    ]
-    ranked.sort(key=_time_and_peer)
-    for at, (_, peer, candidate) in enumerate(ranked):
+    by_time = sorted([(_s_per_block(c), c.peer_id, c.span.start, c) for c in candidates])
+    for at, (_, peer, _, candidate) in enumerate(by_time):
         if len(chosen) >= MAX_SHORTLIST:
-            return chosen + [other for _, peer, other in ranked[at:] if peer in kept]
+            return chosen + [other for _, peer, _, other in by_time[at:] if peer in kept]
         held, blocks = covered[cells(peer)], range(candidate.span.start, candidate.span.end)
         if peer in kept or not held.issuperset(blocks):
             chosen.append(candidate)
             held.update(blocks)
     return chosen
+
+
+def _s_per_block(candidate: Candidate) -> float:
+    """Of its whole span, where another hop follows it."""
+    cost, span = candidate.cost, candidate.span
+    enter_s = cost.enter_s + cost.leave_s if cost.leave_s > 0 else cost.enter_s
+    return enter_s / (span.end - span.start) + cost.per_block_s
 
 
 def cheapest_chain(
@@ -71,8 +63,8 @@ def cheapest_chain(
     """
     least = [least_s(candidate.peer_id) for candidate in candidates]
     holding: list[list[int]] = [[] for _ in range(num_blocks)]
-    for index, (_, span, _) in enumerate(candidates):
-        for block in range(span.start, min(span.end, num_blocks)):
+    for index, candidate in enumerate(candidates):
+        for block in range(candidate.span.start, min(candidate.span.end, num_blocks)):
             holding[block].append(index)
     rest = _rest_s(candidates, holding, least)
     at_most_s *= 1 + _ROUNDING
@@ -83,8 +75,7 @@ def cheapest_chain(
         arrived.sort(key=_seconds)
         on: dict[int, _Way] = {}
         for index in holders:
-            peer_id, _, (enter_s, per_block_s, _) = candidates[index]
-            before = running.get(index)
+            peer_id, cost, before = candidates[index].peer_id, candidates[index].cost, running.get(index)
             entry_s, floor_s, row, best = math.inf if before is None else before[0], least[index], links[index], before
             for way in arrived:
                 cost_s, last, _ = way
@@ -93,14 +84,14 @@ def cheapest_chain(
                 if last == index:
                     continue
                 if last < 0:
-                    cost_s += enter_s
+                    cost_s += cost.enter_s
                 else:
                     if last not in row:
                         row[last] = link_s(candidates[last].peer_id, peer_id)
                     cost_s += row[last]
                 if cost_s < entry_s:
                     entry_s, best = cost_s, way
-            cost_s = entry_s + per_block_s
+            cost_s = entry_s + cost.per_block_s
             if best is not None and cost_s + rest_s[index] <= at_most_s:
                 on[index] = cost_s, index, best[2] if best is before else (peer_id, block, best[2])
         running, arrived = on, list(on.values())
@@ -143,5 +134,4 @@ _Taken = tuple[PeerId, int, "_Taken | None"]
 _Way = tuple[float, int, _Taken | None]
 """What it takes to come to a boundary, the candidate through which it does, and what was taken for that."""
 
-_time_and_peer: Final = itemgetter(0, 1)
 _seconds: Final = itemgetter(0)

@@ -18,6 +18,8 @@ MAX_COORDINATE_S: Final = 10.0
 """No honest point lies further out: half of it is a trip to the moon and back."""
 USABLE_ERROR: Final = 0.5
 """Points that are wrong by more than this share of a round trip predict nothing."""
+CELL_S: Final = 0.02
+"""Points whose distances to anywhere differ by less are about at one place."""
 _GAIN: Final = 0.25
 """`c_e` and `c_c` of the paper."""
 _HEIGHT_S_MIN: Final = 1e-5
@@ -38,6 +40,17 @@ class Coordinate(NamedTuple):
         return self.error <= USABLE_ERROR
 
 
+Cell = tuple[float, float, float] | None
+
+
+def cell_of(place: Coordinate | None) -> Cell:
+    """The cell of the plane that holds a usable place; None for a peer of which none is known."""
+    if place is None:
+        return None
+    x_s, y_s, height_s, error = place
+    return None if error > USABLE_ERROR else (x_s // CELL_S, y_s // CELL_S, height_s // CELL_S)
+
+
 def check_coordinate(point: Coordinate) -> Coordinate:
     """The point itself, when a record can carry it. Raises CallerError."""
     x_s, y_s, height_s, error = point
@@ -56,7 +69,8 @@ def half_trip_s(from_s: float, here: Coordinate | None, to_s: float, there: Coor
     """Half a round trip between two peers, at usable places, to which this node's own take `from_s` and `to_s`."""
     if here is None or there is None:
         return to_s / 2
-    return min(max(distance_s(here, there), abs(from_s - to_s)), from_s + to_s) / 2
+    trip_s, least_s, most_s = distance_s(here, there), abs(from_s - to_s), from_s + to_s
+    return (least_s if trip_s < least_s else most_s if trip_s > most_s else trip_s) / 2
 
 
 def moved(mine: Coordinate, theirs: Coordinate, rtt_s: float, *, salt: str) -> Coordinate:

@@ -12,12 +12,15 @@ from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+import msgspec
+
 from routing.coordinates import USABLE_ERROR, Coordinate, distance_s, moved
 from routing.dealing import Dealing, price_s
 from routing.detours import Detours
 from routing.flow import capacity
 from routing.ids import PeerId
 from routing.records import Announcement
+from routing.uplink import Uplink
 
 BANDWIDTH_BYTES_PER_S: Final = 12.5e6
 """100 Mbit/s: what is assumed of the way to a peer that was sent nothing large yet."""
@@ -121,8 +124,8 @@ class RoundTrip(NamedTuple):
     age_s: float
 
 
-class PeerEstimate(NamedTuple):
-    """Everything `routing.cost` wants to know about one peer. A tuple, because plans make thousands."""
+class PeerEstimate(msgspec.Struct, frozen=True, gc=False):
+    """Everything `routing.cost` wants to know about one peer."""
 
     rtt_s: float
     queue_s: float
@@ -130,6 +133,8 @@ class PeerEstimate(NamedTuple):
     prefill_s_per_token_block: float
     max_bytes_per_s: int = 0
     """As announced; 0 where no bound is."""
+    uplink_bytes_per_s: int = 0
+    """As announced; 0 where it is not known."""
     bytes_per_s: float = BANDWIDTH_BYTES_PER_S
     """On the way there."""
 
@@ -157,6 +162,7 @@ class Estimates:
         """What `of` said last, as long as nothing that it follows from has changed."""
         self._fastest = (BANDWIDTH_BYTES_PER_S, -math.inf)
         """The best way out of here that was measured lately, and when."""
+        self._uplink = Uplink()
         self.detours = Detours()
         self._dealing = Dealing()
         self._idle_s = Smoothed()
@@ -177,12 +183,19 @@ class Estimates:
 
     def on_transfer(self, peer: PeerId, size: int, seconds: float, now_s: float) -> None:
         """It took so long until the peer had read `size` bytes and this node knew: a round trip, and the bytes."""
-        rtt_s = self.rtt_s(peer, now_s) or 0.0
+        known_s = self.rtt_s(peer, now_s)
+        rtt_s = known_s or 0.0
         if size > 0 and 0 < seconds < math.inf:
+            if known_s is not None:
+                self._uplink.add(size, seconds, rtt_s, now_s)
             byte_s = max(_BYTE_S_MIN, max(seconds - rtt_s, (1 - LATENCY_SHARE_MAX) * seconds) / size)
             self._touch(peer).byte_s.add(byte_s, now_s)
             if 1 / byte_s >= self._fastest[0] or now_s - self._fastest[1] > HALF_LIFE_S:
                 self._fastest = (min(1 / byte_s, BANDWIDTH_BYTES_PER_S), now_s)
+
+    def uplink_bytes_per_s(self, now_s: float) -> int:
+        """What goes out of here at best, as it is announced; 0 where that is not known, or no less than is assumed."""
+        return announced_uplink(self._uplink.bytes_per_s(now_s))
 
     def on_step(self, peer: PeerId, blocks: int, tokens: int, compute_s: float, queue_s: float, now_s: float) -> None:
         """A peer ran `tokens` positions through `blocks` blocks in `compute_s`, after waiting `queue_s`."""
@@ -261,6 +274,8 @@ class Estimates:
 
     def expected_queue_s(self, announcement: Announcement) -> float:
         """What a step waits there, the sessions included that this node sent since the peer counted."""
+        if announcement.peer_id not in self._planned and not announcement.sessions:
+            return announcement.queue_s
         sequence, count = self._planned.get(announcement.peer_id, (0, 0))
         planned = count if sequence == announcement.sequence else 0
         return queued_s(announcement, announcement.sessions + planned, self.turn_s)
@@ -300,8 +315,7 @@ class Estimates:
 
     def _of(self, announcement: Announcement, now_s: float) -> PeerEstimate:
         measured = self._measured.get(announcement.peer_id)
-        fastest, at_s = self._fastest
-        assumed = fastest if now_s - at_s <= HALF_LIFE_S else BANDWIDTH_BYTES_PER_S
+        assumed = self.assumed_bytes_per_s(now_s)
         if measured is None:  # most peers of a large swarm
             return PeerEstimate(
                 self.predicted_rtt_s(announcement),
@@ -309,6 +323,7 @@ class Estimates:
                 announcement.decode_s_per_block,
                 announcement.prefill_s_per_token_block,
                 announcement.max_bytes_per_s,
+                announcement.uplink_bytes_per_s,
                 assumed,
             )
         return PeerEstimate(
@@ -317,8 +332,14 @@ class Estimates:
             measured.decode_s_per_block.value(announcement.decode_s_per_block, now_s),
             measured.prefill_s_per_token_block.value(announcement.prefill_s_per_token_block, now_s),
             announcement.max_bytes_per_s,
+            announcement.uplink_bytes_per_s,
             1 / measured.byte_s.value(1 / assumed, now_s) if measured.byte_s.known else assumed,
         )
+
+    def assumed_bytes_per_s(self, now_s: float) -> float:
+        """Of the way to a peer to which none was measured: the best of the others, or what everybody assumes."""
+        fastest, at_s = self._fastest
+        return fastest if now_s - at_s <= HALF_LIFE_S else BANDWIDTH_BYTES_PER_S
 
     def _touch(self, peer: PeerId) -> _Measured:
         self._found.pop(peer, None)
@@ -346,6 +367,13 @@ def queued_s(announcement: Announcement, sessions: int, turn_s: float) -> float:
     excess_s = (sessions + 1) * takes_s - turn_s
     response_s = (excess_s + math.sqrt(excess_s * excess_s + 4 * takes_s * turn_s)) / 2
     return max(announcement.queue_s, response_s - takes_s)
+
+
+def announced_uplink(bytes_per_s: float) -> int:
+    """As a record says it: to a power of two, as no send repeats more exactly; 0 where that is no less than everybody
+    assumes, or 0."""
+    coarse = 2 ** round(math.log2(max(1.0, bytes_per_s)))
+    return coarse if bytes_per_s > 0 and coarse < BANDWIDTH_BYTES_PER_S else 0
 
 
 def _speed(announcement: Announcement) -> float:

@@ -22,7 +22,8 @@ class Option:
     """Everything that it serves."""
     route_s: float
     trip_s: float
-    """Into the peer from where the step comes from, and back to this node from the last hop; bytes included."""
+    """Into the peer from where the step comes from, and back to this node from the last hop; bytes included, also
+    those that a slow uplink sends on."""
     queue_s: float
     compute_s: float
     chosen: bool
@@ -32,6 +33,8 @@ class Option:
     """From this node to the peer."""
     bytes_measured: bool
     """Else that is assumed."""
+    uplink_bytes_per_s: int
+    """From the peer to anybody, as it says; 0 where that is not known."""
     note: str = ""
     """Why it is entered only where nobody else can be."""
 
@@ -75,6 +78,7 @@ def _option(view: View, hops: Hops, at: int, announcement: Announcement) -> Opti
         measured=peer in view.estimates.measured,
         bytes_per_s=estimate.bytes_per_s,
         bytes_measured=view.estimates.timed(peer),
+        uplink_bytes_per_s=estimate.uplink_bytes_per_s,
         note=view.last_resort(announcement),
     )
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from routing.ids import BlockSpan
+from routing.ids import BlockSpan, BlockSpans
 from routing.records import Announcement
 
 BATCH: Final = 8
@@ -38,13 +38,21 @@ def capacity(decode_s_per_block: float, prefill_s_per_token_block: float) -> flo
     return BATCH / max(decode_s_per_block + (BATCH - 1) * prefill_s_per_token_block, 1e-9)
 
 
+def capacity_of(announcement: Announcement) -> float:
+    return capacity(announcement.decode_s_per_block, announcement.prefill_s_per_token_block)
+
+
 def capacities_of(announcement: Announcement) -> list[tuple[BlockSpan, float]]:
     """Each of a peer's spans with a part of its capacity, by blocks."""
-    whole = capacity(announcement.decode_s_per_block, announcement.prefill_s_per_token_block)
-    parts = announcement.spans.parts
+    return parts_of(announcement.spans, capacity_of(announcement))
+
+
+def parts_of(spans: BlockSpans, whole: float) -> list[tuple[BlockSpan, float]]:
+    """Each of these with a part of a peer's capacity, by blocks."""
+    parts = spans.parts
     if len(parts) == 1:
         return [(parts[0], whole)]
-    return [(span, whole * len(span) / announcement.spans.num_blocks) for span in parts]
+    return [(span, whole * len(span) / spans.num_blocks) for span in parts]
 
 
 def by_span(servers: Iterable[tuple[BlockSpan, float]]) -> dict[BlockSpan, float]:

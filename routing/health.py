@@ -30,9 +30,9 @@ class ModelHealth:
     peers: tuple[Announcement, ...]
     """Every live peer of the model, by spans and peer id, whatever its state."""
     holders: tuple[tuple[PeerId, ...], ...]
-    """Per block, the ONLINE peers that serve it."""
+    """Per block, the ONLINE peers that serve it and say where they are."""
     gaps: tuple[BlockSpan, ...]
-    """Blocks that no ONLINE peer serves."""
+    """Blocks that nobody holds."""
 
     @property
     def replication(self) -> int:
@@ -67,7 +67,7 @@ def coverage(snapshot: Snapshot, model: ModelId, *, num_blocks: int | None = Non
     if num_blocks is None or not peers:
         return None
     holders: list[list[PeerId]] = [[] for _ in range(num_blocks)]
-    online = [a for a in peers if a.state is PeerState.ONLINE]
+    online = [a for a in peers if a.state is PeerState.ONLINE and a.addresses]
     for announcement in online:
         for block in chain.from_iterable(announcement.spans):
             holders[block].append(announcement.peer_id)
@@ -93,7 +93,7 @@ def adapters(health: ModelHealth, *, most: int | None = None) -> tuple[AdapterHe
     for peer in health.peers:
         for adapter in {*peer.adapters}:
             serving = hosts.setdefault(adapter, [])
-            if peer.state is PeerState.ONLINE:
+            if peer.state is PeerState.ONLINE and peer.addresses:
                 serving.append(peer)
     shown = sorted(hosts, key=lambda adapter: (-len(hosts[adapter]), adapter))[:most]
     return tuple(

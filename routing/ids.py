@@ -52,8 +52,7 @@ class Place(msgspec.Struct, frozen=True, order=True):
         return f"{self.session}@{self.block}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ModelId:
+class ModelId(msgspec.Struct, frozen=True, order=True):
     """SHA-256 over a checkpoint's canonical configuration and the hashes of its weight files.
 
     Two peers may serve the same route only if their model ids are equal.
@@ -146,7 +145,8 @@ class BlockSpans:
 
     @property
     def num_blocks(self) -> int:
-        return sum([part.end - part.start for part in self.parts])
+        first, *more = self.parts
+        return first.end - first.start + sum([part.end - part.start for part in more])
 
     @property
     def end(self) -> int:

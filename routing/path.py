@@ -14,16 +14,18 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Final
+
+import msgspec
 
 from routing.cost import HopCost
 from routing.ids import BlockSpan, PeerId
 
 
-class Candidate(NamedTuple):
-    """A peer that may be used for any part of this span at this cost. A tuple, because plans make thousands."""
+class Candidate(msgspec.Struct, frozen=True, gc=False):
+    """A peer that may be used for any part of this span at this cost."""
 
     peer_id: PeerId
     span: BlockSpan
@@ -65,19 +67,24 @@ def cheapest_path(candidates: Collection[Candidate], num_blocks: int) -> Path | 
 
     A peer may serve several hops, with other peers' between them: a session has a place at it for each.
 
-    Every hop pays its entry. So a path through the peers with the cheapest entries alone, where there is one, bounds
-    the entries that can be part of a better path, and most of a large swarm is never searched.
+    Every hop pays its entry, what the last one pays more may be negative, and no block takes less than at the fastest.
+    So a path through the peers with the cheapest entries alone, where there is one, bounds the entries that can be part
+    of a better path, and most of a large swarm is never searched.
     """
     if not candidates:
         return None
-    cutoff_s = sorted(candidate.cost.enter_s for candidate in candidates)[len(candidates) // 8]
-    near = [candidate for candidate in candidates if candidate.cost.enter_s <= cutoff_s]
+    costs = [candidate.cost for candidate in candidates]
+    least = [cost.enter_s if cost.leave_s >= 0 else cost.enter_s + cost.leave_s for cost in costs]
+    cutoff_s = sorted(least)[len(candidates) // 8]
+    near = _undominated(c for c, least_s in zip(candidates, least, strict=True) if least_s <= cutoff_s)
     first = _search(near, num_blocks)
-    bound_s = math.inf if first is None else first.cost_s
-    worth_a_look = [candidate for candidate in candidates if candidate.cost.enter_s <= bound_s]
-    if len(worth_a_look) <= len(near):
+    bound_s = math.inf
+    if first is not None:
+        bound_s = first.cost_s * (1 + _ROUNDING) - num_blocks * min([cost.per_block_s for cost in costs])
+    worth_a_look = [c for c, least_s in zip(candidates, least, strict=True) if cutoff_s < least_s <= bound_s]
+    if not worth_a_look:
         return first
-    second = _search(worth_a_look, num_blocks)
+    second = _search(_undominated([*near, *worth_a_look]), num_blocks)
     if first is None or second is None:
         return second
     return replace(min(second, first, key=_cost_s), relaxed=first.relaxed + second.relaxed)
@@ -86,12 +93,20 @@ def cheapest_path(candidates: Collection[Candidate], num_blocks: int) -> Path | 
 def bridge(
     keep: Sequence[tuple[PeerId, BlockSpan]], candidates: Collection[Candidate], num_blocks: int
 ) -> tuple[tuple[PeerId, BlockSpan], ...] | None:
-    """The hops to `keep`, in order, and between them the cheapest ones of other peers; None where there are none."""
+    """The hops to `keep`, in order, and between them the cheapest ones of other peers; None where there are none.
+
+    Who pushes on to a kept hop saves nothing by an answer that is shorter.
+    """
     taken = {peer for peer, _ in keep}
     hops = list(keep)
     for gap in gaps((span for _, span in keep), num_blocks):
+        ends = gap.end == num_blocks
         within = [
-            Candidate(c.peer_id, BlockSpan(max(c.span.start, gap.start) - gap.start, c.span.end - gap.start), c.cost)
+            Candidate(
+                c.peer_id,
+                BlockSpan(max(c.span.start, gap.start) - gap.start, c.span.end - gap.start),
+                c.cost if ends or c.cost.leave_s >= 0 else HopCost(c.cost.enter_s, c.cost.per_block_s, 0.0),
+            )
             for c in candidates
             if c.peer_id not in taken and c.span.start < gap.end and gap.start < c.span.end
         ]
@@ -110,7 +125,7 @@ def _search(candidates: Iterable[Candidate], num_blocks: int) -> Path | None:
     peer. Ties go to the span that starts first, then to the longer one, the cheaper entry and the smaller peer id.
     """
     starting: list[list[_Running]] = [[] for _ in range(num_blocks)]
-    for candidate in _undominated(candidates):
+    for candidate in candidates:
         if candidate.span.start < num_blocks:
             starting[candidate.span.start].append(_Running(candidate))
 
@@ -152,35 +167,44 @@ class _Running:
     __slots__ = ("began", "cost_s", "end", "enter_s", "leave_s", "peer_id", "per_block_s")
 
     def __init__(self, candidate: Candidate) -> None:
+        cost = candidate.cost
         self.peer_id = candidate.peer_id
         self.end = candidate.span.end
-        self.enter_s = candidate.cost.enter_s
-        self.per_block_s = candidate.cost.per_block_s
-        self.leave_s = candidate.cost.leave_s
+        self.enter_s = cost.enter_s
+        self.per_block_s = cost.per_block_s
+        self.leave_s = cost.leave_s
         self.cost_s = math.inf
         self.began = candidate.span.start
 
+
+_ROUNDING: Final = 1e-9
+"""Of the same seconds, added up in another order."""
 
 _cost_s = operator.attrgetter("cost_s")
 _start = operator.attrgetter("start")
 
 
-def _undominated(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+def _undominated(candidates: Iterable[Candidate]) -> list[Candidate]:
     """All candidates but those that another one with the same span beats; of equals, the smallest peer id stays."""
     fronts: dict[tuple[int, int], list[Candidate]] = {}
     for candidate in candidates:
-        peer_id, span, cost = candidate
-        enter_s, per_block_s, leave_s = cost
+        span, cost = candidate.span, candidate.cost
+        enter_s, per_block_s, leave_s = cost.enter_s, cost.per_block_s, cost.leave_s
         key = (span.start, span.end)
         front = fronts.get(key)
         if front is None:
             fronts[key] = [candidate]
             continue
-        for other_id, _, other in front:
-            no_worse = other[0] <= enter_s and other[1] <= per_block_s and other[2] <= leave_s
-            if no_worse and (other != cost or other_id < peer_id):
+        for other in front:
+            its = other.cost
+            no_worse = its.enter_s <= enter_s and its.per_block_s <= per_block_s and its.leave_s <= leave_s
+            if no_worse and (its != cost or other.peer_id < candidate.peer_id):
                 break
         else:
-            fronts[key] = [c for c in front if enter_s > c[2][0] or per_block_s > c[2][1] or leave_s > c[2][2]]
+            fronts[key] = [
+                c
+                for c in front
+                if enter_s > c.cost.enter_s or per_block_s > c.cost.per_block_s or leave_s > c.cost.leave_s
+            ]
             fronts[key].append(candidate)
-    return itertools.chain.from_iterable(fronts.values())
+    return list(itertools.chain.from_iterable(fronts.values()))

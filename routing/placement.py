@@ -10,17 +10,26 @@ from __future__ import annotations
 import hashlib
 import statistics
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, takewhile
 from typing import Final
 
+from routing.addresses import is_private, is_public
 from routing.errors import CallerError
-from routing.flow import by_span, capacities_of
+from routing.flow import by_span, capacity_of, parts_of
 from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.path import gaps
 from routing.records import CLOCK_SLACK_S, Announcement, PeerState
 
+LOOK_S: Final = 4.0
+"""Between two looks of a peer, on average; peers look at different times."""
+SETTLE_S: Final = 3.0
+"""Long enough for intents announced at the same time to be read."""
+REST_S: Final = 600.0
+"""Between moves that heal nothing: each costs sessions their cache, and this peer a load."""
+ARRIVE_S: Final = 60.0
+"""So long who is on the way to blocks counts as if it were there; then others may go there too."""
 MOVE_GAIN: Final = 1.3
 """A move without a gap must raise what the scarcest block carries by this factor. After it, the way back cannot."""
 TURN_S: Final = 60.0
@@ -29,6 +38,8 @@ ESCALATE_S: Final = 10.0
 """After each such time for which a gap has stayed open, one more peer may close it."""
 FAIR_HOP: Final = 2.0
 """A peer takes no more blocks than make its hop so many times as slow as the usual one, unless they are missing."""
+MAX_PARTS: Final = 2
+"""Spans of a peer that heals: each has an engine with memory of its own, and is one more hop."""
 _COUNTED: Final = (PeerState.JOINING, PeerState.ONLINE)
 
 
@@ -54,16 +65,16 @@ def choose_span(
 
     `announcements` are of one model. Spans compare by the replication of their blocks, rarest first, so a span that
     holds more of the rarest blocks wins; then one to which peers give less throughput, then the lowest start. Joining
-    peers and intents count, so that two that join one after the other choose differently; paused, draining and expired
-    ones do not. With `decode_s_per_block`, this peer's speed, the span is also no longer than fair (FAIR_HOP). Raises
-    CallerError when not even one block fits.
+    peers and intents count, so that two that join one after the other choose differently; those that are paused,
+    draining, expired or without an address do not. With `decode_s_per_block`, this peer's speed, the span is also no
+    longer than fair (FAIR_HOP). Raises CallerError when not even one block fits.
     """
     if max_blocks < 1:
         raise CallerError("not even one block fits into the memory of this peer", hint="allow it more memory")
     counted = [
         a
         for a in announcements
-        if now_s < a.expires_at_s + CLOCK_SLACK_S and a.state in _COUNTED and a.num_blocks == num_blocks
+        if now_s < a.expires_at_s + CLOCK_SLACK_S and a.state in _COUNTED and a.num_blocks == num_blocks and a.addresses
     ]
     replication, throughput = [0] * num_blocks, _throughput(counted, num_blocks)
     for a in counted:
@@ -73,9 +84,7 @@ def choose_span(
             replication[block] += not any(block in span for span in a.spans)
     length = min(max_blocks, num_blocks)
     if decode_s_per_block and counted:
-        usual_s = statistics.median(
-            len(a.spans.parts[0]) * (a.decode_s_per_block or decode_s_per_block) for a in counted
-        )
+        usual_s = _usual_hop_s(counted, decode_s_per_block)
         missing = max(map(len, gaps(chain.from_iterable(a.spans for a in counted), num_blocks)), default=0)
         length = min(length, max(1, missing, int(FAIR_HOP * usual_s / decode_s_per_block)))
 
@@ -97,44 +106,107 @@ def before_me(announcements: Iterable[Announcement], me: PeerId) -> list[Announc
 
 
 def choose_move(
-    announcements: Sequence[Announcement], me: PeerId, now_s: float, *, open_for_s: float = 0.0
+    announcements: Sequence[Announcement],
+    me: PeerId,
+    now_s: float,
+    *,
+    open_for_s: float = 0.0,
+    late: Container[PeerId] = (),
+    max_parts: int = MAX_PARTS,
 ) -> Move | None:
     """What this peer should serve instead, or None while it should stay; `announcements` are of its model, its own too.
 
     A peer moves away only from blocks that another ONLINE peer holds and means to hold, and only if it announces that
-    it may be moved (`max_blocks`). Where blocks are missing (for `open_for_s` now), one peer is called after the other:
-    first those that can leave what they serve, then those that have room for the missing blocks beside it. Where none
-    are, in turns, a peer whose move makes the scarcest block carry MOVE_GAIN times as much, and makes none rarer than
-    the rarest was.
+    it may be moved (`max_blocks`). Where blocks are missing (for `open_for_s` now), one peer is called after the other.
+    It adds them to its own and gives up no more than it has no room for: first those whose blocks all have another
+    holder meanwhile, of these those that close most, stay fair (FAIR_HOP) and give up nothing. Where none are missing,
+    in turns, a peer whose move makes the scarcest block carry MOVE_GAIN times as much, and makes none rarer than the
+    rarest was. Who is on the way counts, but for the `late` (`Arrivals`). `max_parts` spans fit here.
     """
     mine = next((a for a in announcements if a.peer_id == me), None)
-    if mine is None or mine.state is not PeerState.ONLINE or not mine.max_blocks:
+    if mine is None or mine.state is not PeerState.ONLINE or not mine.max_blocks or not mine.addresses:
         return None
     num_blocks = mine.num_blocks
-    alike = [a for a in announcements if a.num_blocks == num_blocks]
+    alike = usable(announcements, mine)
     online = [a for a in alike if a.state is PeerState.ONLINE]
     firm = [0] * num_blocks
     for a in online:
         if a.intent is None:
             for block in chain.from_iterable(a.spans):
                 firm[block] += 1
-    coming = [span for a in alike if a.state is PeerState.JOINING for span in a.spans]
-    coming += [a.intent for a in alike if a.intent is not None and a.peer_id != me]
+    under_way = [a for a in alike if a.peer_id != me and a.peer_id not in late]
+    coming = [span for a in under_way if a.state is PeerState.JOINING for span in a.spans]
+    coming += [a.intent for a in under_way if a.intent is not None]
     missing = gaps([*coming, *chain.from_iterable(a.spans for a in online)], num_blocks)
-    if missing:
-        gap = max(missing, key=len)
-        called = int(open_for_s / ESCALATE_S) + 1
-        able = sorted((_rank(a, gap, firm), a.peer_id) for a in online if a.intent is None and _can_heal(a, firm))
-        if me not in [peer for _, peer in able[:called]]:
-            return None
-        if _can_leave(mine, firm):
-            others = [a for a in alike if a.peer_id != me]
-            span = choose_span(others, num_blocks, mine.max_blocks, now_s)
-            return Move(spans=BlockSpans.of(span), intent=span, heals=True)
-        room = mine.max_blocks - mine.spans.num_blocks
-        added = BlockSpan(gap.start, min(gap.end, gap.start + room))
-        return Move(spans=BlockSpans.of(*mine.spans, added), intent=added, heals=True)
-    return _better_balance(alike, mine, firm, now_s)
+    if not missing:
+        return _better_balance(alike, mine, firm, now_s, late)
+    gap = max(missing, key=len)
+    usual_s = _usual_hop_s(online, mine.decode_s_per_block)
+    able = sorted((_rank(a, gap, firm, usual_s, n), a.peer_id) for a in online if (n := _closes(a, gap, firm)) > 0)
+    if me not in [peer for _, peer in able[: int(open_for_s / ESCALATE_S) + 1]]:
+        return None
+    return _heal(mine, gap, firm, max_parts)
+
+
+def stands(
+    move: Move,
+    announcements: Sequence[Announcement],
+    me: PeerId,
+    *,
+    late: Container[PeerId] = (),
+    ready: bool = False,
+) -> bool:
+    """Whether a move that this peer announced SETTLE_S ago or earlier is still right.
+
+    Every block that it leaves has another holder, who stays: of two that would leave the same, the smaller id goes.
+    What it heals is still missing, and nobody with an overlapping intent goes before it; unless it is `ready`, with all
+    that it needs on its disk: then others with intents have farther to go.
+    """
+    mine = next((a for a in announcements if a.peer_id == me), None)
+    if mine is None or mine.state is not PeerState.ONLINE or not mine.addresses:
+        return False
+    others = [a for a in usable(announcements, mine) if a.peer_id != me]
+    if not ready and gives_way((a for a in others if a.peer_id not in late), me, move.intent):
+        return False
+    online = [a for a in others if a.state is PeerState.ONLINE]
+    stay = blocks_of(span for a in online if a.intent is None or a.peer_id > me for span in a.spans)
+    if not blocks_of(mine.spans) - blocks_of(move.spans) <= stay:
+        return False
+    joining = [a for a in others if a.state is PeerState.JOINING and a.peer_id not in late]
+    return not move.heals or not any(a.spans.overlaps(move.intent) for a in (*online, *joining))
+
+
+def usable(announcements: Iterable[Announcement], mine: Announcement) -> list[Announcement]:
+    """Those, this peer's own too, that serve clients who use this peer: others are no holders to them.
+
+    Who is on the internet does not count those who are not: they are in somebody's own network.
+    """
+    public = any(map(is_public, mine.addresses))
+    return [
+        a
+        for a in announcements
+        if a.num_blocks == mine.num_blocks
+        and a.protocol == mine.protocol
+        and any(not (public and is_private(address)) for address in a.addresses)
+    ]
+
+
+class Arrivals:
+    """Since when each peer is on its way to other blocks, as far as this one saw it."""
+
+    def __init__(self) -> None:
+        self._since_s: dict[PeerId, tuple[tuple[object, ...], float]] = {}
+
+    def late(self, announcements: Iterable[Announcement], now_s: float) -> frozenset[PeerId]:
+        """Of those announced now, who has been on one and the same stretch of its way for ARRIVE_S."""
+        since_s = {}
+        for a in announcements:
+            if a.state is PeerState.JOINING or a.intent is not None:
+                stretch = (a.state, a.spans, a.intent)
+                known = self._since_s.get(a.peer_id)
+                since_s[a.peer_id] = known if known is not None and known[0] == stretch else (stretch, now_s)
+        self._since_s = since_s
+        return frozenset(peer for peer, (_, at_s) in since_s.items() if now_s - at_s >= ARRIVE_S)
 
 
 def has_turn(announcements: Iterable[Announcement], mine: Announcement, now_s: float) -> bool:
@@ -156,28 +228,87 @@ def _can_leave(a: Announcement, firm: Sequence[int]) -> bool:
     return a.max_blocks > 0 and all(firm[block] >= 2 for block in chain.from_iterable(a.spans))
 
 
-def _can_heal(a: Announcement, firm: Sequence[int]) -> bool:
-    return _can_leave(a, firm) or (a.max_blocks > a.spans.num_blocks and len(a.spans.parts) == 1)
+def _closes(a: Announcement, gap: BlockSpan, firm: Sequence[int]) -> int:
+    """How many blocks of the gap this peer can serve; 0 for those that are not to move."""
+    if a.intent is not None or not a.max_blocks:
+        return 0
+    if len(a.spans.parts) > 1:
+        move = _heal(a, gap, firm)
+        return 0 if move is None else len(move.intent)
+    return min(len(gap), a.max_blocks - a.spans.num_blocks + max(_spare(a, firm)))
 
 
-def _rank(a: Announcement, gap: BlockSpan, firm: Sequence[int]) -> tuple[bool, bytes]:
-    return not _can_leave(a, firm), hashlib.sha256(f"{gap}/{a.peer_id}".encode()).digest()
+def _rank(
+    a: Announcement, gap: BlockSpan, firm: Sequence[int], usual_s: float, closed: int
+) -> tuple[bool, int, bool, bool, bytes]:
+    """Who closes a gap first: see `choose_move`."""
+    room = a.max_blocks - a.spans.num_blocks
+    hop_s = (a.spans.num_blocks + min(closed, room)) * a.decode_s_per_block
+    shuffled = hashlib.sha256(f"{gap}/{a.peer_id}".encode()).digest()
+    return not _can_leave(a, firm), -closed, hop_s > FAIR_HOP * usual_s, closed > room, shuffled
+
+
+def _heal(mine: Announcement, gap: BlockSpan, firm: Sequence[int], max_parts: int = MAX_PARTS) -> Move | None:
+    """As much of the gap as this peer can serve, beside its own blocks; where it lacks room, instead of some at one end
+    of them, of those that others hold too. Only the gap is downloaded."""
+    own = [*chain.from_iterable(mine.spans)]
+    room = mine.max_blocks - len(own)
+    leading, trailing = _spare(mine, firm)
+    most = max(leading, trailing)
+    for size in range(min(len(gap), room + most), 0, -1):
+        for left in range(max(0, size - room), most + 1):
+            kept = [own[left:]] * (left <= leading) + [own[: len(own) - left]] * (left <= trailing)
+            ways = [
+                (BlockSpans.of(*_runs(blocks), added), added)
+                for blocks in kept
+                for added in (BlockSpan(gap.start, gap.start + size), BlockSpan(gap.end - size, gap.end))
+            ]
+            spans, added = min(ways, key=lambda way: (len(way[0].parts), way))
+            if len(spans.parts) <= max_parts:
+                return Move(spans=spans, intent=added, heals=True)
+    return None
+
+
+def _spare(a: Announcement, firm: Sequence[int]) -> tuple[int, int]:
+    """How many blocks at the beginning, and at the end, of what a peer serves another one holds, and means to hold."""
+    own = [*chain.from_iterable(a.spans)]
+    leading, trailing = (sum(1 for _ in takewhile(lambda b: firm[b] >= 2, blocks)) for blocks in (own, own[::-1]))
+    return leading, trailing
+
+
+def _runs(blocks: Iterable[int]) -> list[BlockSpan]:
+    runs: list[BlockSpan] = []
+    for block in blocks:
+        if runs and runs[-1].end == block:
+            runs[-1] = BlockSpan(runs[-1].start, block + 1)
+        else:
+            runs.append(BlockSpan(block, block + 1))
+    return runs
+
+
+def blocks_of(spans: Iterable[BlockSpan]) -> set[int]:
+    return set(chain.from_iterable(spans))
+
+
+def _usual_hop_s(counted: Iterable[Announcement], unknown_s: float) -> float:
+    """A step of one position through what a peer serves; `unknown_s` per block for those that do not say."""
+    return statistics.median(len(a.spans.parts[0]) * (a.decode_s_per_block or unknown_s) for a in counted)
 
 
 def _better_balance(
-    alike: Sequence[Announcement], mine: Announcement, firm: Sequence[int], now_s: float
+    alike: Sequence[Announcement], mine: Announcement, firm: Sequence[int], now_s: float, late: Container[PeerId]
 ) -> Move | None:
     if (
         mine.intent is not None
         or not _can_leave(mine, firm)
-        or any(a.intent is not None and a is not mine for a in alike)
+        or any(a.intent is not None and a is not mine and a.peer_id not in late for a in alike)
     ):
         return None
     if not has_turn((a for a in alike if a.state is PeerState.ONLINE), mine, now_s):
         return None
     others = [a for a in alike if a is not mine]
-    without = _throughput((a for a in others if a.state in _COUNTED), mine.num_blocks)
-    capacity = sum(amount for _, amount in capacities_of(mine))
+    without = _throughput([a for a in others if a.state in _COUNTED], mine.num_blocks)
+    capacity = capacity_of(mine)
 
     def scarcest(held: BlockSpans) -> float:
         each, blocks = capacity / held.num_blocks, set(chain.from_iterable(held))
@@ -197,10 +328,16 @@ def _better_balance(
     return Move(spans=spans, intent=span, heals=False)
 
 
-def _throughput(announcements: Iterable[Announcement], num_blocks: int) -> list[float]:
-    """What each block gets from peers that are or will be online, if everybody shares itself out evenly."""
+def _throughput(announcements: Sequence[Announcement], num_blocks: int) -> list[float]:
+    """What each block gets from peers that are or will be online, if everybody shares itself out evenly.
+
+    Who does not say how fast it is counts as the usual one.
+    """
+    said = [capacity_of(a) if a.decode_s_per_block else None for a in announcements]
+    usual = statistics.median([amount for amount in said if amount is not None] or [0.0]) if None in said else 0.0
+    shared = (parts_of(a.spans, usual if c is None else c) for a, c in zip(announcements, said, strict=True))
     amounts = [0.0] * num_blocks
-    for span, amount in by_span(part for a in announcements for part in capacities_of(a)).items():
+    for span, amount in by_span(chain.from_iterable(shared)).items():
         for block in span:
             amounts[block] += amount / len(span)
     return amounts

@@ -7,7 +7,8 @@ Layout of a value, at most MAX_RECORD_BYTES:
 
     byte 0        format, 1
     bytes 1-64    Ed25519 signature by the announcing peer
-    bytes 65-     body: a MessagePack array in the order of `_Body` (later versions append fields)
+    bytes 65-     body: a MessagePack array in the order of `_Body` (later versions append fields; who does not know
+                  them ignores them)
 
 The signature's domain is `hive/record/1`; its message is the length of the key (2 bytes, big-endian), the key, the
 length of the subkey (2 bytes), the subkey, and the body with sequence and expiry in it. So a value is worthless under
@@ -16,10 +17,11 @@ another key, another subkey or another expiry, and an old one cannot be given a 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
 
@@ -27,7 +29,7 @@ import msgpack
 import msgspec
 
 from routing.addresses import peer_id_in, validate_multiaddr
-from routing.coordinates import Coordinate, check_coordinate
+from routing.coordinates import Cell, Coordinate, cell_of, check_coordinate
 from routing.errors import CallerError, InvalidRecord
 from routing.identity import SIGNATURE_BYTES, SigningKey, public_key_of, verify
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
@@ -85,6 +87,17 @@ class PeerState(StrEnum):
     DRAINING = "draining"
 
 
+class Kind(msgspec.Struct, frozen=True, cache_hash=True):
+    """What strangers differ in beside their speed."""
+
+    ends: tuple[int, ...]
+    """Of the spans, one after the other: start, end, start, end."""
+    max_bytes_per_s: int
+    cell: Cell
+    blocks: int
+    """Of the first span."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
     """What one peer serves, as the peer itself says. Speeds and free space are claims, not facts.
@@ -118,6 +131,8 @@ class Announcement:
     free_tokens: int
     max_bytes_per_s: int = 0
     """Which this peer's owner allows it each way; 0: no bound is set."""
+    uplink_bytes_per_s: int = 0
+    """That its large sends lately reached at best, in coarse steps; 0: not known, or no less than anybody assumes."""
     queue_s: float = 0.0
     """What a step waits here before it is computed, lately."""
     sessions: int = 0
@@ -135,6 +150,8 @@ class Announcement:
     """Grows with every record of this peer; the highest wins."""
     expires_at_s: float
     """Seconds since the epoch."""
+    kind: Kind = field(init=False, repr=False, compare=False)
+    """Follows from the rest: kept, because it is looked at in many plans."""
 
     def hosts(self, adapter: bytes) -> bool:
         """Whether an adapter of this digest is among its own."""
@@ -155,6 +172,7 @@ class Announcement:
         _check_number("cache size", self.cache_tokens, 0, MAX_CACHE_TOKENS)
         _check_number("free cache", self.free_tokens, 0, self.cache_tokens)
         _check_number("bytes per second", self.max_bytes_per_s, 0, MAX_BYTES_PER_S)
+        _check_number("bytes per second of the uplink", self.uplink_bytes_per_s, 0, MAX_BYTES_PER_S)
         _check_number("sessions", self.sessions, 0, MAX_SESSIONS)
         _check_number("queue", self.queue_s, 0, MAX_QUEUE_S)
         _check_number("blocks that fit", self.max_blocks, 0, self.num_blocks)
@@ -172,10 +190,21 @@ class Announcement:
         for address in self.addresses:
             if validate_multiaddr(address, need_peer_id=True) != address or peer_id_in(address) != self.peer_id:
                 raise CallerError(f"{address!r} is not a canonical address of peer {self.peer_id}")
+        ends = tuple([end for span in self.spans.parts for end in (span.start, span.end)])
+        object.__setattr__(self, "kind", _kind(ends, self.max_bytes_per_s, cell_of(self.place), ends[1] - ends[0]))
+
+
+# One object for all records that say the same: plans look at thousands, and what these share stays in the caches.
+_kind: Final = functools.lru_cache(maxsize=4096)(Kind)
+_model: Final = functools.lru_cache(maxsize=256)(ModelId)
 
 
 class _Body(msgspec.Struct, frozen=True, array_like=True):
-    """The typed form of the signed array. The peer id is the subkey and ends every address: not repeated here."""
+    """The typed form of the signed array. The peer id is the subkey and ends every address: not repeated here.
+
+    New fields go to the end and have a default: readers that know fewer ignore what follows, under the same signature,
+    and those that know more read the default where a peer says nothing.
+    """
 
     sequence: int
     expires_at_s: float
@@ -204,6 +233,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     max_blocks: int = 0
     intent: tuple[int, int] | None = None
     adapters: tuple[tuple[str, bytes], ...] = ()
+    uplink_bytes_per_s: int = 0
 
 
 def check_network(network: str) -> str:
@@ -330,6 +360,7 @@ def _encode(announcement: Announcement) -> bytes:
         max_blocks=announcement.max_blocks,
         intent=None if announcement.intent is None else (announcement.intent.start, announcement.intent.end),
         adapters=tuple((adapter.name, adapter.digest) for adapter in announcement.adapters),
+        uplink_bytes_per_s=announcement.uplink_bytes_per_s,
     )
     packed: bytes = msgpack.packb(msgspec.to_builtins(body, builtin_types=(bytes,)))
     return packed
@@ -353,7 +384,7 @@ def _decode(peer_id: PeerId, body: bytes) -> Announcement:
         raise CallerError("bytes follow the body")
     return Announcement(
         peer_id=peer_id,
-        model=ModelId(fields.model),
+        model=_model(fields.model),
         model_name=fields.model_name,
         num_blocks=fields.num_blocks,
         spans=BlockSpans(tuple(BlockSpan(*ends) for ends in ((fields.start, fields.end), *fields.more_spans))),
@@ -369,6 +400,7 @@ def _decode(peer_id: PeerId, body: bytes) -> Announcement:
         cache_tokens=fields.cache_tokens,
         free_tokens=fields.free_tokens,
         max_bytes_per_s=fields.max_bytes_per_s,
+        uplink_bytes_per_s=fields.uplink_bytes_per_s,
         queue_s=fields.queue_s,
         sessions=fields.sessions,
         place=None if fields.place is None else Coordinate(*fields.place),

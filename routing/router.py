@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Final
 
-from routing.chain import Hops, cell_of, cheapest_chain, shortlist
+from routing.chain import Hops, cheapest_chain, shortlist
 from routing.coordinates import Coordinate, half_trip_s
 from routing.crowd import Crowds
 from routing.directory import Directory, Snapshot
@@ -63,6 +63,10 @@ class Router:
     def on_transfer(self, peer: PeerId, size: int, seconds: float, now_s: float) -> None:
         """`size` bytes were sent to the peer, and `seconds` later this node knew that they had been read there."""
         self._estimates.on_transfer(peer, size, seconds, now_s)
+
+    def uplink_bytes_per_s(self, now_s: float) -> int:
+        """What this node may announce of what it sends large; 0 where nothing is known, or nothing slow."""
+        return self._estimates.uplink_bytes_per_s(now_s)
 
     def on_trips(self, hops: Sequence[Hop], trips_s: float, now_s: float) -> None:
         """Steps of one position went over `hops` and were answered here, the quickest of some in `trips_s` beside what
@@ -157,20 +161,30 @@ class Router:
         if request.spread is not None:
             self._spreading.flow(snapshot, request)  # the prices of peers in demand follow from it
         view = self._view(request, now_s)
-        usable, previous = view.usable, view.previous
+        hops = self._cheapest(view, snapshot)
+        if view.short(hops):  # nobody has room for what is expected, so that says nothing
+            view = self._view(replace(request, expected_tokens=0), now_s)
+            hops = self._cheapest(view, snapshot)
+        self._take(view, hops)
+        return self._route(view, hops)
+
+    def _cheapest(self, view: View, snapshot: Snapshot) -> Hops:
+        """Raises NoRoute."""
+        request, previous = view.request, view.previous
         kept = [
-            (h.peer_id, h.span) for h in request.keep if h.peer_id in usable and usable[h.peer_id].spans.covers(h.span)
+            (hop.peer_id, hop.span)
+            for hop in request.keep
+            if view.usable(hop.peer_id) and view.by_peer[hop.peer_id].spans.covers(hop.span)
         ]
         if kept:
             missing = gaps((span for _, span in kept), request.num_blocks)
             between = view.candidates(missing) if missing else []
             if (bridged := bridge(kept, between, request.num_blocks)) is not None:
-                self._take(view, bridged)  # or all sessions that lost one peer would go to the same other one
-                return self._route(view, bridged)
+                return bridged
         candidates = view.candidates()
         path = cheapest_path(candidates, request.num_blocks)
         if path is None:
-            late = self._reputation.late(now_s) - request.avoid
+            late = self._reputation.late(view.now_s) - request.avoid
             raise _no_route(request, view.announcements, *_reasons(view), late)
         hops = self._over_links(view, candidates, path.hops)
         if view.whole:
@@ -180,11 +194,11 @@ class Router:
             hops = view.kept
         elif request.spread is not None and not previous:
             hops = spread(view, hops, self._spreading.flow(snapshot, request), request.spread)
-        self._take(view, hops)
-        return self._route(view, hops)
+        return hops
 
     def _take(self, view: View, hops: Hops) -> None:
-        """Count the route as taken, where it is planned for that and was not before."""
+        """Count the route as taken, where it is planned for that and was not before: or all sessions that lost one peer
+        would go to the same other one."""
         request, estimates = view.request, self._estimates
         if request.spread is not None and (hops != view.previous or estimates.is_new(request.session)):
             parts = [(view.by_peer[peer], len(span)) for peer, span in hops]
@@ -194,6 +208,18 @@ class Router:
         """What a step takes over `request.previous`; None while one of its peers is not to be used."""
         view = self._view(request, now_s)
         return view.route_s(view.previous) if view.whole else None
+
+    def replaceable(self, request: RouteRequest, peers: Set[PeerId], now_s: float) -> bool:
+        """Whether `request.previous` could go on without `peers` now, over others that are not busy and have room."""
+        assert request.previous is not None
+        others = tuple(hop for hop in request.previous.hops if hop.peer_id not in peers)
+        request = replace(request, avoid=request.avoid | peers, keep=others)
+        try:
+            route = self.plan(request, now_s)
+        except NoRoute:
+            return False
+        view = self._view(request, now_s)
+        return not any(view.last_resort(view.by_peer[hop.peer_id]) for hop in route.hops)
 
     def standby(self, request: RouteRequest, hop: Hop, avoid: Set[PeerId], now_s: float) -> Hop | None:
         """Another peer for `hop` of `request.previous`: the one with which that route costs least, of those that are on
@@ -259,11 +285,11 @@ class Router:
 
     def _over_links(self, view: View, candidates: Sequence[Candidate], hops: Hops) -> Hops:
         """The cheapest hops when every trip between two peers has its own price, where any is known."""
-        cells = (cell_of(a.place) for a in view.usable.values())
+        cells = (view.by_peer[candidate.peer_id].kind.cell for candidate in candidates)
         if not self._estimates.detours and all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
             return hops  # all at one place, or at none that is known
         keep = {peer for peer, _ in (*hops, *view.previous)} | self._estimates.detours.latest(MAX_DETOURED)
-        few = shortlist(candidates, lambda peer: cell_of(view.usable[peer].place), keep)
+        few = shortlist(candidates, lambda peer: view.by_peer[peer].kind.cell, keep)
         chain = cheapest_chain(
             few,
             view.request.num_blocks,

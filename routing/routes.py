@@ -49,10 +49,14 @@ class RouteRequest:
     avoid: frozenset[PeerId] = frozenset()
     tokens: int = 1
     """Positions per step."""
+    back_tokens: int | None = None
+    """And of these, so many come back from the last hop; None: all."""
     bytes_per_token: int
     """Of hidden state on the wire."""
     cache_tokens: int = 0
-    """KV positions that the session will need at every hop."""
+    """KV positions that the session needs at every hop now."""
+    expected_tokens: int = 0
+    """And may come to need: peers without room for so many are entered only where nobody has it."""
     protocol: int | None = None
     """The version that the asking node speaks; peers of another one cannot be understood."""
     min_precision: str | None = None

@@ -38,10 +38,14 @@ class Spreading:
         if known is None or known[:3] != (snapshot, model, num_blocks):
             everybody = snapshot.of_model(model)
             every = 1 + len(everybody) // FLOW_SAMPLE
-            online = [a for a in everybody[::every] if a.state is PeerState.ONLINE and a.num_blocks == num_blocks]
+            online = [
+                a
+                for a in everybody[::every]
+                if a.state is PeerState.ONLINE and a.addresses and a.num_blocks == num_blocks
+            ]
             parts = [part for a in online for part in capacities_of(a)]
             flow = shares(by_span(parts), num_blocks)
-            asked = sum(a.sessions * a.spans.num_blocks for a in online)
+            asked = sum(a.sessions * a.spans.num_blocks for a in online if a.sessions)
             self._estimates.load = Load(
                 tokens_per_s=every * flow.tokens_per_s,
                 turn_s=asked / max(1e-9, sum(amount for _, amount in parts)),

@@ -9,14 +9,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from routing.chain import Hops
 from routing.coordinates import Coordinate, half_trip_s
-from routing.cost import HopCost, hop_cost, longer, waits_s
+from routing.cost import HopCost, block_s, hop_cost, longer, waits_s
 from routing.crowd import Crowd
 from routing.detours import HERE
-from routing.estimates import Estimates, PeerEstimate
+from routing.estimates import BANDWIDTH_BYTES_PER_S, Estimates, PeerEstimate
 from routing.ids import BlockSpan, PeerId
 from routing.path import Candidate
 from routing.records import Announcement
@@ -28,11 +30,14 @@ lost, whoever takes the place of another must save it of that one's."""
 
 _LAST_RESORT_S: Final = 1e6
 """Added to the entry of a peer that should serve only where nobody else can; no honest cost comes near."""
+_SHORT_S: Final = 1e3
+"""The same for one whose room may not last: better than a last resort, and dearer than any route."""
 
 
-class _Known(NamedTuple):
+class _Known(msgspec.Struct, frozen=True, gc=False):
     """What one plan found out about a peer."""
 
+    peer_id: PeerId
     estimate: PeerEstimate
     cost: HopCost
     compared: HopCost
@@ -70,29 +75,52 @@ class View:
     detoured: bool
     """Whether any way is known to take something else than half a round trip."""
     _known: dict[PeerId, _Known] = field(default_factory=dict)
-    _usable: dict[PeerId, Announcement] | None = None
 
-    @property
-    def usable(self) -> dict[PeerId, Announcement]:
-        """Without strangers that others of their kind claim to beat."""
-        if self._usable is None:
-            request, estimates, crowd = self.request, self.estimates, self.crowd
-            kept = (hop.peer_id for hop in request.keep)
-            known = {*estimates.measured, *estimates.used, *self.busy, *self.settled, *kept}
-            without = known | self.excluded.keys()
-            strangers = crowd.fastest(request.tokens, request.cache_tokens, estimates.turn_s, without)
-            usable = {p: crowd.by_peer[p] for p in known if p in crowd.by_peer and p not in self.excluded}
-            self._usable = usable | {a.peer_id: a for a in strangers}
-        return self._usable
+    def usable(self, peer: PeerId) -> bool:
+        """Whether it may be entered."""
+        return peer in self.crowd.by_peer and peer not in self.excluded
 
     def candidates(self, within: Sequence[BlockSpan] = ()) -> list[Candidate]:
-        """Whoever may serve any of these blocks; without any, everybody."""
-        return [
+        """Whoever may serve any of these blocks; without any, everybody. But for strangers that others of their kind
+        claim to beat."""
+        request, estimates, crowd, tokens = self.request, self.estimates, self.crowd, self.request.tokens
+        kept = (hop.peer_id for hop in request.keep)
+        known = {*estimates.measured, *estimates.used, *self.busy, *self.settled, *kept}
+        step_bytes = tokens * request.bytes_per_token
+        back_bytes = step_bytes if request.back_tokens is None else request.back_tokens * request.bytes_per_token
+        rooms = (request.expected_tokens, request.cache_tokens)
+        strangers = crowd.fastest(
+            tokens,
+            rooms,
+            estimates.turn_s,
+            known | self.excluded.keys(),
+            step_bytes=step_bytes,
+            back_bytes=back_bytes,
+        )
+        found = [
             Candidate(peer, span, self.compared(peer))
-            for peer, a in self.usable.items()
-            for span in a.spans.parts
-            if not within or any(span.start < part.end and part.start < span.end for part in within)
+            for peer in known
+            if self.usable(peer)
+            for span in crowd.by_peer[peer].spans.parts
         ]
+        # Most of a large swarm are strangers, whose `compared` is `hop_cost`; and where they tell of no more than their
+        # speed and place, it is that with all that is the same for them taken out.
+        send_s, back_s = step_bytes / estimates.assumed_bytes_per_s(self.now_s), back_bytes / BANDWIDTH_BYTES_PER_S
+        room, detoured, rtt_s = max(rooms), self.detoured, estimates.predicted_rtt_s
+        for a in strangers:
+            if detoured or a.free_tokens < room:
+                cost = self.compared(a.peer_id)
+            elif a.sessions or a.queue_s or a.max_bytes_per_s or a.uplink_bytes_per_s:
+                cost = self._hop_cost(estimates.of(a, self.now_s))
+            else:
+                half_s = rtt_s(a) / 2
+                per_block_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, tokens)
+                cost = HopCost(half_s + send_s, per_block_s, half_s + back_s)
+            for span in a.spans.parts:
+                found.append(Candidate(a.peer_id, span, cost))  # noqa: PERF401  # of one, mostly
+        if within:
+            return [c for c in found if any(c.span.start < part.end and part.start < c.span.end for part in within)]
+        return found
 
     @property
     def by_peer(self) -> dict[PeerId, Announcement]:
@@ -113,11 +141,12 @@ class View:
 
     def entry_s(self, before: PeerId, peer: PeerId) -> float:
         """What `peer` costs to enter from `before` instead of from this node."""
-        return self._of(peer).beside_trip_s + self._trip_s(before, peer)
+        known = self._of(peer)
+        return known.beside_trip_s + self._trip_s(self._of(before), known)
 
     def compared_entry_s(self, before: PeerId, peer: PeerId) -> float:
-        known = self._known.get(peer) or self._of(peer)
-        return known.compared_beside_trip_s + known.scale * self._trip_s(before, peer)
+        known = self._of(peer)
+        return known.compared_beside_trip_s + known.scale * self._trip_s(self._of(before), known)
 
     def least_entry_s(self, peer: PeerId) -> float:
         """No less is `compared_entry_s`, from wherever."""
@@ -154,9 +183,10 @@ class View:
         after = hops[index + 1][0] if index + 1 < len(hops) else None
 
         def part_s(peer: PeerId) -> float:
-            enter_s, per_block_s, leave_s = self._of(peer).compared
-            part_s = blocks * per_block_s + (enter_s if before is None else self.compared_entry_s(before, peer))
-            return part_s + (leave_s if after is None else self.compared_entry_s(peer, after))
+            cost = self._of(peer).compared
+            part_s = blocks * cost.per_block_s
+            part_s += cost.enter_s if before is None else self.compared_entry_s(before, peer)
+            return part_s + (cost.leave_s if after is None else self.compared_entry_s(peer, after))
 
         return part_s
 
@@ -169,7 +199,12 @@ class View:
         for index, (peer, span) in enumerate(self.kept):
             estimate = self.estimate(peer)
             whole, rest = (
-                hop_cost(estimate, tokens=tokens, bytes_per_token=request.bytes_per_token)
+                hop_cost(
+                    estimate,
+                    tokens=tokens,
+                    bytes_per_token=request.bytes_per_token,
+                    back_tokens=None if request.back_tokens is None else min(tokens, request.back_tokens),
+                )
                 for tokens in (request.tokens, less)
             )
             saved_s += whole.enter_s - rest.enter_s + len(span) * (whole.per_block_s - rest.per_block_s)
@@ -188,16 +223,32 @@ class View:
             return "no room for the session"
         return ""
 
+    def short(self, hops: Hops) -> bool:
+        """Whether some of them may not have room until the session's end, as far as that is expected."""
+        return any(self._is_short(self.by_peer[peer]) for peer, _ in hops)
+
+    def _is_short(self, announcement: Announcement) -> bool:
+        return announcement.free_tokens < self.request.expected_tokens and announcement.peer_id not in self.settled
+
     def _of(self, peer: PeerId) -> _Known:
         known = self._known.get(peer)
         if known is None:
             known = self._known[peer] = self._price(peer, self.crowd.by_peer[peer])
         return known
 
+    def _hop_cost(self, estimate: PeerEstimate) -> HopCost:
+        request = self.request
+        return hop_cost(
+            estimate,
+            tokens=request.tokens,
+            bytes_per_token=request.bytes_per_token,
+            back_tokens=request.back_tokens,
+        )
+
     def _price(self, peer: PeerId, announcement: Announcement) -> _Known:
         request, estimates = self.request, self.estimates
         estimate = estimates.of(announcement, self.now_s)
-        cost = hop_cost(estimate, tokens=request.tokens, bytes_per_token=request.bytes_per_token)
+        cost = self._hop_cost(estimate)
         half_s = trip_s = way_s = estimate.rtt_s / 2
         if self.detoured:
             trip_s = way_s = half_s + max(-half_s, estimates.detours.of(HERE, peer, self.now_s))
@@ -205,16 +256,23 @@ class View:
             cost = HopCost(cost.enter_s - half_s + way_s, cost.per_block_s, cost.leave_s + back_s)
         compared = cost
         if peer in self.settled and not self.whole:
-            compared = HopCost(*(part_s * (1 - HYSTERESIS) for part_s in cost))
-            trip_s *= 1 - HYSTERESIS
+            less = 1 - HYSTERESIS
+            compared = HopCost(cost.enter_s * less, cost.per_block_s * less, cost.leave_s * less)
+            trip_s *= less
         price_s = estimates.price_s_per_block(announcement) if request.spread is not None else 0.0
         if price_s:
             price_s *= longer(estimate.decode_s_per_block, estimate.prefill_s_per_token_block, request.tokens)
-            compared = compared._replace(per_block_s=compared.per_block_s + price_s)
-        if self.last_resort(announcement):
-            compared = compared._replace(enter_s=compared.enter_s + _LAST_RESORT_S)
-        place = announcement.place
+            compared = HopCost(compared.enter_s, compared.per_block_s + price_s, compared.leave_s)
+        free_tokens = announcement.free_tokens
+        if free_tokens < request.cache_tokens or free_tokens < request.expected_tokens or peer in self.busy:
+            dearer_s = 0.0
+            if self.last_resort(announcement):
+                dearer_s = _LAST_RESORT_S
+            elif self._is_short(announcement):
+                dearer_s = _SHORT_S
+            compared = HopCost(compared.enter_s + dearer_s, compared.per_block_s, compared.leave_s)
         return _Known(
+            peer,
             estimate,
             cost,
             compared,
@@ -222,17 +280,15 @@ class View:
             cost.enter_s - way_s,
             compared.enter_s - trip_s,
             trip_s / way_s if way_s else 1.0,
-            place if place is not None and place.usable else None,
+            None if announcement.kind.cell is None else announcement.place,
         )
 
-    def _trip_s(self, a: PeerId, b: PeerId) -> float:
+    def _trip_s(self, from_: _Known, to: _Known) -> float:
         """One way between two peers: by their places, within what this node's own round trips to both allow.
 
         Where a place is not known, as far as from this node to the second one.
         """
-        known = self._known
-        from_, to = known.get(a) or self._of(a), known.get(b) or self._of(b)
-        half_s = half_trip_s(from_.estimate[0], from_.place, to.estimate[0], to.place)
+        half_s = half_trip_s(from_.estimate.rtt_s, from_.place, to.estimate.rtt_s, to.place)
         if self.detoured:
-            half_s += max(-half_s, self.estimates.detours.of(a, b, self.now_s))
+            half_s += max(-half_s, self.estimates.detours.of(from_.peer_id, to.peer_id, self.now_s))
         return half_s

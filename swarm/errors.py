@@ -1,7 +1,7 @@
 """Errors of a client, below the three branches of `routing.errors`.
 
     CallerError:  UnsupportedOutput · UnsupportedMask · UnsupportedCache · UnsupportedGradient · UnsupportedAdapter ·
-                  ContextTooLong · SessionClosed · WeightsAreRemote
+                  ContextTooLong · SessionClosed · WeightsAreRemote · UnusableFile
 
 Save for SessionClosed they are raised before anything is sent, so a corrected call can follow at once.
 """
@@ -51,6 +51,12 @@ class SessionClosed(CallerError):
     """The model, session or cache was closed; what it held at the peers is gone."""
 
     default_hint = "open a new one"
+
+
+class UnusableFile(CallerError):
+    """A file or folder that a command needs cannot be read or written: the disk is full, or it is not ours."""
+
+    default_hint = "free some space, see to its permissions, or name another; HIVESWARM_CACHE=FOLDER moves the cache"
 
 
 class WeightsAreRemote(CallerError):

@@ -23,7 +23,6 @@ from peers.transport.tasks import Tasks
 from routing.addresses import validate_multiaddr
 from routing.errors import InvalidAddress
 from routing.identity import SigningKey
-from routing.ids import PeerId
 from routing.invites import parse
 from routing.records import check_network
 from routing.router import Router
@@ -89,11 +88,7 @@ class ClientNode:
         self.router = router or Router()
         self.links = Links(node.transport, network=network, software=SOFTWARE)
         self.discovery = Discovery(store=node.store, router=self.router, links=self.links, network=network)
-        self.links.on_transfer = self._transferred
         self.tasks = Tasks()
-
-    def _transferred(self, peer: PeerId, size: int, seconds: float) -> None:
-        self.router.on_transfer(peer, size, seconds, self.discovery.now_s())
 
     def start(self) -> None:
         self.tasks.spawn(self.discovery.run(), name="discovery")

@@ -6,25 +6,35 @@ Knows nothing of other nodes.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 
-from peers.capacity import Plan
+import torch
+
+from peers.capacity import FORWARD_BYTES, Plan
+from peers.errors import CorruptCheckpoint, PeerTooSmall
 from peers.model.adapters import Adapter
 from peers.model.catalog import Checkpoint
-from peers.model.loading import load_config, load_span
+from peers.model.cutting import SpanModel
+from peers.model.kernels import pool_for
+from peers.model.loading import load_config, load_span, span_tensors
 from peers.model.lora import AdapterFolder
-from peers.model.progress import Progress
-from peers.model.support import examine
-from peers.runtime.engine import Engine, EngineConfig
+from peers.model.progress import Progress, Silent
+from peers.model.support import examine, one_line
+from peers.runtime.engine import Engine
 from peers.runtime.joined import AnyEngine, JoinedEngine
 from peers.runtime.probe import Probe, measure
-from routing.errors import CallerError
+from peers.runtime.works import EngineConfig
+from routing.errors import CallerError, SwarmError
 from routing.ids import BlockSpans
 
 logger = logging.getLogger(__name__)
+
+PREPARATION_S = 1.5
+"""So long blocks whose speed is known wait to be as fast as that: where what was compiled is kept, they soon are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +59,35 @@ class Blocks:
     adapters: Mapping[str, AdapterFolder]
     """Hosted, by name."""
 
+    async def fetch(self, spans: BlockSpans, device: torch.device) -> None:
+        """Bring to this disk what is to be loaded on `device`; once cancelled, end with the piece that arrives.
+
+        Raises SwarmError.
+        """
+        awaited = _Awaited()
+        config = await asyncio.to_thread(load_config, self.checkpoint, device=device)
+        try:
+            for span in spans:
+                tensors = await asyncio.to_thread(span_tensors, self.checkpoint, config, span, device=device)
+                await asyncio.to_thread(self.checkpoint.fetch, tensors, awaited)
+        except OSError as error:
+            raise _broken_disk(spans, error) from error
+        finally:
+            awaited.over = True
+
     async def start(
         self, spans: BlockSpans, plan: Plan, *, probe: Probe | None = None, progress: Progress | None = None
     ) -> Running:
         """Load the weights, start the engine, measure it unless that is known. Raises SwarmError."""
+        try:
+            return await self._start(spans, plan, probe, progress)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            problem: SwarmError = PeerTooSmall(f"there is no memory left for blocks {spans}: {one_line(error)}")
+        except OSError as error:
+            problem = _broken_disk(spans, error)
+        raise problem  # out here: what was caught holds on to the weights that were loaded by then
+
+    async def _start(self, spans: BlockSpans, plan: Plan, probe: Probe | None, progress: Progress | None) -> Running:
         while True:
             models = [
                 await asyncio.to_thread(
@@ -66,24 +101,39 @@ class Blocks:
                 )
                 for device, part in plan.parts(spans)
             ]
-            config = replace(self.config, cache_tokens=plan.cache_tokens)
+            config = replace(self.config, cache_tokens=plan.cache_tokens, graph_bytes=plan.graph_bytes)
             adapters = await asyncio.to_thread(self._read_adapters, spans)
             async with AsyncExitStack() as trial:
-                engines = [Engine(model, config) for model in models]
+                engines = await self._engines(models, config)
                 engine: AnyEngine = engines[0] if len(engines) == 1 else JoinedEngine(engines)
                 trial.push_async_callback(engine.stop)
                 await engine.start()
                 for name, adapter in adapters.items():
                     _check_adapter(engine, name, adapter)
-                probe = probe or await measure(engine)
+                if probe is None:
+                    probe = await measure(engine, room_bytes=FORWARD_BYTES)
+                else:
+                    with suppress(TimeoutError):  # it goes on in the background
+                        async with asyncio.timeout(PREPARATION_S):
+                            await engine.prepared()
+                engine.set_token_budget(probe.token_budget)
                 final = plan.beside(probe.forward_bytes, blocks=spans)
                 if plan.cache_tokens <= final.cache_tokens:
                     trial.pop_all()
                     by_digest = {self.adapters[name].digest: adapter for name, adapter in adapters.items()}
                     return Running(engine=engine, plan=plan, probe=probe, adapters=by_digest)
             logger.warning("a forward takes %d MiB: starting again with less cache", probe.forward_bytes >> 20)
-            del models, engines, engine  # these weights must be gone before they are loaded again
+            del models, engines, engine
+            gc.collect()  # these weights must be gone before they are loaded again, and models hold themselves
             plan = final
+
+    async def _engines(self, models: Sequence[SpanModel], config: EngineConfig) -> list[Engine]:
+        """One for each; those on the CPU share its threads."""
+        library = None
+        if len(models) > 1 and models[0].device.type == "cpu":
+            library = await asyncio.to_thread(pool_for, models[0].device, config.threads)
+            config = replace(config, threads=max(1, config.threads // len(models)))
+        return [Engine(model, config, library) for model in models]
 
     def _read_adapters(self, spans: BlockSpans) -> dict[str, Adapter | None]:
         """What of each hosted adapter is of these blocks. Raises CallerError, CorruptCheckpoint."""
@@ -93,6 +143,24 @@ class Blocks:
         return {
             name: folder.read(anatomy.layers_path, anatomy.num_blocks, blocks) for name, folder in self.adapters.items()
         }
+
+
+class _Abandoned(Exception):
+    """In a thread whose result nobody awaits any more; told to nobody."""
+
+
+class _Awaited(Silent):
+    """Ends the work that it watches once that is `over`: a process that leaves would wait for its thread."""
+
+    over = False
+
+    def advance(self, n: int) -> None:
+        if self.over:
+            raise _Abandoned
+
+
+def _broken_disk(spans: BlockSpans, error: OSError) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"the weights of blocks {spans} cannot be read: {one_line(error)}")
 
 
 def _check_adapter(engine: AnyEngine, name: str, adapter: Adapter | None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peers.model.quantization import NONE
-from peers.runtime.engine import Sharing
+from peers.runtime.works import Sharing
 from peers.serving.comfort import Schedule
 from peers.serving.owner import check as check_comfort
 from routing.errors import CallerError
@@ -49,6 +49,8 @@ class PeerConfig(NodeOptions):
     device: str = "auto"
     name: str = ""
     """What others see beside the peer id."""
+    alone: bool = False
+    """This process is for nothing else: collections of garbage pass by what it has loaded (`peers.garbage`)."""
     max_memory_bytes: int | None = None
     threads: int | None = None
     cache_tokens: int | None = None
@@ -57,7 +59,7 @@ class PeerConfig(NodeOptions):
     schedule: Schedule | None = None
     """When to serve, in local time; None: always."""
     pause_on_load_percent: float | None = None
-    """Of all CPUs together: step back while other programs use so much."""
+    """Of all CPUs together, or of a GPU that is served on: step back while other programs use so much."""
     max_bytes_per_s: int | None = None
     """Each way, for all that links carry."""
     journal_disk_bytes: int = 0

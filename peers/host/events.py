@@ -62,7 +62,11 @@ def comfort(owner: Owner) -> Event:
             return Event("paused", {"reason": "schedule", "schedule": str(schedule), "resumes_at": resumes_at})
         case Reason.LOAD:
             assert gate is not None
-            percents = {"load_percent": round(owner.load_percent), "limit_percent": gate.limit_percent}
+            percents = {
+                "load_percent": round(owner.load_percent),
+                "of": owner.load_of,
+                "limit_percent": gate.limit_percent,
+            }
             return Event("paused", {"reason": "load", **percents, "resume_percent": gate.resume_percent})
         case None:
             return Event("resumed")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peers.errors import AddressInUse
@@ -26,8 +28,8 @@ async def start_node(config: NodeOptions, stack: AsyncExitStack) -> tuple[Hivemi
 
     key = load_identity(config.identity)
     port_file = config.identity.with_suffix(".port")
-    remembered = port_file.read_text().strip() if port_file.exists() else ""
-    port = remembered if remembered.isdecimal() else _free_port()
+    remembered = _remembered(port_file)
+    port = remembered or _free_port()
 
     def node_config(port: str) -> NodeConfig:
         return NodeConfig(
@@ -51,6 +53,12 @@ async def start_node(config: NodeOptions, stack: AsyncExitStack) -> tuple[Hivemi
         with suppress(OSError):  # the disk is full, or not ours: the next start takes another port
             port_file.write_text(port)
     return node, key
+
+
+def _remembered(file: Path) -> str:
+    """The port in `file`; empty where there is none."""
+    text = file.read_text(errors="replace").strip() if file.is_file() else ""
+    return text if re.fullmatch("[1-9][0-9]{0,4}", text) and int(text) < 1 << 16 else ""
 
 
 def _free_port() -> str:

@@ -69,21 +69,27 @@ class Presence:
         self.state = PeerState.PAUSED if paused else PeerState.ONLINE
         self._announcer.soon()
 
+    def changed(self) -> None:
+        """What is another number at every moment became one that others should know at once."""
+        self._announcer.soon()
+
     async def leave(self) -> None:
         """Nothing new is taken from now on."""
         self.state = PeerState.DRAINING
         await self._tell("that this peer leaves")
 
-    async def intend(self, intent: BlockSpan | None) -> None:
-        """These blocks might be served next; None takes that back."""
+    async def intend(self, intent: BlockSpan | None) -> bool:
+        """These blocks might be served next; None takes that back. Says whether others heard it."""
         self._intent = intent
-        await self._tell("what this peer intends")
+        return await self._tell("what this peer intends")
 
-    async def _tell(self, what: str) -> None:
+    async def _tell(self, what: str) -> bool:
         try:
             await self._announcer.announce()
         except Unavailable as error:
             logger.info("nobody could be told %s: %s", what, error)
+            return False
+        return True
 
     def _describe(self, sequence: int, expires_at_s: float) -> Announcement:
         assert self._offered is not None

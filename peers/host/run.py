@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from peers import host
+from peers import garbage, host
 from peers.capacity import FORWARD_BYTES, Plan, check_options, plan_capacity
 from peers.exposition import told
 from peers.host import events
@@ -26,17 +26,26 @@ from peers.model.loading import check_folder, load_config
 from peers.model.lora import AdapterFolder, open_adapter
 from peers.model.progress import Progress
 from peers.model.storage import cache_folder
+from peers.model.support import examine
 from peers.runtime.probe import Probe
 from peers.runtime.probe_cache import probe_file, recall, remember
+from peers.runtime.rough import Speed, rough_speed
 from peers.serving.comfort import Comfort
+from peers.serving.gpus import uuids_of
 from peers.serving.owner import Owner, be_nice
 from peers.serving.reachability import DialBackService, watch_reachability
 from peers.transport.links import Links
+from routing.errors import SwarmError
 from routing.version import SOFTWARE
+
+if TYPE_CHECKING:
+    from peers.transport.hivemind_p2p import HivemindNode
 
 logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 20.0
+MEASURE_AGAIN_S = 15.0
+"""The first time at once, when the engine is prepared; then after this time, and twice as long each time."""
 
 
 async def run_bootstrap(config: BootstrapConfig, *, emit: Emit, stop: asyncio.Event) -> None:
@@ -67,6 +76,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
     """Join, serve until `stop` is set, drain, leave. Raises SwarmError when joining fails.
 
     What can be refused without the model (options, identity, port, entry nodes) is refused before it is downloaded.
+    While the owner wants the machine, no weights are loaded and nothing is announced.
     """
     if not host.THREADS_SLEEP:
         logger.warning(
@@ -85,6 +95,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
     }
     if config.nice is not None:
         be_nice(config.nice)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)  # of whatever thread reads or packs weights, too
     async with AsyncExitStack() as stack:
         node, key = await start_node(config, stack)
         peer = ServerPeer(
@@ -104,15 +116,19 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         checkpoint = await asyncio.to_thread(
             resolve, config.model, token=config.token, progress=progress, accept=check_folder
         )
-        threads = config.threads or torch.get_num_threads()
+        threads = torch.get_num_threads()
         plan, probe, probed_in = await _plan(config, checkpoint, adapters.values(), threads)
+        owner = Owner(Comfort(config.schedule, config.pause_on_load_percent), peer.pause, gpus=uuids_of(plan.devices))
+        if owner.comfort.watches:
+            if not await _spared(owner, node, emit, stop):
+                await stack.aclose()
+                emit(Event("stopped"))
+                return
+            plan, probe, probed_in = await _plan(config, checkpoint, adapters.values(), threads)  # of what is free now
         peer.discovery.watch(checkpoint.model_id)
-        spans = config.blocks or await peer.choose_span(
-            checkpoint,
-            plan,
-            None if probe is None or config.num_blocks else probe.decode_s_per_block,
-            alone=not config.initial_peers,
-        )
+        alone = not config.initial_peers
+        speed = None if alone or config.blocks or config.num_blocks else await _speed(checkpoint, plan, probe, threads)
+        spans = config.blocks or await peer.choose_span(checkpoint, plan, speed, alone=alone)
         max_blocks = plan.max_blocks
         plan = plan.beside(FORWARD_BYTES if probe is None else probe.forward_bytes, blocks=spans)
         format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
@@ -128,9 +144,11 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             movable=config.blocks is None and not config.stay,
             max_blocks=max_blocks,
         )
+        if config.alone:
+            stack.callback(garbage.spare_nothing)
+            garbage.spare()
         if tell_metrics is not None:
             tell_metrics()
-        owner = Owner(Comfort(config.schedule, config.pause_on_load_percent), peer.pause)
         await owner.look()
         if probe is None:
             remember(probed_in, peer.probe, time.time())
@@ -160,18 +178,33 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             )
         )
         reachability = watch_reachability(
-            peer.links, config.initial_peers, lambda verdict: emit(events.reachability(verdict))
+            peer.links, config.initial_peers, lambda verdict: emit(events.reachability(verdict)), peer.withdraw
         )
         peer.tasks.spawn(reachability, name="reachability")
         peer.tasks.spawn(events.watch_clock(peer.links, emit), name="clock")
         peer.tasks.spawn(owner.watch(lambda: emit(events.comfort(owner))), name="owner")
         peer.tasks.spawn(peer.discovery.run(), name="discovery")
+        peer.tasks.spawn(_measure_again(peer, probed_in), name="measure again")
         moving = peer.tasks.spawn(peer.rebalance(emit), name="rebalance")
         await _unless_ended(serving, stop.wait())
         moving.cancel()
         emit(Event("draining"))
         await peer.drain(timeout_s=DRAIN_TIMEOUT_S)
     emit(Event("stopped"))
+
+
+async def _spared(owner: Owner, node: HivemindNode, emit: Emit, stop: asyncio.Event) -> bool:
+    """Wait until the owner can spare the machine; False if `stop` was set first. Raises what ended the node."""
+    ways = owner.spared(lambda: emit(events.comfort(owner))), node.wait_closed(), stop.wait()
+    tasks = [asyncio.create_task(way) for way in ways]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        return not stop.is_set()
+    finally:
+        for task in tasks:
+            await _cancelled(task)
 
 
 async def _plan(
@@ -197,6 +230,33 @@ async def _plan(
         file = _probe_file(checkpoint, plan, threads)
         probe = recall(file, time.time())  # of fewer blocks, where it is about those that fit beside such a forward
     return plan, probe, file
+
+
+async def _measure_again(peer: ServerPeer, probed_in: Path) -> None:
+    """As long as something disturbed what was measured, more and more rarely, and while these blocks are served."""
+    wait_s, spans = 0.0, peer.handler.served.spans
+    while peer.probe.disturbed and peer.handler.served.spans == spans:
+        await asyncio.sleep(wait_s)
+        wait_s = max(MEASURE_AGAIN_S, 2 * wait_s)
+        try:
+            await peer.measure_again()
+        except SwarmError as error:
+            logger.info("this peer could not measure itself again: %s", error)
+        else:
+            if peer.handler.served.spans == spans:
+                remember(probed_in, peer.probe, time.time())
+
+
+async def _speed(checkpoint: Checkpoint, plan: Plan, probe: Probe | None, threads: int) -> Speed | None:
+    """For the choice of blocks, where memory alone does not decide: as measured, or by a guess; None for a first start
+    with experts, of which no more is known than that a token passes some."""
+    if probe is not None:
+        return Speed(probe.decode_s_per_block, probe.prefill_s_per_token_block)
+    anatomy = examine(await asyncio.to_thread(load_config, checkpoint))
+    if any(".experts." in name for name in anatomy.weights):
+        return None
+    block_bytes = plan.request.sizes.block_bytes
+    return await asyncio.to_thread(rough_speed, block_bytes, plan.dtype, plan.devices[0], threads=threads)
 
 
 def _metrics(peer: ServerPeer, config: PeerConfig, stack: AsyncExitStack, emit: Emit) -> Callable[[], None]:
@@ -233,6 +293,6 @@ async def _unless_ended(serving: asyncio.Task[None], event: Coroutine[Any, Any, 
             raise group.exceptions[0] from group
 
 
-async def _cancelled(task: asyncio.Task[None]) -> None:
+async def _cancelled(task: asyncio.Task[Any]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

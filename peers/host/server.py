@@ -12,8 +12,10 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from types import MappingProxyType
 
+from peers import garbage
 from peers.capacity import Plan
 from peers.discovery import Discovery
+from peers.errors import PeerTooSmall
 from peers.host.blocks import Blocks
 from peers.host.events import Emit, Event
 from peers.host.presence import Presence
@@ -21,9 +23,10 @@ from peers.model.catalog import Checkpoint
 from peers.model.lora import AdapterFolder
 from peers.model.progress import Progress
 from peers.model.storage import cache_folder
-from peers.runtime.engine import EngineConfig, Sharing
 from peers.runtime.joined import AnyEngine
-from peers.runtime.probe import Probe
+from peers.runtime.probe import Probe, measure
+from peers.runtime.rough import Speed
+from peers.runtime.works import EngineConfig, Sharing
 from peers.serving.adapters import AdapterLimits
 from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.handler import Handler, Served
@@ -45,7 +48,7 @@ from peers.wire.messages import PROTOCOL_VERSION
 from routing.errors import SwarmError, Unavailable
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans
-from routing.placement import Move, before_me, choose_span
+from routing.placement import MAX_PARTS, Move, before_me, choose_span, usable
 from routing.records import MAX_MODEL_NAME_CHARS, Announcement, HostedAdapter, PeerState
 from routing.router import Router
 from routing.store import RecordStore
@@ -55,6 +58,10 @@ logger = logging.getLogger(__name__)
 
 MOVE_DRAIN_TIMEOUT_S = 5.0
 """A step that takes longer is repeated elsewhere: somebody waits for the blocks to which this peer goes."""
+QUIET_LOOK_S = 1.0
+"""How often it is looked whether nobody is served, before this peer measures itself again."""
+EXPECTED_POSITIONS = 512
+"""Of a session before any was seen, where the cache has room for sixteen of them."""
 LOOK_AROUND_S = 3.0
 """How long a joining peer without `--blocks` looks for others before it chooses."""
 
@@ -104,16 +111,20 @@ class ServerPeer:
         self._announcing: asyncio.Task[None] | None = None
         """While it is not served yet: that it will be."""
         self._loaded = False
+        self._withdrawn: frozenset[str] = frozenset()
+        """Addresses at which another node found nobody."""
         self._engine_closer = AsyncExitStack()
         self._watching: asyncio.Task[None] | None = None
         DialBackService(self.links)
 
     async def choose_span(
-        self, checkpoint: Checkpoint, plan: Plan, decode_s_per_block: float | None, *, alone: bool = False
+        self, checkpoint: Checkpoint, plan: Plan, speed: Speed | None, *, alone: bool = False
     ) -> BlockSpans:
-        """The least-covered span that fits and that is fair at this speed. Looks around for a moment first, and unless
-        it is `alone` announces its choice, which others that join at the same time go round or before."""
+        """The least-covered span that fits and that is fair at this speed, by the peers that serve clients who would
+        use this one. Looks around for a moment first, and unless it is `alone` announces its choice, which others that
+        join at the same time go round or before."""
         self.discovery.watch(checkpoint.model_id)
+        mine = self._static(checkpoint, BlockSpans.of(BlockSpan(0, 1)), plan, 0.0, 0.0)  # whatever it will serve
         deadline_s = time.monotonic() + LOOK_AROUND_S
         while True:
             await self.discovery.refresh()
@@ -123,11 +134,13 @@ class ServerPeer:
             await asyncio.sleep(0.5)
 
         def choose(others: list[Announcement]) -> BlockSpan:
-            counted, now_s = before_me(others, self._key.peer_id), self.discovery.now_s()
-            return choose_span(counted, plan.num_blocks, plan.max_blocks, now_s, decode_s_per_block=decode_s_per_block)
+            alike, now_s = usable(others, self._momentary(mine)), self.discovery.now_s()
+            counted = before_me(alike, self._key.peer_id)
+            decode_s = None if speed is None else speed.decode_s_per_block
+            return choose_span(counted, plan.num_blocks, plan.max_blocks, now_s, decode_s_per_block=decode_s)
 
         async def announce(span: BlockSpan) -> None:
-            self.presence.offer(self._static(checkpoint, BlockSpans.of(span), plan, decode_s_per_block or 0.0, 0.0))
+            self.presence.offer(self._static(checkpoint, BlockSpans.of(span), plan, *(speed or (0.0, 0.0))))
             await self.presence.intend(span)
 
         if alone:
@@ -162,10 +175,19 @@ class ServerPeer:
         self._max_blocks = (max_blocks or plan.max_blocks) if movable else 0
         await self._run_blocks(spans, plan, probe=probe, progress=progress)
 
+    async def fetch(self, spans: BlockSpans) -> None:
+        """What `move` needs for these blocks: room in memory, and files on this disk. Raises SwarmError."""
+        self._fitting(spans)
+        await self._blocks.fetch(spans, self._plan.devices[0])
+
+    def _fitting(self, spans: BlockSpans) -> Plan:
+        """Raises PeerTooSmall."""
+        plan, forwards = self._plan, len(spans.parts)
+        plan = replace(plan, forwards=forwards, graph_bytes=plan.graph_bytes * plan.forwards // forwards)
+        return plan.beside(self.probe.forward_bytes, blocks=spans)
+
     async def _reload(self, spans: BlockSpans) -> None:
-        fitting = replace(self._plan, forwards=len(spans.parts))
-        fitting = fitting.beside(self.probe.forward_bytes, blocks=spans)
-        await self._run_blocks(spans, fitting, probe=self.probe)
+        await self._run_blocks(spans, self._fitting(spans), probe=self.probe)
 
     async def _run_blocks(
         self, spans: BlockSpans, plan: Plan, *, probe: Probe | None, progress: Progress | None = None
@@ -180,7 +202,9 @@ class ServerPeer:
             LedgerLimits(
                 max_positions=min(stats.longest_tokens, model.max_positions),
                 pool_positions=stats.total_tokens,
-                weight=self.engine.weight,
+                weight=lambda length: self.engine.weight(length),  # of the engine itself nothing holds on to it
+                free_positions=lambda: 0 if (stats := self.handler.stats()) is None else stats.free_tokens,
+                expected_positions=min(EXPECTED_POSITIONS, stats.total_tokens // 16),
                 lease_s=self._lease_s,
             )
         )
@@ -191,10 +215,35 @@ class ServerPeer:
             self._wire(served, ledger, running.plan)
             self._loaded = True
         self.handler.adapters.hosted = running.adapters
+        self._offer()
+
+    def _offer(self) -> None:
         speeds = self.probe.decode_s_per_block, self.probe.prefill_s_per_token_block
-        self.presence.offer(
-            replace(self._static(checkpoint, spans, running.plan, *speeds), max_blocks=self._max_blocks)
-        )
+        said = self._static(self._blocks.checkpoint, self.handler.served.spans, self._plan, *speeds)
+        self.presence.offer(replace(said, max_blocks=self._max_blocks))
+
+    async def measure_again(self) -> None:
+        """Once the engine is prepared and serves nobody, find out whether it is faster than was measured when other
+        programs were busy, or it was not prepared yet; and announce that. Raises SwarmError."""
+        engine = self.engine
+        await engine.prepared()
+        while len(self.handler.ledger):  # noqa: ASYNC110  # nobody tells of it
+            await asyncio.sleep(QUIET_LOOK_S)
+        if self.handler.engine is not engine:
+            return  # other blocks are served, or will be
+        found = await measure(engine, room_bytes=0)
+        engine.set_token_budget(self.probe.token_budget)
+        if self.handler.engine is engine:
+            self.probe = replace(
+                self.probe,
+                decode_s_per_block=min(found.decode_s_per_block, self.probe.decode_s_per_block),
+                prefill_s_per_token_block=min(found.prefill_s_per_token_block, self.probe.prefill_s_per_token_block),
+                cost=found.cost,
+                forward_bytes=max(found.forward_bytes, self.probe.forward_bytes),
+                disturbed=found.disturbed,
+            )
+            self._offer()
+            self.presence.changed()
 
     def _wire(self, served: Served, ledger: Ledger[Delivery, Link], plan: Plan) -> None:
         """What stays for good, whichever blocks are served."""
@@ -255,20 +304,31 @@ class ServerPeer:
         return PeerMetrics(self.handler, self.training, self.links, self.presence.describe)
 
     def pause(self, paused: bool) -> None:
-        """Step back for the owner, or return, and announce it at once. Steps that run finish; sessions go elsewhere."""
-        self.handler.pause(paused)
+        """Step back for the owner, or return, and announce it at once. Steps that run finish; sessions go elsewhere.
+        Before blocks are loaded there is nothing to step back from."""
+        if self._loaded:
+            self.handler.pause(paused)
         if self.presence.state in (PeerState.ONLINE, PeerState.PAUSED):
             self.presence.serve(paused=paused)
 
+    def withdraw(self, addresses: frozenset[str]) -> None:
+        """These are announced no more, until they are not among those that are withdrawn: nobody is sent there. Without
+        any address its blocks are as good as missing."""
+        if addresses != self._withdrawn:
+            self._withdrawn = addresses
+            self.presence.changed()
+
     async def drain(self, *, timeout_s: float) -> None:
         """Tell the swarm that this peer leaves, take nothing new, hand sessions over to others."""
-        await self.presence.leave()
-        await self.handler.drain(timeout_s=timeout_s)
+        await asyncio.gather(self.presence.leave(), self.handler.drain(timeout_s=timeout_s))  # records may take long
 
     async def rebalance(self, emit: Emit) -> None:
         """Serve other blocks whenever the swarm needs that more, until cancelled; where it may not, return."""
         if not self._max_blocks:
             return
+
+        async def fetch(move: Move) -> None:
+            await self.fetch(move.spans)
 
         async def move(move: Move) -> None:
             emit(Event("moving", {**move.spans.as_fields(), "heals": move.heals}))
@@ -277,8 +337,24 @@ class ServerPeer:
             finally:
                 emit(Event("moved", self.presence.describe().spans.as_fields()))
 
-        presence = self.presence
-        await Rebalance(self.discovery, presence.describe, presence.intend, move, rng=random.Random()).run()
+        await Rebalance(
+            self.discovery,
+            self.presence.describe,
+            self.presence.intend,
+            fetch,
+            move,
+            rng=random.Random(),
+            max_parts=self._max_parts(),
+        ).run()
+
+    def _max_parts(self) -> int:
+        """How many spans fit here in which to heal a gap: each has an engine, and a forward, of its own."""
+        request = replace(self._plan.request, blocks=self._max_blocks)
+        try:
+            replace(self._plan, request=request, forwards=MAX_PARTS).beside(self.probe.forward_bytes)
+        except PeerTooSmall:
+            return 1
+        return MAX_PARTS
 
     async def move(self, spans: BlockSpans) -> None:
         """Serve other blocks instead, under the same identity, addresses and links; sessions here go elsewhere.
@@ -297,18 +373,23 @@ class ServerPeer:
         await self.handler.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)  # what the engine failed as it stopped
         self.handler.leave_engine()
         del self.engine
+        spared = garbage.spare_nothing()
         gc.collect()  # the weights of before must be gone before others are loaded, and models hold themselves
         try:
-            await self._settle(spans)
-        except SwarmError:
-            self._watching = self.tasks.spawn(self._settle(before), name="serve what was served before")
+            await self._settle(spans, spare=spared)
+        except SwarmError as error:
+            error.with_traceback(None)  # which holds on to weights that were loaded by then
+            gc.collect()
+            self._watching = self.tasks.spawn(self._settle(before, spare=spared), name="serve what was served before")
             await asyncio.wait([self._watching])
             raise
         self._status.moved = (before, time.monotonic())
 
-    async def _settle(self, spans: BlockSpans) -> None:
+    async def _settle(self, spans: BlockSpans, *, spare: bool) -> None:
         self.presence.join(spans)
         await self._reload(spans)
+        if spare:
+            garbage.spare()
         self._watching = self.tasks.spawn(self.engine.broken(), name="engine")
         self.presence.serve(paused=self.handler.paused)
 
@@ -347,12 +428,14 @@ class ServerPeer:
 
     def _momentary(self, announcement: Announcement) -> Announcement:
         """With what is another number at every moment."""
-        joining = self.presence.state is PeerState.JOINING
+        addresses = tuple(address for address in self._transport.addresses if address not in self._withdrawn)
+        serving = self._loaded and self.presence.state is not PeerState.JOINING
         return replace(
             announcement,
-            addresses=self._transport.addresses[:4],
-            free_tokens=0 if joining else self.engine.stats().room_tokens,
+            addresses=addresses[:4],
+            free_tokens=self.handler.room_tokens if serving else 0,
             queue_s=self.handler.queue_s if self._loaded else 0.0,
             sessions=len(self.handler.ledger) if self._loaded else 0,
             place=self.router.here,
+            uplink_bytes_per_s=self.router.uplink_bytes_per_s(self.discovery.now_s()),
         )

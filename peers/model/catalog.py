@@ -188,6 +188,7 @@ def _from_gguf(path: Path, cache: Path, progress: Progress, accept: Callable[[Pa
 def _from_folder(folder: Path, cache: Path, progress: Progress, accept: Callable[[Path], None]) -> Checkpoint:
     if not (folder / CONFIG).is_file():
         raise UnknownModel(f"{folder} holds no {CONFIG}", hint="give the folder of a Hugging Face checkpoint")
+    read_config(folder)  # bounded, before anybody else reads it
     accept(folder)
     files = weight_files(folder, os.listdir(folder), str(folder))
     hashes = {file: _hash(folder / file, cache, progress) for file in files}
@@ -211,6 +212,7 @@ def _from_hub(
     if CONFIG not in repository.files:
         raise UnknownModel(f"{name} on the hub holds no {CONFIG}", hint="give the id of a Hugging Face checkpoint")
     repository.fetch_companions()
+    read_config(repository.folder)  # bounded, before anybody else reads it
     accept(repository.folder)
     files = weight_files(repository.folder, repository.files.keys(), name)
     if absent := set(files) - repository.files.keys():

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from peers.errors import CorruptCheckpoint, UnknownModel, UnsupportedModel
+from routing.records import MAX_BLOCKS
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -22,7 +23,9 @@ COMPANION_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"
 """Configuration, tokenizer and templates; nothing that is code, and no weights."""
 
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_MAX_JSON_BYTES = 64 << 20
+_MAX_INDEX_BYTES = 64 << 20
+_MAX_CONFIG_BYTES = 4 << 20
+"""Some name a few ten thousand labels. More would take gigabytes to read."""
 
 
 class _Index(msgspec.Struct):
@@ -55,7 +58,7 @@ def weight_files(folder: Path, present: Collection[str], name: str) -> list[str]
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name → file name, each a plain `*.safetensors` in the same folder. Raises CorruptCheckpoint."""
     try:
-        index = msgspec.json.decode(_bounded(folder / INDEX), type=_Index)
+        index = msgspec.json.decode(_bounded(folder / INDEX, _MAX_INDEX_BYTES), type=_Index)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{folder / INDEX} cannot be read: {error}") from error
     for file in set(index.weight_map.values()):
@@ -67,15 +70,22 @@ def read_index(folder: Path) -> dict[str, str]:
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` as it stands. Raises CorruptCheckpoint."""
     try:
-        config = json.loads(_bounded(folder / CONFIG))  # not msgspec: configurations in the wild hold Infinity
+        text = _bounded(folder / CONFIG, _MAX_CONFIG_BYTES)
+        config = json.loads(text)  # not msgspec: configurations in the wild hold Infinity
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{folder / CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise CorruptCheckpoint(f"{folder / CONFIG} is not a JSON object")
+    for part in (config, config.get("text_config")):  # some architectures make a list as long as that at once
+        blocks = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(blocks, int) and blocks > MAX_BLOCKS:
+            raise CorruptCheckpoint(
+                f"{folder / CONFIG} claims {blocks} blocks, and at most {MAX_BLOCKS} can be announced"
+            )
     return config
 
 
-def _bounded(path: Path) -> bytes:
-    if path.stat().st_size > _MAX_JSON_BYTES:
+def _bounded(path: Path, max_bytes: int) -> bytes:
+    if path.stat().st_size > max_bytes:
         raise CorruptCheckpoint(f"{path} is larger than any such file should be")
     return path.read_bytes()

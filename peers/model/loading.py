@@ -7,6 +7,7 @@ and quantization are theirs. Knows files only through a `Checkpoint`, and decide
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -20,6 +21,7 @@ from transformers.utils.logging import set_tqdm_hook
 
 from peers.errors import CorruptCheckpoint, UnsupportedModel
 from peers.model.cutting import SpanModel, hollow_meta, straighten
+from peers.model.grouped import check_apart
 from peers.model.prequantized import quantizer_of, settle
 from peers.model.progress import Progress, Silent
 from peers.model.quantization import NONE, quantize
@@ -42,21 +44,22 @@ class Weights(Protocol):
     def fetch(self, tensors: Iterable[str], progress: Progress | None = None) -> Path: ...
 
 
-def load_config(checkpoint: Weights) -> PretrainedConfig:
-    """The configuration of the checkpoint's language model. Runs no code of the checkpoint.
+def load_config(checkpoint: Weights, *, device: torch.device | str | None = None) -> PretrainedConfig:
+    """The configuration of the checkpoint's language model, to be loaded on `device` (None: wherever this machine loads
+    it best). Runs no code of the checkpoint.
 
     Raises UnsupportedModel and, for weights in a form whose package is not installed, MissingExtra.
     """
-    return _config_in(checkpoint.folder)
+    return _config_in(checkpoint.folder, device)
 
 
 def check_folder(folder: Path) -> None:
     """Raises UnsupportedModel or MissingExtra when the model whose config.json is in `folder` cannot be cut or loaded
     here; reads no weights."""
-    check_supported(_config_in(folder))
+    check_supported(_config_in(folder, None))
 
 
-def _config_in(folder: Path) -> PretrainedConfig:
+def _config_in(folder: Path, device: torch.device | str | None) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a stranger's configuration runs through the architecture's own code
@@ -65,22 +68,26 @@ def _config_in(folder: Path) -> PretrainedConfig:
             hint="a newer transformers may know the architecture",
         ) from error
     config = language_config(config)
-    settle(config)
+    if getattr(config, "quantization_config", None) is None:
+        check_apart(folder)
+    settle(config, device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     return config
 
 
-def span_tensors(checkpoint: Weights, config: PretrainedConfig, span: BlockSpan) -> list[str]:
+def span_tensors(
+    checkpoint: Weights, config: PretrainedConfig, span: BlockSpan, *, device: torch.device | str = "cpu"
+) -> list[str]:
     """The tensors of the checkpoint that the blocks `span` are made of."""
     model = build_on_meta(config)
-    return _needed(checkpoint, model, _in_blocks(find_layers(model), span))
+    return _needed(checkpoint, model, device, _in_blocks(find_layers(model), span))
 
 
-def client_tensors(checkpoint: Weights, config: PretrainedConfig) -> list[str]:
+def client_tensors(checkpoint: Weights, config: PretrainedConfig, *, device: torch.device | str = "cpu") -> list[str]:
     """The tensors of the checkpoint that a client keeps: embeddings, norms, head; all but the blocks."""
     model = build_on_meta(config)
     blocks = find_layers(model) + "."
     known = model.state_dict().keys()
-    return _needed(checkpoint, model, lambda name: name in known and not name.startswith(blocks))
+    return _needed(checkpoint, model, device, lambda name: name in known and not name.startswith(blocks))
 
 
 @torch.inference_mode(mode=False)  # weights stay usable for training
@@ -99,11 +106,11 @@ def load_span(
     (before any weights are touched), InvalidSpan, CorruptCheckpoint, and what `fetch` raises.
     """
     check_quantization(quantization)
-    config = load_config(checkpoint)
+    config = load_config(checkpoint, device=device)
     anatomy = examine(config)
     if span.end > anatomy.num_blocks:
         raise InvalidSpan(f"blocks {span} are outside the model, which has {anatomy.num_blocks}")
-    folder = checkpoint.fetch(span_tensors(checkpoint, config, span), progress)
+    folder = checkpoint.fetch(span_tensors(checkpoint, config, span, device=device), progress)
 
     def read(part: BlockSpan) -> PreTrainedModel:
         keep, label = _in_blocks(anatomy.layers_path, part), f"blocks {part}"
@@ -136,9 +143,9 @@ def load_client(
     The blocks are real modules under their real names, with weights that cost no memory; see
     `peers.model.skeleton.install_route`. Raises as `load_span` does.
     """
-    config = load_config(checkpoint)
+    config = load_config(checkpoint, device=device)
     anatomy = examine(config)
-    folder = checkpoint.fetch(client_tensors(checkpoint, config), progress)
+    folder = checkpoint.fetch(client_tensors(checkpoint, config, device=device), progress)
     blocks = anatomy.layers_path + "."
     model = _read(
         folder,
@@ -159,9 +166,11 @@ def _in_blocks(layers_path: str, span: BlockSpan) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefixes)
 
 
-def _needed(checkpoint: Weights, model: PreTrainedModel, keep: Callable[[str], bool]) -> list[str]:
+def _needed(
+    checkpoint: Weights, model: PreTrainedModel, device: torch.device | str, keep: Callable[[str], bool]
+) -> list[str]:
     """Tensors of the checkpoint that end up, under the names that transformers gives them, where `keep` says yes."""
-    conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer_of(model.config))
+    conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer_of(model.config, device))
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     known = model.state_dict()
@@ -188,9 +197,15 @@ def _read(
 ) -> PreTrainedModel:
     """The whole model with the weights that `keep` names; all others are hollow and were never read."""
     base = anatomy.model_class
+    made_whole = (getattr(config, "quantization_config", None) or {}).get("dequantize", False)
+    dtypes: dict[str, torch.dtype] = {}
 
     def state_dict(self: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {name: tensor for name, tensor in base.state_dict(self, *args, **kwargs).items() if keep(name)}
+        kept = {name: tensor for name, tensor in base.state_dict(self, *args, **kwargs).items() if keep(name)}
+        dtypes.update(
+            {name: tensor.dtype for name, tensor in kept.items() if name not in dtypes}
+        )  # before they are read
+        return kept
 
     def finalize(model: PreTrainedModel, load_config: Any, found: Any) -> Any:
         _refuse(folder, {*found.conversion_errors, *(name for name, *_ in found.mismatched_keys)})
@@ -224,9 +239,21 @@ def _read(
             output_loading_info=True,
         )
     _refuse(folder, found["missing_keys"])
+    if made_whole:
+        _cast(model, dtypes)
     model.__class__ = base
     hollow_meta(model, target)
     return cast(PreTrainedModel, model)
+
+
+def _cast(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give weights the dtypes that `dtypes` and the architecture name: where transformers makes others whole, it leaves
+    those that were not quantized in the checkpoint's dtype."""
+    kept = model._get_dtype_plan(model.config.dtype)
+    for name, weight in model.named_parameters():
+        if name in dtypes and weight.is_floating_point():
+            wanted = next((dtype for part, dtype in kept.items() if re.search(part, name)), dtypes[name])
+            weight.data = weight.data.to(wanted)
 
 
 def _refuse(folder: Path, broken: Collection[str]) -> None:

@@ -46,6 +46,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from peers.errors import UnsupportedModel
+from routing.records import MAX_BLOCKS
 
 PROBE_ATTENTION = "swarm_probe"
 """Name under which the probe's attention and mask functions are registered."""
@@ -125,6 +126,9 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     config = language_config(config)
     if config.is_encoder_decoder:
         raise _refusal(config, "it is an encoder-decoder")
+    blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if isinstance(blocks, int) and blocks > MAX_BLOCKS:  # before as many are made
+        raise _refusal(config, f"it has {blocks} of them, and at most {MAX_BLOCKS} can be announced")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
@@ -489,7 +493,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def one_line(error: Exception) -> str:
     """Type and first line of a foreign error."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign error says first; others may follow with a page."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _refusal(config: PretrainedConfig, reason: str) -> UnsupportedModel:

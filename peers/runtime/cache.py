@@ -25,6 +25,7 @@ import msgspec
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.masking_utils import causal_mask_function
 
 from peers.errors import UnsupportedModel
 from peers.model.adapters import Adapter
@@ -48,7 +49,7 @@ from peers.runtime.attention import (
     register,
 )
 from peers.runtime.flex import Flex, compiled
-from peers.runtime.graphs import DIFFERENCE, NOBODYS, Graphs, Record, fastest_s
+from peers.runtime.graphs import DIFFERENCE, GRAPH_BYTES, NOBODYS, Graphs, Record, fastest_s
 from peers.runtime.pages import PagePool, SlotCopy
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
 from peers.runtime.tape import Tapes
@@ -56,6 +57,8 @@ from routing.ids import BlockSpan
 
 logger = logging.getLogger(__name__)
 
+STEPS = ((500, 1), (40, 1), (260, 4), (100, 1))
+"""Likewise, of steps alone."""
 SAMPLE = ((500, 1), (40, 1), (0, 150), (260, 1), (100, 50))
 """Positions that sessions hold, and those that are new, of a forward in which ways to attend are compared."""
 
@@ -98,7 +101,12 @@ class SpanCache(Protocol):
         library, which any thread may make; else None, and nothing has happened."""
 
     def prepare(self) -> Iterator[None]:
-        """What makes later forwards faster and takes a second, in steps between which forwards may run."""
+        """What makes later forwards faster and takes a second, in steps between which forwards may run; again whenever
+        it is not `prepared`."""
+
+    @property
+    def prepared(self) -> bool:
+        """False where forwards showed after `prepare` what else would make others like them faster."""
 
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         """Move slots as `PagePool.grow` asks, before the next forward."""
@@ -119,6 +127,8 @@ class LayerShape(NamedTuple):
 
     shape: Shape
     dtype: torch.dtype
+    heads: int
+    """That query it."""
 
 
 class PagedCache:
@@ -136,16 +146,22 @@ class PagedCache:
         library: Pool | None = None,
         recorder: Record | None = None,
         adaptable: frozenset[Place] = frozenset(),
+        graph_bytes: int = GRAPH_BYTES,
+        *,
+        attends: bool = True,
     ) -> None:
-        """`dtypes`: of what is kept, in each frame of `arrangement`."""
+        """`dtypes`: of what is kept, in each frame of `arrangement`. `attends`: whether `library` does so in forwards
+        that are not a tape."""
         self.adaptable = adaptable
         self._fittings = Fittings(model.device)
         self._model = model
         self._pages = pages
         self._library = library
+        self._attending_library = library if attends else None
         self._programs: Programs | None = None
         self._tapes: Tapes | None = None
         self._recorder = recorder
+        self._graph_bytes = graph_bytes
         self._graphs: Graphs | None = None
         self._whole: Whole | None = None
         self._arrangement = arrangement
@@ -173,7 +189,9 @@ class PagedCache:
             if output_1TH is not None:
                 return output_1TH[0]
         pools = self._pools[span.start - self._model.span.start :]
-        batch = RaggedBatch(tables, pools, self._model.device, self._library, self._whole)
+        by_tape = programs is not None and self._tapes is not None
+        library = self._library if by_tape else self._attending_library
+        batch = RaggedBatch(tables, pools, self._model.device, library, self._whole)
         if programs is not None:
             output_TH = None if self._tapes is None else self._tapes(hidden_TH, batch, adapting)
             if output_TH is None and adapting is None:
@@ -219,6 +237,9 @@ class PagedCache:
 
     def prepare(self) -> Iterator[None]:
         """Afterwards short forwards of the whole span go by a program, where there is one, by tape or by graph."""
+        if self._graphs is not None:
+            yield from self._graphs.prepare()
+            return
         model = self._model
 
         def forward(hidden_1TH: Tensor, position_ids_1T: Tensor, attender: Attender) -> Tensor:
@@ -232,11 +253,15 @@ class PagedCache:
         else:
             self._tapes = self._checked_tapes(self._programs)
             if self._recorder is not None:
-                graphs = Graphs(self._programs, self._pools, _random_hidden(model, 1)[0], self._recorder)
-                yield from graphs.prepare()
-                self._graphs = graphs
+                like_H = _random_hidden(model, 1)[0]
+                self._graphs = Graphs(self._programs, self._pools, like_H, self._recorder, self._graph_bytes)
+                yield from self._graphs.prepare()
         if model.device.type == "cuda":  # a compiler takes its time, for which nobody waits
             threading.Thread(target=self.attend_at_once, args=(Flex(compiled()),), name="compile", daemon=True).start()
+
+    @property
+    def prepared(self) -> bool:
+        return self._graphs is None or self._graphs.complete
 
     @torch.inference_mode()
     def attend_at_once(self, whole: Whole) -> None:
@@ -255,7 +280,7 @@ class PagedCache:
 
         def run(backend: Whole | None) -> Tensor:
             tables = [segments] * len(self._pages.windows)
-            batch = RaggedBatch(tables, pools, model.device, self._library, backend)
+            batch = RaggedBatch(tables, pools, model.device, self._attending_library, backend)
             positions_1T, longest = batch.positions_T[None], max(segment.end for segment in segments)
             with attending(batch) as cache:
                 return model.forward(hidden_TH[None], positions_1T, past_key_values=cache, regime_length=longest)[0]
@@ -380,6 +405,10 @@ class SoloCache:
     def prepare(self) -> Iterator[None]:
         return iter(())
 
+    @property
+    def prepared(self) -> bool:
+        return True
+
     def copy(self, copies: Iterable[SlotCopy]) -> None:
         pass
 
@@ -423,26 +452,32 @@ def open_cache(
     recorder: Record | None = None,
     *,
     slack: int = 0,
+    graph_bytes: int = GRAPH_BYTES,
 ) -> tuple[SpanCache, PagePool]:
     """The cache that this model can have, and its books; selects the attention to go with it.
 
     It takes the memory of `num_pages` pages of all layers, which layers that slide leave to others (see `arrangement`;
-    `slack` is of a `PagePool`). With `library`, short segments attend through it where that was found to say the same;
-    with `recorder`, steps of single positions run as graphs (`graphs`) where these do.
+    `slack` is of a `PagePool`). With `library`, short segments attend through it where that was found to say the same
+    and is no slower; with `recorder`, steps of single positions run as graphs (`graphs`) where these do, in
+    `graph_bytes`.
 
     Raises UnsupportedModel when its layers keep nothing that could be rolled back.
     """
     observed = _observe(model)
     if observed is not None:
         layers, adaptable = observed
-        shapes, dtypes = zip(*layers, strict=True)
+        shapes, dtypes, _ = zip(*layers, strict=True)
         # layers can share memory only in one dtype
         arrangement = arrange(model.windows if len(set(dtypes)) == 1 else [None] * len(shapes), shapes)
         dtypes = dtypes[: len(arrangement.frames)]
         for backend in dict.fromkeys((library, None)):
             if _agrees(model, arrangement, dtypes, backend):
                 pages = PagePool(arrangement.pages(num_pages), page_size, arrangement.windows, slack)
-                return PagedCache(model, arrangement, dtypes, pages, backend, recorder, adaptable), pages
+                own = model, arrangement, dtypes, pages, backend, recorder, adaptable, graph_bytes
+                attends = backend is not None and _pays(backend, layers[0])
+                if backend is not None and not attends:
+                    logger.info("steps of %s attend by torch, which is faster here", model.config.model_type)
+                return PagedCache(*own, attends=attends), pages
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
     _, adaptable = _observe_alone(model)
@@ -455,7 +490,7 @@ def bytes_per_token(model: SpanModel) -> int:
     if observed is None:
         return _observe_alone(model)[0]
     layers, _ = observed
-    return sum(shape.elements * dtype.itemsize for shape, dtype in layers)
+    return sum(layer.shape.elements * layer.dtype.itemsize for layer in layers)
 
 
 def _adapting(model: SpanModel, span: BlockSpan, chunks: Sequence[Chunk], fittings: Fittings) -> Adapting | None:
@@ -493,7 +528,7 @@ class _Observer:
     ) -> Tensor:
         _, H, T, K = q_1HTK.shape
         _, J, _, V = v_1JTV.shape
-        self.shapes.append(LayerShape(Shape(J, K, V), k_1JTK.dtype))
+        self.shapes.append(LayerShape(Shape(J, K, V), k_1JTK.dtype, H))
         mask_nL = look(Segment(start=0, tokens=T, runs=[(0, T)]), pattern.function, q_1HTK).mask_nL
         q_TJGK = q_1HTK[0].transpose(0, 1).reshape(T, J, H // J, K)
         return attend_one(q_TJGK, k_1JTK, v_1JTV, mask_nL, scale, softcap, sinks_H).reshape(1, T, H, V).contiguous()
@@ -548,6 +583,29 @@ def _agrees(model: SpanModel, arrangement: Arrangement, dtypes: Sequence[torch.d
     allowed_2L += 4 * torch.finfo(model.dtype).eps * alone_2LH.float().norm(dim=2)
     distance_2L = (torch.cat(packed, 1) - alone_2LH).float().norm(dim=2)
     return int((distance_2L < allowed_2L)[:, 3:].sum()) >= 4
+
+
+@torch.inference_mode()
+def _pays(library: Pool, layer: LayerShape) -> bool:
+    """Whether `library` attends for some steps in a layer in no more time than torch."""
+    segments, slots = [], 0
+    for start, tokens in STEPS:
+        segments.append(Segment(start=start, tokens=tokens, runs=[(slots, start + tokens)]))
+        slots += start + tokens
+    (J, K, V), tokens = layer.shape, sum(segment.tokens for segment in segments)
+
+    def random(rows: int, positions: int, width: int) -> Tensor:
+        return torch.randn(1, rows, positions, width, generator=torch.Generator().manual_seed(rows)).to(layer.dtype)
+
+    pool = LayerPool(keys_1JSK=random(J, slots, K), values_1JSV=random(J, slots, V))
+    given = random(layer.heads, tokens, K), random(J, tokens, K), random(J, tokens, V)
+
+    def attend(backend: Pool | None) -> Tensor:
+        batch = RaggedBatch([segments], [pool], torch.device("cpu"), backend)
+        return batch.attend(*given, Pattern(causal_mask_function), K**-0.5, None, None)
+
+    library_s, torch_s = (fastest_s(functools.partial(attend, each), torch.device("cpu")) for each in (library, None))
+    return library_s <= torch_s
 
 
 def _random_hidden(model: SpanModel, tokens: int) -> Tensor:

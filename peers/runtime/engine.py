@@ -19,16 +19,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from peers.errors import Busy, Preempted
-from peers.model.adapters import Adapter, prefix_length
+from peers.model.adapters import prefix_length
 from peers.model.cutting import SpanModel
-from peers.model.kernels import Pool, accelerate, accelerate_by_torch, pool_for
+from peers.model.kernels import Pool, accelerate_by_torch, accelerating, accelerating_by_torch, pool_for
 from peers.model.support import one_line
 from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.cores import Cores
@@ -38,12 +38,26 @@ from peers.runtime.pages import PagePool
 from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import grow_or_preempt
 from peers.runtime.program import TOKENS_MAX
-from peers.runtime.scheduler import MIN_TOKEN_BUDGET, STEP_TOKENS, Item, Pace, Pick, Scheduler, Tempo
+from peers.runtime.scheduler import STEP_TOKENS, Item, Pace, Pick, Scheduler, Tempo
+from peers.runtime.works import (
+    BehindWindow,
+    CacheTooSmall,
+    ComputeFailed,
+    Done,
+    EngineConfig,
+    EngineCounts,
+    EngineStats,
+    NonFiniteOutput,
+    PositionGap,
+    SessionKey,
+    SessionReleased,
+    Work,
+)
 from peers.tally import Tally
-from peers.wire.messages import Urgency
+from peers.wire.messages import MAX_POSITIONS
 from peers.wire.tensors import NAMES, finite, finite_in
-from routing.errors import CallerError, PeerError, SwarmError, Unavailable
-from routing.ids import BlockSpan, PeerId, Place, SessionId
+from routing.errors import CallerError, SwarmError, Unavailable
+from routing.ids import BlockSpan, PeerId
 
 logger = logging.getLogger(__name__)
 
@@ -52,151 +66,12 @@ DECODING_S = 1.0
 MOMENT_S = 0.025
 """For so long the event loop may compute. What waits meanwhile: somebody else's first frame, whose work would wait for
 the thread's forward as well; a ping, which so tells what a step would wait; and what has a deadline of seconds."""
-SessionKey: TypeAlias = SessionId | Place
-"""What names a session here; it is only compared."""
-Sharing = Literal["owner", "network"]
 RETRY_AFTER_S_MIN = 0.05
 RETRY_AFTER_S_MAX = 5.0
 BATCH_STEPS = (1, 2, 4, 8, 16, 32, 64)
-BATCH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _END = object()
 T = TypeVar("T")
-
-
-class PositionGap(CallerError):
-    """The work starts behind what its session (or parent) holds here; send the positions from `held` on first."""
-
-    def __init__(self, start: int, held: int) -> None:
-        super().__init__(f"position gap: the step starts at {start}, this peer holds {held}")
-        self.held = held
-
-
-class BehindWindow(CallerError):
-    """Layers of a session (or parent) that slide do not hold what this position sees any more; send everything from
-    position 0 on. Never raised where the session goes back by no more than `EngineConfig.slack`."""
-
-    def __init__(self, start: int) -> None:
-        super().__init__(f"the step goes back to {start}, behind what layers with a window keep: replay from 0")
-
-
-class SessionReleased(CallerError):
-    """The session was released while this work was queued or running."""
-
-
-class CacheTooSmall(PeerError):
-    """The whole cache of this peer does not hold a session of that length; another peer's may."""
-
-
-class ComputeFailed(PeerError):
-    """The forward raised; the sessions in it keep the positions that they held before."""
-
-
-class NonFiniteOutput(ComputeFailed):
-    """The model made NaN or infinity of this session's input; other sessions are unharmed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    cache_tokens: int
-    """Positions that all sessions together may hold, rounded down to whole pages."""
-    page_size: int = 16
-    """Positions per page. Small pages waste little per session; contiguous runs make their number cheap."""
-    token_budget: int = 256
-    """Positions per forward, at most: fewer where somebody's next token would be late (see `scheduler.Tempo`)."""
-    threads: int = 1
-    """CPU threads of the forward."""
-    slack: int = 64
-    """Positions that a session can go back at any time; layers that see no further than a window keep so many more, so
-    that speculation never meets their end."""
-    max_queued_tokens: int = 16384
-    """Bound of the queue: beyond it callers are told to come back, before their tensors pile up in memory."""
-    share_prefixes: Sharing = "owner"
-    """Whose sessions may begin with positions that another one computed. With "network" anybody's, given the same keys:
-    for swarms whose members trust each other, as answers then come sooner for what somebody asked before, and whoever
-    sends other positions than its keys stand for misleads everybody."""
-
-    def __post_init__(self) -> None:
-        if self.page_size < 1 or self.cache_tokens < self.page_size:
-            raise ValueError(f"{self.cache_tokens} cache tokens do not make one page of {self.page_size}")
-        if self.token_budget < MIN_TOKEN_BUDGET:
-            raise ValueError(f"token_budget is at least {MIN_TOKEN_BUDGET}, not {self.token_budget}")
-        if self.threads < 1 or self.max_queued_tokens < 1 or self.slack < 0:
-            raise ValueError("threads and max_queued_tokens are at least 1, slack at least 0")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Work:
-    """Run `hidden` (positions `start`, `start + 1`, …) of one session through `span`."""
-
-    session: SessionKey
-    owner: PeerId
-    start: int
-    hidden: Tensor
-    """[n, hidden_size], on the CPU, any floating dtype."""
-    span: BlockSpan
-    """Blocks to run; within the span of the model."""
-    regime_length: int = 0
-    """Total length of the user's forward that this work is a part of; 0 when it is the whole."""
-    adapter: Adapter | None = None
-    """Of these blocks; the same in all works of a session and its forks. Positions count from behind its prefix."""
-    parent: tuple[SessionKey, int] | None = None
-    """Begin the (new) session with that many positions of another one, as it is when this work is submitted."""
-    urgency: Urgency = Urgency.INTERACTIVE
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.hidden)
-
-    @property
-    def longest(self) -> int:
-        """Length of the user's forward."""
-        return max(self.regime_length, self.end)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Done:
-    hidden: Tensor
-    """[n, hidden_size], on the CPU, in the model's dtype; nobody else's memory."""
-    queue_s: float
-    """From submission to completion, less `compute_s`."""
-    compute_s: float
-    """Length of the forwards that this work took part in, whoever else was in them, less what ran in their pauses."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    total_tokens: int
-    free_tokens: int
-    """No session holds these, though prefixes may be kept there until somebody needs the room."""
-    longest_tokens: int
-    """What one session alone may hold: more than `total_tokens` where layers slide."""
-    room_tokens: int
-    """What one session more may hold: more than `free_tokens` where layers slide."""
-    queued_tokens: int
-    sessions: int
-    kept_tokens: int = 0
-    """In the pages that are free but for a prefix."""
-    prefix_hits: int = 0
-    """Sessions that began with positions of another one."""
-    prefix_tokens: int = 0
-    """With how many, all of them together."""
-    pages: int = 0
-    free_pages: int = 0
-    """As `free_tokens`."""
-    kept_pages: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineCounts:
-    """What an engine does and did since its start."""
-
-    works: int
-    """Queued or running."""
-    preemptions: int
-    batch_works: Tally
-    """Works in each forward."""
-    batch_tokens: Tally
-    """Positions in each forward."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -209,6 +84,10 @@ class _Session:
     held: int = 0
     before: int = 0
     """Positions of a prefix, which stand in its pages before those."""
+    told: int = MAX_POSITIONS
+    """How many it may hold by its client's word."""
+    outgrew: bool = False
+    """Whether it ever held more, or tried to, since that was said."""
     preempted: bool = False
     """Its positions were taken away and it has not begun again."""
     released: bool = False
@@ -239,8 +118,10 @@ _Batch = list[tuple[_Ticket, Pick]]
 class Engine:
     """Runs works of many sessions over one span. All methods are called on the event loop of `start`."""
 
-    def __init__(self, model: SpanModel, config: EngineConfig) -> None:
+    def __init__(self, model: SpanModel, config: EngineConfig, library: Pool | None = None) -> None:
+        """`library`: threads that it shares with other engines, instead of having its own."""
         self.model = model
+        self._library = library
         self.config = config
         self.dtype = NAMES[model.dtype]
         """By its name."""
@@ -336,8 +217,7 @@ class Engine:
                 return 0
             state = self._admit(session, owner)
             state.span = span
-            scope = (span, adapter, owner if self.config.share_prefixes == "owner" else None)
-            state.held = self._prefixes.open(state.number, scope, keys)
+            state.held = self._prefixes.open(state.number, self.config.scope(owner, span, adapter), keys)
             return state.held
 
     def admit(self, session: SessionKey, owner: PeerId, parent: tuple[SessionKey, int] | None = None) -> None:
@@ -461,14 +341,20 @@ class Engine:
             state = self._sessions.get(session)
             return 0 if state is None else state.held
 
+    def set_token_budget(self, tokens: int) -> None:
+        """Positions per forward, at most, from the next one on; see `EngineConfig.token_budget`, and for its errors."""
+        with self._wake:
+            self.config = replace(self.config, token_budget=tokens)
+            self._scheduler.token_budget = tokens
+
     def weight(self, length: int) -> int:
         """What a session of that length takes of `EngineStats.total_tokens`: less than that where layers slide."""
-        return self._pages.weight(length, self.config.token_budget)
+        return self._pages.weight(length, self.config.work_tokens)
 
     def stats(self) -> EngineStats:
         with self._wake:
             pages, idle_pages = self._pages, self._pages.idle_pages
-            unused_pages, work = pages.free_pages + idle_pages, self.config.token_budget
+            unused_pages, work = pages.free_pages + idle_pages, self.config.work_tokens
             kept_tokens = pages.tokens(idle_pages)
             return EngineStats(
                 total_tokens=pages.tokens(pages.num_pages),
@@ -568,6 +454,7 @@ class Engine:
                 self._pages.fork(parent.number, child.number, parent.before + position)
             self._cache.fork(parent.number, child.number, position)
         child.span, child.held, child.before, child.preempted = parent.span, position, parent.before, False
+        child.told, child.outgrew = parent.told, parent.outgrew
 
     def _is_moment(self, tokens: int) -> bool:
         """Whether a work of so many would be the only one, and soon done without torch's threads."""
@@ -615,6 +502,7 @@ class Engine:
             self._shorten(session)
             raise _non_finite()
         session.held = end
+        session.outgrew = session.outgrew or end > session.told + self.config.slack
         self._prefixes.computed(number, end)
         return output, ended_s - began_s
 
@@ -693,10 +581,16 @@ class Engine:
     def _main(self, ready: asyncio.Future[None]) -> None:
         torch.set_num_threads(self.config.threads)
         try:
-            library = pool_for(self.model.device, self.config.threads)
+            library = self._library or pool_for(self.model.device, self.config.threads)
             num_pages, size = self.config.cache_tokens // self.config.page_size, self.config.page_size
             self._cache, self._pages = open_cache(
-                self.model, num_pages, size, library, recorder_for(self.model.device), slack=self.config.slack
+                self.model,
+                num_pages,
+                size,
+                library,
+                recorder_for(self.model.device),
+                slack=self.config.slack,
+                graph_bytes=self.config.graph_bytes,
             )
             self._prefixes = PrefixIndex(self._pages)
         except Exception as error:  # whatever it is, `start` raises it
@@ -712,6 +606,9 @@ class Engine:
                         self._run_batch(batch)
                     elif self._pause_s() == 0:
                         self._run_errand()
+                    if self._prepared and not self._cache.prepared:
+                        preparing = self._cache.prepare()
+                        self._prepared = False
                     if not self._prepared:
                         self._prepare(preparing)
         except Exception as error:  # the books are wrong
@@ -721,9 +618,10 @@ class Engine:
     def _preparation(self, library: Pool | None) -> Iterator[None]:
         """What a peer need not wait for before it announces itself."""
         if library is not None:
-            self._accelerated = accelerate(self.model.module, library) > 0
+            changed = yield from accelerating(self.model.module, library)
+            self._accelerated = changed > 0
         elif self.model.device.type != "cuda":
-            accelerate_by_torch(self.model.module)
+            yield from accelerating_by_torch(self.model.module)
         else:  # a compiler takes its time, for which nobody waits
             compiling = threading.Thread(
                 target=accelerate_by_torch, args=(self.model.module,), name="compile", daemon=True
@@ -771,7 +669,7 @@ class Engine:
                 if self._arriving:
                     if not self._wake.wait(MOMENT_S):
                         self._arriving = False  # the loop is late: what is there runs
-                elif self._errands.due or not (picks := self._scheduler.next_batch(self._pace())):
+                elif self._errand_first() or not (picks := self._scheduler.next_batch(self._pace())):
                     pause_s = self._pause_s()
                     if not self._prepared or pause_s == 0:
                         return []
@@ -781,6 +679,12 @@ class Engine:
                     self._running = {ticket.session.number for ticket, _ in batch}
                     return batch
             return []
+
+    def _errand_first(self) -> bool:
+        """Whether a piece of a job goes before the forward that could be run, if any."""
+        return self._errands.due or (
+            self._errands.before_background and self._scheduler.only_background and self._pause_s() == 0
+        )
 
     def _pause_s(self) -> float | None:
         """How long the next piece of a job is to wait, if nothing comes; None where there is no job."""
@@ -797,7 +701,7 @@ class Engine:
     def _run_errand(self) -> None:
         """One piece of a job."""
         with self._wake:
-            errand, positions = self._errands.next(), self._pace().alone
+            errand, positions = self._errands.next(), min(self._pace().alone, self.config.work_tokens)
         if errand is None:
             return
         self._share_cores(False)
@@ -823,11 +727,13 @@ class Engine:
     def _let_steps_in(self) -> None:
         """Between two blocks of a long forward: run the steps that came meanwhile and need nobody's pages."""
         with self._wake:
-            picks = self._scheduler.steps_beside(self._running)
+            picks = self._scheduler.steps_beside(self._running, lambda work: self._finds_room(self._tickets[work]))
             batch = self._begin_all([(self._tickets[pick.work], pick) for pick in picks], beside=True)
+            if not batch:
+                return
+            self._scheduler.ran_beside(ticket.number for ticket, _ in batch)
             self._running |= {ticket.session.number for ticket, _ in batch}
-        if batch:
-            self._run_batch(batch, beside=True)
+        self._run_batch(batch, beside=True)
 
     def _begin_all(self, chosen: _Batch, *, beside: bool = False) -> _Batch:
         """What can run of the scheduler's choice: not what cannot begin, nor whose pages an older session took.
@@ -867,6 +773,7 @@ class Engine:
             self._prefixes.close(session.number)
         self._prefixes.begun(session.number, work.start, ticket.work.end)
         session.span, session.held, session.before, session.preempted = work.span, work.start, before, False
+        self._note_word(session, work)
         if session.number not in self._pages.sessions:
             self._pages.open(session.number)
         self._shorten(session)
@@ -877,6 +784,7 @@ class Engine:
             session.number,
             before + ticket.work.end,
             owner_of=lambda number: self._by_number[number].owner,
+            outgrew=lambda number: self._by_number[number].outgrew,
         )
         for victim in victims:
             self._preempt(self._by_number[victim])
@@ -884,6 +792,11 @@ class Engine:
             self._cache.copy(copies)
             if begins and before and work.adapter is not None:
                 self._cache.begin(session.number, work.adapter, before)
+
+    def _note_word(self, session: _Session, work: Work) -> None:
+        """Speculation runs ahead of what anybody asked for, and back."""
+        kept = session.outgrew and work.told <= session.told
+        session.told, session.outgrew = work.told, kept or work.end > work.told + self.config.slack
 
     def _preempt(self, session: _Session) -> None:
         """Its pages are gone already; tell those who wait for it. Its age stays until it is released."""

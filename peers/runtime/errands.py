@@ -5,6 +5,7 @@ every piece; one job at a time is under way, so that only one of them holds memo
 
 - Forwards go first: a piece runs when none is to be run, or when GAP forwards have passed a waiting piece over. Where
   steps are late all the same (`scheduler.Tempo.late`), it waits for those forwards, or until no more steps come.
+- Only works of the background stand below a job: its pieces go before them, GAP in a row at most.
 - A job that nobody waits for any more ends at its next turn.
 """
 
@@ -63,7 +64,7 @@ class Errands:
     def __init__(self) -> None:
         self._lines: OrderedDict[PeerId, deque[Errand[Any]]] = OrderedDict()
         self._current: Errand[Any] | None = None
-        self._passed_over = 0
+        self._passed_over = self._in_a_row = 0
 
     def __bool__(self) -> bool:
         return self._current is not None or bool(self._lines)
@@ -76,13 +77,20 @@ class Errands:
         """Whether a piece has waited long enough to go before a forward."""
         return bool(self) and self._passed_over >= GAP
 
+    @property
+    def before_background(self) -> bool:
+        """Whether a piece goes before a forward of works of the background alone."""
+        return bool(self) and self._in_a_row < GAP
+
     def passed_over(self) -> None:
         """A forward goes first."""
         self._passed_over = self._passed_over + 1 if self else 0
+        self._in_a_row = 0
 
     def next(self) -> Errand[Any] | None:
         """The job whose next piece is to be run; None when those that are left were dropped."""
         self._passed_over = 0
+        self._in_a_row += 1
         while self._current is None or self._current.dropped:
             if self._current is not None:
                 self._current.close()

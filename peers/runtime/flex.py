@@ -16,8 +16,9 @@ Names as in `attention`; P padded queries, N gathered keys, both whole blocks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -50,47 +51,46 @@ class Layout:
 def lay_out(segments: Sequence[Segment], function: MaskFunction, nobodys: int, device: torch.device) -> Layout | None:
     """`nobodys`: a slot whose keys and values are finite and no session's. None where some query does not see one run
     of positions. Raises NotPluggable as `attention.look` does."""
-    rows: list[int] = []
-    slots: list[int] = []
-    begins: list[int] = []
-    ends: list[int] = []
-    seen: list[list[int]] = []
-    for segment in segments:
-        run = _visible(segment, function)
-        if run is None:
-            return None
-        rows += range(len(begins), len(begins) + segment.tokens)
-        begins += (len(slots) + at for at, _ in run)
-        ends += (len(slots) + end for _, end in run)
-        slots += (slot for first, count in segment.runs for slot in range(first, first + count))
-        slots += [nobodys] * (-len(slots) % BLOCK)
-        empty = -len(begins) % BLOCK
-        begins += [0] * empty
-        ends += [0] * empty  # sees nothing
-    for first in range(0, len(begins), BLOCK):
-        real = [
-            (at, end) for at, end in zip(begins[first : first + BLOCK], ends[first : first + BLOCK], strict=True) if end
-        ]
-        seen.append(list(range(min(at for at, _ in real) // BLOCK, -(-max(end for _, end in real) // BLOCK))))
-    most = len(slots) // BLOCK
-    indices = [blocks + [0] * (most - len(blocks)) for blocks in seen]
-    begin_P, end_P = torch.tensor(begins, device=device), torch.tensor(ends, device=device)
+    runs = [_visible(segment, function) for segment in segments]
+    if any(run is None for run in runs):
+        return None
+    starts = _starts(segment.tokens for segment in segments)
+    key_starts = _starts(segment.end - segment.first for segment in segments)
+    rows_T = torch.cat([torch.arange(at, at + s.tokens) for at, s in zip(starts, segments, strict=False)])
+    begin_P, end_P = (torch.zeros(starts[-1], dtype=torch.long) for _ in range(2))
+    pieces = []
+    """First slot, slots and first key of each run."""
+    for segment, run, start, key_start in zip(segments, runs, starts, key_starts, strict=False):
+        assert run is not None
+        begin_P[start : start + segment.tokens] = run[0] + key_start
+        end_P[start : start + segment.tokens] = run[1] + key_start  # the others see nothing
+        for first, count in segment.runs:
+            pieces.append((first, count, key_start))
+            key_start += count
+    slots_N = _expanded(pieces, torch.full((key_starts[-1],), nobodys))
+    most = key_starts[-1] // BLOCK
+    none_P = end_P == 0
+    first_B = begin_P.masked_fill(none_P, key_starts[-1]).view(-1, BLOCK).amin(1) // BLOCK
+    count_B = -(-end_P.view(-1, BLOCK).amax(1) // BLOCK) - first_B
+    at_BN = torch.arange(most).expand(len(count_B), -1)
+    index_BN = torch.where(at_BN < count_B[:, None], first_B[:, None] + at_BN, 0)
+    begin_P, end_P = begin_P.to(device), end_P.to(device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (begin_P[query] <= key) & (key < end_P[query])
 
     mask = BlockMask.from_kv_blocks(
-        torch.tensor([[[len(blocks) for blocks in seen]]], dtype=torch.int32, device=device),
-        torch.tensor([[indices]], dtype=torch.int32, device=device),
+        count_B[None, None].to(device, torch.int32),
+        index_BN[None, None].to(device, torch.int32),
         BLOCK_SIZE=BLOCK,
         mask_mod=sees,
-        seq_lengths=(len(begins), len(slots)),
+        seq_lengths=(starts[-1], key_starts[-1]),
         compute_q_blocks=False,  # only gradients ask for these
     )
     return Layout(
-        rows_T=torch.tensor(rows, device=device),
-        queries=len(begins),
-        slots_N=torch.tensor(slots, device=device),
+        rows_T=rows_T.to(device),
+        queries=starts[-1],
+        slots_N=slots_N.to(device),
         mask=mask,
     )
 
@@ -154,12 +154,27 @@ def _capped(softcap: float, device: torch.device) -> Callable[[Tensor, Tensor, T
     return capped
 
 
-def _visible(segment: Segment, function: MaskFunction) -> list[tuple[int, int]] | None:
-    """Which run of the segment's positions, counted from its first one, each of its queries sees; None where one sees
-    none, or several."""
+def _starts(lengths: Iterable[int]) -> list[int]:
+    """Where parts of these lengths begin, each in a block of its own, and where the last one's blocks end."""
+    return list(accumulate((-(-length // BLOCK) * BLOCK for length in lengths), initial=0))
+
+
+def _expanded(pieces: Sequence[tuple[int, int, int]], slots_N: Tensor) -> Tensor:
+    """`slots_N` with so many slots from a first one on, from a place on, for each of `pieces`."""
+    first_R, count_R, place_R = torch.tensor(pieces).unbind(1)
+    before_R = count_R.cumsum(0) - count_R
+    at_n = torch.arange(int(count_R.sum()))
+    places_n, slots_n = (at_n + (each_R - before_R).repeat_interleave(count_R) for each_R in (place_R, first_R))
+    slots_N.index_copy_(0, places_n, slots_n)
+    return slots_N
+
+
+def _visible(segment: Segment, function: MaskFunction) -> tuple[Tensor, Tensor] | None:
+    """Where, counted from the segment's first position, the run begins and ends that each of its queries sees; None
+    where one sees none, or several."""
     first = segment.first
     if function is causal_mask_function and not first:
-        return [(0, position + 1) for position in range(segment.start, segment.end)]
+        return torch.zeros(segment.tokens, dtype=torch.long), torch.arange(segment.start + 1, segment.end + 1)
     queries_n1 = torch.arange(segment.start, segment.end)[:, None]
     keys_1L = torch.arange(max(0, first - 1), segment.end)[None, :]
     seen_nL = function(0, 0, queries_n1, keys_1L).expand(segment.tokens, keys_1L.shape[1])
@@ -172,4 +187,4 @@ def _visible(segment: Segment, function: MaskFunction) -> list[tuple[int, int]] 
     end_n = seen_nL.shape[1] - seen_nL.flip(1).argmax(1)
     if not bool(((count_n > 0) & (end_n - begin_n == count_n)).all()):
         return None
-    return list(zip(begin_n.tolist(), end_n.tolist(), strict=True))
+    return begin_n, end_n

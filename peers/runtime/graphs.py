@@ -5,8 +5,9 @@ the launches of one forward, recorded once and repeated with whatever its tensor
 step to step lies in tensors of fixed shapes here: the hidden states, the positions, where new keys and values go, and
 where old ones are. Sessions are filled up to the next bucket with rows that attend to a slot of their own.
 
-Owns the buckets, the fixed tensors and the choice between graph and program. Recording is a function that is handed in;
-a test on a CPU hands in one that records nothing and runs again.
+Owns the buckets, the fixed tensors and the choice between graph and program. A bucket is recorded between forwards;
+until then the program runs. Recording is a function that is handed in; a test on a CPU hands in one that records
+nothing and runs again.
 
 Names as in `attention`; R runs of slots in which a session's positions may lie.
 """
@@ -17,6 +18,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +36,15 @@ NOBODYS = COUNTS[-1] + 1
 """Slots that a pool must have behind its pages', all zero: one for each row of nobody, and one that stays so."""
 REACHES = (256, 1024, 4096, 16384, 65536)
 """Positions that the longest session of a graph can see; every row costs the attention to so many."""
+FILLED = 1 / 8
+"""Of what a graph gathers, how much sessions must see for it to run. Beyond the smallest reach sessions of one length
+always do, in half of the rows and a quarter of the reach; a long one among short ones would have all gather as much."""
+COPIES = 2
+"""Of the keys and values that a layer gathers, while it attends: not every kernel takes them as they lie."""
 RUNS = 32
 """A session whose pages lie in more runs goes by the program."""
+GRAPH_BYTES = 1 << 30
+"""Of the device's memory, unless a plan says how much graphs may take (`peers.capacity`)."""
 TRIALS = 5
 DIFFERENCE = 0.02
 """Between graph and program, of what the span adds to a row. On a GPU other shapes mean other kernels."""
@@ -71,7 +80,9 @@ class Rows:
         """One forward of what the tensors hold; [1, T, H]."""
         self._expanded.clear()
         self._layer = 0
-        return programs(self.hidden_1TH, self.positions_1T, self)
+        output_1TH = programs(self.hidden_1TH, self.positions_1T, self)
+        self._expanded.clear()  # a graph's memory may be another one's, too, as soon as it has run
+        return output_1TH
 
     def load(self, hidden_1TH: Tensor, tables: Sequence[Sequence[Segment]]) -> bool:
         """Set the tensors to these steps, at most as many as there are rows. False where a step does not fit them."""
@@ -149,19 +160,35 @@ class Rows:
         return self._expanded[key]
 
 
+_Bucket = tuple[int, int]
+"""Of sessions, and of positions that the longest of them sees."""
+
+
 class Graphs:
     """One graph for each pair of buckets in which it is right and pays, of one span in one rotary regime."""
 
-    def __init__(self, programs: Programs, pools: Sequence[LayerPool], like_H: Tensor, record: Record) -> None:
+    def __init__(
+        self, programs: Programs, pools: Sequence[LayerPool], like_H: Tensor, record: Record, max_bytes: int
+    ) -> None:
+        """`max_bytes`: of the device's memory, for what any of the graphs gathers; they share it."""
         self._programs, self._pools, self._like_H, self._record = programs, pools, like_H, record
-        self._graphs: dict[tuple[int, int], _Graph | None] = {}
+        self._max_bytes = max_bytes
+        self._graphs: dict[_Bucket, _Graph | None] = {}
+        self._wanted = [(count, reach) for reach in REACHES[:2] for count in COUNTS][::-1]
+        """To be recorded: what most steps need, the largest first, whose memory does for the others; and whatever else
+        steps came for."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether `prepare` has nothing to do."""
+        return not self._wanted
 
     def prepare(self) -> Iterator[None]:
-        """Record what most steps need, a graph between two forwards; the rest when it is first needed."""
-        for reach in REACHES[:2]:
-            for count in COUNTS:
-                self._graphs[count, reach] = self._recorded(count, reach)
-                yield
+        """Record what is wanted, in steps between which forwards may run."""
+        while self._wanted:
+            yield from self._prepared(*self._wanted[0])
+            del self._wanted[0]
+            yield
 
     def __call__(self, hidden_1TH: Tensor, tables: Sequence[Sequence[Segment]]) -> Tensor | None:
         """The span's output for one new position of each session, [1, T, H]; None where the program is to run.
@@ -174,29 +201,41 @@ class Graphs:
         longest = max(segment.end - segment.first for segments in tables for segment in segments)
         if longest > REACHES[-1]:
             return None
-        buckets = (_bucket(COUNTS, len(steps)), _bucket(REACHES, longest))
-        if buckets not in self._graphs:
-            self._graphs[buckets] = self._recorded(*buckets)
-        graph = self._graphs[buckets]
+        count, reach = _bucket(COUNTS, len(steps)), _bucket(REACHES, longest)
+        seen = max(sum(segment.end - segment.first for segment in segments) for segments in tables)
+        if reach > REACHES[0] and seen < FILLED * count * reach:
+            return None
+        if (count, reach) not in self._graphs and (count, reach) not in self._wanted:
+            self._wanted.append((count, reach))
+        graph = self._graphs.get((count, reach))
         return None if graph is None else graph(hidden_1TH, tables)
 
-    def _recorded(self, count: int, reach: int) -> _Graph | None:
-        rows = Rows(count, reach, self._pools, self._like_H)
-        generator = torch.Generator().manual_seed(count)
-        rows.hidden_1TH.copy_(torch.randn(1, count, len(self._like_H), generator=generator))
-        expected = rows.run(self._programs).clone()  # also makes the tensors that the masks need
+    def _prepared(self, count: int, reach: int) -> Iterator[None]:
+        """Record the graph of a bucket and use it, if it is right and pays; in steps."""
+        self._graphs[count, reach] = None
+        gathered_bytes = COPIES * count * reach * max(map(_slot_bytes, self._pools))
+        if gathered_bytes > self._max_bytes:
+            logger.info("%s sessions that see %s positions want too much memory for a graph", count, reach)
+            return
         try:
+            rows = Rows(count, reach, self._pools, self._like_H)
+            generator = torch.Generator().manual_seed(count)
+            rows.hidden_1TH.copy_(torch.randn(1, count, len(self._like_H), generator=generator))
+            expected = rows.run(self._programs).clone()  # also makes the tensors that the masks need
+            yield
             graph = _Graph(rows, *self._record(lambda: rows.run(self._programs)))
+            yield
             wanted_s = fastest_s(lambda: rows.run(self._programs), rows.hidden_1TH.device)
             taken_s = fastest_s(graph.repeat, rows.hidden_1TH.device)
+            added = (expected - rows.hidden_1TH).float().norm()
+            right = bool((graph.output_1TH - expected).float().norm() <= DIFFERENCE * added)
         except RuntimeError as error:  # of the device: out of memory, or an operation that no graph can hold
             logger.info("steps of %s sessions run without a graph: %s", count, one_line(error))
-            return None
-        added = (expected - rows.hidden_1TH).float().norm()
-        if not (graph.output_1TH - expected).float().norm() <= DIFFERENCE * added or taken_s > wanted_s:
+            return
+        if right and taken_s <= wanted_s:
+            self._graphs[count, reach] = graph
+        else:
             logger.info("steps of %s sessions that see %s positions run without a graph", count, reach)
-            return None
-        return graph
 
 
 class _Graph:
@@ -211,11 +250,14 @@ class _Graph:
 
 
 def recorder_for(device: torch.device) -> Record | None:
-    """What records on this device; None where there are no graphs."""
-    return functools.partial(_record_on, device) if device.type == "cuda" else None
+    """What records on this device; None where there are no graphs. Its graphs share one memory, so that only one of
+    them may run at a time, and they take as much as the largest of them."""
+    if device.type != "cuda":
+        return None
+    return functools.partial(_record_on, device, torch.cuda.graph_pool_handle())
 
 
-def _record_on(device: torch.device, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def _record_on(device: torch.device, memory: Any, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """A CUDA graph of `run`, made as torch's notes on CUDA semantics say: warmed up on a stream of its own."""
     with torch.cuda.device(device):
         current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -225,7 +267,7 @@ def _record_on(device: torch.device, run: Callable[[], Tensor]) -> tuple[Callabl
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # what other threads do with their devices meanwhile is none of its business
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             output = run()
         graph.replay()
         return graph.replay, output
@@ -241,6 +283,11 @@ def _on_host(values: Sequence[object]) -> Tensor:
 
 def _filled(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return [*runs, *[(0, 0)] * (RUNS - len(runs))]
+
+
+def _slot_bytes(pool: LayerPool) -> int:
+    """Of one position's keys and values in a layer."""
+    return sum(t.shape[1] * t.shape[3] * t.itemsize for t in (pool.keys_1JSK, pool.values_1JSV))
 
 
 def _bucket(buckets: Sequence[int], least: int) -> int:

@@ -18,16 +18,8 @@ from itertools import pairwise
 
 import torch
 
-from peers.runtime.engine import (
-    Done,
-    Engine,
-    EngineConfig,
-    EngineCounts,
-    EngineStats,
-    SessionKey,
-    SessionReleased,
-    Work,
-)
+from peers.runtime.engine import Engine
+from peers.runtime.works import Done, EngineConfig, EngineCounts, EngineStats, SessionKey, SessionReleased, Work
 from peers.tally import Tally
 from routing.errors import CallerError, SwarmError
 from routing.ids import BlockSpan, PeerId
@@ -150,6 +142,10 @@ class JoinedEngine:
         for engine in self._engines:
             engine.release(session)
 
+    def set_token_budget(self, tokens: int) -> None:
+        for engine in self._engines:
+            engine.set_token_budget(tokens)
+
     def weight(self, length: int) -> int:
         """On whichever device it is most."""
         return max(engine.weight(length) for engine in self._engines)
@@ -168,6 +164,8 @@ class JoinedEngine:
             pages=sum(stats.pages for stats in all_stats),
             free_pages=sum(stats.free_pages for stats in all_stats),
             kept_pages=sum(stats.kept_pages for stats in all_stats),
+            prefix_hits=sum(stats.prefix_hits for stats in all_stats),
+            prefix_tokens=sum(stats.prefix_tokens for stats in all_stats),
         )
 
     def counts(self) -> EngineCounts:

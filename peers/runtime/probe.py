@@ -1,7 +1,9 @@
-"""How fast this peer is and what a forward needs, measured through the very engine that will serve.
+"""How fast this peer is, how large its forwards should be and what they need, measured through the very engine that
+will serve.
 
 Owns the measurement; the engine does not know that it is being measured. Takes a second or two, and on a machine on
-which single forwards take long, not many of them: each is begun only when it should end within PROBE_S.
+which single forwards take long, not many of them: each is begun only when it should end within PROBE_S of the start,
+which the engine's preparation is a part of.
 """
 
 from __future__ import annotations
@@ -18,15 +20,23 @@ import psutil
 import torch
 
 from peers.runtime.cost import ForwardCost, Sample, fit, token_pasts
-from peers.runtime.engine import Work
 from peers.runtime.joined import AnyEngine
+from peers.runtime.sizing import WORK_TOKENS
+from peers.runtime.works import Work
+from peers.wire.messages import Urgency
 from routing.ids import SESSION_ID_BYTES, PeerId, SessionId
 
-PROBE_S = 6.0
+PROBE_S = 9.0
+PREPARATION_S = 4.0
+"""Of it, the most that is waited until the engine's forwards are as fast as they will be."""
 DECODE_ROWS = (1, 4, 16)
 DECODE_STEPS = 4
 PREFILL_TOKENS = (64, 256)
 """The second is long enough that matrices, not their start-up, are what is measured."""
+TOKEN_BUDGETS = (512, 1024, 2048)
+"""On an accelerator, which fewer positions do not fill. On a CPU no core is idle before."""
+FORWARD_S = 0.05
+"""What a forward of more than WORK_TOKENS positions may take: a step that comes meanwhile waits for its end."""
 DISTURBED_SHARE = 0.1
 """Of the machine's processors; on two of them, a fifth of one."""
 _OWNER = PeerId("probe")
@@ -40,33 +50,50 @@ class Probe:
     """One position of a long prompt through one block."""
     cost: ForwardCost
     """Of a forward through the whole span."""
+    token_budget: int
+    """Positions of the largest forward: of those sizes that are quick enough, and fit into what is set aside."""
     forward_bytes: int
-    """What the largest forward took of the device's memory besides weights and pool, while it ran."""
+    """What such a forward took of the device's memory besides weights and pool, while it ran; 0 where that cannot be
+    told."""
     disturbed: bool = False
-    """Whether other programs were busy meanwhile, so that this peer is faster than it seems."""
+    """Whether other programs were busy meanwhile, or the engine was not prepared yet, so that this peer is faster than
+    it seems."""
 
 
-async def measure(engine: AnyEngine) -> Probe:
-    """Measure a started engine that serves nobody yet. Raises what `Engine.run` raises."""
-    await engine.prepared()
-    bench = _Bench(engine)
+async def measure(engine: AnyEngine, *, room_bytes: int) -> Probe:
+    """Measure a started engine that serves nobody yet. Forwards for which `room_bytes` do not suffice stay as small as
+    they can be. What token budget the engine is left with is the caller's affair. Raises what `Engine.run` raises."""
+    deadline_s = time.monotonic() + PROBE_S
+    prepared = True
+    try:
+        async with asyncio.timeout(PREPARATION_S):
+            await engine.prepared()
+    except TimeoutError:  # it goes on meanwhile, and what is measured is soon measured again
+        prepared = False
+    bench = _Bench(engine, deadline_s, room_bytes if prepared else 0)
     began_s, others_s = time.monotonic(), _others_s()
     try:
         found = await bench.run()
     finally:
         bench.clear()
     capacity_s = (time.monotonic() - began_s) * (psutil.cpu_count() or 1)
+    if not prepared:
+        return replace(found, disturbed=True, forward_bytes=0)  # the most that was taken may be the preparation's
     return replace(found, disturbed=_others_s() - others_s > DISTURBED_SHARE * capacity_s)
 
 
 class _Bench:
     """One measurement: its sessions, its deadline, and what it has found so far."""
 
-    def __init__(self, engine: AnyEngine) -> None:
+    def __init__(self, engine: AnyEngine, deadline_s: float, room_bytes: int) -> None:
         self._engine = engine
-        self._deadline_s = time.monotonic() + PROBE_S
+        self._deadline_s = deadline_s
+        self._room_bytes = room_bytes
+        self._budgets = () if engine.model.device.type == "cpu" else TOKEN_BUDGETS
+        self._urgency = Urgency.BACKGROUND
+        """Of the next works. Once there were steps, longer ones come in pieces."""
         self._hidden_TH = torch.randn(
-            max(PREFILL_TOKENS), engine.model.hidden_size, generator=torch.Generator().manual_seed(0)
+            max(*PREFILL_TOKENS, *self._budgets), engine.model.hidden_size, generator=torch.Generator().manual_seed(0)
         )
         self._room = max(1, min(engine.model.max_positions, engine.stats().total_tokens // 2))
         """For one session; the other half of the pool is for those that decode beside it."""
@@ -80,7 +107,8 @@ class _Bench:
         decode_s = await self._fastest(DECODE_STEPS, [first], 0, 1)
         read_forward_bytes = _watch_memory(self._engine.model.device)
         held = await self._prefills(decode_s)
-        forward_bytes = read_forward_bytes()
+        budget, forward_bytes = await self._largest(read_forward_bytes())
+        self._urgency = Urgency.INTERACTIVE
         for start in dict.fromkeys((held, 0)):
             for rows in DECODE_ROWS:
                 await self._decodes(rows, start, decode_s)
@@ -90,6 +118,7 @@ class _Bench:
             decode_s_per_block=decode_s / blocks,
             prefill_s_per_token_block=min(more_s / (long - 1), decode_s) / blocks,
             cost=cost,
+            token_budget=budget,
             forward_bytes=forward_bytes,
         )
 
@@ -103,6 +132,22 @@ class _Bench:
                     per_token_s = await self._fastest(2, [_name(0)], start, tokens) / tokens
                     held = start + tokens
         return held
+
+    async def _largest(self, forward_bytes: int) -> tuple[int, int]:
+        """The token budget, and what a forward of so many positions takes, which WORK_TOKENS do in `forward_bytes`."""
+        budget = WORK_TOKENS
+        for tokens in self._budgets:
+            within = fit(self._samples).tokens_within(FORWARD_S, most=tokens)
+            if within < tokens or tokens > self._room or self._left_s() < 4 * FORWARD_S:
+                break
+            self._engine.set_token_budget(tokens)
+            read_taken_bytes = _watch_memory(self._engine.model.device)
+            seconds = await self._fastest(2, [_name(0)], 0, tokens)
+            taken_bytes = max(forward_bytes, read_taken_bytes())
+            if seconds > FORWARD_S or taken_bytes > self._room_bytes:
+                break
+            budget, forward_bytes = tokens, taken_bytes
+        return budget, forward_bytes
 
     async def _fastest(self, times: int, sessions: Sequence[SessionId], start: int, tokens: int) -> float:
         """Whatever else the machine does only adds."""
@@ -142,6 +187,7 @@ class _Bench:
                 hidden=self._hidden_TH[:tokens],
                 span=self._engine.model.span,
                 parent=parent,
+                urgency=self._urgency,
             )
             for session in sessions
         ]

@@ -8,16 +8,21 @@ and is told what fits into a moment as a number of positions).
 - Steps, of up to `STEP_TOKENS` positions (a decoded token, a few drafted ones), are never cut and go first. All other
   works fill what is left of a batch in pieces, prefills before training before background; who has been passed over for
   `AGEING_BATCHES` counts as one class better.
-- While a longer work waits, a quarter of the budget is kept for it, and among several groups, or where longer works get
-  no room beside steps, one forward of longer works alone follows each round of steps: so it does not starve.
+- While a longer work waits, a quarter of the budget is kept for it. Where it cannot be beside steps, being of another
+  group or getting no room there, it has forwards of its own, of which no two follow each other while steps wait.
 - Steps that arrive while a long forward runs may be taken out of turn, beside it (`steps_beside`).
-- Owners take turns: everybody's first work goes before anybody's second; equals go by who has waited longest.
+- Owners take turns within a forward: everybody's first work goes before anybody's second; equals go by who has waited
+  longest. They take turns at forwards, too, each with its steps and with its longer works: who chose one least lately
+  chooses the next, for what has waited longest of its own, however many sessions others have; what else that forward
+  takes along counts for nobody's turn. So among n such claims each has every n-th forward, or every other one, and none
+  of its sessions is forgotten. Training and the background have one for each round of all steps, until they have waited
+  for long.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Hashable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 
 from peers.wire.messages import Urgency
@@ -26,9 +31,22 @@ STEP_TOKENS = 16
 MIN_TOKEN_BUDGET = 4 * STEP_TOKENS
 """So that a whole step fits beside the quarter that is kept for longer works."""
 AGEING_BATCHES = 32
+PIECE_TOKENS = 2 * STEP_TOKENS
+"""A piece beside steps has at least so many positions, whatever was measured."""
+OWN_SHARE = 0.02
+"""Of its part of a forward, what a position takes at least beyond what the forward does anyway."""
+REMEMBERED = 0.9
+"""What the last forward but one counts for, of what the last one does, where forwards' times are laid on a line."""
+TOLD_FOR = 32
+"""Forwards of one size after which sizes are varied again: machines change, and what was told first may mislead."""
+SPREAD = 0.25
+"""How much the sizes of pieces must vary, as a share of their mean's square, to tell what a position takes from what
+every forward does."""
 EXTRA = 0.35
 """How much longer a token may take lately than at its quickest before works that can wait do, such that it stays below
 half as long again with what no peer sees; a peer keeps to the part of it that is its own by the blocks it runs."""
+CLAIMS_KEPT = 1024
+"""Whose last turns are remembered while nothing of theirs is queued; who is forgotten waits a round longer, once."""
 FORGETTING = 1.002
 """What was quickest counts for so much more with every step that follows: contexts grow, and machines change."""
 
@@ -80,7 +98,8 @@ class Tempo:
         self.step_s = 0.0
         """A forward of steps alone."""
         self.token_s = 0.0
-        """One position of a longer work."""
+        """One position of a longer work, beyond what every forward with one takes."""
+        self._line = _Line()
         self._slices = slices
         self._share = share
         self._quick_s = self._lately_s = self._gap_s = 0.0
@@ -89,9 +108,12 @@ class Tempo:
         """A forward took so long, with so many positions of steps and of longer works."""
         if not longer:
             self.step_s = _smoothed(self.step_s, seconds)
+            return
+        own_s = max(seconds - self.step_s if steps else seconds, 0.1 * seconds)
+        if self._slices == 1:
+            self.token_s = self._line.through(longer, own_s)
         else:
-            own_s = seconds - self.step_s if steps else seconds
-            self.token_s = _smoothed(self.token_s, max(own_s, 0.1 * seconds) / longer)
+            self.token_s = _smoothed(self.token_s, own_s / longer)
 
     def answered(self, seconds: float, gap_s: float | None) -> None:
         """Steps were done so long after they had come, and so long after those before them of the same session."""
@@ -106,20 +128,57 @@ class Tempo:
         return self._gap_s > 0 and self._lately_s - self._quick_s > EXTRA * self._share * self._gap_s
 
     def pace(self, budget: int, *, decoding: bool) -> Pace:
-        """Such that steps wait about as long as they take themselves for a piece beside them, half as long for a slice.
+        """Such that steps wait about as long as they take themselves for a piece beside them, half as long for a slice;
+        and for what every forward with such a piece takes, however small, which only fewer of them would spare.
 
         Where a forward falls into slices there are no pieces beside steps: reading a long context takes its time
         however few positions attend to it, and a slice ends soon. `decoding`: steps are to be expected.
         """
         fit = int(min(budget, self.step_s / self.token_s)) if self.token_s else budget
         if self._slices == 1:
-            return Pace(beside_steps=max(STEP_TOKENS, fit), alone=max(MIN_TOKEN_BUDGET, fit) if decoding else budget)
+            beside_steps = self._line.varied(max(PIECE_TOKENS, fit), budget)
+            return Pace(beside_steps=beside_steps, alone=max(MIN_TOKEN_BUDGET, fit) if decoding else budget)
         piece = min(budget, fit * self._slices // 2) if decoding and self.token_s else budget
-        return Pace(beside_steps=0, alone=max(2 * STEP_TOKENS, piece))
+        return Pace(beside_steps=0, alone=max(PIECE_TOKENS, piece))
 
     def is_long(self, tokens: int) -> bool:
         """Whether a forward of so many positions takes so long that steps should be let in."""
         return tokens > MIN_TOKEN_BUDGET or tokens * self.token_s > 2 * self.step_s
+
+
+class _Line:
+    """What each position takes, of forwards that take something whatever is in them: the slope of the line of least
+    squares through the last ones. Where they were too much of one size to show that, it is what it was."""
+
+    def __init__(self) -> None:
+        self._slope_s = 0.0
+        self._told = False
+        """Whether sizes showed it lately."""
+        self._alike = 0
+        """Forwards since they did."""
+        self._odd = False
+        self._moments = [0.0] * 5
+
+    def through(self, positions: int, seconds: float) -> float:
+        self._odd = not self._odd
+        new = 1.0, positions, seconds, positions * positions, positions * seconds
+        self._moments = [REMEMBERED * old + more for old, more in zip(self._moments, new, strict=True)]
+        count, x, y, xx, xy = self._moments
+        spread = count * xx - x * x
+        if spread > SPREAD * x * x:
+            self._told, self._alike = True, 0
+            self._slope_s = max((count * xy - x * y) / spread, OWN_SHARE * y / x)
+        else:
+            self._alike += 1
+            self._told = self._told and self._alike < TOLD_FOR
+        self._slope_s = min(self._slope_s or y / x, y / x)  # every forward takes something, and not less than nothing
+        return self._slope_s
+
+    def varied(self, positions: int, budget: int) -> int:
+        """As many, or every other time so few or so many that their forwards tell, until they have."""
+        if self._told or not self._odd:
+            return positions
+        return positions // 4 if positions >= 4 * STEP_TOKENS else min(budget, 4 * positions)
 
 
 def _quickest(known_s: float, new_s: float) -> float:
@@ -130,9 +189,14 @@ def _smoothed(known_s: float, new_s: float) -> float:
     return known_s + 0.3 * (new_s - known_s) if known_s else new_s
 
 
+_Claim = tuple[str, bool]
+"""An owner, with its steps or with its longer works."""
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     item: Item
+    claim: _Claim
     waiting_since: int
     done: int = 0
 
@@ -148,12 +212,20 @@ class Scheduler:
         self._entries: dict[int, _Entry] = {}
         self._lines: dict[int, deque[_Entry]] = {}
         self._batches = 0
-        self._last_without_steps = 0
+        self._turns: dict[_Claim, int] = {}
+        """When each chose last; who is new comes behind those who wait already."""
+        self._turn = 0
+        self._longer_alone = -1
+        """The last batch of longer works alone."""
 
     def submit(self, item: Item) -> None:
-        entry = self._entries[item.work] = _Entry(item, self._batches)
+        entry = self._entries[item.work] = _Entry(item, (item.owner, item.is_step), self._batches)
         self._lines.setdefault(item.session, deque()).append(entry)
         self.queued_tokens += item.tokens
+        self._turns.setdefault(entry.claim, self._turn)
+        if len(self._turns) > CLAIMS_KEPT + len(self._entries):
+            queued = {entry.claim for entry in self._entries.values()}
+            self._turns = {claim: turn for claim, turn in self._turns.items() if claim in queued}
 
     def advance(self, work: int, tokens: int) -> bool:
         """`tokens` more positions of the work are done. Returns whether it is complete, and then forgets it."""
@@ -181,7 +253,7 @@ class Scheduler:
         return [entry.item.work for entry in self._lines.get(session, ())]
 
     def next_batch(self, pace: Pace | None = None) -> list[Pick]:
-        """The works for the next forward, empty when none is ready. Changes nothing but the count of batches."""
+        """The works for the next forward, empty when none is ready. Changes nothing but whose turn is next."""
         groups = self._heads()
         if not groups:
             return []
@@ -189,21 +261,39 @@ class Scheduler:
             groups = [(steps, []) for steps, _ in groups if steps] + [([], longer) for _, longer in groups if longer]
         self._batches += 1
         steps, longer = self._choose(groups)
+        if not steps:
+            self._longer_alone = self._batches
+        claim = self._whose_turn(steps + longer)
+        self._count_turn(claim)
         room = self.token_budget
         limit = room if pace is None else pace.beside_steps if steps else pace.alone
-        picks = _whole(steps, room - min(room // 4, limit) if longer else room)
+        picks = self._whole(steps, claim, room - min(room // 4, limit) if longer else room)
         room = min(limit, room - sum(pick.tokens for pick in picks))
-        for entry in self._in_order(longer):
+        for entry in self._in_order(longer, claim):
             if room:
                 tokens = min(room, entry.item.tokens - entry.done)
                 picks.append(Pick(work=entry.item.work, offset=entry.done, tokens=tokens))
                 room -= tokens
         return picks
 
-    def steps_beside(self, running: Collection[int]) -> list[Pick]:
-        """Steps, none of a session in `running`, for a forward of their own while another one pauses."""
-        groups = [steps for steps, _ in self._heads(running) if steps]
-        return _whole(min(groups, key=_longest_wait), self.token_budget) if groups else []
+    def steps_beside(self, running: Collection[int], fits: Callable[[int], bool] = lambda work: True) -> list[Pick]:
+        """Steps, none of a session in `running`, for a forward of their own while another one pauses, among the works
+        that find room. Changes nothing: `ran_beside` tells which of them ran."""
+        heads = [[entry for entry in steps if fits(entry.item.work)] for steps, _ in self._heads(running)]
+        if not (groups := [steps for steps in heads if steps]):
+            return []
+        steps = min(groups, key=self._next_turn)
+        return self._whole(steps, self._whose_turn(steps), self.token_budget)
+
+    def ran_beside(self, works: Iterable[int]) -> None:
+        """These are in a forward, at least one: whoever of them was next has had a turn."""
+        self._count_turn(self._whose_turn(self._entries[work] for work in works))
+
+    @property
+    def only_background(self) -> bool:
+        """Whether works wait, and all that could run now are of the background."""
+        heads = [line[0].item.urgency for line in self._lines.values()]
+        return bool(heads) and all(urgency == Urgency.BACKGROUND for urgency in heads)
 
     def _heads(self, without: Collection[int] = ()) -> list[tuple[list[_Entry], list[_Entry]]]:
         """What is first in each session's line, by groups, as their steps and their longer works."""
@@ -211,49 +301,60 @@ class Scheduler:
         for session, line in self._lines.items():
             if session not in without:
                 steps, longer = groups.setdefault(line[0].item.group, ([], []))
-                (steps if line[0].item.is_step else longer).append(line[0])
+                (steps if line[0].claim[1] else longer).append(line[0])
         return list(groups.values())
 
     def _choose(self, groups: list[tuple[list[_Entry], list[_Entry]]]) -> tuple[list[_Entry], list[_Entry]]:
         """The group to run."""
-        with_steps = [group for group in groups if group[0]]
-        without = [group for group in groups if not group[0]]
-        if without and all(
-            entry.waiting_since >= self._last_without_steps for steps, _ in with_steps for entry in steps
-        ):  # no step that waits now has been passed over by a forward without steps
-            self._last_without_steps = self._batches
-            return min(without, key=lambda group: min(self._rank(entry) for entry in group[1]))
-        return min(with_steps, key=lambda group: _longest_wait(group[0]))
+        if len(groups) == 1:
+            return groups[0]
+        ready, alone = [group for group in groups if group[0]], [group for group in groups if not group[0]]
+        with_steps = min(ready, key=lambda group: self._next_turn(group[0] + group[1]), default=None)
+        without = min(alone, key=lambda group: self._next_turn(group[1]), default=None)
+        if with_steps is None or without is None:
+            chosen = with_steps or without
+            assert chosen is not None
+            return chosen
+        next_turn = self._next_turn(without[1])
+        if next_turn[0]:  # who can wait does, until no step that waits has been passed over by such a forward
+            longer_first = all(entry.waiting_since >= self._longer_alone for steps, _ in ready for entry in steps)
+        else:
+            longer_first = next_turn < self._next_turn(with_steps[0] + with_steps[1])
+        return without if longer_first and self._longer_alone < self._batches - 1 else with_steps
 
-    def _in_order(self, entries: Iterable[_Entry]) -> list[_Entry]:
-        """By class, and in turns within each."""
-        return sorted(_in_turns(entries), key=self._class)
+    def _whole(self, steps: Iterable[_Entry], first: _Claim, room: int) -> list[Pick]:
+        picks = []
+        for entry in self._in_order(steps, first):
+            if entry.item.tokens <= room:
+                picks.append(Pick(work=entry.item.work, offset=0, tokens=entry.item.tokens))
+                room -= entry.item.tokens
+        return picks
 
-    def _rank(self, entry: _Entry) -> tuple[int, int, int]:
-        return self._class(entry), entry.waiting_since, entry.item.work
+    def _in_order(self, entries: Iterable[_Entry], first: _Claim) -> list[_Entry]:
+        """By class; within each everybody's oldest work, then everybody's second; of equals those of `first`, and then
+        whichever has waited longest."""
+        ranks: Counter[tuple[int, str]] = Counter()
+        order: list[tuple[tuple[int, int, bool, int, int], _Entry]] = []
+        for entry in sorted(entries, key=lambda entry: entry.item.work):
+            line = self._class(entry), entry.item.owner
+            order.append(((line[0], ranks[line], entry.claim != first, entry.waiting_since, entry.item.work), entry))
+            ranks[line] += 1
+        return [entry for _, entry in sorted(order, key=lambda ranked: ranked[0])]
+
+    def _whose_turn(self, entries: Iterable[_Entry]) -> _Claim:
+        """Who chooses the forward that takes from these works."""
+        return min(entries, key=self._turn_of).claim
+
+    def _count_turn(self, claim: _Claim) -> None:
+        self._turn += 1
+        self._turns[claim] = self._turn
+
+    def _next_turn(self, entries: Iterable[_Entry]) -> tuple[int, int, int, int]:
+        return min(map(self._turn_of, entries))
+
+    def _turn_of(self, entry: _Entry) -> tuple[int, int, int, int]:
+        """By class; within each by who chose least lately, and then what of theirs has waited longest."""
+        return self._class(entry), self._turns[entry.claim], entry.waiting_since, entry.item.work
 
     def _class(self, entry: _Entry) -> int:
         return max(0, entry.item.urgency - (self._batches - entry.waiting_since) // AGEING_BATCHES)
-
-
-def _whole(steps: Iterable[_Entry], room: int) -> list[Pick]:
-    picks = []
-    for entry in _in_turns(steps):
-        if entry.item.tokens <= room:
-            picks.append(Pick(work=entry.item.work, offset=0, tokens=entry.item.tokens))
-            room -= entry.item.tokens
-    return picks
-
-
-def _longest_wait(entries: Iterable[_Entry]) -> tuple[int, int]:
-    return min((entry.waiting_since, entry.item.work) for entry in entries)
-
-
-def _in_turns(entries: Iterable[_Entry]) -> list[_Entry]:
-    """Everybody's oldest work, then everybody's second; equals by how long they have waited."""
-    ranks: dict[str, int] = {}
-    order: list[tuple[int, int, int, _Entry]] = []
-    for entry in sorted(entries, key=lambda entry: entry.item.work):
-        rank = ranks[entry.item.owner] = ranks.get(entry.item.owner, -1) + 1
-        order.append((rank, entry.waiting_since, entry.item.work, entry))
-    return [entry for *_, entry in sorted(order, key=lambda ranked: ranked[:3])]

@@ -22,8 +22,10 @@ TOKENS_MIN = 2048
 USEFUL_TOKENS = 16_384
 """Of conversations of TOKENS_MIN."""
 SESSIONS_MAX = 16
-BEHIND_WINDOW_TOKENS = 320
-"""What a block with a window keeps of a session besides it: the slack and a work as large as an engine's budget."""
+WORK_TOKENS = 256
+"""Positions of a work, as clients send prompts; whoever sends longer ones may be refused sooner than announced."""
+BEHIND_WINDOW_TOKENS = 64 + WORK_TOKENS
+"""What a block with a window keeps of a session besides it: the slack and the work that runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -171,8 +171,8 @@ class Adapters:
     async def _receive(self, link: Link, message: AdapterMessage, payload: memoryview) -> None:
         try:
             if message.first == 0:
-                check_order(message.targets, BlockSpan(message.start, message.end))
                 self._check(message)
+                check_order(message.targets, BlockSpan(message.start, message.end))
                 self.wardrobe.begin(link, message, self._clock())
             self.wardrobe.add(link, message, payload)
         except (Busy, Refused, ProtocolError) as error:

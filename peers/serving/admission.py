@@ -1,4 +1,5 @@
-"""What one remote peer may have in flight here: bytes received and not yet computed, and the accounts of what it used.
+"""What one remote peer may have in flight here: bytes received and not yet computed, or computed and not yet read by
+whom they are for; and the accounts of what it used.
 
 Pure bookkeeping. Sessions are bounded by the ledger, pages by the engine's pressure policy; both answer "busy", never
 "failed", because a full peer is a healthy peer.
@@ -55,7 +56,12 @@ class Admission:
         return account
 
     def admit(self, peer: PeerId, payload_bytes: int) -> None:
-        """Take `payload_bytes` in; `finish` gives them back. Raises Busy when the peer or the node holds too much."""
+        """Take `payload_bytes` in, as `hold`."""
+        self.hold(peer, payload_bytes)
+        self.account(peer).bytes_received += payload_bytes
+
+    def hold(self, peer: PeerId, payload_bytes: int) -> None:
+        """Keep so much for `peer` until `finish`. Raises Busy when the peer or the node holds too much."""
         account = self.account(peer)
         total = self._bytes_in_flight + payload_bytes
         mine = account.bytes_in_flight + payload_bytes
@@ -64,10 +70,9 @@ class Admission:
             raise Busy(f"{mine >> 20} MiB of yours, {total >> 20} MiB in all are waiting here", retry_after_s=0.5)
         self._bytes_in_flight = total
         account.bytes_in_flight = mine
-        account.bytes_received += payload_bytes
 
     def finish(self, peer: PeerId, payload_bytes: int) -> None:
-        """The step that brought `payload_bytes` has ended, whatever its outcome."""
+        """What brought `payload_bytes`, or was held, has ended, whatever its outcome."""
         self.account(peer).bytes_in_flight -= payload_bytes
         self._bytes_in_flight -= payload_bytes
 

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from peers.transport.patience import Patience
 from routing.errors import Unavailable
 from routing.identity import SigningKey
 from routing.records import RECORD_LIFETIME_S, RECORD_RENEW_S, Announcement, index_key, model_key, sign_record
@@ -63,7 +64,7 @@ class Announcer:
             index_key(self._network, announcement.peer_id),
         )
         try:
-            async with asyncio.timeout(PUT_TIMEOUT_S):
+            async with Patience(PUT_TIMEOUT_S):
                 outcomes = await asyncio.gather(*(self._put(announcement, key) for key in keys), return_exceptions=True)
         except TimeoutError as error:
             raise Unavailable(

@@ -86,6 +86,11 @@ class LoadGate:
         """Below this other programs leave enough."""
         return RESUME_SHARE * self.limit_percent
 
+    @property
+    def turning(self) -> bool:
+        """Whether the load is on the other side, though not for long enough yet."""
+        return self._turning_since_s is not None
+
     def observe(self, load_percent: float, now_s: float) -> bool:
         """Whether to be paused now, given what other programs used since the last look."""
         self._smoothed.add(load_percent, now_s)
@@ -114,6 +119,11 @@ class Comfort:
     def watches(self) -> bool:
         """False where nothing can ever be a reason to pause."""
         return self.schedule is not None or self.gate is not None
+
+    @property
+    def undecided(self) -> bool:
+        """Whether other programs are above the limit, or below it again, and it must be seen whether that lasts."""
+        return self.gate is not None and self.gate.turning
 
     def decide(self, *, minute: int, load_percent: float, now_s: float) -> Reason | None:
         """The reason to be paused now. `minute`: of the local day; `load_percent`: of other programs since the last

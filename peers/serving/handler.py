@@ -21,9 +21,9 @@ from msgspec.structs import replace
 
 from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
 from peers.model.adapters import prefix_length
-from peers.runtime.engine import BehindWindow, CacheTooSmall, EngineStats, PositionGap, SessionReleased, Work
 from peers.runtime.joined import AnyEngine
 from peers.runtime.scheduler import STEP_TOKENS
+from peers.runtime.works import BehindWindow, CacheTooSmall, EngineStats, PositionGap, SessionReleased, Work
 from peers.serving.adapters import AdapterLimits, Adapters
 from peers.serving.admission import Admission
 from peers.serving.journal import Journal, JournalLimits
@@ -66,6 +66,8 @@ SWEEP_S = 5.0
 """How often leases are looked at."""
 PAUSED_RETRY_S = 2 * RECORD_RENEW_S
 """By then clients know from the record whether this peer is back."""
+MAX_TELLING = 16
+"""Failures of a successor that wait for one session's client; it learns of more from its own deadlines."""
 MAX_PATIENCE_S = 10.0
 """A successor is asked for no longer whether it is there."""
 MAX_BACKLOG_S = 5.0
@@ -139,6 +141,9 @@ class Handler:
         self._replays: WeakValueDictionary[Place, asyncio.Lock] = WeakValueDictionary()
         """Replays of one session leave in the order in which they were asked for."""
         self._tracing: set[Place] = set()
+        self._repeating: set[tuple[Place, int]] = set()
+        self._telling: Counter[Place] = Counter()
+        """Failures of its successor, for a client that reads slowly."""
         self._draining = False
         self._released = asyncio.Event()
         """Some session ended."""
@@ -239,7 +244,8 @@ class Handler:
         self.release(entry.place)  # a new route starts from nothing but a prefix that is kept here
         entry.positions = self._engine.open(entry.place, entry.owner, entry.span, message.prefix, message.adapter)
         if entry.next is not None:
-            self.journal.open(entry.place, entry.owner, entry.span, message.prefix, entry.positions)
+            scope = self._engine.config.scope(entry.owner, entry.span, message.adapter)
+            self.journal.open(entry.place, entry.owner, scope, message.prefix, entry.positions)
         await self._opened(link, entry)
 
     def _with_adapter(self, link: Link, message: Open, name: bytes) -> Open:
@@ -303,13 +309,27 @@ class Handler:
                 self._steps.spawn(work, name=f"step {entry.place}")
             return None
         self.admission.finish(link.remote, payload_bytes)
-        return partial(self.pusher.deliver, entry, verdict.answer) if isinstance(verdict, Repeat) else None
+        if isinstance(verdict, Repeat) and not self.pusher.deliver_now(entry, verdict.answer):
+            self._steps.spawn(self._repeat(entry, message, verdict.answer), name=f"repeat {entry.place}")
+        return None
+
+    async def _repeat(self, entry: Entry[Delivery, Link], step: Step, answer: Delivery) -> None:
+        """Not in the lane in which it was asked for: that is everybody's, and who it is for may read nothing."""
+        repeat = (entry.place, step.step)
+        if repeat not in self._repeating:  # else it is on its way
+            self._repeating.add(repeat)
+            try:
+                await self._deliver(entry, step, answer)
+            finally:
+                self._repeating.discard(repeat)
 
     def _compute_now(self, link: Link, entry: Entry[Delivery, Link], step: Step, run: Run, payload: memoryview) -> bool:
         """A lone session's next token, from its coming to its going without a wait, and so without a task; False where
         it is not that, and nothing has happened."""
         if step.count > STEP_TOKENS or step.urgency != Urgency.INTERACTIVE or entry.adapter is not None or run.forks:
             return False
+        if len(entry.running) > 1 or step.expects:
+            return False  # one before it may be computed and not sent yet, or the engine is to know of the new length
         dtype, hidden = self._engine.dtype, step.hidden
         try:
             rows = tensors.converted(payload, dtype=step.dtype, to=dtype, hidden=hidden)
@@ -328,7 +348,7 @@ class Handler:
         self.admission.finish(link.remote, len(payload))
         self._account(entry, step, took, None if delivery is None else output)
         if delivery is not None and not left:
-            self._steps.spawn(self._deliver(entry, step, took, delivery), name=f"step {entry.place}")
+            self._steps.spawn(self._send(entry, step, took, delivery), name=f"step {entry.place}")
         else:
             self.counts.steps.add(step.count, *took, 0.0)
         return True
@@ -347,6 +367,7 @@ class Handler:
                 span=entry.span,
                 regime_length=step.regime_length,
                 adapter=None if entry.adapter is None else self.adapters.again(entry.owner, entry.adapter),
+                told=entry.told,
                 parent=_parent(step) if run.forks else None,
                 urgency=step.urgency,
             )
@@ -364,7 +385,7 @@ class Handler:
         delivery = self._wanted(entry, step, run, output, took)
         self._account(entry, step, took, None if delivery is None else output)
         if delivery is not None:
-            await self._deliver(entry, step, took, delivery)
+            await self._send(entry, step, took, delivery)
 
     def _failed(self, entry: Entry[Delivery, Link], step: Step, run: Run, error: SwarmError) -> Failed | None:
         """What the client is told, if it still wants to know."""
@@ -393,14 +414,29 @@ class Handler:
         self.admission.charge(entry.owner, positions=step.count, compute_s=compute_s)
         self.counts.tokens[kind_of(step.count)] += step.count
 
-    async def _deliver(
+    async def _send(
         self, entry: Entry[Delivery, Link], step: Step, took: tuple[float, float], delivery: Delivery
     ) -> None:
         computed_s, send_s = self._clock(), 0.0
         if step.epoch == entry.epoch:  # else it is on another route by now, which asks for the output itself
-            await self.pusher.deliver(entry, delivery)
+            await self._deliver(entry, step, delivery)
             send_s = self._clock() - computed_s
         self.counts.steps.add(step.count, *took, send_s)
+
+    async def _deliver(self, entry: Entry[Delivery, Link], step: Step, delivery: Delivery) -> None:
+        """While it waits for a slow reader, it counts among what its client has here."""
+        size = len(delivery.payload)
+        try:
+            self.admission.hold(entry.owner, size)
+        except Busy as error:  # the journal and the ledger keep it: its client asks for it again
+            logger.info("step %s of %s is not sent: %s", step.step, entry.place, error)
+            # who does not read this either asks when he has not been answered for too long
+            entry.owner_link.send_now(self._failure(error, step.session, step.block, step.epoch, step.step))
+            return
+        try:
+            await self.pusher.deliver(entry, delivery)
+        finally:
+            self.admission.finish(entry.owner, size)
 
     async def _replay(self, link: Link, message: Replay, _: memoryview) -> None:
         try:
@@ -464,8 +500,18 @@ class Handler:
     async def _forward_failure(self, link: Link, message: Failed, _: memoryview) -> None:
         entry = self.ledger.before(Place(SessionId(message.session), message.block))
         follows = entry is not None and link.remote in (entry.next, entry.feeds) and link.remote == message.peer
-        if entry is not None and follows and entry.epoch == message.epoch:
+        if entry is None or not follows or entry.epoch != message.epoch or entry.owner_link.send_now(message):
+            return
+        if self._telling[entry.place] < MAX_TELLING:  # this lane is everybody's: it does not wait for one client
+            self._telling[entry.place] += 1
+            self._tasks.spawn(self._pass_on(entry, message), name=f"failure of {entry.place}")
+
+    async def _pass_on(self, entry: Entry[Delivery, Link], message: Failed) -> None:
+        try:
             await _tell(entry.owner_link, message)
+        finally:
+            self._telling[entry.place] -= 1
+            self._telling = +self._telling
 
     async def _trace(self, link: Link, message: Trace, _: memoryview) -> None:
         entry = self.ledger.get(Place(SessionId(message.session), message.block))
@@ -518,9 +564,9 @@ class Handler:
     def _check_comfort(self, *pacers: Pacer | None) -> None:
         if self.paused:
             raise self._paused()
-        for pacer in pacers:
-            if pacer is not None and (backlog_s := pacer.backlog_s) > MAX_BACKLOG_S:
-                raise Busy(f"{backlog_s:.0f} s of frames wait for bandwidth here", retry_after_s=backlog_s)
+        backlog_s = max((pacer.backlog_s for pacer in pacers if pacer is not None), default=0.0)
+        if backlog_s > MAX_BACKLOG_S:
+            raise Busy(f"{backlog_s:.0f} s of frames wait for bandwidth here", retry_after_s=backlog_s)
 
     def _make_room(self, *, standby: bool) -> None:
         """Standbys take of the spare room only, and go while there is still some. Raises Busy for one of them."""
@@ -590,13 +636,19 @@ class Handler:
         """Of the engine; None while there is none."""
         return None if self._vacant else self._engine.stats()
 
+    @property
+    def room_tokens(self) -> int:
+        """What one session more may be promised; 0 while there is no engine."""
+        stats = self.stats()
+        return 0 if stats is None else max(0, stats.room_tokens - self.ledger.owed(self._clock()))
+
     def _pong(self, nonce: int) -> Pong:
         stats = self.stats()
         if stats is None:
             return Pong(nonce=nonce)
         return Pong(
             nonce=nonce,
-            free_tokens=min(stats.room_tokens, MAX_POSITIONS),
+            free_tokens=min(self.room_tokens, MAX_POSITIONS),
             queued_tokens=stats.queued_tokens,
             sessions=len(self.ledger),
         )

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import msgspec
 
 from peers.wire.messages import PREFIX_POSITIONS
-from routing.ids import BlockSpan, PeerId, Place
+from routing.ids import PeerId, Place
 
 Settle = Callable[[list[memoryview] | None], None]
 Spill = Callable[[Sequence[memoryview], Settle], bool]
@@ -70,7 +71,7 @@ class _Part(msgspec.Struct, frozen=True):
         return chunk.payload[(self.first - chunk.first) * chunk.row_bytes : (self.end - chunk.first) * chunk.row_bytes]
 
 
-_Key = tuple[PeerId, BlockSpan, bytes]
+_Key = tuple[Hashable, bytes]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -106,10 +107,11 @@ class Journal:
     def __len__(self) -> int:
         return len(self._records)
 
-    def open(self, session: Place, owner: PeerId, span: BlockSpan, keys: Sequence[bytes], held: int) -> None:
-        """A session begins with the first `held` of the positions that `keys` name, one for each PREFIX_POSITIONS."""
+    def open(self, session: Place, owner: PeerId, scope: Hashable, keys: Sequence[bytes], held: int) -> None:
+        """A session begins with the first `held` of the positions that `keys` name within `scope`, one for each
+        PREFIX_POSITIONS; whoever it is that computed them."""
         self.release(session)
-        record = self._records[session] = _Record(owner=owner, keys=tuple((owner, span, key) for key in keys))
+        record = self._records[session] = _Record(owner=owner, keys=tuple((scope, key) for key in keys))
         blocks = [self._blocks.get(key) for key in record.keys[: held // PREFIX_POSITIONS]]
         known = [block for block in blocks if block is not None]
         if len(known) == len(blocks) and len({dtype for dtype, _ in known}) == 1:
@@ -203,22 +205,26 @@ class Journal:
                 break
 
     def _evict(self, owner: PeerId) -> bool:
-        """Let go of what this client used longest ago, prefixes first; False when nothing of it is in memory."""
+        """Let go of what this client pays for and was used longest ago: prefixes first, then its own sessions, then
+        what those of others begin with, then the session that it used last. False when nothing of it is in memory."""
         for key, (_, parts) in self._blocks.items():
-            if key[0] == owner:
+            if any(part.chunk.owner == owner for part in parts):
                 del self._blocks[key]
                 self._drop(parts)
                 self.evictions += 1
                 return True
-        for record in self._records.values():
-            if record.owner == owner and any(part.chunk.in_memory for part in record.parts):
+        own = [record for record in self._records.values() if record.owner == owner]
+        others = (record for record in self._records.values() if record.owner != owner)
+        for record in chain(own[:-1], others, own[-1:]):
+            paid = [part.chunk.owner == owner and part.chunk.in_memory for part in record.parts]
+            if any(paid):
                 if not self._to_disk(record):
-                    self._forget(record)
+                    self._forget(record, len(paid) if record.owner == owner else len(paid) - paid[::-1].index(True))
                 return True
         return False
 
     def _to_disk(self, record: _Record) -> bool:
-        chunks = [part.chunk for part in record.parts if part.chunk.in_memory]
+        chunks = list(dict.fromkeys(part.chunk for part in record.parts if part.chunk.in_memory))
         payloads = [chunk.payload for chunk in chunks]
         if self._spill is None or not self._spill(payloads, functools.partial(self._moved, chunks)):
             return False
@@ -236,16 +242,18 @@ class Journal:
         lost = set(chunks)
         for record in self._records.values():
             if any(part.chunk in lost for part in record.parts):
-                self._forget(record)
+                self._forget(record, len(record.parts))
         for key, (_, parts) in list(self._blocks.items()):
             if any(part.chunk in lost for part in parts):
                 del self._blocks[key]
                 self._drop(parts)
                 self.evictions += 1
 
-    def _forget(self, record: _Record) -> None:
-        self._drop(record.parts)
-        record.parts, record.start = [], record.end
+    def _forget(self, record: _Record, count: int) -> None:
+        """Its first `count` parts."""
+        self._drop(record.parts[:count])
+        record.parts = record.parts[count:]
+        record.start = record.parts[0].first if record.parts else record.end
         self.evictions += 1
 
     def _share(self, parts: list[_Part], more: Sequence[_Part] | Iterator[_Part]) -> None:

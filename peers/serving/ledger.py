@@ -5,6 +5,11 @@ A session has a place of its own for each hop that this peer is to it; below, "s
 Sans-IO: messages and the time go in, verdicts come out. Knows sessions, epochs, positions and step ids; knows no
 tensors (an answer is an opaque object with a size), no pages (the engine's), no network.
 
+A session that is opened is promised room for as long as it is expected to become (`promises`). Who is not alone here
+gets such a promise only where it can be kept: in what is free, less what was promised and is not held yet, and in the
+owner's share. A promise takes no page. It is over while no step comes for `promise_s`, so that nobody keeps room
+that is not used, and sessions that wait for each other do not wait for long.
+
 A session passes through these states; every other event in a state is refused with the code in the last column.
 
     state     event                                      next      otherwise
@@ -24,14 +29,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import msgspec
 
 from peers.errors import Busy, Refused
+from peers.serving.promises import Expectations
 from peers.wire.messages import Code, Open, Replay, Step
 from routing.ids import BlockSpan, PeerId, Place, SessionId, StepId
+
+MAX_TURNED_AWAY = 64
+"""Who is remembered as waiting."""
 
 Answer = TypeVar("Answer")
 OwnerLink = TypeVar("OwnerLink")
@@ -50,7 +60,16 @@ class LedgerLimits:
     weight: Callable[[int], int] = int
     """What a session that holds so many positions takes of the pool: fewer, where layers of the model slide."""
     owner_share: float = 0.75
-    """Of the pool: who holds as much opens no further session while others have some; what there is goes on."""
+    """Of the pool: who holds as much, or was promised it, opens no further session while others have some, or were
+    turned away lately; what there is goes on."""
+    free_positions: Callable[[], int] | None = None
+    """Of the pool: those that no session holds. None where nothing counts them."""
+    expected_positions: int = 512
+    """How long a session is expected to become before any was seen."""
+    promise_s: float = 10.0
+    """What was promised to a session is kept for it between two steps."""
+    turned_away_s: float = 30.0
+    """For so long who found no room counts as waiting for it: as long as clients wait between two attempts."""
     max_sessions: int = 4096
     max_sessions_per_owner: int = 512
     answers_per_session: int = 4
@@ -103,6 +122,10 @@ class Entry(Generic[Answer, OwnerLink]):
     """Of its owner's, by name."""
     standby: bool = False
     """It is held ready only, and the first to go."""
+    told: int
+    """So many positions it may come to hold by its client's word."""
+    expected: int = 0
+    """And was promised; 0 for standbys and forks, which have what there is."""
     feeds: PeerId | None = None
     """The standby for `next` that was sent something last."""
     positions: int = 0
@@ -134,6 +157,9 @@ class Ledger(Generic[Answer, OwnerLink]):
         self._answers_bytes = 0
         self.standbys: set[Place] = set()
         """Sessions that are only held ready."""
+        self._expectations = Expectations(limits.expected_positions)
+        self._turned_away: OrderedDict[PeerId, float] = OrderedDict()
+        """Who found no room, and when, the latest last."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -167,6 +193,7 @@ class Ledger(Generic[Answer, OwnerLink]):
         """
         place = Place(SessionId(message.session), message.start)
         known = self._entries.get(place)
+        told, expected = min(message.expects or self.limits.max_positions, self.limits.max_positions), 0
         if known is not None:
             if known.owner != owner:
                 raise Refused("this session belongs to another client", code=Code.FORBIDDEN)
@@ -174,7 +201,8 @@ class Ledger(Generic[Answer, OwnerLink]):
                 raise Refused(f"epoch {message.epoch} after epoch {known.epoch}", code=Code.STALE_EPOCH)
         else:
             self._room_for(owner)
-            self._share_for(owner)
+            if not message.standby:
+                expected = self._admitted(owner, told, now_s)
         entry = Entry[Answer, OwnerLink](
             place=place,
             owner=owner,
@@ -187,8 +215,11 @@ class Ledger(Generic[Answer, OwnerLink]):
             lease_expires_at_s=now_s + self.limits.lease_s,
             adapter=message.adapter,
             standby=message.standby,
+            told=told if known is None else known.told,
+            expected=expected if known is None else known.expected,
         )
         self._install(entry)
+        self._tell(entry, told, now_s)
         return entry
 
     def resume(self, owner: PeerId, link: OwnerLink, message: Open, now_s: float) -> Entry[Answer, OwnerLink] | None:
@@ -214,6 +245,7 @@ class Ledger(Generic[Answer, OwnerLink]):
             entry.next, entry.relay_until_s = following, 0.0
         entry.next_addresses, entry.standby = message.next_addresses, message.standby
         self._mark(entry)
+        self._tell(entry, message.expects, now_s)
         entry.lease_expires_at_s = now_s + self.limits.lease_s
         return entry
 
@@ -272,6 +304,7 @@ class Ledger(Generic[Answer, OwnerLink]):
             self._room_for(entry.owner)
             self._install(entry)
         self._undo(entry, beyond=step.first)
+        self._tell(entry, step.expects, now_s)
         entry.lease_expires_at_s = now_s + self.limits.lease_s
         entry.positions = step.first + step.count
         run = Run(step=step_id, epoch=entry.epoch, first=step.first, end=entry.positions, forks=forked)
@@ -300,9 +333,13 @@ class Ledger(Generic[Answer, OwnerLink]):
         return True
 
     def failed(self, entry: Entry[Answer, OwnerLink], run: Run) -> bool:
-        """A step did not run, so the session ends before it; False when nobody wants to know any more."""
+        """A step did not run, so the session ends before it; False when nobody wants to know any more.
+
+        Its promise is over, and how long it is tells nothing of how long sessions become: it may go on elsewhere.
+        """
         if self._ended(entry, run):
             entry.positions = min(entry.positions, run.first)
+            entry.expected = 0
         if self._entries.get(entry.place) is not entry or run.step in entry.running:
             return False  # moved on, or the same step is running again
         return entry.born or self._remove(entry.place)
@@ -344,6 +381,7 @@ class Ledger(Generic[Answer, OwnerLink]):
             lease_expires_at_s=known.lease_expires_at_s,
             relay_until_s=known.relay_until_s,
             adapter=known.adapter,
+            told=known.told,
             positions=known.positions,
             born=False,
         )
@@ -353,16 +391,79 @@ class Ledger(Generic[Answer, OwnerLink]):
         if len(self._entries) >= self.limits.max_sessions or mine >= self.limits.max_sessions_per_owner:
             raise Busy(f"{len(self._entries)} sessions here, {mine} of them yours", retry_after_s=1.0)
 
-    def _share_for(self, owner: PeerId) -> None:
-        """Raises Busy when `owner` holds its share already and is not alone here."""
-        mine = self._places_of.get(owner, set())
-        if self.limits.pool_positions is None or len(mine) in (0, len(self._entries)):
-            return
-        held = sum(self.limits.weight(self._entries[place].positions) for place in mine)
-        if held >= self.limits.owner_share * self.limits.pool_positions:
+    def owed(self, now_s: float) -> int:
+        """What owners were promised and do not hold yet, each within its share of the pool."""
+        taken = (self._taken(owner, now_s) for owner in self._places_of)
+        return sum(min(owed, max(0, self._share - held)) for held, owed in taken)
+
+    def _promise(self, owner: PeerId, told: int, now_s: float, known: Entry[Answer, OwnerLink] | None = None) -> int:
+        """How long a session that may become `told`, a new one or a `known` one, is expected to become.
+
+        Raises Busy where that cannot be promised; to who is alone here everything can.
+        """
+        limits = self.limits
+        expected = min(self._expectations.of(owner, told), limits.max_positions)
+        if limits.pool_positions is None or self._alone(owner, now_s):
+            return expected
+        more = min(limits.weight(expected), self._share)
+        if known is not None:
+            more = max(0, more - limits.weight(known.positions) - self._owed(known, now_s))
+        mine = sum(self._taken(owner, now_s))
+        if mine + more > self._share:
             raise Busy(
-                f"your sessions hold {held} of this peer's {self.limits.pool_positions} positions", retry_after_s=1.0
+                f"your sessions hold, or were promised, {mine} of this peer's {limits.pool_positions} positions",
+                retry_after_s=0.5,
             )
+        if limits.free_positions is not None and more > limits.free_positions() - self.owed(now_s):
+            raise Busy(f"no {more} positions are free here that nobody was promised", retry_after_s=0.5)
+        return expected
+
+    def _admitted(self, owner: PeerId, told: int, now_s: float) -> int:
+        """What is promised to a new session. Raises Busy, and remembers for whom."""
+        self._turned_away.pop(owner, None)
+        try:
+            return self._promise(owner, told, now_s)
+        except Busy:
+            self._turned_away[owner] = now_s
+            if len(self._turned_away) > MAX_TURNED_AWAY:
+                self._turned_away.popitem(last=False)
+            raise
+
+    def _tell(self, entry: Entry[Answer, OwnerLink], told: int, now_s: float) -> None:
+        """Where it may become longer than its client said before, that is promised like a new session, if there is
+        room. Else its word stays what it was, and it goes on beyond it."""
+        told = min(told, self.limits.max_positions)
+        if told <= entry.told:
+            return
+        with suppress(Busy):
+            expected = self._promise(entry.owner, told, now_s, entry)
+            entry.told = told
+            if entry.expected:
+                entry.expected = expected
+
+    @property
+    def _share(self) -> int:
+        """Of the pool, that one owner may have beside others."""
+        return int(self.limits.owner_share * (self.limits.pool_positions or 0))
+
+    def _alone(self, owner: PeerId, now_s: float) -> bool:
+        """Whether nobody else has a session here or waits for one."""
+        since_s = now_s - self.limits.turned_away_s
+        waiting = any(other != owner and at_s > since_s for other, at_s in self._turned_away.items())
+        return not waiting and self._places_of.keys() <= {owner}
+
+    def _taken(self, owner: PeerId, now_s: float) -> tuple[int, int]:
+        """Of the pool, what its sessions hold, and what they were promised beyond that."""
+        entries = [self._entries[place] for place in self._places_of.get(owner, ())]
+        held = sum(self.limits.weight(entry.positions) for entry in entries)
+        return held, sum(self._owed(entry, now_s) for entry in entries)
+
+    def _owed(self, entry: Entry[Answer, OwnerLink], now_s: float) -> int:
+        if not entry.running and now_s >= entry.lease_expires_at_s - self.limits.lease_s + self.limits.promise_s:
+            return 0
+        # what runs may not have its pages yet
+        held = min((run.first for run in entry.running.values()), default=entry.positions)
+        return max(0, self.limits.weight(entry.expected) - self.limits.weight(held))
 
     def _undo(self, entry: Entry[Answer, OwnerLink], *, beyond: int) -> None:
         """Forget the steps that reached further than `beyond`."""
@@ -392,6 +493,8 @@ class Ledger(Generic[Answer, OwnerLink]):
 
     def _remove(self, place: Place) -> bool:
         entry = self._entries.pop(place)
+        if entry.expected:
+            self._expectations.ended(entry.owner, entry.told, entry.positions)
         self.standbys.discard(place)
         self._undo(entry, beyond=0)
         owned = self._places_of[entry.owner]

@@ -132,7 +132,11 @@ class PeerMetrics(Collector):
                 by_label(pages),
                 "state",
             ),
-            gauge("hiveswarm_peer_room_tokens", "Positions that one session more may hold.", {(): stats.room_tokens}),
+            gauge(
+                "hiveswarm_peer_room_tokens",
+                "Positions that one session more may be promised, as this peer announces it.",
+                {(): handler.room_tokens},
+            ),
             counter(
                 "hiveswarm_peer_preemptions", "Sessions whose pages were given to another.", {(): done.preemptions}
             ),

@@ -1,4 +1,4 @@
-"""The machine's owner, who comes first: asks clock and CPU what `comfort` decides by, and has the peer step back.
+"""The machine's owner, who comes first: asks clock, CPU and GPU what `comfort` decides by, and has the peer step back.
 
 Owns the looks and the process's priority. Nothing here knows what stepping back is.
 """
@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 
 from peers.serving.comfort import Comfort, Reason
+from peers.serving.gpus import OtherGpuPrograms
 from routing.errors import CallerError
 from routing.records import MAX_BYTES_PER_S
 
@@ -81,14 +82,18 @@ class OtherPrograms:
 class Owner:
     """Looks every LOOK_S seconds and calls `pause` with the answer whenever it changes."""
 
-    def __init__(self, comfort: Comfort, pause: Callable[[bool], None]) -> None:
+    def __init__(self, comfort: Comfort, pause: Callable[[bool], None], *, gpus: Sequence[str] = ()) -> None:
+        """`gpus`: on which the peer computes, as `serving.gpus` names them; the owner may want these, too."""
         self.comfort = comfort
         self.reason: Reason | None = None
         """Why the peer is paused now."""
         self.load_percent = 0.0
         """Of other programs, as seen last; always 0 where no limit makes it matter."""
+        self.load_of = "the CPUs"
+        """Or of a GPU, where they use more of that."""
         self._pause = pause
         self._others = None if comfort.gate is None else OtherPrograms()
+        self._others_on_gpus = OtherGpuPrograms(gpus) if gpus and comfort.gate is not None else None
 
     @property
     def minute(self) -> int:
@@ -99,12 +104,27 @@ class Owner:
     async def look(self) -> bool:
         """Look once; True when the reason is another one now."""
         if self._others is not None:
-            self.load_percent = await asyncio.to_thread(self._others.percent)  # it looks at every process there is
+            self.load_percent, self.load_of = await asyncio.to_thread(self._load)  # it looks at every process there is
         before = self.reason
         self.reason = self.comfort.decide(minute=self.minute, load_percent=self.load_percent, now_s=time.monotonic())
         if (self.reason is None) != (before is None):
             self._pause(self.reason is not None)
         return self.reason is not before
+
+    def _load(self) -> tuple[float, str]:
+        assert self._others is not None
+        load = self._others.percent(), "the CPUs"
+        return load if self._others_on_gpus is None else max(load, (self._others_on_gpus.percent(), "a GPU"))
+
+    async def spared(self, tell: Callable[[], None]) -> None:
+        """Look until the machine can be spared; where other programs are above the limit, until it is known whether
+        they stay there. `tell` is called for each reason to wait."""
+        while True:
+            if await self.look() and self.reason is not None:
+                tell()
+            if self.reason is None and not self.comfort.undecided:
+                return
+            await asyncio.sleep(LOOK_S)
 
     async def watch(self, tell: Callable[[], None]) -> None:
         """Look until cancelled. `tell` is called after each change, and at once where the first look found a reason."""

@@ -28,6 +28,8 @@ DIAL_TIMEOUT_S = 3.0
 MAX_DIALS = 16
 MAX_DIALS_PER_OWNER = 4
 """Successors that are being dialled at once; outputs for one more go through the client meanwhile."""
+SILENCE_S = 0.5
+"""A successor that says nothing for less is not given up, whatever a client thinks."""
 RETRY_PUSH_S = 30.0
 """After a failed dial outputs go through the client for this long before the successor is tried again."""
 
@@ -77,6 +79,8 @@ class Pusher:
         if link is None or entry.relay_until_s > self._clock():
             return True
         heard_at_s = link.heard_at_s
+        # the link is everybody's, and whoever asks a stranger; but he waits no more than twice as long for what it says
+        timeout_s = max(timeout_s, SILENCE_S, min(2 * link.answer_s, 1.5 * timeout_s))
         try:
             await self._links.ping(link.remote, timeout_s=timeout_s, renews=False)
         except PeerError as error:

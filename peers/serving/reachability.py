@@ -32,6 +32,8 @@ RETRY_S = 30.0
 LOOK_S = 2.0
 """How often the transport looks for new addresses, too."""
 _TOO_OFTEN = "asked too often; try later"
+_NO_TCP = "not a TCP address"
+_ELSEWHERE = "not where you come from"
 
 
 class DialBackService:
@@ -71,19 +73,34 @@ class Verdict:
     unasked: str = field(default="", compare=False)
     """Why nobody could be asked; the others are empty then."""
 
+    @property
+    def vain(self) -> frozenset[str]:
+        """Addresses that were dialled, and nobody was there. Others are not dialled for strangers, and may be good."""
+        return frozenset(a for a, problem in self.problems.items() if not problem.startswith((_NO_TCP, _ELSEWHERE)))
 
-async def watch_reachability(links: Links, helpers: Sequence[str], tell: Callable[[Verdict], None]) -> None:
+
+async def watch_reachability(
+    links: Links,
+    helpers: Sequence[str],
+    tell: Callable[[Verdict], None],
+    withdraw: Callable[[frozenset[str]], None] = lambda _: None,
+) -> None:
     """Tell the first verdict and each that differs, until cancelled. `helpers`: full addresses of other nodes.
 
     They are asked again every RETRY_S seconds until this node is reached, and whenever its own addresses change.
+    `withdraw` is told by each verdict which addresses were dialled in vain then and the time before: one dial may fail.
     """
     told: Verdict | None = None
+    vain: frozenset[str] = frozenset()
     while True:
         own = links.transport.addresses
         verdict = await find_out(links, helpers, own)
         if verdict != told:
             tell(verdict)
             told = verdict
+        if not verdict.unasked:
+            withdraw(vain & verdict.vain)
+            vain = verdict.vain
         try:
             async with asyncio.timeout(None if verdict.reached else RETRY_S):
                 while links.transport.addresses == own:  # noqa: ASYNC110  # a transport tells nobody of a change
@@ -144,7 +161,7 @@ async def ask_to_dial_back(
 async def _try(address: str, allowed_hosts: set[str]) -> str:
     where = endpoint(address)
     if where is None:
-        return "not a TCP address"
+        return _NO_TCP
     if where[0] not in allowed_hosts:
-        return f"not where you come from ({', '.join(sorted(allowed_hosts)) or 'unknown'})"
+        return f"{_ELSEWHERE} ({', '.join(sorted(allowed_hosts)) or 'unknown'})"
     return await greeting_problem(*where)

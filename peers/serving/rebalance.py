@@ -1,61 +1,78 @@
 """Moves this peer to blocks that need it more: looks, says what it intends, looks again, moves.
 
-Owns the rhythm and the announced intent. Whether and where to move is `routing.placement`'s to decide, how to serve
-other blocks the host's.
+Owns the rhythm and the announced intent. Whether and where to move, and whether that is still right, is
+`routing.placement`'s to decide, how to serve other blocks the host's.
 
-    look ── a move? ── announce the intent ── SETTLE_S ── another's goes before? ── drain, load, announce
-                                                          └─ yes: take it back
+    look ── a move? ── announce the intent ── SETTLE_S ── still right? ── fetch; still right? ── drain, load, announce
+                          └─ nobody hears it                └─ no            └─ fails, or no
+                             └──────────────── take it back ┴────────────────┘
+
+The peer serves what it served until all that it needs is on its disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from itertools import chain
 
 from peers.discovery import Discovery
 from routing.errors import SwarmError
 from routing.ids import BlockSpan
 from routing.path import gaps
-from routing.placement import Move, choose_move, gives_way
+from routing.placement import (
+    LOOK_S,
+    MAX_PARTS,
+    REST_S,
+    SETTLE_S,
+    Arrivals,
+    Move,
+    blocks_of,
+    choose_move,
+    stands,
+    usable,
+)
 from routing.records import Announcement, PeerState
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 4.0
-"""On average; peers look at different times."""
-SETTLE_S = 3.0
-"""Long enough for intents announced at the same time to be read."""
-REST_S = 600.0
-"""Between moves that heal nothing: each costs sessions their cache, and this peer a load."""
+AGAIN_S = 60.0
+"""After a move that failed: what stood in its way, a full disk say, is not over at the next look."""
 
 
 class Rebalance:
     """Looks until cancelled.
 
-    `describe` says what this peer would announce now, `intend` announces an intent or takes it back, `move` serves
-    other blocks; when that raises SwarmError, the peer serves what it served before.
+    `describe` says what this peer would announce now, `intend` announces an intent or takes it back and says whether
+    others heard it, `fetch` brings what a move needs while everything goes on, `move` serves other blocks; when that
+    raises SwarmError, the peer serves what it served before.
     """
 
     def __init__(
         self,
         discovery: Discovery,
         describe: Callable[[], Announcement],
-        intend: Callable[[BlockSpan | None], Awaitable[None]],
+        intend: Callable[[BlockSpan | None], Awaitable[bool]],
+        fetch: Callable[[Move], Awaitable[None]],
         move: Callable[[Move], Awaitable[None]],
         *,
         rng: random.Random,
+        max_parts: int = MAX_PARTS,
     ) -> None:
         self._discovery = discovery
         self._describe = describe
         self._intend = intend
+        self._fetch = fetch
         self._move = move
         self._rng = rng
+        self._max_parts = max_parts
+        self._arrivals = Arrivals()
         self._gap_since_s: float | None = None
         self._moved_at_s = discovery.now_s()
+        self._failed_at_s = -math.inf
 
     async def run(self) -> None:
         while True:
@@ -66,48 +83,76 @@ class Rebalance:
         """Look once, and move if that is called for; True after a move."""
         now_s = self._discovery.now_s()
         alike = self._alike()
-        move = choose_move(alike, self._describe().peer_id, now_s, open_for_s=self._open_for_s(alike, now_s))
-        if move is None or (not move.heals and now_s - self._moved_at_s < REST_S):
+        late, open_for_s = self._arrivals.late(alike, now_s), self._open_for_s(alike, now_s)
+        me, max_parts = alike[0].peer_id, self._max_parts
+        move = choose_move(alike, me, now_s, open_for_s=open_for_s, late=late, max_parts=max_parts)
+        if move is None or now_s - self._failed_at_s < AGAIN_S:
             return False
-        await self._intend(move.intent)
-        await asyncio.sleep(SETTLE_S)
-        await self._discovery.refresh()
-        if not self._stands(move):
-            logger.info("another peer goes to blocks %s", move.intent)
+        if not move.heals and now_s - self._moved_at_s < REST_S:
+            return False
+        if not await self._prepared(move):
             await self._intend(None)
             return False
         self._moved_at_s = now_s
         try:
             await self._move(move)
         except SwarmError as error:
-            logger.warning("serving the blocks of before: %s", error)
+            self._failed(error)
             return False
         self._gap_since_s = None
         return True
 
+    async def _prepared(self, move: Move) -> bool:
+        """Whether all heard of the move, all that it needs is here, and it is still right."""
+        heard = await self._intend(move.intent)
+        if not (heard or blocks_of(self._describe().spans) <= blocks_of(move.spans)):
+            return False  # who gives up nothing does no harm, and may be the last who takes records
+        await asyncio.sleep(SETTLE_S)
+        if not await self._stands(move, ready=False):
+            return False
+        logger.info("fetching what blocks %s need that are not here yet", move.spans)
+        fetching = asyncio.ensure_future(self._fetch(move))
+        try:
+            while True:
+                await asyncio.wait([fetching], timeout=LOOK_S)
+                if not await self._stands(move, ready=True):
+                    return False
+                if fetching.done():
+                    await fetching
+                    return True
+        except SwarmError as error:
+            self._failed(error)
+            return False
+        finally:
+            fetching.cancel()
+            await asyncio.wait([fetching])
+            if not fetching.cancelled():
+                fetching.exception()  # marked as seen: it may have failed when nobody wanted it any more
+
+    async def _stands(self, move: Move, *, ready: bool) -> bool:
+        await self._discovery.refresh()
+        alike = self._alike()
+        late = self._arrivals.late(alike, self._discovery.now_s())
+        if stands(move, alike, alike[0].peer_id, late=late, ready=ready):
+            return True
+        logger.info("not going to blocks %s: another peer does, or this one is needed where it is", move.intent)
+        return False
+
+    def _failed(self, error: SwarmError) -> None:
+        logger.warning("serving the blocks of before: %s", error)
+        self._failed_at_s = self._discovery.now_s()
+
     def _alike(self) -> list[Announcement]:
-        """All announcements of this peer's model; its own as it is now, not as it was read."""
+        """All announcements of this peer's model; first its own, as it is now, not as it was read."""
         mine = self._describe()
         known = self._discovery.router.snapshot(self._discovery.now_s()).of_model(mine.model)
         return [mine, *(a for a in known if a.peer_id != mine.peer_id)]
 
     def _open_for_s(self, alike: list[Announcement], now_s: float) -> float:
-        online = (a.spans for a in alike if a.state is PeerState.ONLINE and a.num_blocks == alike[0].num_blocks)
+        online = (a.spans for a in usable(alike, alike[0]) if a.state is PeerState.ONLINE)
         if not gaps(chain.from_iterable(online), alike[0].num_blocks):
             self._gap_since_s = None
             return 0.0
         if self._gap_since_s is None:
             self._gap_since_s = now_s
         return now_s - self._gap_since_s
-
-    def _stands(self, move: Move) -> bool:
-        """Whether the move is still right, and nobody's with an overlapping intent goes before."""
-        mine, *others = self._alike()
-        if gives_way(others, mine.peer_id, move.intent):
-            return False
-        # who gives way to this peer does not go there, and whose turn it is was decided when the intent was announced
-        rest = [replace(a, intent=None) if a.peer_id > mine.peer_id else a for a in others]
-        again = choose_move([replace(mine, intent=None), *rest], mine.peer_id, self._discovery.now_s(), open_for_s=1e9)
-        if not move.heals:
-            return mine.state is PeerState.ONLINE
-        return again is not None and again.spans == move.spans

@@ -27,8 +27,9 @@ from msgspec import structs
 from peers.errors import Busy, ProtocolError, Refused
 from peers.model.adapters import Adapter, Dropout, as_rows
 from peers.runtime import gradients
-from peers.runtime.engine import Engine, NonFiniteOutput
+from peers.runtime.engine import Engine
 from peers.runtime.gradients import Graph, Outcome, Passage, positions_of
+from peers.runtime.works import NonFiniteOutput
 from peers.serving.handler import Handler, code_of
 from peers.serving.shelves import Shelf, TrainingLimits
 from peers.transport.links import Link, Links

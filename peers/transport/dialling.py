@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import re
 
+from peers.transport.patience import Patience
+
 DIAL_TIMEOUT_S = 5.0
 GREETING_TIMEOUT_S = 2.0
 _IP_TCP = re.compile(r"/ip[46]/([^/]+)/tcp/(\d{1,5})(?=/|$)")
@@ -24,10 +26,10 @@ def endpoint(address: str) -> tuple[str, int] | None:
 async def greeting_problem(host: str, port: int) -> str:
     """ "" where a libp2p node greets, else what went wrong, for people."""
     try:
-        async with asyncio.timeout(DIAL_TIMEOUT_S):
+        async with Patience(DIAL_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, port)
             try:
-                async with asyncio.timeout(GREETING_TIMEOUT_S):
+                async with Patience(GREETING_TIMEOUT_S):
                     greeting = await reader.readexactly(len(_GREETING))
             except (TimeoutError, asyncio.IncompleteReadError):
                 greeting = b""

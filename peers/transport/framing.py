@@ -18,6 +18,7 @@ from typing import Final, cast
 
 from peers.errors import ProtocolError, StreamClosed
 from peers.transport.base import MAX_FRAME_BYTES, Buffer, Rest, frame_bytes
+from peers.transport.patience import Patience
 from routing.errors import PeerError
 from routing.ids import PeerId
 
@@ -143,7 +144,7 @@ class FramedStream(asyncio.BufferedProtocol):
                     self._transport.resume_reading()
                 self._transport.write_eof()
         try:
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            async with Patience(_CLOSE_TIMEOUT_S):
                 await self._lost.wait()
         except TimeoutError:
             pass  # the other side does not close: it loses the rest

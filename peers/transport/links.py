@@ -69,8 +69,10 @@ SEND_TIMEOUT_S = 30.0
 MAX_SKEW_S = 3.0
 ANSWER_FADES = 0.75
 """Of the longest answer, with each that is shorter."""
-SKEW_PEERS_MIN, SKEW_PEERS_MAX, SKEW_AGE_S = 2, 64, 60.0
+SKEW_PEERS_MIN, SKEW_PEERS_MAX, SKEW_AGE_S = 2, 64, 600.0
 """Clocks by which this node's own is judged."""
+STEADY_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""It goes on while the machine sleeps (on Darwin, the monotonic one does), and nobody sets it."""
 MAX_INBOUND_LINKS_PER_PEER = 8
 MAX_INBOUND_LINKS = 512
 MAX_OUTBOUND_LINKS = 512
@@ -123,7 +125,7 @@ class Link:
         at its end: `payload` must not change any more.
         """
         if self.closed:
-            raise StreamClosed(f"the link with {self.remote} is closed")
+            raise _closed(self)
         if not isinstance(message, Ping | Pong):
             self.used_at_s = asyncio.get_running_loop().time()
         if self._owner.upload is not None and len(payload):
@@ -378,7 +380,8 @@ class Links:
         self.tasks = Tasks()
         self._closing_idle: asyncio.Task[None] | None = None
         self._skew_named: set[PeerId] = set()
-        self._skews: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()
+        self._clocks: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()
+        """Of those that said hello, how far their clocks are ahead of the steady one, and when it said so."""
         """Of the peers that said hello last: their clock minus ours, and when they did."""
         self._closed = False
 
@@ -616,6 +619,8 @@ class Links:
 
     def _take(self, link: Link, lane: str, frame: bytes | bytearray) -> Rest | None:
         """Handle a frame; returns what is left to be done, if anything is."""
+        if link.closed:
+            return partial(_raise, _closed(link))
         link.heard_at_s = asyncio.get_running_loop().time()
         self.volume.received_bytes += len(frame)
         try:
@@ -633,6 +638,8 @@ class Links:
         """Of `_take`, from where it came upon `rest`."""
         await rest()
         for message, payload in messages:
+            if link.closed:  # whoever was told of its end must not hear of it again
+                raise _closed(link)
             if (more := self._dispatch(link, message, payload)) is not None:
                 await more()
         if self.download is not None:
@@ -690,10 +697,12 @@ class Links:
     @property
     def clock_skew_s(self) -> float | None:
         """This node's clock minus those of the peers that said hello within SKEW_AGE_S, by the one in the middle: no
-        minority that is wrong itself is believed. None where too few did."""
-        since_s = asyncio.get_running_loop().time() - SKEW_AGE_S
-        lately = [skew_s for skew_s, at_s in self._skews.values() if at_s >= since_s]
-        return -sorted(lately, key=abs)[(len(lately) - 1) // 2] if len(lately) >= SKEW_PEERS_MIN else None
+        minority that is wrong itself is believed. None where too few did. Whoever sets this node's clock makes that
+        known at once, as others' are remembered by one that cannot be set."""
+        steady_s = _steady_s()
+        ahead_s = time.time() - steady_s
+        skews = [ahead_s - other_s for other_s, at_s in self._clocks.values() if at_s >= steady_s - SKEW_AGE_S]
+        return sorted(skews, key=abs)[(len(skews) - 1) // 2] if len(skews) >= SKEW_PEERS_MIN else None
 
     def _check(self, hello: Hello, remote: PeerId) -> None:
         if hello.version != PROTOCOL_VERSION:
@@ -706,10 +715,11 @@ class Links:
             raise ProtocolError(f"{remote} belongs to network {hello.network!r}, this node to {self._network!r}")
         skew_s = hello.time_s - time.time()
         if math.isfinite(skew_s):
-            self._skews[remote] = skew_s, asyncio.get_running_loop().time()
-            self._skews.move_to_end(remote)
-            if len(self._skews) > SKEW_PEERS_MAX:
-                self._skews.popitem(last=False)
+            steady_s = _steady_s()
+            self._clocks[remote] = hello.time_s - steady_s, steady_s
+            self._clocks.move_to_end(remote)
+            if len(self._clocks) > SKEW_PEERS_MAX:
+                self._clocks.popitem(last=False)
         if abs(skew_s) > MAX_SKEW_S and remote not in self._skew_named and len(self._skew_named) < 1024:
             self._skew_named.add(remote)
             logger.warning(
@@ -720,8 +730,16 @@ class Links:
             )
 
 
+def _steady_s() -> float:
+    return time.clock_gettime(STEADY_CLOCK)
+
+
 async def _raise(error: PeerError) -> None:
     raise error
+
+
+def _closed(link: Link) -> StreamClosed:
+    return StreamClosed(f"the link with {link.remote} is closed")
 
 
 def _size(payload: codec.Buffer) -> int:

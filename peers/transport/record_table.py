@@ -7,6 +7,9 @@ Who may write: a record is accepted only from the very peer that it announces, o
 connection. So nobody can overwrite, squat or replay another's record, even with bytes that were once valid, and a flood
 costs one connection for each fake identity. Who stays when a key is full: those who are there already and renew in
 time; a newcomer waits until one expires.
+
+How long a record is kept: for one lifetime from when it came, or as long as it says where that is more; past what it
+says only within the slack of unequal clocks. So whoever looks for the first time does not find who died before that.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from routing.records import (
     MAX_EXPIRY_AHEAD_S,
     MAX_RECORD_BYTES,
     MAX_RECORDS_PER_KEY,
+    RECORD_LIFETIME_S,
     verify_record,
 )
 from routing.store import StoredRecord
@@ -35,10 +39,11 @@ MAX_RECORDS: Final = 32_768
 class _Entry:
     record: StoredRecord
     sequence: int
+    kept_until_s: float
 
 
 class RecordTable:
-    """Live records by key and subkey. An entry lives until its expiry plus the clock slack."""
+    """Live records by key and subkey."""
 
     def __init__(
         self,
@@ -52,7 +57,7 @@ class RecordTable:
         self._max_records = max_records
         self._entries: dict[str, dict[str, _Entry]] = {}
         self._keys_of: dict[str, set[str]] = {}
-        # (expiry, key, subkey), earliest first; a renewed entry leaves its old expiry behind as a harmless ghost.
+        # (kept until, key, subkey), earliest first; a renewed entry leaves its old one behind as a harmless ghost.
         self._expiries: list[tuple[float, str, str]] = []
         self._size = 0
 
@@ -71,7 +76,7 @@ class RecordTable:
             raise InvalidRecord(f"the record has {len(record.value)} bytes, above {MAX_RECORD_BYTES}")
         if not -CLOCK_SLACK_S < record.expires_at_s - now_s <= MAX_EXPIRY_AHEAD_S:
             raise InvalidRecord(
-                f"the record expires in {record.expires_at_s - now_s:.0f} s; "
+                f"one of the two clocks is wrong: the record expires in {record.expires_at_s - now_s:.0f} s; "
                 f"{-CLOCK_SLACK_S:.0f} to {MAX_EXPIRY_AHEAD_S:.0f} s are allowed",
                 hint="clock skew? check the time synchronisation on both machines",
             )
@@ -89,9 +94,10 @@ class RecordTable:
                 f"the record's sequence {announcement.sequence} is not above {held.sequence}, which is held already"
             )
         self._size += held is None
-        self._entries.setdefault(record.key, {})[record.subkey] = _Entry(record, announcement.sequence)
+        kept_until_s = min(record.expires_at_s + CLOCK_SLACK_S, max(record.expires_at_s, now_s + RECORD_LIFETIME_S))
+        self._entries.setdefault(record.key, {})[record.subkey] = _Entry(record, announcement.sequence, kept_until_s)
         self._keys_of.setdefault(record.subkey, set()).add(record.key)
-        heapq.heappush(self._expiries, (record.expires_at_s, record.key, record.subkey))
+        heapq.heappush(self._expiries, (kept_until_s, record.key, record.subkey))
 
     def get(self, key: str, *, now_s: float) -> list[StoredRecord]:
         """Every live record under a key: at most `max_records_per_key`, each once verified."""
@@ -107,10 +113,10 @@ class RecordTable:
             raise InvalidRecord("this node's record table is full", hint="wait until records expire")
 
     def _expire(self, now_s: float) -> None:
-        while self._expiries and self._expiries[0][0] + CLOCK_SLACK_S <= now_s:
-            expires_at_s, key, subkey = heapq.heappop(self._expiries)
+        while self._expiries and self._expiries[0][0] <= now_s:
+            kept_until_s, key, subkey = heapq.heappop(self._expiries)
             entry = self._entries.get(key, {}).get(subkey)
-            if entry is None or entry.record.expires_at_s != expires_at_s:
+            if entry is None or entry.kept_until_s != kept_until_s:
                 continue  # a ghost: renewed since
             del self._entries[key][subkey]
             if not self._entries[key]:

@@ -1,4 +1,4 @@
-"""The messages of protocol version 5: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
+"""The messages of this protocol version: frozen, typed, bounded. Owns their meaning; knows neither bytes nor tensors.
 
 A frame carries messages and, for `Step`, `Relay`, `Result`, `Train` and `Trained`, the raw rows of one tensor each
 (`peers.wire.codec`).
@@ -56,13 +56,13 @@ from msgspec import Meta
 
 from routing.ids import MAX_SPANS
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_POSITIONS = 1 << 24
 MAX_HOPS = 64
 MAX_CLOSED_SESSIONS = 512
 MAX_STATUS_ENTRIES = 32
 """Round trips, and opinions of others, in one status."""
-PREFIX_POSITIONS = 64
+PREFIX_POSITIONS = 32
 """Positions for which one prefix key stands."""
 MAX_SEQUENCES = 1024
 """In one work of training."""
@@ -74,7 +74,7 @@ MAX_TARGETS = 640
 """Of an adapter, for the blocks of one peer."""
 PREFIX = "*"
 """No module's path."""
-MAX_PREFIX_KEYS = 512
+MAX_PREFIX_KEYS = 1024
 """Of 16 bytes each, in a header of 32 KiB: the first 32,768 positions of a session can be shared."""
 
 Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -175,6 +175,9 @@ class Open(Message, tag="open", frozen=True, kw_only=True):
     digest in its record, one that the peer hosts for everybody."""
     standby: bool = False
     """Only held ready, should another peer's hop be lost: nobody gives way for it, and it is the first to go."""
+    expects: Count = 0
+    """The session may come to hold so many positions, as far as the client knows; 0: nobody knows. A hop promises room
+    for no more. Who becomes longer than it said has what nobody was promised, and gives way before all others."""
 
 
 class Opened(Message, tag="opened", frozen=True, kw_only=True):
@@ -226,6 +229,8 @@ class Step(Message, tag="step", frozen=True, kw_only=True):
     hops: Timings = ()
     stop: Block = 0
     """The hop whose blocks end here answers the client; the hops behind it hold these positions. 0: the last hop."""
+    expects: Count = 0
+    """The session goes on, and may come to hold so many, more than was said before: promised where there is room."""
 
 
 class Replay(Message, tag="replay", frozen=True, kw_only=True):

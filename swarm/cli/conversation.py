@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -118,6 +119,8 @@ def chat(connection: Connection, *, system: str | None, sampling: Sampling, max_
         tokenizer = load_tokenizer(checkpoint)
         start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         encode_chat(tokenizer, [*start, {"role": "user", "content": ""}])  # refuses a model that cannot chat
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # a line that is no text ends no conversation
         if sys.stdin.isatty():
             import readline  # noqa: F401  # gives input() its line editing and history
 

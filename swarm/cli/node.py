@@ -47,6 +47,8 @@ def claim_identity(path: Path | None, role: str) -> Path:
     identities for `role` that no node uses. Raises InsecureIdentity when `path` is taken.
     """
     if path is not None:
+        if not path.name:
+            raise InsecureIdentity(f"{str(path)!r} is no file", hint="give --identity FILE")
         if not _lock(path):
             raise InsecureIdentity(
                 f"{path} is in use by another node on this machine", hint="give each node its own --identity FILE"
@@ -99,7 +101,7 @@ def _run(node: Callable[[Emit, asyncio.Event], Coroutine[Any, Any, None]], *, ne
     except signals.Interrupted:
         write(Event("stopped"))
         signals.leave(0)
-    except (SwarmError, BaseExceptionGroup) as error:
+    except (SwarmError, OSError, BaseExceptionGroup) as error:
         if as_json and (known := error_in(error)) is not None:
             message, hint = one_line(str(known)), one_line(known.hint)
             write(Event("error", {"type": type(known).__name__, "message": message, "hint": hint}))
@@ -122,11 +124,12 @@ def describe(event: Event) -> str:
             return f"loading blocks {_blocks(fields)} of {fields['model']} in {fields['dtype']}{weights}"
         case "ready" if "spans" in fields:
             disturbed = ", beside busy programs" if fields["probe_disturbed"] else ""
+            memory = f", {fields['forward_mib']} MiB" if fields["forward_mib"] else ""
             return (
                 f"serving blocks {_blocks(fields)} of {fields['model']} on {fields['device']}; "
                 f"cache for {fields['cache_tokens']:,} tokens; per block and token {fields['decode_ms_per_block']} ms, "
-                f"{fields['prefill_ms_per_block']} ms in a prompt; up to {fields['token_budget']} tokens a forward, "
-                f"{fields['forward_mib']} MiB (measured {fields['probed']}{disturbed})\n"
+                f"{fields['prefill_ms_per_block']} ms in a prompt; up to {fields['token_budget']} tokens a forward"
+                f"{memory} (measured {fields['probed']}{disturbed})\n"
                 f"{_entry(fields)}\nCtrl-C leaves the swarm"
             )
         case "ready":
@@ -171,7 +174,7 @@ def _why_paused(fields: dict[str, object]) -> str:
     if fields["reason"] == "schedule":
         return f"it is outside {fields['schedule']}; back at {fields['resumes_at']}"
     return (
-        f"other programs use {fields['load_percent']} % of the CPUs, the limit is {fields['limit_percent']:g} %; "
+        f"other programs use {fields['load_percent']} % of {fields['of']}, the limit is {fields['limit_percent']:g} %; "
         f"back once that has been below {fields['resume_percent']:g} % for a while"
     )
 

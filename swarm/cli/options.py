@@ -5,6 +5,7 @@ Imports no torch: a mistyped address is answered before anything is loaded.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +17,14 @@ from routing.precision import Precision
 
 if TYPE_CHECKING:
     from swarm.network import Entrance
+
+
+def finite(value: float | None) -> float | None:
+    """For options whose range has no upper end."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number to go by")
+    return value
+
 
 Model = Annotated[
     str,
@@ -118,7 +127,7 @@ Prompt = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")]
 Temperature = Annotated[
-    float | None, typer.Option("--temperature", min=0.0, help="Sample; higher is wilder, 0 is greedy.")
+    float | None, typer.Option("--temperature", min=0.0, callback=finite, help="Sample; higher is wilder, 0 is greedy.")
 ]
 TopP = Annotated[
     float | None,
@@ -130,21 +139,37 @@ MinP = Annotated[
     typer.Option("--min-p", min=0.0, max=1.0, help="Sample from those at least so likely, relative to the likeliest."),
 ]
 RepetitionPenalty = Annotated[
-    float | None, typer.Option("--repetition-penalty", min=0.01, help="Above 1: avoid what was said before.")
+    float | None,
+    typer.Option("--repetition-penalty", min=0.01, callback=finite, help="Above 1: avoid what was said before."),
 ]
-NumBeams = Annotated[int, typer.Option("--num-beams", min=1, help="Beam search over so many; prints at the end.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Sample, and repeatably so.")]
+NumBeams = Annotated[
+    int, typer.Option("--num-beams", min=1, max=64, help="Beam search over so many; prints at the end.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Sample, and repeatably so.")]
 
 
 def entrance_of(initial_peers: list[str] | None, invite: str | None, network: str | None) -> Entrance:
     from swarm.network import DEFAULT_NETWORK, Entrance
 
-    return Entrance.of(initial_peers=initial_peers or (), invite=invite, network=network or DEFAULT_NETWORK)
+    entrance = Entrance.of(initial_peers=initial_peers or (), invite=invite, network=network or DEFAULT_NETWORK)
+    if invite is not None and network not in (None, entrance.network):
+        raise CallerError(
+            f"the invite is to network {entrance.network!r}, not {network!r}", hint="leave out --network, or the invite"
+        )
+    return entrance
 
 
 def prompt_of(given: str | None) -> str:
-    if given is not None and given != "-":
-        return given
+    """Raises CallerError."""
+    try:
+        text = _standard_input() if given is None or given == "-" else given
+        text.encode()
+    except UnicodeError as error:
+        raise CallerError("the prompt is no text in UTF-8", hint="convert it first, with iconv for example") from error
+    return text
+
+
+def _standard_input() -> str:
     if sys.stdin.isatty():
         typer.echo("Type the prompt; Ctrl-D ends it.", err=True)
     text = sys.stdin.read().strip("\n")

@@ -5,6 +5,7 @@ Results go to stdout, the rest to stderr. Knows the shape of errors and events, 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import typer
 
 from routing.errors import SwarmError
 from swarm.cli import signals
+from swarm.errors import UnusableFile
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -28,13 +30,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OUR_LOGGERS = ("routing", "peers", "swarm")
+OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+"""What a write or an open says of the machine, also where it does not say which file."""
 
 
 @contextmanager
 def command(*, verbose: int, debug: bool) -> Iterator[None]:
     """Run one command: logging before, errors and interruptions turned into lines and exit codes after.
 
-    A SwarmError exits with 1, also when a task group wrapped it. Anything else is a defect, and shows its traceback.
+    A SwarmError exits with 1, also when a task group wrapped it, and so does a file that cannot be used. Anything else
+    is a defect, and shows its traceback.
     """
     configure_logging(verbose)
     try:
@@ -46,7 +51,7 @@ def command(*, verbose: int, debug: bool) -> Iterator[None]:
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         raise typer.Exit(1) from None
-    except (SwarmError, BaseExceptionGroup) as error:
+    except (SwarmError, OSError, BaseExceptionGroup) as error:
         known = error_in(error)
         if known is None or debug:
             raise
@@ -55,10 +60,14 @@ def command(*, verbose: int, debug: bool) -> Iterator[None]:
 
 
 def error_in(error: BaseException) -> SwarmError | None:
-    """The SwarmError that `error` is, or that a group of nothing but SwarmErrors begins with."""
+    """The SwarmError that `error` is or, of a file that cannot be used, amounts to; of a group of nothing else, that
+    with which it begins."""
     if isinstance(error, BaseExceptionGroup):
         found = [error_in(part) for part in error.exceptions]
         return found[0] if all(found) else None
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in OUT_OF_ROOM):
+        which = "" if error.filename is None else f"{error.filename}: "
+        return UnusableFile(f"{which}{error.strerror}")
     return error if isinstance(error, SwarmError) else None
 
 

@@ -42,6 +42,7 @@ def route(entrance: Entrance, *, model: str, tokens: int, explain: bool, as_json
                 model=health.model,
                 num_blocks=health.num_blocks,
                 tokens=tokens,
+                back_tokens=1,
                 bytes_per_token=BYTES_PER_TOKEN,
                 cache_tokens=tokens,
                 protocol=PROTOCOL_VERSION,
@@ -82,6 +83,7 @@ def _plain(option: Option) -> dict[str, Any]:
         "measured": option.measured,
         "mbit_per_s": round(option.bytes_per_s * 8e-6, 1),
         "mbit_measured": option.bytes_measured,
+        "uplink_mbit_per_s": round(option.uplink_bytes_per_s * 8e-6, 1) or None,
         "note": option.note,
     }
 
@@ -121,13 +123,19 @@ def show(said: Explanation, *, explain: bool) -> None:
                     f"{_ms(part_s):.1f} ms"
                     for part_s in (option.route_s, option.trip_s, option.queue_s, option.compute_s)
                 ),
-                f"{option.bytes_per_s * 8e-6:.0f}" + ("" if option.bytes_measured else " assumed"),
+                _mbit(option),
                 "measurement" if option.measured else "its word",
                 _why(option, best),
             )
         console.print(table)
     for who, spans, reason in said.left_out:
         console.print(f"left out: {who} ({spans}): {reason}", markup=False)
+
+
+def _mbit(option: Option) -> str:
+    """Into the peer, and out of it where it says something."""
+    into = f"{option.bytes_per_s * 8e-6:.0f}" + ("" if option.bytes_measured else " assumed")
+    return into + (f", {option.uplink_bytes_per_s * 8e-6:.2g} out" if option.uplink_bytes_per_s else "")
 
 
 def _why(option: Option, best: Option) -> str:

@@ -76,6 +76,7 @@ def _plain_peer(peer: Announcement, rtt_s: float | None) -> dict[str, Any]:
         "cache_tokens": peer.cache_tokens,
         "free_tokens": peer.free_tokens,
         "max_bytes_per_s": peer.max_bytes_per_s or None,
+        "uplink_bytes_per_s": peer.uplink_bytes_per_s or None,
         "adapters": [{"name": adapter.name, "digest": adapter.digest.hex()} for adapter in peer.adapters],
         "addresses": list(peer.addresses),
     }

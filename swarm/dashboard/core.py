@@ -300,7 +300,8 @@ class Core:
             route, problem = self.router.plan(request_for(health.model, health.num_blocks, previous), now_s), ""
         except NoRoute as error:
             route, problem = None, printable(str(error), 500)
-        flow = by_span(part for a in health.peers if a.state is PeerState.ONLINE for part in capacities_of(a))
+        usable = (a for a in health.peers if a.state is PeerState.ONLINE and a.addresses)
+        flow = by_span(part for a in usable for part in capacities_of(a))
         return _Plan(
             at_s=now_s,
             route=route,

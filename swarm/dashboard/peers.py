@@ -123,6 +123,7 @@ def detail_of(peers: Peers, known: KnownPeer, now_s: float) -> PeerDetail:
         ],
         expires_at_s=a.expires_at_s,
         max_bytes_per_s=a.max_bytes_per_s or None,
+        uplink_bytes_per_s=a.uplink_bytes_per_s or None,
         max_blocks=a.max_blocks or None,
         adapters=[str(adapter) for adapter in a.adapters],
         intent=None if a.intent is None else (a.intent.start, a.intent.end),

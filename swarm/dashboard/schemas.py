@@ -338,6 +338,8 @@ class PeerDetail(PeerRow):
     expires_at_s: float
     max_bytes_per_s: int | None
     """Which its owner allows it, each way."""
+    uplink_bytes_per_s: int | None
+    """That it measured of what it sends; None: not known, or nothing slow."""
     max_blocks: int | None
     """So many fit there and it may move; None: what it serves was chosen for it."""
     adapters: list[str]

@@ -218,13 +218,15 @@ def _prepare_chat(gateway: Gateway, body: ChatRequest, account: Account) -> _Pre
         schema = body.response_format.json_schema.schema_
         grammar = served.grammars.json({"type": "object"} if schema is None else schema)
     prompt = served.encode_chat(body.messages, tools)
-    choices, room = body.n or 1, served.room(prompt, body.max_completion_tokens or body.max_tokens)
+    asked = body.max_completion_tokens or body.max_tokens
+    choices, room = body.n or 1, served.room(prompt, asked)
     ask = Ask(
         prompt=prompt,
         max_tokens=room,
         sampling=served.sampling(body),
         processors=served.processors(prompt, room),
         owner=account.name,
+        expects=0 if asked is None else room,
         n=choices,
         stops=body.stops,
         ignore_eos=body.ignore_eos,
@@ -268,6 +270,7 @@ def _prepare_text(gateway: Gateway, body: CompletionRequest, account: Account) -
             sampling=sampling,
             processors=served.processors(prompt, room),
             owner=account.name,
+            expects=room,
             n=choices,
             first_choice=at * choices,
             stops=body.stops,
@@ -368,10 +371,11 @@ async def _while_connected(request: Request, work: Callable[[], Coroutine[Any, A
 
 def _health(served: Served) -> ModelState:
     """May wait for the network's thread."""
-    coverage, failure = served.engine.coverage(), served.engine.failure
+    coverage, failure, waited_for = served.engine.coverage(), served.engine.failure, served.engine.waited_for
     return ModelState(
         active=served.engine.counts().active,
         error=None if failure is None else str(failure),
+        waiting=None if waited_for is None else str(waited_for),
         blocks=served.num_blocks,
         peers=len(coverage.peers) if coverage else 0,
         replication=coverage.replication if coverage else 0,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from peers.model.adapters import Adapter
-from routing.errors import CallerError, SwarmError, Unavailable
+from routing.errors import CallerError, NoRoute, SwarmError, Unavailable
 from routing.health import ModelHealth
 from swarm.errors import SessionClosed
 from swarm.gateway.feed import Feed, Piece, TokenLogprob, Traversal, deliver_all
@@ -79,6 +79,8 @@ class Ask:
     max_tokens: int
     sampling: Sampling
     owner: str
+    expects: int = 0
+    """Tokens of answer that the reader asked for at most; 0: nobody said."""
     n: int = 1
     first_choice: int = 0
     stops: tuple[str, ...] = ()
@@ -96,6 +98,11 @@ class Ask:
     """Whether what the answer holds at peers is kept for requests that go on from it."""
     traversals: bool = False
     """Whether to tell how each token went through the swarm."""
+
+    @property
+    def longest(self) -> int:
+        """Positions that the session may come to hold; 0: nobody knows."""
+        return len(self.prompt) + self.expects if self.expects else 0
 
 
 @dataclass(slots=True, eq=False)
@@ -232,6 +239,11 @@ class Engine:
         """Who serves the model now, as `SwarmRemote.coverage` says."""
         return self._remote.coverage()
 
+    @property
+    def waited_for(self) -> NoRoute | None:
+        """As `SwarmRemote.waited_for`."""
+        return self._remote.waited_for
+
     def counts(self) -> Counts:
         return Counts(
             active=self._active,
@@ -363,6 +375,7 @@ class Engine:
                     position_offset=0,
                     want_from=0 if answer.request.ask.scores_prompt and not answer.count else len(tokens) - 1,
                     regime_length=regime_length,
+                    expects=answer.request.ask.longest,
                 )
             )
         self._remote.start(steps, self._arrived)

@@ -68,9 +68,13 @@ def from_validation(error: RequestValidationError) -> ApiError:
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
         text = "the body is to be one JSON object, sent with Content-Type: application/json"
         return ApiError(400, text, param="body", code=first["type"])
-    # of a union's alternatives, the one that fitted furthest is what was meant
-    meant = max((each for each in errors if each["loc"][:2] == first["loc"][:2]), key=lambda each: len(each["loc"]))
+    # of a union's alternatives, one of the right type, else the one that fitted furthest, is what was meant
+    meant = max((each for each in errors if each["loc"][:2] == first["loc"][:2]), key=_fit)
     # pydantic also names the alternative of a union that it tried, which is no field
     place = [str(part) for part in meant["loc"] if part != "body" and (isinstance(part, int) or part.isidentifier())]
     where = ".".join(place) or "body"
-    return ApiError(400, f"{where}: {meant['msg']}", param=where, code=meant["type"])
+    return ApiError(400, f"{where}: {meant['msg'].removeprefix('Value error, ')}", param=where, code=meant["type"])
+
+
+def _fit(error: Any) -> tuple[bool, int]:
+    return not error["type"].endswith(("_type", "_parsing")), len(error["loc"])

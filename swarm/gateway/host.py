@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from peers import garbage
 from peers.model.catalog import resolve
 from peers.model.loading import check_folder
 from peers.model.progress import Progress
@@ -195,9 +196,11 @@ async def run(
             keys = Keys(config.accounts, requests_per_minute=config.requests_per_minute)
             app = make_app(served, keys, cors_origins=config.cors_origins)
             running = RunningGateway(served, listener, app, drain_s=config.drain_s)
+            garbage.spare()
             ready(running)
             await running.serve()
         finally:
+            garbage.spare_nothing()
             await asyncio.to_thread(close, served.values())
     finally:
         listener.close()

@@ -375,6 +375,7 @@ class ErrorAnswer(BaseModel):
 class ModelState(BaseModel):
     active: int = Field(description="Answers under way")
     error: str | None = Field(description="Why nothing is answered any more")
+    waiting: str | None = Field(description="For which blocks answers have been waiting for some seconds, and why")
     blocks: int
     peers: int = Field(description="That announce blocks of it")
     replication: int = Field(description="Peers that hold its rarest block")

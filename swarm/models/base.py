@@ -14,6 +14,7 @@ from torch import Tensor
 
 from routing.routes import Route
 from swarm.errors import SessionClosed, UnsupportedOutput, WeightsAreRemote
+from swarm.models.cache import SwarmCache
 from swarm.models.generation import Session, current_session, generation
 from swarm.models.layers import RemoteLayers
 from swarm.session.remote import Remote, Resilience, check_resilience
@@ -109,14 +110,24 @@ class SwarmModel:
         return self._remote_layers.remote
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        """Called by `generate`; whatever `cache_implementation` says, the keys and values are at peers."""
+        """Called by `generate`; whatever `cache_implementation` says, the keys and values are at peers.
+
+        `max_cache_length`: of all but the last token; `max_length` does not count what came as embeddings.
+        """
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache:
-            model_kwargs["past_key_values"] = self._remote_layers.new_cache()
+            cache = model_kwargs["past_key_values"] = self._remote_layers.new_cache()
+        if isinstance(cache, SwarmCache):
+            cache.expects = max_cache_length + 1
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
         """Called by `generate`, which counts on from the last column: padding there has its row's last position."""

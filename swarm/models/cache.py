@@ -48,6 +48,8 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self.rows: list[Row] = []
         self.kept_BC: Tensor | None = None
         """The columns that are tokens; None when all are."""
+        self.expects = 0
+        """Columns that there may come to be; 0 where nobody knows."""
         self._closed = False
         self._num_layers = num_layers
         self._resilience = resilience
@@ -125,6 +127,7 @@ class SwarmCache(Cache):  # type: ignore[misc]  # transformers is not typed
             held=self._held,
             resilience=self._resilience,
             adapter=adapter,
+            expects=self.expects,
         )
         self._replace_rows(rows)
         self._columns = layout.past + layout.width

@@ -52,7 +52,8 @@ class Meeting:
                     self._gather()
                 began_s = time.perf_counter()
                 together = self._take(ticket)
-                product_MN = self._product(torch.cat([other.rows_MK for other in together]))
+                with torch.inference_mode(False), torch.no_grad():  # others may not be in the leader's mode
+                    product_MN = self._product(torch.cat([other.rows_MK for other in together]))
                 parts = torch.split(product_MN, [len(other.rows_MK) for other in together])
                 for other, part_MN in zip(together, parts, strict=True):
                     # a part of its own: who keeps it must not keep everybody's

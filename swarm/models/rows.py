@@ -85,11 +85,12 @@ def extend(
     held: Sequence[Strand] = (),
     resilience: Resilience | None = None,
     adapter: Adapter | None = None,
+    expects: int = 0,
 ) -> tuple[list[Row], list[Tensor | None]]:
     """Run what the rows add; return the rows as they then are and each one's wanted outputs, `[T − want_from, D]`.
 
     An empty row starts from the strand in `held` with which it shares the longest prefix; no row may be using those.
-    `adapter` is that of all rows.
+    `adapter` is that of all rows, `expects` the length that each may come to have.
     When this raises, nothing new is open, and strands are as before except that they may be shorter: cut down to what
     the rows still need.
     """
@@ -133,6 +134,7 @@ def extend(
                 position_offset=strand.offset,
                 want_from=extension.want_from,
                 regime_length=regime_length,
+                expects=expects,
             )
         )
     try:

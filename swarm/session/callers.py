@@ -16,6 +16,7 @@ SOON = 0.7
 OVERDUE = 2.0
 """Of that time: who has not come by then writes to somebody who reads slowly, or will never come."""
 GRACE_S = 0.005
+GONE_S = 60.0
 SMOOTHING = 0.2
 
 
@@ -46,7 +47,8 @@ class Callers:
     def asked(self, caller: Hashable, now_s: float) -> None:
         """For his next step."""
         if (thinking := self._thinking.pop(caller, None)) is not None:
-            self._usual_s += SMOOTHING * (now_s - thinking.since_s - self._usual_s)
+            took_s = min(now_s - thinking.since_s, self._overdue_s)  # longer: a pause, or somebody who reads slowly
+            self._usual_s += SMOOTHING * (took_s - self._usual_s)
 
     def left(self, caller: Hashable) -> None:
         """He may ask for no more."""
@@ -58,7 +60,10 @@ class Callers:
         As long as all of them together lose no more than what those who are on their way save, and not at all where
         these cannot be expected within that time. Never longer than `gain_s`.
         """
-        overdue_s = OVERDUE * self._usual_s + GRACE_S
+        overdue_s = self._overdue_s
+        for caller, each in list(self._thinking.items()):
+            if now_s - each.since_s > GONE_S:  # its thread may be no more
+                self.left(caller)
         others = [each for each in list(self._thinking.values()) if not (to_head and each.at_head)]
         since_s = sorted(each.since_s for each in others if now_s < each.since_s + overdue_s)
         soon_s = 0.0 if to_head else SOON * self._usual_s
@@ -68,3 +73,7 @@ class Callers:
             worth_s = gain_s * coming / (waiting + coming)
             pays |= began_s + soon_s <= now_s + worth_s
         return min(worth_s, since_s[-1] + overdue_s - now_s) if pays else 0.0
+
+    @property
+    def _overdue_s(self) -> float:
+        return OVERDUE * self._usual_s + GRACE_S

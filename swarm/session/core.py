@@ -8,7 +8,7 @@ stalls or forgets. The driver performs the actions and reports what happened.
     routing   route_ready                        opening   Release of what is left out; OpenHops (next epoch)
     routing   route_ready, nothing pending       idle
     routing   no_route                           failed    Release, Fail
-    routing   result of the route before         routing   StepDone
+    routing, waiting  result of the route before           StepDone
     opening   opened by the last missing hop     ready     Skip what every hop holds already; SendStep: replay of what
                                                            some hop lacks before the pending steps, then these under
                                                            their own ids, each from where it is known furthest down
@@ -22,18 +22,23 @@ stalls or forgets. The driver performs the actions and reports what happened.
               opened or once too often
     routing   route_ready, over that hop again   waiting   Wait, once and not for long: others hold what they hold
     on route  no room again, or too many hops    waiting   Release, Wait: nobody waits for long while it holds pages
-    waiting   timer                              routing   NeedRoute
-    ready     behind window                      opening   OpenHops (next epoch) of the same route
+    waiting   timer                              routing   NeedRoute; idle when nothing is pending
+    on route  behind window                      opening   OpenHops (next epoch) of the same route; idle when nothing is
+                                                           pending
     ready     hop leaves, steps under way        ready     until the last of them is answered: no further one is sent
+    ready     result, the last of those          routing   Release of that hop, NeedRoute; idle when nothing is pending
+    pausing   timer, when a hop leaves           routing   Release of that hop, NeedRoute; idle when nothing is pending
     on route  hop lost, refused, leaves          routing   Release of that hop, NeedRoute; idle when nothing is pending
     idle, routing  hop leaves                              Release of that hop
     on route  hop forgot, journal lost, stalled  routing   NeedRoute; idle when nothing is pending
-    any live  too many attempts without progress failed    Release, Fail
+    on route  no progress for too long           failed    Release, Fail
+    any live  given up                           failed    Release, Fail
     any       close                              closed    Release
 
-On route are opening, ready and pausing. Standbys have a table of their own (`standby`). Every step is answered once:
-results of an older epoch or of an unknown step are ignored. Attempts and waiting are counted between two results that
-the caller asked for, so a session ends within its budget or makes progress.
+On route are opening, ready and pausing. Whatever else comes changes no state, and a test holds sessions to this table.
+No progress is too many attempts, or too long a wait for room. Standbys have a table of their own (`standby`). Every
+step is answered once: results of an older epoch or of an unknown step are ignored. Attempts and waiting are counted
+between two results that the caller asked for, so a session ends within its budget or makes progress.
 
 *Repair.* A hop that fails is let go of, and only its blocks are planned anew. The others are opened again under the
 next epoch and keep what they hold, as far as no pending step undoes it (`_sure_until`). Each says what it holds and how
@@ -102,7 +107,9 @@ class SessionConfig:
     """Routes tried without one result in between, replays not counted, before the session fails."""
     busy_patience_s: float = 300.0
     """How long "busy" and "preempted" are waited out without one result in between, replays not counted. For so long
-    are hops believed, too, that say they are computing a step."""
+    are hops believed, too, that say they are computing a step, where nobody could take their place."""
+    hung_s_min: float = 10.0
+    """How long elsewhere, at least: see `pace.hung_after_s`."""
     gap_patience_s: float = 90.0
     """How long blocks that nobody offers are waited for once the caller has had outputs, which would be lost: peers
     that refused come back meanwhile, and placement heals a gap within a minute. Who has had none is told soon."""
@@ -187,6 +194,16 @@ class SessionCore:
     def outstanding(self) -> bool:
         """True while the driver should be hearing from somebody."""
         return self.state is State.OPENING or (self.state is State.READY and bool(self._steps.sent))
+
+    @property
+    def positions(self) -> int:
+        """Of the longest step under way; 1 where there is none."""
+        return max((step.count for step in self._steps.sent.values()), default=1)
+
+    @property
+    def wanted(self) -> int:
+        """Positions that come back of the step under way of which most do; 1 where there is none."""
+        return max((step.count - step.want_from for step in self._steps.sent.values()), default=1)
 
     @property
     def crowded(self) -> bool:
@@ -333,7 +350,7 @@ class SessionCore:
     def result(self, step: StepId, epoch: int) -> list[Action]:
         """The last hop answered `step`."""
         answered = self._steps.sent.pop(step, None) if epoch == self.epoch else None
-        if answered is None or self.state not in (State.READY, State.PAUSING, State.ROUTING):
+        if answered is None or self.state not in (State.READY, State.PAUSING, State.ROUTING, State.WAITING):
             return []
         self._busy_repeats = 0
         self._behind_busy.discard(step)
@@ -489,7 +506,7 @@ class SessionCore:
         standby = self._standbys.fed_by(step) if epoch == self.epoch else None
         if standby is None:
             return []
-        if not busy and standby.reach >= standby.feed_end:
+        if not busy and standby.steady:
             return self._lose_standbys(standby.hop.peer_id)
         standby.feed = None
         return []
@@ -559,9 +576,8 @@ class SessionCore:
         return Feed(standby.hop, step, self.epoch)
 
     def _open_standby(self, standby: Standby, keep: int) -> OpenStandby:
-        standby.open, standby.feed = False, None
         offer = 0 if keep or not self._offers else self._steps.answered_until()
-        standby.offered = max(keep, offer)
+        self._standbys.opens(standby, max(keep, offer))
         return OpenStandby(standby.hop, self.epoch, offer, keep)
 
     def _lose_standbys(self, peer: PeerId) -> list[Action]:

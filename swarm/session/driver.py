@@ -28,7 +28,7 @@ from peers.tally import STEP_POSITIONS
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
 from peers.wire.messages import Urgency
-from routing.errors import CallerError, SwarmError, Unavailable
+from routing.errors import CallerError, NoRoute, SwarmError, Unavailable
 from routing.health import ModelHealth, coverage
 from routing.ids import PeerId, SessionId
 from routing.routes import Route
@@ -211,6 +211,11 @@ class SwarmRemote:
             self._covered = self._network.call(self._coverage(), timeout_s=LOOK_TIMEOUT_S)
         return self._covered
 
+    @property
+    def waited_for(self) -> NoRoute | None:
+        """Why some answer has been waiting for a route, and not for a moment only. Any thread."""
+        return self._client.discovery.waited_for(self.model.model)
+
     async def _coverage(self) -> ModelHealth | None:
         if (known := self._known_coverage()) is not None:
             return known
@@ -244,7 +249,7 @@ class SwarmRemote:
         if self.training is not None:
             self.training.install()
         self._client.discovery.watch(self.model.model)
-        self._tasks.spawn(Watch(self._sessions, self, self._tasks).run(), name="watch sessions")
+        self._tasks.spawn(Watch(self._sessions, self, self._planner, self._tasks).run(), name="watch sessions")
         self._tasks.spawn(Trials(self._sessions).run(), name="try peers again")
         self._guard.spawn(self._end_with_network(), name="end with the network")
 
@@ -350,7 +355,7 @@ class SwarmRemote:
         session, hidden_TD, token_ids_T = step.session, step.hidden_TD, step.token_ids_T
         assert isinstance(session, LiveSession)
         assert session.core is not None
-        session.dtype = tensors.NAMES[hidden_TD.dtype]
+        session.dtype, session.expects = tensors.NAMES[hidden_TD.dtype], step.expects
         count, want_from = hidden_TD.shape[0], step.want_from
         session.timings.clear()
         chunk = self._config.chunk(count)

@@ -135,6 +135,8 @@ class Inbox:
         if session.core is None or session.core.route is None:
             return
         core, route, peer, epoch = session.core, session.core.route, PeerId(message.peer), message.epoch
+        if link.remote != peer and not _precedes(route, link.remote, message.block):
+            return  # a hop speaks for itself and for the one behind it
         at = _hop_at(route, peer, message.block)
         standby = core.standby_at(peer, message.block)
         fed = None if message.step is None or not core.feeds(StepId(message.step), epoch) else StepId(message.step)
@@ -249,6 +251,10 @@ class Inbox:
             return
         for hop, (queue_s, compute_s) in zip(hops, message.hops, strict=True):
             self._sessions.client.router.on_step(hop.peer_id, len(hop.span), count, compute_s, queue_s, now_s)
+
+
+def _precedes(route: Route, peer: PeerId, block: int) -> bool:
+    return any(hop.peer_id == peer and hop.span.end == block for hop in route.hops)
 
 
 def _hop_at(route: Route, peer: PeerId, block: int) -> int | None:

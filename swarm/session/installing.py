@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from peers.transport.links import Link
 from peers.transport.tasks import Tasks
-from peers.wire.messages import Close, Open, Replay, Step
+from peers.wire.messages import MAX_POSITIONS, Close, Open, Replay, Step
 from routing.errors import PeerError, Unavailable
 from routing.ids import PeerId, SessionId
 from routing.routes import Hop, Route
@@ -127,6 +127,9 @@ class Installer:
         assert core is not None
         own = None if session.adapter is None else session.adapter.within(hop.span)
         following = route.hops[index + 1] if index + 1 < len(route.hops) else None
+        longest = session.longest
+        if not standby:
+            session.told = longest
         return Open(
             session=core.session.raw,
             epoch=epoch,
@@ -140,4 +143,5 @@ class Installer:
             keep=keep,
             adapter=hosted.digest if hosted else None if own is None else own.name,
             standby=standby,
+            expects=0 if longest == MAX_POSITIONS else longest,
         )

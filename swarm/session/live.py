@@ -6,6 +6,7 @@ Everything here is touched by the network's loop only, save for a session's `len
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from msgspec.structs import replace
 from peers.model.adapters import Adapter
 from peers.tally import StepTimes
 from peers.wire import tensors
-from peers.wire.messages import Failed, Opened, Result
+from peers.wire.messages import MAX_POSITIONS, Failed, Opened, Result
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
 from routing.records import HostedAdapter
@@ -102,9 +103,12 @@ class LiveSession(RemoteSession):
         "adapter",
         "asked_at_s",
         "began_s",
+        "believed_until_s",
+        "busy_since_s",
         "core",
         "deadline_s",
         "dtype",
+        "expects",
         "heard_at_s",
         "history",
         "idle_looks",
@@ -126,6 +130,7 @@ class LiveSession(RemoteSession):
         "standby",
         "timed_step",
         "timings",
+        "told",
         "trips_s",
         "waiting",
     )
@@ -153,6 +158,10 @@ class LiveSession(RemoteSession):
         self.rows: dict[StepId, tuple[torch.Tensor, int]] = {}
         self.room: tensors.Room | None = None
         """For the answer of the call that was begun last, where that is one row."""
+        self.expects = 0
+        """Positions that it may come to hold, as its last step says; 0: nobody knows."""
+        self.told: int = 0 if parent is None else parent[0].told
+        """And as the hops of the present route were told, MAX_POSITIONS where nobody knew."""
         self.outbox: deque[SendStep] = deque()
         self.pumping = False
         self.route: Route | None = None
@@ -175,6 +184,10 @@ class LiveSession(RemoteSession):
         """When somebody should have been heard: half of `silence_s` before it is given up."""
         self.silence_s = 0.0
         self.idle_looks = 0
+        self.busy_since_s: dict[PeerId, float] = {}
+        """Of hops that said at every look since then that they compute."""
+        self.believed_until_s = math.inf
+        """By then one of them is to be asked again."""
         self.asked_at_s: dict[PeerId, float] = {}
         """When each standby was asked for something last."""
         self.reconsider_at_s = self.review_at_s = 0.0
@@ -185,6 +198,13 @@ class LiveSession(RemoteSession):
         """When that was opened."""
         self.waiting = False
         """Somebody should be heard."""
+
+    @property
+    def longest(self) -> int:
+        """How long it may become; MAX_POSITIONS where nobody knows, as where it is longer by now than was said."""
+        pending = () if self.core is None else self.core.pending
+        length = max((step.first + step.count for step in pending), default=self.length)
+        return min(self.expects, MAX_POSITIONS) if self.expects >= length > 0 else MAX_POSITIONS
 
     def begin(self, route: Route, *, review_in_s: float) -> None:
         """Another route: how fast it is, its answers will tell."""
@@ -221,6 +241,8 @@ class LiveSession(RemoteSession):
         assert self.core is not None
         self.silence_s = self.pace.silence_s(max((step.count for step in self.core.pending), default=1))
         self.idle_looks = 0
+        self.busy_since_s.clear()
+        self.believed_until_s = math.inf
         self.heard_at_s = asyncio.get_running_loop().time()
         self.deadline_s = self.heard_at_s + self.silence_s / 2
 
@@ -230,7 +252,9 @@ class LiveSession(RemoteSession):
             self.deadline_s = asyncio.get_running_loop().time() + self.silence_s / 8
         else:
             self.silence_s = min(SILENCE_S_MAX, self.silence_s * 2)
-            self.deadline_s = asyncio.get_running_loop().time() + self.silence_s
+            now_s = asyncio.get_running_loop().time()
+            believed_until_s = self.believed_until_s if self.believed_until_s > now_s else math.inf
+            self.deadline_s = min(now_s + self.silence_s, believed_until_s)
 
 
 @dataclass(slots=True, kw_only=True)

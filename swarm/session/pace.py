@@ -11,10 +11,13 @@ from collections import deque
 from statistics import median_low
 
 from peers.tally import STEP_POSITIONS
+from routing.ids import SessionId
 
 SILENCE_S_MIN = 2.0
 PATIENCE = 3.0
 """Times the usual time."""
+HUNG = 20.0
+"""Times the usual, after which a hop that only says that it computes is taken for hung where others have its blocks."""
 SLOW = 3.0
 """Times the best that steps took, from which on another route is thought of."""
 _SMOOTHING = 0.3
@@ -46,8 +49,9 @@ class Pace:
 
     @property
     def slowed(self) -> bool:
-        """Steps have come to take much longer than they did."""
-        return self._step_s > SLOW * self._best_step_s
+        """Steps have come to take much longer than they did: one is a pause of somebody's, two of three are a habit."""
+        lately_s = median_low(tuple(self._steps_s)[-3:] or (0.0,))
+        return min(self._step_s, lately_s) > SLOW * self._best_step_s
 
     def silence_s(self, positions: int) -> float:
         """A peer that neither answers a step over so many positions nor a ping for this long is given up."""
@@ -55,6 +59,13 @@ class Pace:
         if positions > STEP_POSITIONS:
             usual_s = max(usual_s, positions * self._position_s)
         return max(SILENCE_S_MIN, PATIENCE * usual_s)
+
+
+def hung_after_s(usual_s: float, least_s: float, session: SessionId) -> float:
+    """For how long a hop is believed that it computes a step which usually takes `usual_s`. Another time for each
+    session, up to twice as long: where a peer is not hung but has too much to do, not all of its users leave at once,
+    and those who stay are served once the others are gone."""
+    return max(least_s, HUNG * usual_s) * (1.0 + session.raw[0] / 255)
 
 
 def _smoothed(known_s: float, new_s: float) -> float:

@@ -6,6 +6,7 @@ Owns how the sessions of one model share the swarm's peers, and which of the ada
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Set
 from dataclasses import replace
 
 from peers.wire.messages import PROTOCOL_VERSION
@@ -24,6 +25,9 @@ from swarm.session.review import next_review_s, usual_tokens, worth_leaving
 RECONSIDER_S_MIN, RECONSIDER_S = 0.5, 5.0
 """Between two looks for a better route for a session whose steps have become slow: twice as long each time."""
 
+EXPECTED_TOKENS_MAX = 4096
+"""More of an answer is not planned for: most end long before the bound that they were given."""
+
 
 class Planner:
     """Of one model's sessions; used in the network's loop."""
@@ -41,8 +45,11 @@ class Planner:
         await self._find_hosted()
         self._turn = (self._turn + GOLDEN) % 1.0
         request = replace(
-            self._request(need.avoid, session.route, length),
+            self._request(session, session.route, length),
+            avoid=need.avoid,
+            expected_tokens=min(session.expects, length + EXPECTED_TOKENS_MAX),
             tokens=usual_tokens([step.count for step in pending]),
+            back_tokens=usual_tokens([step.count - step.want_from for step in pending]),
             keep=need.keep,
             kept=None if session.route is not None else self._prompts.kept(session, pending, length),
             spread=self._turn,
@@ -53,7 +60,8 @@ class Planner:
     def standbys(self, session: LiveSession, route: Route, need: NeedStandbys) -> list[Hop]:
         """Second peers for the hops that lack one, as far as there are any."""
         client = self._sessions.client
-        request, now_s = self._request(need.avoid, route, session.length), client.discovery.now_s()
+        request, now_s = self._request(session, route, session.length), client.discovery.now_s()
+        request = replace(request, avoid=need.avoid)
         hops = (client.router.standby(request, hop, need.avoid, now_s) for hop in need.hops)
         return [hop for hop in hops if hop is not None]
 
@@ -69,19 +77,33 @@ class Planner:
             session.looks += 1
         session.review_at_s = loop_s + next_review_s(loop_s - session.began_s)
         slowest = max(timings, key=lambda hop: hop.queue_s + hop.compute_s).peer
-        request, now_s = self._request(frozenset(), core.route, session.length), client.discovery.now_s()
+        request, now_s = self._request(session, core.route, session.length), client.discovery.now_s()
         others_s = sum(hop.queue_s + hop.compute_s for hop in timings if hop.peer != slowest)
         took = {"step_s": session.pace.usual_s(1), "others_s": others_s}
         worth = worth_leaving(client.router, request, slowest, now_s, **took, slowed=session.pace.slowed)
         return slowest if worth else None
 
-    def _request(self, avoid: frozenset[PeerId], previous: Route | None, length: int) -> RouteRequest:
-        """For a step of one position."""
+    def usual_s(self, session: LiveSession, core: SessionCore) -> float | None:
+        """What a step like the longest under way takes over the present route: as measured or, where that is more, as
+        estimated. None while nothing is estimated, as one of its peers is not to be used."""
+        count, client = core.positions, self._sessions.client
+        request = self._request(session, core.route, session.length)
+        request = replace(request, tokens=count, back_tokens=core.wanted)
+        estimated_s = client.router.route_s(request, client.discovery.now_s())
+        return None if estimated_s is None else max(session.pace.usual_s(count), estimated_s)
+
+    def replaceable(self, session: LiveSession, core: SessionCore, peers: Set[PeerId]) -> bool:
+        """Whether the route could go on without these now, over others that have room."""
+        client = self._sessions.client
+        request = self._request(session, core.route, session.length)
+        return client.router.replaceable(request, peers, client.discovery.now_s())
+
+    def _request(self, session: LiveSession, previous: Route | None, length: int) -> RouteRequest:
+        """For a step of one position, of a session of which no more is known than what it holds."""
         model = self._sessions.model
         return RouteRequest(
             model=model.model,
             num_blocks=model.num_blocks,
-            avoid=avoid,
             bytes_per_token=model.hidden_size * 4,
             cache_tokens=length,
             protocol=PROTOCOL_VERSION,

@@ -54,6 +54,8 @@ class RowStep(msgspec.Struct, frozen=True, kw_only=True):
     """Outputs are wanted from this offset within the step on; T means none."""
     regime_length: int
     """Highest position id of the whole forward plus one, which some rotary embeddings choose their frequencies by."""
+    expects: int = 0
+    """Positions that the session may come to hold, where anybody knows: peers with room for them are preferred."""
 
     def __post_init__(self) -> None:
         count = self.hidden_TD.shape[0]

@@ -75,7 +75,7 @@ class Sender:
         # with steps of other sessions it shares a frame
         if message.bulk or not link.send_now(message, payload, alone=len(self._sessions.by_id) == 1):
             return False
-        self._sent(payload)
+        self._sent(session, message, payload)
         return True
 
     async def _send(self, session: LiveSession, action: SendStep) -> None:
@@ -109,7 +109,10 @@ class Sender:
             rows_TD = rows_TD[-step.count :]  # what every hop holds already is not sent
         alone = step.count == 1 and step.until is None and not core.crowded
         session.timed_step = (step.step, asyncio.get_running_loop().time()) if alone else None
-        return self._step(core, route.hops[0], step, action.epoch, rows_TD, regime_length)
+        message, payload = self._step(core, route.hops[0], step, action.epoch, rows_TD, regime_length)
+        if (longest := session.longest) > session.told:
+            message = replace_fields(message, expects=longest)
+        return message, payload
 
     def _step(
         self, core: SessionCore, hop: Hop, step: PendingStep, epoch: int, rows_TD: torch.Tensor, regime_length: int
@@ -174,9 +177,11 @@ class Sender:
         except Unavailable as error:
             self._driver.perform(session, session.core.give_up(error))
         else:
-            self._sent(payload)
+            self._sent(session, message, payload)
 
-    def _sent(self, payload: memoryview) -> None:
+    def _sent(self, session: LiveSession, message: Step | Replay, payload: memoryview) -> None:
+        if isinstance(message, Step):
+            session.told = max(session.told, message.expects)
         self._sessions.traffic.steps += 1
         self._sessions.traffic.bytes_sent += len(payload)
 

@@ -46,6 +46,10 @@ class Standby:
     feed: StepId | None = None
     """What it hears now."""
     feed_end: int = 0
+    steady: bool = True
+    """Nothing was undone since it was asked to hear that."""
+    undone: bool = False
+    """Past `reach` it may hold what the session has undone: so until it says that it heard what came after."""
 
 
 class Standbys:
@@ -102,7 +106,15 @@ class Standbys:
 
     def rolled_back(self, position: int) -> None:
         for standby in self:
+            if position < max(standby.reach, standby.feed_end, standby.offered):
+                standby.undone, standby.steady = True, False
             standby.held, standby.reach = min(standby.held, position), min(standby.reach, position)
+            standby.feed_end, standby.offered = min(standby.feed_end, position), min(standby.offered, position)
+
+    def opens(self, standby: Standby, offered: int) -> None:
+        """It begins anew, with so many positions of the session as it now is at most."""
+        standby.open, standby.feed, standby.feed_end = False, None, 0
+        standby.offered, standby.undone = offered, False
 
     def opened(self, standby: Standby, held: int) -> None:
         standby.open = True
@@ -110,11 +122,14 @@ class Standbys:
         standby.reach = max(standby.reach, standby.held)
 
     def feeds(self, standby: Standby, step: StepId, end: int) -> None:
-        standby.feed, standby.feed_end = step, end
-        standby.reach = max(standby.reach, end)
+        standby.feed, standby.feed_end, standby.steady = step, end, True
+        if not standby.undone:
+            standby.reach = max(standby.reach, end)
 
     def fed(self, standby: Standby) -> None:
         standby.feed = None
+        if standby.steady:
+            standby.undone, standby.reach = False, max(standby.reach, standby.feed_end)
         standby.held = min(standby.feed_end, standby.reach)
 
     def take(self, hop: Hop) -> Standby | None:

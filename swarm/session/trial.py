@@ -59,6 +59,7 @@ class Trials:
                     end=span.end,
                     previous=None,
                     next=None,
+                    expects=TRIAL_STEPS,
                 )
                 await link.send(opening)
                 await _answer(answers)

@@ -9,6 +9,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 
+from peers.errors import StreamClosed
 from peers.model.adapters import Adapter, as_rows
 from peers.transport.links import Link, Links
 from peers.wire import parts
@@ -34,6 +35,8 @@ class Uploads:
     ) -> None:
         """An adapter of blocks `span`, unless the peer has it. What names it is to follow in the same lane, the bulk
         one. `told` is called after each part. Raises what `Link.send` raises."""
+        if link.closed:  # nobody will say once more that it is lost
+            raise StreamClosed(f"the link with {link.remote} is closed")
         known = self._sent.setdefault(link, OrderedDict())
         async with self._sending.setdefault(link, asyncio.Lock()):
             if adapter.name in known:

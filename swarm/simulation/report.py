@@ -57,6 +57,11 @@ class Report:
     healed_s_max: float
     """The longest gap."""
     downloaded_bytes: int
+    """Of weights."""
+    hidden_bytes: int
+    """Of hidden states in steps that were answered, over all ways."""
+    replayed_bytes: int
+    """The same of those that were sent again, most of them by hops."""
     rebuilt_routes: int
     """By sessions that went on: because of a hop that died, left, moved, or was slow."""
     failed_sessions: int
@@ -117,21 +122,27 @@ class Report:
             f"placement    {self.joins} joins, {self.moves} moves, {self.heals} of them to close a gap: "
             f"{self.moves_per_join:.2f} per join; {self.downloaded_bytes / 1e9:,.0f} GB downloaded",
             f"             bar: at most {MOVES_PER_JOIN_MAX:g} moves per join, {met['moves_per_join']}",
+            f"links        {self.hidden_bytes / 1e9:,.1f} GB of hidden states, and {self.replayed_bytes / 1e9:,.1f} GB "
+            "of them sent again",
             f"sessions     {self.rebuilt_routes} went on over other hops, {self.failed_sessions} failed",
         ]
 
-    def page(self) -> str:
-        """A self-contained HTML page."""
-        curves = {
+    @property
+    def curves(self) -> tuple[dict[str, list[float]], ...]:
+        """By chart and name, a value for each sample."""
+        rates = {
             "tokens/s": [sample.tokens_per_s for sample in self.samples],
             "maximum flow": [sample.bound_tokens_per_s for sample in self.samples],
         }
-        peers = {"peers online": [float(sample.peers) for sample in self.samples]}
+        return rates, {"peers online": [float(sample.peers) for sample in self.samples]}
+
+    def page(self) -> str:
+        """A self-contained HTML page."""
         text = "\n".join(map(html.escape, self.lines()))
         return (
             "<!doctype html><meta charset=utf-8><title>swarm simulate</title>"
             "<style>body{font:14px sans-serif;margin:2em}svg{border:1px solid #ccc}</style>"
-            f"<pre>{text}</pre>{_chart(curves)}{_chart(peers)}\n"
+            f"<pre>{text}</pre>{''.join(map(_chart, self.curves))}\n"
         )
 
 

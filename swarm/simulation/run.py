@@ -23,18 +23,29 @@ from peers.discovery import READ_EVERY_S
 from routing.errors import NoRoute
 from routing.flow import BATCH, by_span, max_flow
 from routing.ids import BlockSpan, BlockSpans, PeerId
-from routing.placement import TURN_S, choose_move, choose_span, gives_way, has_turn
+from routing.placement import (
+    LOOK_S,
+    REST_S,
+    SETTLE_S,
+    TURN_S,
+    Arrivals,
+    choose_move,
+    choose_span,
+    has_turn,
+    stands,
+)
 from routing.records import RECORD_LIFETIME_S, RECORD_RENEW_S, Announcement, PeerState
 from routing.router import Router
 from routing.routes import RouteRequest
 from swarm.simulation.report import Report, Sample
 from swarm.simulation.sharing import Sharing
-from swarm.simulation.users import CHUNK, DONE, Client, User, trips_s
+from swarm.simulation.users import CHUNK, DONE, Client, User, trips
 from swarm.simulation.world import (
     BYTES_PER_TOKEN,
     MODEL,
     Peer,
     SimulationConfig,
+    draw_bytes_per_s,
     draw_peer,
     draw_place,
     round_trip_s,
@@ -42,9 +53,6 @@ from swarm.simulation.world import (
 
 logger = logging.getLogger(__name__)
 
-LOOK_S: Final = 4.0
-SETTLE_S: Final = 3.0
-REST_S: Final = 600.0
 SAMPLE_S: Final = 10.0
 USERS_BOUND_S: Final = 300.0
 """It takes long to compute, and changes little."""
@@ -67,6 +75,7 @@ class Simulation:
         self.counts: Counter[str] = Counter()
         self.first_token_s: list[float] = []
         self._open_since_s: float | None = None
+        self._arrivals = Arrivals()
         self._healed_s: list[float] = []
         self.now_s = 0.0
         self.sharing = Sharing(config.users, config.peers)
@@ -77,7 +86,12 @@ class Simulation:
         for _ in range(config.peers):
             self._join(ready=True)
         self._clients = [
-            Client(draw_place(self.rng), self.rng.uniform(0, READ_EVERY_S), turn=self.rng.random())
+            Client(
+                draw_place(self.rng),
+                draw_bytes_per_s(self.rng),
+                self.rng.uniform(0, READ_EVERY_S),
+                turn=self.rng.random(),
+            )
             for _ in range(config.clients)
         ]
         self._users = [  # they do not come all at once
@@ -142,6 +156,8 @@ class Simulation:
             heals=counts["heals"],
             healed_s_max=max(self._healed_s, default=0.0),
             downloaded_bytes=counts["downloaded"],
+            hidden_bytes=counts["hidden"],
+            replayed_bytes=counts["replayed"],
             rebuilt_routes=counts["rebuilt"],
             failed_sessions=counts["failed"],
             hops=statistics.fmean([len(user.hops) for user in self._users if user.hops] or [0]),
@@ -161,7 +177,9 @@ class Simulation:
     def _join(self, *, ready: bool = False) -> None:
         peer = draw_peer(next(self._numbers), self.config, self.rng)
         span = choose_span(self._records(), self.config.blocks, peer.max_blocks, self.now_s, peer.decode_s)
-        downloaded = peer.load(BlockSpans.of(span), self.now_s)
+        spans = BlockSpans.of(span)
+        downloaded, fetched_at_s = peer.fetch(spans, self.now_s)
+        peer.load(spans, fetched_at_s)
         peer.looks_at_s = self.now_s + self.rng.uniform(0, TURN_S)
         if ready:
             peer.state, peer.ready_at_s = PeerState.ONLINE, self.now_s
@@ -225,14 +243,15 @@ class Simulation:
         elif self._open_since_s is None:
             self._open_since_s = now_s
         open_for_s = 0.0 if self._open_since_s is None else now_s - self._open_since_s
+        late = self._arrivals.late(records, now_s)
         of_span = defaultdict[BlockSpans, list[Announcement]](list)
         if not missing:
             for a in online:
                 of_span[a.spans].append(a)
         for peer in list(self.peers.values()):
-            if peer.intent is not None:
+            if peer.move is not None:
                 if now_s >= peer.moves_at_s:
-                    self._move(peer, records)
+                    self._move(peer, self._records(), late)
             elif peer.state is PeerState.ONLINE and (now_s >= peer.looks_at_s or (missing and now_s % LOOK_S == 0)):
                 peer.looks_at_s = now_s + TURN_S
                 if (
@@ -241,27 +260,29 @@ class Simulation:
                     and not has_turn(of_span[peer.record.spans], peer.record, now_s)
                 ):
                     continue  # what `choose_move` would find out after much else
-                move = choose_move(records, peer.peer_id, now_s, open_for_s=open_for_s)
+                move = choose_move(records, peer.peer_id, now_s, open_for_s=open_for_s, late=late)
                 if move is not None and (move.heals or now_s - peer.moved_at_s >= REST_S):
-                    peer.intent, peer.moves_at_s = move.intent, now_s + SETTLE_S
+                    peer.move, peer.ready, peer.moves_at_s = move, False, now_s + SETTLE_S
                     peer.announce(self.config.blocks, now_s)
                     records = self._records()
 
-    def _move(self, peer: Peer, records: list[Announcement]) -> None:
-        intent = peer.intent
-        assert intent is not None
-        if gives_way(records, peer.peer_id, intent):
-            peer.intent = None
+    def _move(self, peer: Peer, records: list[Announcement], late: frozenset[PeerId]) -> None:
+        move = peer.move
+        assert move is not None
+        if not stands(move, records, peer.peer_id, late=late, ready=peer.ready):
+            peer.move = None
             peer.announce(self.config.blocks, self.now_s)
             return
-        heals = self._open_since_s is not None
-        room = peer.max_blocks - peer.spans.num_blocks
-        extends = len(intent) <= room and all(intent.end <= s.start or s.end <= intent.start for s in peer.spans)
-        spans = BlockSpans.of(*peer.spans, intent) if heals and extends else BlockSpans.of(intent)
-        self.counts["downloaded"] += peer.load(spans, self.now_s)
+        if not peer.ready:
+            downloaded, peer.moves_at_s = peer.fetch(move.spans, self.now_s)
+            self.counts["downloaded"] += downloaded
+            peer.ready = True
+            if downloaded:
+                return
+        peer.load(move.spans, self.now_s)
         self._disturbed = True
         self.counts["moves"] += 1
-        self.counts["heals"] += heals
+        self.counts["heals"] += move.heals
         peer.announce(self.config.blocks, self.now_s)
 
     # --- users ---
@@ -312,7 +333,8 @@ class Simulation:
 
     def _users_bound(self) -> float:
         """What all users would get if everybody had the swarm for himself, by the routes that are planned then."""
-        idle = [replace(a, queue_s=0.0, sessions=0) for a in self._records() if a.state is PeerState.ONLINE]
+        alive = (peer.record for peer in self.peers.values() if peer.record is not None)
+        idle = [replace(a, queue_s=0.0, sessions=0) for a in alive if a.state is PeerState.ONLINE]
         total = 0.0
         for client in self._clients:
             router = Router()
@@ -326,12 +348,12 @@ class Simulation:
             except NoRoute:
                 return 0.0
             hops = [(self.peers[hop.peer_id], len(hop.span)) for hop in planned]
-            way_s = trips_s(client.where, [peer for peer, _ in hops])
+            way = trips(client, [peer for peer, _ in hops])
             compute_s = sum(blocks * peer.decode_s for peer, blocks in hops)
-            prompt_s = (way_s + compute_s * (1 + (CHUNK - 1) / BATCH)) / CHUNK
+            prompt_s = (way.of(CHUNK) + compute_s * (1 + (CHUNK - 1) / BATCH)) / CHUNK
             prompt, new = self.config.prompt_tokens, self.config.new_tokens
             users = sum(user.client is client for user in self._users)
-            total += users * (prompt + new) / (prompt * prompt_s + new * (way_s + compute_s))
+            total += users * (prompt + new) / (prompt * prompt_s + new * (way.of(1) + compute_s))
         return total
 
     def _bound(self) -> float:

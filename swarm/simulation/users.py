@@ -62,6 +62,7 @@ class Client:
     """A node that users come through."""
 
     where: Coordinate
+    bytes_per_s: float
     reads_at_s: float
     router: Router = field(default_factory=Router)
     turn: float = 0.0
@@ -100,7 +101,7 @@ class User:
         self._need: NeedRoute | None = None
         self._needed_at_s = 0.0
         self._route: Route | None = None
-        self._trips_s = 0.0
+        self._trips = Trips(0.0, 0.0, 0.0)
         self._resumes_at_s = resumes_at_s
         self._leaving: set[PeerId] = set()
         self._asked_at_s = 0.0
@@ -166,10 +167,23 @@ class User:
         return processed, written
 
     def _tell(self, stage: Stage, work: Work) -> None:
-        """Every answer tells what its hops took."""
+        """Every answer tells what its hops took; and how wide the way to the first is, where much was sent over it."""
+        router, client, step = self.client.router, self.client, work.step
         for peer, blocks in work.hops:
             took_s = peer.step_s(blocks, work.tokens)
-            self.client.router.on_step(peer.peer_id, blocks, work.tokens, *took_s, stage.now_s)
+            router.on_step(peer.peer_id, blocks, work.tokens, *took_s, stage.now_s)
+        if work.tokens > 1 and not step.hop:
+            (first, _), *_ = work.hops
+            size = work.tokens * BYTES_PER_TOKEN
+            sent_s = round_trip_s(client.where, first.where) + size / min(client.bytes_per_s, first.bytes_per_s)
+            router.on_transfer(first.peer_id, size, sent_s, stage.now_s)
+        stage.counts["replayed" if step.replay or step.hop else "hidden"] += self._sent_bytes(work)
+
+    def _sent_bytes(self, work: Work) -> int:
+        """Of a step that was answered, over all ways; a decode's positions come back one by one, of others the last."""
+        step = work.step
+        back = 0 if step.until is not None else step.count if work.tokens == 1 else step.count - step.want_from
+        return BYTES_PER_TOKEN * (step.count * len(work.hops) + back)
 
     def show(self, stage: Stage) -> None:
         """Tell `Sharing` what is under way."""
@@ -180,7 +194,7 @@ class User:
         if work is None:
             stage.sharing.left_U[self.number] = 0.0
         else:
-            stage.sharing.begin(self.number, work.step.count, work.tokens, self._trips_s, work.hops)
+            stage.sharing.begin(self.number, work.step.count, work.tokens, self._trips.of(work.tokens), work.hops)
 
     # --- an answer ---
 
@@ -268,6 +282,7 @@ class User:
             num_blocks=stage.config.blocks,
             avoid=need.avoid,
             tokens=usual_tokens([step.count for step in core.pending]) if self._asked_at_s >= 0 else 1,
+            back_tokens=1,
             bytes_per_token=BYTES_PER_TOKEN,
             cache_tokens=self._kept,
             previous=self._route,
@@ -297,7 +312,7 @@ class User:
         self.works.clear()
         found = [stage.peers.get(hop.peer_id) for hop in route.hops]
         self._hold(tuple((p, len(hop.span)) for p, hop in zip(found, route.hops, strict=True) if p is not None))
-        self._trips_s = trips_s(self.client.where, [peer for peer, _ in self.hops])
+        self._trips = trips(self.client, [peer for peer, _ in self.hops])
         for hop, peer, keep in zip(route.hops, found, action.keep, strict=True):
             if core.epoch != action.epoch or core.state is not State.OPENING:
                 return  # a hop was replaced meanwhile
@@ -341,7 +356,7 @@ class User:
             previous=self._route,
         )
         others_s = sum(took_s.values()) - took_s[slowest]
-        took = {"step_s": self._trips_s + took_s[slowest] + others_s, "others_s": others_s}
+        took = {"step_s": self._trips.of(1) + took_s[slowest] + others_s, "others_s": others_s}
         if worth_leaving(self.client.router, request, slowest, now_s, **took, slowed=False):
             error = PeerError(f"{slowest} has become slow")
             self._perform(stage, core.hop_leaves(slowest, core.epoch, error, answers=True))
@@ -354,7 +369,26 @@ class User:
         self.hops = hops
 
 
-def trips_s(where: Coordinate, peers: Sequence[Peer]) -> float:
-    """From a client through all of them and back."""
-    places = [where, *(peer.where for peer in peers), where]
-    return sum(round_trip_s(a, b) / 2 for a, b in itertools.pairwise(places))
+@dataclass(frozen=True, slots=True)
+class Trips:
+    """From a client through all hops and back."""
+
+    seconds: float
+    """Of an empty frame."""
+    position_s: float
+    """That each position adds; on the way back too, of which only decodes are: a prompt's last row comes alone."""
+    back_s: float
+    """The part of the last way in that."""
+
+    def of(self, tokens: int) -> float:
+        return self.seconds + tokens * (self.position_s - self.back_s) + self.back_s
+
+
+def trips(client: Client, peers: Sequence[Peer]) -> Trips:
+    nodes: list[Client | Peer] = [client, *peers, client]
+    byte_s = [1 / min(a.bytes_per_s, b.bytes_per_s) for a, b in itertools.pairwise(nodes)]
+    return Trips(
+        seconds=sum(round_trip_s(a.where, b.where) / 2 for a, b in itertools.pairwise(nodes)),
+        position_s=BYTES_PER_TOKEN * sum(byte_s),
+        back_s=BYTES_PER_TOKEN * byte_s[-1],
+    )

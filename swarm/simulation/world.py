@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from routing.coordinates import Coordinate, distance_s
+from routing.estimates import announced_uplink
 from routing.flow import BATCH
 from routing.identity import peer_id_of
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
+from routing.placement import Move
 from routing.records import RECORD_LIFETIME_S, Announcement, PeerState
 
 MODEL: Final = ModelId(hashlib.sha256(b"a simulated model").digest())
@@ -25,6 +27,8 @@ DECODE_S: Final = 0.015
 """Per block and token: a large model on consumers' machines."""
 BLOCK_BYTES: Final = 200_000_000
 DOWNLOAD_BYTES_PER_S: Final = 25e6
+LINK_BYTES_PER_S: Final = 25e6
+"""Median of what access links carry, each in both directions; of a way between two nodes the slower one counts."""
 LOAD_S_PER_BLOCK: Final = 0.5
 """From disk, of blocks that were downloaded before."""
 BYTES_PER_TOKEN: Final = 16_384
@@ -64,6 +68,8 @@ class Peer:
     peer_id: PeerId
     where: Coordinate
     """Its true place; distances to it are true round trips."""
+    bytes_per_s: float
+    """That its access link carries."""
     claimed: Coordinate
     decode_s: float
     max_blocks: int
@@ -74,9 +80,12 @@ class Peer:
     dies_at_s: float | None = None
     """Without a word; None: it stays or says goodbye."""
     leaves_at_s: float | None = None
-    intent: BlockSpan | None = None
+    move: Move | None = None
+    """That it intends."""
+    ready: bool = False
+    """All that this needs will be on its disk at `moves_at_s`."""
     moves_at_s: float = 0.0
-    """When its intent has been read by all."""
+    """When its intent has been read by all, or what it needs is there."""
     moved_at_s: float = 0.0
     looks_at_s: float = 0.0
     cached: set[int] = field(default_factory=set)
@@ -120,21 +129,25 @@ class Peer:
             queue_s=self.step_s(self.spans.num_blocks)[1],
             sessions=self.sessions,
             place=self.claimed,
+            uplink_bytes_per_s=announced_uplink(self.bytes_per_s),
             max_blocks=self.max_blocks,
-            intent=self.intent,
+            intent=None if self.move is None else self.move.intent,
             sequence=self.sequence,
             expires_at_s=now_s + RECORD_LIFETIME_S,
         )
         return self.record
 
-    def load(self, spans: BlockSpans, now_s: float) -> int:
-        """Begin to serve other blocks; returns the bytes that must be downloaded first."""
+    def fetch(self, spans: BlockSpans, now_s: float) -> tuple[int, float]:
+        """Bring blocks onto the disk: how many bytes must be downloaded for that, and when they are there."""
         blocks = {block for span in spans for block in span}
         missing_bytes = len(blocks - self.cached) * BLOCK_BYTES
         self.cached |= blocks
-        self.spans, self.state, self.intent = spans, PeerState.JOINING, None
-        self.ready_at_s = now_s + missing_bytes / DOWNLOAD_BYTES_PER_S + LOAD_S_PER_BLOCK * len(blocks)
-        return missing_bytes
+        return missing_bytes, now_s + missing_bytes / DOWNLOAD_BYTES_PER_S
+
+    def load(self, spans: BlockSpans, now_s: float) -> None:
+        """Begin to serve blocks that are on the disk at `now_s`."""
+        self.spans, self.state, self.move = spans, PeerState.JOINING, None
+        self.ready_at_s = now_s + LOAD_S_PER_BLOCK * spans.num_blocks
 
 
 def draw_place(rng: random.Random) -> Coordinate:
@@ -143,12 +156,17 @@ def draw_place(rng: random.Random) -> Coordinate:
     return Coordinate(x_s + rng.gauss(0, 0.006), y_s + rng.gauss(0, 0.006), height_s, 0.1)
 
 
+def draw_bytes_per_s(rng: random.Random) -> float:
+    return LINK_BYTES_PER_S * min(5.0, max(0.1, rng.lognormvariate(0, 0.6)))
+
+
 def draw_peer(number: int, config: SimulationConfig, rng: random.Random) -> Peer:
     where = draw_place(rng)
     blur = 1 + rng.gauss(0, PLACE_NOISE)
     return Peer(
         peer_id=peer_id_of(hashlib.sha256(f"{config.seed}/{number}".encode()).digest()),
         where=where,
+        bytes_per_s=draw_bytes_per_s(rng),
         claimed=Coordinate(where.x_s * blur, where.y_s * blur, where.height_s, PLACE_NOISE),
         decode_s=DECODE_S * rng.lognormvariate(0, 0.5),
         max_blocks=min(config.blocks, rng.randint(2, 12)),

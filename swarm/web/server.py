@@ -39,10 +39,11 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(1024)
-    except OSError as error:
+    except (OSError, TypeError) as error:  # the latter of what cannot be a host's name at all
         listener.close()
+        why = error.strerror if isinstance(error, OSError) else "that is no host"
         raise CallerError(
-            f"cannot listen on {host} port {port}: {error.strerror}", hint="choose another with --port or --host"
+            f"cannot listen on {host} port {port}: {why}", hint="choose another with --port or --host"
         ) from error
     listener.setblocking(False)
     return listener
@@ -53,7 +54,9 @@ def make_server(app: ASGIApp, *, close_within_s: float) -> Server:
     return Server(
         uvicorn.Config(
             app,
+            http="h11",  # bounds the headers of a request, which httptools does not
             log_config=None,
+            log_level="error",  # warnings are about what strangers sent, as often as they like
             access_log=False,
             server_header=False,
             ws="none",

@@ -37,7 +37,7 @@ def page(browser: Browser, crowd: CrowdServer) -> Iterator[Page]:
 
 
 def ask(crowd: CrowdServer, path: str) -> Any:
-    return httpx2.get(f"{crowd.url}/api/v1/{path}").raise_for_status().json()
+    return httpx2.get(f"{crowd.url}/api/v1/{path}", timeout=60).raise_for_status().json()
 
 
 def go(page: Page, title: str) -> None:

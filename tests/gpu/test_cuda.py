@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from peers.model import grouped
 from peers.model.catalog import resolve
 from peers.model.kernels import accelerate_by_torch, linear
 from peers.model.loading import load_span
@@ -21,6 +23,7 @@ from peers.runtime.graphs import COUNTS, recorder_for
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
+from tests.peers.model.test_grouped import FORMS
 from tests.peers.runtime.spans import assert_graphs_say_the_same
 from tests.peers.runtime.test_attention import assert_attends_as_each_alone, assert_sessions_are_apart
 
@@ -55,6 +58,21 @@ def test_packed_weights_say_the_same_on_a_gpu(family: str, quantization: str, tm
         hidden = torch.randn(1, 7, model.hidden_size, generator=torch.Generator().manual_seed(0))
         outputs.append(model.forward(hidden.to(device), torch.arange(7, device=device)[None]).cpu())
     assert (outputs[1] - outputs[0]).norm() <= 1e-3 * outputs[0].norm()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_integers_of_a_checkpoint_are_made_whole_on_a_gpu(name: str) -> None:
+    tensors, weight = FORMS[name].pack("weight", 48, 64, np.random.default_rng(0))
+    parts = [None if (part := tensors.get(name)) is None else part.to("cuda:0") for name in grouped.PARTS]
+    assert torch.equal(grouped.whole(FORMS[name].layout, torch.float32, *parts).cpu(), weight)
+
+
+def test_a_group_that_is_not_there_is_refused_before_a_gpu_sees_it() -> None:
+    tensors, _ = FORMS["gptq"].pack("weight", 48, 64, np.random.default_rng(0))
+    parts = [(tensors[name] + 100 if name == "g_idx" else tensors[name]).to("cuda:0") for name in grouped.PARTS]
+    with pytest.raises(ValueError, match="does not name a group"):
+        grouped.whole("gptq", torch.float32, *parts)
+    assert torch.ones(1, device="cuda:0").item() == 1, "the device works on"
 
 
 @pytest.mark.parametrize("quantization", [name for name in QUANTIZATIONS if name != NONE])

@@ -20,7 +20,7 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SEEN_MS = 30_000
+SEEN_MS = 60_000
 """Until something must be there, on a busy machine."""
 SYSTEM = ("chromium", "chromium-browser", "google-chrome")
 
@@ -44,7 +44,7 @@ def chromium() -> Iterator[Browser]:
             pytest.skip("there is no Chromium; `scripts/browser` installs one, or says how")
         expect.set_options(timeout=SEEN_MS)
         root = ["--no-sandbox"] if os.getuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=path, args=[*QUIET, *root])
+        browser = playwright.chromium.launch(executable_path=path, args=[*QUIET, *root], timeout=SEEN_MS)
         try:
             yield browser
         finally:

@@ -39,6 +39,8 @@ from swarm.web.server import listen, make_server, url
 MODEL = ModelId(hashlib.sha256(b"a crowd's model").digest())
 OTHER_MODEL = ModelId(hashlib.sha256(b"another one").digest())
 BLOCKS = 32
+LOOK_S = 3.0
+"""Between two looks, while seconds come as they should; where they are late, at each of them."""
 HOSTILE = (
     "<script>document.title='owned'</script>",
     "<img src=x onerror=alert(1)>",
@@ -83,6 +85,7 @@ class Crowd:
         self._count = 0
         self._called = 0
         self._kept = 0
+        self._looked_s = now_s
         for _ in range(peers):
             self.join(now_s)
         self.look(now_s)
@@ -119,6 +122,7 @@ class Crowd:
             free_tokens=cache_tokens,
             place=place,
             max_blocks=12,
+            uplink_bytes_per_s=number % 3 * 2**20,
             adapters=ADAPTERS[: number % 4],
             sequence=1,
             expires_at_s=now_s + RECORD_LIFETIME_S,
@@ -175,6 +179,7 @@ class Crowd:
 
     def look(self, now_s: float) -> None:
         """All that live renew their records, and the index is read."""
+        self._looked_s = now_s
         for member in self._live():
             self._change(member, now_s)
         self.core.read([member.record for member in self._live()], now_s)
@@ -202,7 +207,7 @@ class Crowd:
         whole, part = divmod(churn, 1)
         for _ in range(int(whole) + (self.rng.random() < part)):
             self.rng.choice((self.join, self.leave, self.kill, self.return_, self.move))(now_s)
-        if int(now_s) % 3 == 0:
+        if now_s - self._looked_s >= LOOK_S:
             self.look(now_s)
         self.call(now_s, 40)
         return self.publish(now_s)
@@ -322,18 +327,18 @@ class CrowdServer:
             self._tell(self.crowd.publish(now_s))
             return peers
 
-        return asyncio.run_coroutine_threadsafe(happen(), self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(happen(), self._loop).result(60)
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """From any thread: until the server's loop finds it true."""
         assert self._loop is not None
 
         async def look() -> None:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not condition():  # noqa: ASYNC110  # nothing tells when a reader has gone
                     await asyncio.sleep(0.01)
 
-        asyncio.run_coroutine_threadsafe(look(), self._loop).result(20)
+        asyncio.run_coroutine_threadsafe(look(), self._loop).result(60)
 
     def stop(self) -> None:
         """From any thread."""
@@ -360,12 +365,12 @@ def serving(peers: int = 1000, *, port: int = 0, churn: float = 0.0, seed: int =
     server = CrowdServer(peers, port=port, churn=churn, seed=seed)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
-    server.up.wait(10)
+    server.up.wait(60)
     try:
         yield server
     finally:
         server.stop()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 

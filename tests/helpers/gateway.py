@@ -65,13 +65,20 @@ def save_talker(folder: Path, family: str = "llama") -> Any:
 class GatewayWorld:
     """The swarm, one model behind a gateway, and the local model that it must equal."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, *, latency_s: float = 0.0, **options: Any) -> None:
         self.local = save_talker(folder / "model")
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         self.swarm = MemorySwarm(
-            folder / "model", [(0, 2), (2, 4)], cache=folder / "cache", cache_tokens=16384, page_size=16
+            folder / "model",
+            [(0, 2), (2, 4)],
+            cache=folder / "cache",
+            cache_tokens=16384,
+            page_size=16,
+            latency_s=latency_s,
         )
         self.served = Served("talker", self.swarm.model(), self.tokenizer, **options)
+        while self.served.engine.coverage() is None:
+            pass  # what is known now is known from then on, however late this machine is
 
     def close(self) -> None:
         self.served.close()
@@ -122,7 +129,7 @@ def serving(
     try:
         yield running
     finally:
-        begun.result(10).call_soon_threadsafe(running.stop)
-        thread.join(20)
+        begun.result(60).call_soon_threadsafe(running.stop)
+        thread.join(90)
         assert not thread.is_alive()
         running.listener.close()

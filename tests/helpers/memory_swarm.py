@@ -19,13 +19,14 @@ import torch
 
 from peers.capacity import plan_capacity
 from peers.discovery import Discovery
+from peers.host import blocks
 from peers.host.server import ServerPeer
 from peers.model.catalog import Checkpoint, resolve
 from peers.model.loading import load_config
 from peers.model.lora import AdapterFolder
 from peers.runtime.cost import ForwardCost
-from peers.runtime.engine import Sharing
 from peers.runtime.probe import Probe
+from peers.runtime.works import Sharing
 from peers.transport.memory import MemoryNetwork, MemoryTransport
 from peers.wire.messages import Urgency
 from routing.identity import SigningKey
@@ -44,6 +45,7 @@ PROBE = Probe(
     decode_s_per_block=1e-3,
     prefill_s_per_token_block=1e-4,
     cost=ForwardCost(base_s=1e-3, per_token_s=1e-4, per_token_past_s=0.0),
+    token_budget=256,
     forward_bytes=1 << 20,
 )
 """What tiny peers announce instead of measuring for a second."""
@@ -57,11 +59,14 @@ def new_key() -> SigningKey:
 
 @contextmanager
 def impatient() -> Iterator[None]:
-    """Blocks that nobody serves are waited for only until everybody's records were read."""
+    """Blocks that nobody serves are waited for only until everybody's records were read, however long that takes."""
     patient = Discovery.route
 
     async def route(self: Discovery, request: RouteRequest, *, patience_s: float | None = None) -> Route:
-        return await patient(self, request, patience_s=0.5)
+        self.watch(request.model)
+        for _ in range(2):  # the first look may have begun before what is to be seen
+            await self.refresh()
+        return await patient(self, request, patience_s=0.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Discovery, "route", route)
@@ -102,7 +107,7 @@ class MemorySwarm:
         dtype: str = "float32",
         device: str = "cpu",
         latency_s: float = 0.0,
-        lease_s: float = 60.0,
+        lease_s: float = 600.0,
         session_config: SessionConfig | None = None,
         cache: Path | None = None,
         share_prefixes: Sharing = "owner",
@@ -126,7 +131,9 @@ class MemorySwarm:
         self._guests: list[Guest] = []
         self._spans = spans
         self._models: list[Any] = []
-        self.thread = NetworkThread(self._make)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("swarm.network.START_TIMEOUT_S", 600.0)  # of a client: here all peers start within it
+            self.thread = NetworkThread(self._make)
 
     async def _make(self) -> ClientNode:
         self.network = MemoryNetwork(latency_s=self._latency_s)
@@ -157,16 +164,18 @@ class MemorySwarm:
             training=self._training,
             hosted=adapters.values(),
         )
-        await peer.load(
-            self.checkpoint,
-            spans,
-            plan,
-            threads=1,
-            page_size=self._page_size,
-            share_prefixes=self._share_prefixes,
-            probe=PROBE,
-            movable=self._movable,
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks, "PREPARATION_S", 0.0)  # none of these is in a hurry later
+            await peer.load(
+                self.checkpoint,
+                spans,
+                plan,
+                threads=1,
+                page_size=self._page_size,
+                share_prefixes=self._share_prefixes,
+                probe=PROBE,
+                movable=self._movable,
+            )
         self._serving.append(asyncio.create_task(peer.serve()))
         await peer.announced()
         self.peers.append(peer)
@@ -184,16 +193,18 @@ class MemorySwarm:
         adapter: str | None = None,
         urgency: Urgency = Urgency.INTERACTIVE,
         training: TrainingConfig | None = None,
+        reviews: bool = False,
         **options: Any,
     ) -> Any:
-        """A client's model; closed with the swarm. A `guest` is a client of its own."""
+        """A client's model; closed with the swarm. A `guest` is a client of its own. Unless it `reviews` its routes,
+        none that works is left for one that seems faster: what steps take here, this machine decides."""
         thread = self.thread
         if guest:
             thread = Guest(self.thread, self.thread.call(self._client()))
             self._guests.append(thread)
 
         def connect(model: RemoteModel, embed: Embed) -> SwarmRemote:
-            return SwarmRemote(
+            remote = SwarmRemote(
                 thread,
                 model,
                 embed,
@@ -203,6 +214,9 @@ class MemorySwarm:
                 urgency=urgency,
                 training=training,
             )
+            if not reviews:
+                remote.reconsider = lambda session: None  # type: ignore[method-assign]
+            return remote
 
         model = load_model(
             self.checkpoint,
@@ -255,11 +269,11 @@ class MemorySwarm:
             for peer in self.peers
         )
 
-    def eventually_settled(self, timeout_s: float = 10.0) -> bool:
-        """`settled`, once the goodbyes under way have arrived."""
+    def eventually_settled(self, timeout_s: float = 60.0) -> bool:
+        """`settled`, once the goodbyes under way have arrived: long before any lease would end."""
         return self.eventually(self.settled, timeout_s)
 
-    def eventually(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    def eventually(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
         """Wait until something is true of this swarm. Raises TimeoutError."""
 
         async def wait() -> bool:

@@ -37,7 +37,7 @@ class Family:
                     found.append(process)
         return found
 
-    def survivors(self, *, besides: Container[int] = (), timeout_s: float = 20.0) -> list[str]:
+    def survivors(self, *, besides: Container[int] = (), timeout_s: float = 60.0) -> list[str]:
         """Who is still there after so long, in words; they are ended then. Empty as soon as nobody is left, or nobody
         but the processes `besides`."""
         deadline_s = time.monotonic() + timeout_s

@@ -10,6 +10,7 @@ import functools
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +119,14 @@ class Observer:
         links = self._network.client.links
         return self._network.call(links.ping(peer.peer_id, peer.addresses, timeout_s=10))[1]
 
+    def holds_nothing(self, peer: LocalPeer) -> bool:
+        """Long before a lease would end: `Close` may be on its way, a peer be tried by a client, or measure itself."""
+        deadline_s = time.monotonic() + 30.0
+        nothing = 0, peer.wait_for("ready")["cache_tokens"]
+        while ((load := self.load(peer)).sessions, load.free_tokens) != nothing and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        return (load.sessions, load.free_tokens) == nothing
+
     def announced(self) -> set[str]:
         """Everybody whose record this client can read now."""
         return {record.peer_id for record in self._network.call(self._network.client.discovery.read_index())}
@@ -173,7 +182,7 @@ class Commands:
                 yield running
             finally:
                 child.send_signal(signal.SIGINT)
-                ended = child.wait(timeout=30)
+                ended = child.wait(timeout=100)
                 running.rest = lines.readlines()
                 noted.seek(0)
                 running.errors = noted.read()

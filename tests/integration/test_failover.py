@@ -6,10 +6,10 @@ all. `test_joining` kills a peer of the real one.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+from peers.discovery import LATE_PATIENCE_S
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.errors import NoRoute
 from swarm import SwarmModelForCausalLM
@@ -115,7 +116,7 @@ def test_a_standby_takes_the_place_of_a_killed_peer(client: Any, failing: LocalS
     def kill() -> None:
         (session,) = driver(client)._sessions.by_id.values()
         assert session.core is not None
-        deadline_s = time.monotonic() + 20.0
+        deadline_s = time.monotonic() + 60.0
         while time.monotonic() < deadline_s and not all(standby.held >= 32 for standby in session.core._standbys):
             time.sleep(0.02)
         killed.append(middle(client, failing))
@@ -140,18 +141,16 @@ def test_a_peer_killed_in_training_changes_no_gradient(client: Any, failing: Loc
         return embeds.grad
 
     expected, ask = gradient(), route._exchange.ask
-    killing = threading.Timer(0.1, lambda: killed[0].kill())
 
     async def asking(batch: Any, stretch: Any, gradient_TH: Any, **options: Any) -> torch.Tensor:
         if not killed and backward == (gradient_TH is not None) and stretch.span.start == SPANS[1][0]:
             killed.append(next(peer for peer in failing.peers if peer.peer_id == stretch.hop.peer_id))
             killed[0].pause()  # so that it is asked, and has not answered when it dies
-            killing.start()
+            asyncio.get_running_loop().call_later(0.1, killed[0].kill)
         return await ask(batch, stretch, gradient_TH, **options)
 
     route._exchange.ask = asking
     actual = gradient()
-    killing.join()  # the next test may restart it
     assert float((actual - expected).norm() / expected.norm()) <= 1e-5
     assert killed[0].peer_id not in {hop.peer_id for hop in route.route.hops}
     assert route.traffic.failures["lost"]
@@ -177,7 +176,7 @@ def test_a_peer_killed_after_a_prefix_hit_is_replaced_without_changing_a_token(
         if killed:
             break
     assert middle(client, failing) is not killed[0]
-    assert traffic.prefix_positions - known >= len(asked) // PREFIX_POSITIONS * PREFIX_POSITIONS
+    assert traffic.prefix_positions - known >= (len(asked) - 1) // PREFIX_POSITIONS * PREFIX_POSITIONS
 
 
 def test_a_hung_peer_is_replaced_without_changing_a_token(client: Any, failing: LocalSwarm, greedy: Greedy) -> None:
@@ -214,7 +213,7 @@ def test_ctrl_c_at_a_serving_peer_drains_it_and_nobody_notices(
     assert peer.wait_for("draining")
     assert peer.wait_for("stopped")
     assert peer._process.wait(30) == 0
-    assert psutil.wait_procs(family, timeout=20)[1] == []
+    assert psutil.wait_procs(family, timeout=60)[1] == []
 
 
 def test_the_swarm_works_without_its_bootstrap_and_finds_it_again(
@@ -233,7 +232,7 @@ def test_the_swarm_works_without_its_bootstrap_and_finds_it_again(
         newcomer.close()
 
 
-def test_a_gap_is_named_within_five_seconds(client: Any, failing: LocalSwarm) -> None:
+def test_a_gap_is_named_before_anybody_is_waited_for_who_is_only_late(client: Any, failing: LocalSwarm) -> None:
     generate(client, PROMPT, 2)
     for peer in (failing.peers[1], failing.peers[4]):
         assert peer.terminate() == 0
@@ -241,4 +240,4 @@ def test_a_gap_is_named_within_five_seconds(client: Any, failing: LocalSwarm) ->
     with pytest.raises(NoRoute, match="blocks 2:4 are missing") as caught:
         generate(client, PROMPT, 2)
     assert caught.value.missing == ((2, 4),)
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < LATE_PATIENCE_S, "peers that are gone are not waited for as if they were late"

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from swarm.answers import encode_chat
 from swarm.errors import ContextTooLong
+from swarm.session import pace
 from swarm.testing import LocalSwarm
 from tests.integration.conftest import Greedy, Observer, driver, generate
 
@@ -22,6 +23,12 @@ PROMPTS = (
     "Die Geschichte der Dampfmaschine beginnt",
     "1, 1, 2, 3, 5, 8, 13,",
 )
+
+
+@pytest.fixture
+def nobody_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a busy machine lets a peer wait: what is counted is what a step takes, and not its repair."""
+    monkeypatch.setattr(pace, "SILENCE_S_MIN", 100.0)
 
 
 def test_greedy_ids_of_128_tokens_equal_local_ones_for_five_prompts_at_once(
@@ -35,6 +42,7 @@ def test_greedy_ids_of_128_tokens_equal_local_ones_for_five_prompts_at_once(
     assert answers == expected[:, batch.input_ids.shape[1] :].tolist()
 
 
+@pytest.mark.usefixtures("nobody_is_late")
 def test_peers_push_to_each_other_and_the_last_one_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, swarm: LocalSwarm
 ) -> None:
@@ -44,7 +52,7 @@ def test_peers_push_to_each_other_and_the_last_one_answers(
     # One frame left for each of the eight steps, yet all three hops computed: two pushed to the next.
     assert driver(model).traffic.steps - before.steps == 8
     assert driver(model).traffic.results - before.results == 8
-    assert driver(model).traffic.relays == 0
+    assert driver(model).traffic.relays == before.relays
     assert [timing.peer for timing in driver(model).hop_timings] == [peer.peer_id for peer in swarm.peers]
     assert all(timing.compute_s > 0 for timing in driver(model).hop_timings)
 
@@ -74,6 +82,7 @@ def test_prompt_lookup_equals_greedy(model: Any, tokenizer: PreTrainedTokenizerB
     assert generate(model, prompt, 16, prompt_lookup_num_tokens=4) == greedy(prompt, 16)
 
 
+@pytest.mark.usefixtures("nobody_is_late")
 def test_a_session_sends_only_what_is_new(model: Any, tokenizer: PreTrainedTokenizerBase, greedy: Greedy) -> None:
     first = [{"role": "user", "content": "My name is Ada. Greet me."}]
     question = tuple(encode_chat(tokenizer, first))
@@ -90,10 +99,7 @@ def test_a_session_sends_only_what_is_new(model: Any, tokenizer: PreTrainedToken
 
 def test_everything_held_is_freed(model: Any, observer: Observer, swarm: LocalSwarm) -> None:
     generate(model, (1, 2, 3), 4)
-    for peer in swarm.peers:
-        total = peer.wait_for("ready")["cache_tokens"]
-        while (load := observer.load(peer)).free_tokens != total or load.sessions:
-            pass  # "close" is on its way; the test's timeout is the limit
+    assert all(map(observer.holds_nothing, swarm.peers))
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_sent(model: Any) -> None:

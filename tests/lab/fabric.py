@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import random
 import struct
-from collections import OrderedDict
 from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
 from tests.lab.links import Link, LinkProfile
-
-MAX_FLOWS: Final = 4096
-"""Remembered per NAT; a real one forgets idle flows as well."""
+from tests.lab.nat import Nat
 
 _TCP: Final = 6
 _HEADER: Final = 20
@@ -59,8 +56,8 @@ class Fabric:
             if source != target
         }
         self._cut: set[tuple[str, str]] = set()
-        self._flows: dict[str, OrderedDict[bytes, None]] = {}
-        """By host behind a NAT: what it opened, as those packets read that come back."""
+        self._nats: dict[str, Nat] = {}
+        """By the host behind it."""
         self._refusing: set[str] = set()
 
     def shape(self, profile: LinkProfile, *, source: str | None = None, target: str | None = None) -> None:
@@ -77,9 +74,10 @@ class Fabric:
         """Undo `cut`; None: everywhere."""
         self._cut.difference_update(self._cut.copy() if pairs is None else pairs)
 
-    def put_behind_nat(self, host: str) -> None:
-        """From now on only answers reach it: packets of flows to which it sent first."""
-        self._flows.setdefault(host, OrderedDict())
+    def put_behind_nat(self, host: str, outside: bytes) -> None:
+        """From now on others see it at the address `outside`, and only answers to what it sent reach it."""
+        self._nats[host] = Nat(outside)
+        self._names[outside] = host
 
     def refuse(self, host: str, *, on: bool) -> None:
         """Whether TCP from and to it is answered with resets, as if every connection were closed and none accepted."""
@@ -98,27 +96,18 @@ class Fabric:
             self.refused.reset += 1
             answer = tcp_reset(packet)
             return None if answer is None else Delivery(now_s, source, answer)
-        if self._flows and not self._passes_nat(source, target, packet):
+        outside = packet if source not in self._nats else self._nats[source].leaving(packet)
+        inside = outside if target not in self._nats or outside is None else self._nats[target].entering(outside)
+        if inside is None:
             self.refused.filtered += 1
             return None
         due_s = self._links[source, target].offer(now_s, len(packet))
-        return None if due_s is None else Delivery(due_s, target, packet)
+        return None if due_s is None else Delivery(due_s, target, inside)
 
     def counts(self) -> dict[str, Any]:
         """Everything that was counted so far, ready for JSON: per link as "source target"."""
         links = {f"{source} {target}": asdict(link.counts) for (source, target), link in self._links.items()}
         return {"links": links, "refused": asdict(self.refused)}
-
-    def _passes_nat(self, source: str, target: str, packet: bytes) -> bool:
-        """Address- and port-dependent filtering (RFC 4787, section 5), without a change of addresses."""
-        protocol, one, other = packet[9:10], packet[12:16] + packet[20:22], packet[16:20] + packet[22:24]
-        if (opened := self._flows.get(source)) is not None:
-            answer = protocol + other + one
-            opened[answer] = None
-            opened.move_to_end(answer)
-            if len(opened) > MAX_FLOWS:
-                opened.popitem(last=False)
-        return (known := self._flows.get(target)) is None or protocol + one + other in known
 
 
 def tcp_reset(packet: bytes) -> bytes | None:

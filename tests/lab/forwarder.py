@@ -114,7 +114,7 @@ class Forwarder:
                 pairs = order["pairs"]
                 fabric.heal(None if pairs is None else [(source, target) for source, target in pairs])
             case "nat":
-                fabric.put_behind_nat(order["host"])
+                fabric.put_behind_nat(order["host"], ipaddress.IPv4Address(order["outside"]).packed)
             case "refuse":
                 fabric.refuse(order["host"], on=order["on"])
             case "counts":

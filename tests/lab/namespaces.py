@@ -45,6 +45,13 @@ def why_not() -> str | None:
     return None if os.path.exists("/dev/net/tun") else "/dev/net/tun is missing (kernel module tun)"
 
 
+def end_in_order() -> None:
+    """From now on whoever ends this process, or its terminal, lets it clean up, as after Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # which is what `nohup` asks for
+            signal.signal(number, signal.default_int_handler)
+
+
 def own_prefix() -> str:
     """What the names of everything that this process makes begin with."""
     return f"{PREFIX}-{os.getpid()}-{_started(os.getpid())}"

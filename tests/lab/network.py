@@ -24,7 +24,8 @@ from tests.lab.forwarder import DEVICE
 from tests.lab.links import PROFILES, LinkProfile
 
 ROOT = Path(__file__).resolve().parents[2]
-SUBNET = "10.77.0"
+SUBNET, OUTSIDE = "10.77.0", "10.77.1"
+"""Of hosts, and of what NATs show of those that are behind them."""
 MAX_HOSTS = 250
 PORT = 4001
 FORWARDER_TIMEOUT_S = 10.0
@@ -36,6 +37,8 @@ class Host:
     namespace: str
     address: str
     """IPv4."""
+    outside: str
+    """What others see instead once it is behind a NAT."""
 
     @property
     def listen(self) -> str:
@@ -68,14 +71,15 @@ class Network:
         try:
             namespaces.remove_leftovers()
             for number, name in enumerate(names, 1):
-                host = Host(name, f"{prefix}-{self.folder.name.rpartition('-')[2]}-{name}", f"{SUBNET}.{number}")
+                namespace = f"{prefix}-{self.folder.name.rpartition('-')[2]}-{name}"
+                host = Host(name, namespace, f"{SUBNET}.{number}", f"{OUTSIDE}.{number}")
                 self.hosts[name] = host
                 namespaces.create(host.namespace)
             self._start_forwarder(profile, seed)
             for host in self.hosts.values():
                 inside = ("-n", host.namespace)
                 namespaces.ip(*inside, "link", "set", "lo", "up")
-                namespaces.ip(*inside, "address", "add", f"{host.address}/24", "dev", DEVICE)
+                namespaces.ip(*inside, "address", "add", f"{host.address}/23", "dev", DEVICE)
                 namespaces.ip(*inside, "link", "set", DEVICE, "txqueuelen", "10000", "up")
         except BaseException:  # an interrupt, too, must leave nothing behind
             self.close()
@@ -106,8 +110,8 @@ class Network:
         return [pair for one in group for other in others for pair in ((one, other), (other, one))]
 
     def put_behind_nat(self, host: str) -> None:
-        """From now on only answers to what it sent reach this host."""
-        self._order("nat", host=host)
+        """From now on others see this host at its address `outside`, and only answers to what it sent reach it."""
+        self._order("nat", host=host, outside=self.hosts[host].outside)
 
     def refuse(self, host: str, *, on: bool) -> None:
         """Whether the host's TCP connections are reset, old and new ones."""

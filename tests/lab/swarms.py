@@ -127,8 +127,14 @@ class Answer:
 
     def longest_gap_s(self, since_s: float) -> float:
         """The longest wait for a token, counted from `since_s` where it began before; the first one's is a wait too."""
+        from_s, until_s = self.longest_gap(since_s)
+        return until_s - from_s
+
+    def longest_gap(self, since_s: float) -> tuple[float, float]:
+        """From when to when that was."""
         waits = itertools.pairwise([self.started_s, *self.times_s])
-        return max((later - max(earlier, since_s) for earlier, later in waits if later > since_s), default=0.0)
+        gaps = ((max(earlier, since_s), later) for earlier, later in waits if later > since_s)
+        return max(gaps, key=lambda gap: gap[1] - gap[0], default=(since_s, since_s))
 
 
 class User:

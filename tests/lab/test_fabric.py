@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import struct
 
-from tests.lab.fabric import MAX_FLOWS, Fabric, bytes_into, bytes_out_of, checksum, tcp_reset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.lab.fabric import Fabric, bytes_into, bytes_out_of, checksum, tcp_reset
 from tests.lab.links import LinkProfile
+from tests.lab.nat import MAX_FLOWS, Nat
 
 A, B, C = (bytes([10, 77, 0, number]) for number in (1, 2, 3))
+OUTSIDE = bytes([10, 77, 1, 1])
 DELAY_S = 0.05
 SYN, ACK, RST = 0x02, 0x10, 0x04
 
@@ -19,6 +24,22 @@ def fabric() -> Fabric:
 def tcp(source: bytes, target: bytes, ports: tuple[int, int] = (5000, 80), *, flags: int = ACK, data: int = 0) -> bytes:
     head = struct.pack("!BBHHHBBH", 0x45, 0, 40 + data, 0, 0, 64, 6, 0) + source + target
     return head + struct.pack("!HHIIBBHHH", *ports, 1000, 2000, 5 << 4, flags, 1024, 0, 0) + bytes(data)
+
+
+def udp(source: bytes, target: bytes, ports: tuple[int, int] = (5000, 80), *, data: int = 0) -> bytes:
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 28 + data, 0, 0, 64, 17, 0) + source + target
+    return head + struct.pack("!HHHH", *ports, 8 + data, 0) + bytes(data)
+
+
+def sealed(packet: bytes) -> bytes:
+    """With the checksums that it should have (RFC 9293, section 3.1; RFC 768)."""
+    at, body = (36, 20) if packet[9] == 6 else (26, 20)
+    packet = packet[:10] + b"\0\0" + packet[12:at] + b"\0\0" + packet[at + 2 :]
+    pseudo = packet[12:20] + struct.pack("!HH", packet[9], len(packet) - body)
+    own = checksum(pseudo + packet[body:] + b"\0" * (len(packet) % 2))
+    packet = packet[:at] + (own if own != b"\0\0" else b"\xff\xff") + packet[at + 2 :]
+    head = checksum(packet[:20])
+    return packet[:10] + (head if head != b"\0\0" else b"\xff\xff") + packet[12:]
 
 
 def test_a_packet_arrives_at_its_host_after_the_delay_of_that_direction() -> None:
@@ -51,25 +72,56 @@ def test_a_cut_takes_one_direction_until_it_is_healed() -> None:
     assert net.accept(0.0, tcp(C, B)) is not None
 
 
-def test_only_answers_come_in_through_a_nat() -> None:
+def test_others_see_a_host_behind_a_nat_elsewhere_and_only_answers_come_in() -> None:
     net = fabric()
-    net.put_behind_nat("a")
-    assert net.accept(0.0, tcp(B, A, (80, 5000))) is None
-    assert net.accept(0.0, tcp(A, B, (5000, 80))) is not None
-    assert net.accept(0.0, tcp(B, A, (80, 5000))) is not None
-    assert net.accept(0.0, tcp(B, A, (81, 5000))) is None
-    assert net.accept(0.0, tcp(C, A, (80, 5000))) is None
+    net.put_behind_nat("a", OUTSIDE)
+    for at in (A, OUTSIDE):
+        assert net.accept(0.0, tcp(B, at, (80, 5000))) is None
+    sent = net.accept(0.0, tcp(A, B, (5000, 80)))
+    assert (sent.host, sent.packet[12:16], sent.packet[16:20]) == ("b", OUTSIDE, B)
+    port, _ = struct.unpack_from("!HH", sent.packet, 20)
+    back = net.accept(0.0, sealed(tcp(B, OUTSIDE, (80, port))))
+    assert (back.host, back.packet) == ("a", sealed(tcp(B, A, (80, 5000))))
+    assert net.accept(0.0, tcp(B, A, (80, 5000))) is None, "nobody knows the way there"
+    assert net.accept(0.0, tcp(B, OUTSIDE, (81, port))) is None
+    assert net.accept(0.0, tcp(C, OUTSIDE, (80, port))) is None
     assert net.accept(0.0, tcp(B, C)) is not None
-    assert net.refused.filtered == 3
+    assert net.refused.filtered == 5
+    again = net.accept(0.0, tcp(A, C, (5000, 80)))
+    assert struct.unpack_from("!HH", again.packet, 20) == (port, 80), "one port, whoever is talked to"
+    assert net.accept(0.0, tcp(C, OUTSIDE, (80, port))).host == "a"
 
 
-def test_a_nat_forgets_the_flow_that_was_idle_longest() -> None:
+@given(st.binary(max_size=40), st.integers(1, 65535), st.integers(1, 65535), st.booleans())
+def test_what_a_nat_changes_has_right_checksums(data: bytes, inside: int, remote: int, datagram: bool) -> None:
+    make = udp if datagram else tcp
     net = fabric()
-    net.put_behind_nat("a")
-    for port in range(MAX_FLOWS + 1):
-        net.accept(0.0, tcp(A, B, (port, 80)))
-    assert net.accept(0.0, tcp(B, A, (80, 0))) is None
-    assert net.accept(0.0, tcp(B, A, (80, 1))) is not None
+    net.put_behind_nat("a", OUTSIDE)
+    sent = net.accept(0.0, sealed(make(A, B, (inside, remote), data=len(data))[: -len(data) or None] + data)).packet
+    assert sealed(sent) == sent
+    (port,) = struct.unpack_from("!H", sent, 20)
+    back = net.accept(0.0, sealed(make(B, OUTSIDE, (remote, port)))).packet
+    assert sealed(back) == back == sealed(make(B, A, (remote, inside)))
+
+
+def test_a_nat_forgets_the_port_and_the_flow_that_were_idle_longest() -> None:
+    nat = Nat(OUTSIDE)
+    ports = [struct.unpack_from("!H", nat.leaving(tcp(A, B, (port, 80))), 20)[0] for port in range(1, MAX_FLOWS + 2)]
+    assert len(set(ports)) == MAX_FLOWS
+    assert ports[-1] == ports[0]
+    assert nat.entering(tcp(B, OUTSIDE, (80, ports[0])))[22:24] == struct.pack("!H", MAX_FLOWS + 1)
+    assert nat.entering(tcp(B, OUTSIDE, (80, ports[1]))) is not None
+    for port in range(MAX_FLOWS):
+        nat.leaving(tcp(A, B, (2, 81 + port)))
+    assert nat.entering(tcp(B, OUTSIDE, (80, ports[1]))) is None
+
+
+def test_a_nat_lets_nothing_pass_but_tcp_and_udp() -> None:
+    net = fabric()
+    net.put_behind_nat("a", OUTSIDE)
+    echo = bytearray(udp(A, B))
+    echo[9] = 1
+    assert net.accept(0.0, bytes(echo)) is None
 
 
 def test_a_host_that_refuses_answers_everything_with_a_reset() -> None:

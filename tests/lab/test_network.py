@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -53,6 +54,50 @@ def test_two_hosts_talk_with_the_delay_that_was_set_and_leave_nothing() -> None:
     assert not folder.exists()
 
 
+def test_a_host_behind_a_nat_is_seen_elsewhere_and_dialled_in_vain() -> None:
+    with Network(["a", "b"], seed=1) as network:
+        a, b = network["a"], network["b"]
+        network.put_behind_nat("a")
+        with b.entered(), socket.create_server((b.address, 0)) as server, a.entered():
+            client = socket.create_connection(server.getsockname(), timeout=20)
+            connection, (seen, _) = server.accept()
+            assert seen == a.outside
+            for sender, receiver in ((client, connection), (connection, client)):
+                with receiver.makefile("rb") as received:
+                    sender.sendall(DATA)
+                    sender.shutdown(socket.SHUT_WR)
+                    assert received.read() == DATA
+            client.close()
+            connection.close()
+        with a.entered(), socket.create_server(("", 0)) as server, b.entered():
+            for address in (a.address, a.outside):
+                with pytest.raises(TimeoutError):
+                    socket.create_connection((address, server.getsockname()[1]), timeout=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_lab_that_is_ended_or_loses_its_terminal_leaves_nothing(number: signal.Signals) -> None:
+    script = (
+        "from tests.lab.namespaces import end_in_order; from tests.lab.network import Network as N; end_in_order()\n"
+        "with N(['a', 'b'], seed=1) as n: print(n.folder, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as lab:
+        assert lab.stdout is not None
+        folder = Path(lab.stdout.readline().strip())
+        made = list(namespaces.FOLDER.glob(f"{namespaces.PREFIX}-{lab.pid}-*"))
+        lab.send_signal(number)
+        lab.wait(60)
+    assert len(made) == 2
+    assert not [path for path in (*made, folder) if path.exists()]
+
+
 def test_what_a_killed_lab_left_is_removed_by_the_next() -> None:
     script = (
         "from tests.lab.network import Network as N; n = N(['a', 'b'], seed=1); print(n.folder, flush=True); input()"
@@ -73,5 +118,5 @@ def test_what_a_killed_lab_left_is_removed_by_the_next() -> None:
         lab.kill()
         os.waitid(os.P_PID, lab.pid, os.WEXITED | os.WNOWAIT)  # it ended, and nobody has taken notice
         namespaces.remove_leftovers()
-    left.wait(10)
+    left.wait(60)
     assert not [path for path in (namespaces.FOLDER / namespace, folder, sockets) if path.exists()]

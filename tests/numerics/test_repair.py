@@ -5,6 +5,7 @@ Virtual wires, real engines and drivers. Every peer of a swarm here has a spare 
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 
 from peers.errors import Preempted
 from peers.host.server import ServerPeer
-from peers.runtime.engine import Done, Work
+from peers.runtime.works import Done, Work
 from peers.serving.journal import JournalLimits
 from peers.serving.push import Delivery
 from peers.serving.spill import Disk
@@ -47,9 +48,9 @@ class Scene:
     All peers seem equally fast and near, however busy this machine is, so that no route is left for a better one.
     """
 
-    def __init__(self, folder: Path, cache: Path, *, config: SessionConfig = CONFIG) -> None:
+    def __init__(self, folder: Path, cache: Path, *, config: SessionConfig = CONFIG, reviews: bool = False) -> None:
         self.swarm = MemorySwarm(folder, SPANS, cache=cache, session_config=config, cache_tokens=4096)
-        self.model = self.swarm.model()
+        self.model = self.swarm.model(reviews=reviews)
         self.remote = self.model._remote_layers.remote
         router = self.swarm.thread.client.router
         on_rtt = router.on_rtt
@@ -111,8 +112,8 @@ def _saying(run: Callable[[Work], Awaitable[Done]], peer: PeerId, slow: set[Peer
 
 
 @pytest.fixture
-def scene(folder: Path, local: Any, tmp_path: Path) -> Iterator[Scene]:
-    scene = Scene(folder, tmp_path)
+def scene(request: pytest.FixtureRequest, folder: Path, local: Any, tmp_path: Path) -> Iterator[Scene]:
+    scene = Scene(folder, tmp_path, **getattr(request, "param", {}))
     yield scene
     scene.swarm.close()
 
@@ -256,7 +257,7 @@ def test_peers_that_drain_hand_their_sessions_over_and_no_step_is_repeated(
     with scene.model.session():
         actual = generate(scene.model, PROMPT, stopping_criteria=[drain])
         for draining in ended:
-            draining.result(5)
+            draining.result(60)
     assert torch.equal(actual, generate(local, PROMPT))
     assert set(failed) == {(Code.DRAINING, None)}, "nothing was refused"
     router, now_s = scene.swarm.thread.client.router, scene.swarm.thread.client.discovery.now_s()
@@ -303,6 +304,35 @@ def test_a_hop_that_falls_silent_whatever_it_was_doing_is_replaced_and_nobody_el
     assert (scene.route[0], scene.route[2]) == (used[0], used[2])
     assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3
     scene.swarm.thread.post(network.partition)
+
+
+def test_a_hop_whose_engine_hangs_while_it_answers_everything_else_is_replaced_and_not_chosen_again(
+    folder: Path, local: Any, tmp_path: Path
+) -> None:
+    scene = Scene(folder, tmp_path, config=replace(CONFIG, hung_s_min=0.2))
+    try:
+        used = scene.warm_up()
+        hung, run = scene.peer(1), scene.peer(1).engine.run
+
+        async def never(work: Work) -> Done:
+            if work.start == PROMPT.shape[1] + 8:
+                await asyncio.Event().wait()
+            return await run(work)
+
+        hung.engine.run = never  # type: ignore[method-assign]
+        assert torch.equal(generate(scene.model, PROMPT), generate(local, PROMPT))
+        assert (scene.route[0], scene.route[2]) == (used[0], used[2])
+        assert scene.route[1] != used[1]
+        assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3, "nothing twice"
+        router, now_s = scene.swarm.thread.client.router, scene.swarm.thread.client.discovery.now_s()
+        (opinion,) = router.opinions(now_s, len(scene.computed))
+        assert opinion.peer_id == used[1]
+        assert "says that it has been computing" in opinion.reason
+        known = router.snapshot(now_s).of_model(scene.remote.model.model)
+        doubted = [a.peer_id for a in known if router._estimates.doubted_for_s(a, now_s + DOUBT_AFTER_S)]
+        assert doubted == used[1:2], "a trial must show that it works"
+    finally:
+        scene.swarm.close()
 
 
 def test_a_link_between_two_hops_that_falls_silent_is_gone_round_and_nobody_is_blamed(scene: Scene, local: Any) -> None:
@@ -359,6 +389,7 @@ def test_a_session_whose_pages_one_hop_takes_is_rebuilt_there_alone(scene: Scene
     assert scene.swarm.eventually_settled()
 
 
+@pytest.mark.parametrize("scene", [{"reviews": True}], indirect=True, ids=["reviews"])
 def test_a_hop_that_becomes_slow_is_left_between_two_steps_for_a_faster_one_and_blamed_by_nobody(
     scene: Scene, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

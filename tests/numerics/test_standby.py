@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from peers.wire.messages import Urgency
 from routing.ids import PeerId
 from swarm.session.core import SessionConfig
 from tests.numerics.test_repair import LENGTH, PROMPT, Scene
@@ -37,12 +38,17 @@ class Standing:
         self.scene, self.dies = scene, dies
         self.used: list[PeerId] = []
         self.standbys: list[PeerId] = []
+        self.urgencies: set[Urgency] = set()
+        """Of all that standbys computed while they stood by."""
+        self._works: list[tuple[PeerId, Urgency]] = []
+        scene.on_work = lambda peer, work: self._works.append((peer, work.urgency))
 
     def __call__(self) -> None:
         scene, self.used = self.scene, self.scene.route
         pairs = [{peer._key.peer_id for peer in scene.swarm.peers[hop::3]} for hop in range(3)]
         self.standbys = [(pair - {peer}).pop() for pair, peer in zip(pairs, self.used, strict=True)]
         scene.swarm.eventually(lambda: all(scene.positions(peer) >= PROMPT.shape[1] for peer in self.standbys))
+        self.urgencies = {urgency for peer, urgency in self._works if peer in self.standbys}
         scene.kill(*self.dies)
 
 
@@ -53,6 +59,7 @@ def test_a_standby_holds_all_but_the_last_positions_and_goes_on(
     standing = Standing(scene, dies)
     assert torch.equal(generate(scene.model, PROMPT, stopping_criteria=[AtToken(8, standing)]), generate(local, PROMPT))
     assert scene.route == [standing.standbys[hop] if hop in dies else standing.used[hop] for hop in range(3)]
+    assert standing.urgencies == {Urgency.BACKGROUND}
     assert scene.remote.traffic.switches == len(dies)
     assert scene.remote.traffic.replayed_positions <= len(dies) * (LAG + 1)
     assert [scene.positions(peer) for peer in scene.route] == [LENGTH] * 3, "nobody computed anything twice"

@@ -20,11 +20,12 @@ from transformers import StoppingCriteria
 
 from peers import discovery
 from peers.transport import links
-from peers.wire.messages import Urgency
+from peers.wire.messages import Code, Failed, Urgency
 from routing.errors import CallerError, NoRoute, Unavailable
 from routing.routes import Route, RouteRequest
 from swarm.models.tracing import traced
 from swarm.network import Answer
+from swarm.session import planning
 from tests.helpers.families import NUM_BLOCKS, VOCABULARY
 from tests.helpers.memory_swarm import MemorySwarm, impatient
 from tests.helpers.traces import check_trace
@@ -77,6 +78,34 @@ def test_a_hop_that_dies_is_replaced_and_the_ids_stay_the_same(
     assert torch.equal(actual, generate(local, ids, num_beams=beams))
     assert model._remote_layers.remote.traffic.rebuilds >= 1
     assert used[dies] not in [hop.peer_id for hop in model._remote_layers.remote.route.hops]
+
+
+@pytest.mark.parametrize("code", [Code.DRAINING, Code.PAUSED, Code.INTERNAL, Code.UNKNOWN_SESSION])
+def test_a_hop_speaks_for_no_other_than_the_one_behind_it(
+    make_swarm: Callable[..., MemorySwarm], local: Any, code: str
+) -> None:
+    swarm = make_swarm([(0, 1), (1, 3), (3, NUM_BLOCKS)])
+    model = swarm.model()
+    swarm.add_peer(3, NUM_BLOCKS)
+    remote, router = model._remote_layers.remote, swarm.thread.client.router
+    ids, used = prompt(), list[Route]()
+
+    def slander() -> None:
+        used.append(remote.route)
+        liar, _, victim = remote.route.hops
+        handler = next(peer.handler for peer in swarm.peers if peer.presence.describe().peer_id == liar.peer_id)
+
+        async def send() -> None:
+            (entry,) = handler.ledger.entries()
+            place = {"session": entry.place.session.raw, "block": victim.span.start, "epoch": entry.epoch}
+            await entry.owner_link.send(Failed(peer=victim.peer_id, code=code, message="forged", **place))
+
+        swarm.thread.call(send())
+
+    assert torch.equal(generate(model, ids, stopping_criteria=[AtToken(5, slander)]), generate(local, ids))
+    assert remote.route == used[0]
+    assert (remote.traffic.rebuilds, sum(remote.traffic.failures.values())) == (0, 0)
+    assert router._reputation.backed_off(swarm.thread.client.discovery.now_s()) == {}
 
 
 def test_a_trace_shows_every_step_at_every_hop_and_the_failover(
@@ -182,6 +211,61 @@ def test_a_rebuild_is_planned_from_the_route_that_was_lost(
     assert model._remote_layers.remote.route.hops[0] == used[0].hops[0]
 
 
+def test_room_is_asked_for_what_is_to_be_generated_within_reason(
+    make_swarm: Callable[..., MemorySwarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_swarm([(0, NUM_BLOCKS)])
+    model, asked = swarm.model(), list[tuple[int, int]]()
+    route = swarm.thread.client.discovery.route
+
+    async def spy(request: RouteRequest, *, patience_s: float | None) -> Route:
+        asked.append((request.cache_tokens, request.expected_tokens))
+        return await route(request, patience_s=patience_s)
+
+    monkeypatch.setattr(swarm.thread.client.discovery, "route", spy)
+    generate(model, prompt(length=9), max_new_tokens=16, stopping_criteria=[AtToken(5, swarm.forget_sessions)])
+    assert asked == [(9, 25), (14, 25)], "for the prompt, and when its only holder had forgotten the session"
+    monkeypatch.setattr(planning, "EXPECTED_TOKENS_MAX", 3)
+    generate(model, prompt(length=9), max_new_tokens=16)
+    model(prompt(length=9))
+    assert asked[2:] == [(9, 12), (9, 0)], "who only computes says nothing of what is to come"
+
+
+def test_peers_hear_how_long_a_session_may_become_and_when_that_becomes_more(
+    make_swarm: Callable[..., MemorySwarm],
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model, told = swarm.model(), list[list[int]]()
+    cache = model._remote_layers.new_cache()
+
+    def look() -> None:
+        told.append([entry.told for peer in swarm.peers for entry in peer.handler.ledger.entries()])
+
+    def go_on(ids: torch.Tensor, count: int) -> torch.Tensor:
+        wanted = {"max_new_tokens": count, "min_new_tokens": count, "past_key_values": cache}
+        return generate(model, ids, **wanted, stopping_criteria=[AtToken(5, look)])
+
+    go_on(go_on(prompt(length=9), 8), 16)
+    assert told == [[17, 17], [33, 33]]
+
+
+def test_peers_hear_how_long_a_session_may_become_that_begins_with_embeddings(
+    make_swarm: Callable[..., MemorySwarm],
+) -> None:
+    swarm = make_swarm([(0, NUM_BLOCKS)])
+    model, told = swarm.model(), list[set[int]]()
+    embeds = model.get_input_embeddings()(prompt(length=9))
+
+    def look() -> None:
+        told.append({entry.told for entry in swarm.peers[0].handler.ledger.entries()})
+
+    for length in ({"max_new_tokens": 8}, {"max_length": 17}):
+        options = {"do_sample": False, "min_new_tokens": 8, "pad_token_id": 0, **length}
+        mask, stop = torch.ones(1, 9, dtype=torch.long), [AtToken(2, look)]
+        model.generate(inputs_embeds=embeds, attention_mask=mask, **options, stopping_criteria=stop)
+    assert told == [{17}, {17}]
+
+
 def test_a_client_whose_own_node_ends_says_so_at_once_and_from_then_on(
     make_swarm: Callable[..., MemorySwarm], local: Any
 ) -> None:
@@ -226,7 +310,6 @@ def test_a_session_under_way_waits_for_blocks_whose_only_holders_are_left_alone(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(discovery, "NO_ROUTE_PATIENCE_S", 0.5)
     swarm = make_swarm([(0, 2), (2, NUM_BLOCKS), (2, NUM_BLOCKS)])
     model, ids = swarm.model(), prompt()
 
@@ -238,6 +321,7 @@ def test_a_session_under_way_waits_for_blocks_whose_only_holders_are_left_alone(
                 client.router.on_failure(peer._key.peer_id, now_s - ago_s, "refused")
 
     def refuse() -> None:
+        monkeypatch.setattr(discovery, "NO_ROUTE_PATIENCE_S", 0.0)  # whoever waits at all is told, in case it is late
         swarm.thread.call(fail())
         swarm.forget_sessions()
 
@@ -408,7 +492,7 @@ def test_several_threads_share_a_model(make_swarm: Callable[..., MemorySwarm], l
     start = threading.Barrier(4)
 
     def one(seed: int) -> torch.Tensor:
-        start.wait(10)
+        start.wait(60)
         return generate(model, prompt(seed=seed, length=5 + seed))
 
     with ThreadPoolExecutor(4) as threads:
@@ -431,7 +515,7 @@ def test_idle_links_close_but_for_those_of_a_session_also_to_hops_that_hear_noth
         assert torch.equal(generate(model, more), generate(local, more))
         assert model._remote_layers.remote.traffic.rebuilds == 0
         assert len(mine._outbound) == 3
-    deadline_s = time.monotonic() + 10.0
+    deadline_s = time.monotonic() + 60.0
     while mine._outbound and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert mine._outbound == {}

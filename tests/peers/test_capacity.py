@@ -91,6 +91,17 @@ def test_adapters_count_those_of_clients_once_and_hosted_ones_in_every_block(tmp
     assert hosting.request.sizes.block_bytes == own.request.sizes.block_bytes + 2 * largest
 
 
+def test_graphs_have_a_part_of_a_gpu_of_which_every_span_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 << 30, 64 << 30))
+    plan = plan_capacity(CONFIG, device="cuda", max_memory_bytes=32 << 30, blocks=BlockSpans.parse("0:1,2:3"))
+    assert plan.graph_bytes == 1 << 29
+    own_bytes = plan.request.sizes.process_bytes - (PROCESS_BYTES - FORWARD_BYTES) - plan.adapter_bytes
+    assert own_bytes == 2 * plan.graph_bytes
+    assert plan_capacity(CONFIG, device="cpu", max_memory_bytes=32 << 30).graph_bytes == 0
+
+
 def test_in_a_container_what_it_has_left_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "_CONTAINER", tmp_path)
     unlimited = capacity._free_bytes(torch.device("cpu"))

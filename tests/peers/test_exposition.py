@@ -37,6 +37,14 @@ def test_a_tally_counts_each_value_once_and_tallies_add_up(groups: list[list[flo
     assert whole.sum == pytest.approx(sum(flat))
 
 
+def test_a_host_that_can_be_none_is_named() -> None:
+    with (
+        pytest.raises(AddressInUse, match=r"on ü\.\.b port 0: that is no host"),
+        told(CollectorRegistry(), "ü..b", 0),
+    ):
+        pass
+
+
 def test_what_is_told_is_read_back_and_the_port_is_free_afterwards() -> None:
     times = StepTimes(("queue", "compute"))
     times.add(1, 0.001, 0.02)
@@ -44,7 +52,7 @@ def test_what_is_told_is_read_back_and_the_port_is_free_afterwards() -> None:
     registry = CollectorRegistry()
     registry.register(Fixed(gauge("a_gauge", "x", {("b",): 2}, "l"), step_seconds("a_seconds", "x", {(): times})))
     with told(registry, "127.0.0.1", 0) as url:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             text = answer.read().decode()
         port = int(url.split(":")[2].partition("/")[0])
         with pytest.raises(AddressInUse, match="metrics"), told(registry, "127.0.0.1", port):

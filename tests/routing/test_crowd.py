@@ -12,7 +12,7 @@ from routing.coordinates import Coordinate
 from routing.cost import block_s
 from routing.crowd import Crowd
 from routing.errors import NoRoute
-from routing.estimates import queued_s
+from routing.estimates import BANDWIDTH_BYTES_PER_S, queued_s
 from routing.ids import BlockSpan, BlockSpans
 from routing.records import Announcement, PeerState
 from routing.router import Router
@@ -40,10 +40,11 @@ def announcements(draw: st.DrawFn) -> list[Announcement]:
                 dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
                 decode_s_per_block=draw(st.sampled_from([0.01, 0.02, 0.5])),
                 prefill_s_per_token_block=draw(st.sampled_from([0.001, 0.01])),
-                free_tokens=draw(st.sampled_from([0, 8192])),
+                free_tokens=draw(st.sampled_from([0, 50, 8192])),
                 sessions=draw(st.integers(0, 3)),
                 queue_s=draw(st.sampled_from([0.0, 0.1])),
                 max_bytes_per_s=draw(st.sampled_from([0, 1000])),
+                uplink_bytes_per_s=draw(st.sampled_from([0, 2**20])),
                 place=draw(
                     st.sampled_from([None, Coordinate(0.0, 0.0, 0.001, 0.1), Coordinate(0.05, 0.0, 0.001, 0.1)])
                 ),
@@ -61,14 +62,19 @@ def test_of_peers_that_are_alike_the_fastest_with_room_is_told_and_all_who_hold_
     able = [a for a in said if (a.state, a.protocol, a.dtype) == (PeerState.ONLINE, 1, "float32")]
     assert list(crowd.able) == able
     for turn_s in (0.5, 2.0, 0.5):
-        told = list(crowd.fastest(tokens, 100, turn_s, frozenset(map(peer, without))))
+        known = frozenset(map(peer, without))
+        told = list(crowd.fastest(tokens, (100, 10), turn_s, known, step_bytes=50_000, back_bytes=500))
         best: dict[object, tuple[object, Announcement]] = {}
         for a in able:
             if a.peer_id not in set(map(peer, without)):
                 compute_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, tokens)
                 waits_s = queued_s(a, a.sessions, turn_s) * compute_s / a.decode_s_per_block
                 takes_s = len(a.spans.parts[0]) * compute_s + waits_s
-                rank, kind = (a.free_tokens < 100, takes_s, a.peer_id), (a.spans, a.max_bytes_per_s, a.place)
+                if a.uplink_bytes_per_s and not a.max_bytes_per_s:
+                    out_bytes = 500 if a.spans.end == BLOCKS else 50_000
+                    takes_s += out_bytes / a.uplink_bytes_per_s - out_bytes / BANDWIDTH_BYTES_PER_S
+                short = (a.free_tokens < 100) + (a.free_tokens < 10)
+                rank, kind = (short, takes_s, a.peer_id), (a.spans, a.max_bytes_per_s, a.place)
                 best[kind] = min(best.get(kind, (rank, a)), (rank, a), key=lambda ranked: ranked[0])
         assert {a.peer_id for a in told} == {a.peer_id for _, a in best.values()}
         assert len(told) == len(best)
@@ -126,3 +132,23 @@ def test_the_part_of_a_route_that_another_peer_changes_is_what_it_changes(said: 
         difference_s = view.compared_route_s(other) - view.compared_route_s(hops)
         part_s = view.compared_part_s(hops, index)
         assert part_s(a.peer_id) - part_s(hops[index][0]) == pytest.approx(difference_s)
+
+
+@settings(max_examples=60)
+@given(announcements(), st.integers(1, 3), st.sampled_from([None, 1]), st.booleans(), st.booleans())
+def test_what_strangers_cost_is_what_each_of_them_would_by_itself(
+    said: list[Announcement], tokens: int, back_tokens: int | None, sends: bool, detoured: bool
+) -> None:
+    router = Router()
+    router.on_announcements(said, NOW_S)
+    for number in range(0, 14, 3):
+        router.on_rtt(peer(number), 0.01 * number, NOW_S)
+    if sends:
+        router.on_transfer(peer(0), 10**6, 2.0, NOW_S)
+    request = RouteRequest(
+        model=MODEL, num_blocks=BLOCKS, bytes_per_token=100, tokens=tokens, back_tokens=back_tokens, cache_tokens=10
+    )
+    view = router._view(request, NOW_S)
+    view.detoured = detoured
+    for candidate in view.candidates():
+        assert candidate.cost == view.compared(candidate.peer_id)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing.directory import Directory
-from routing.records import CLOCK_SLACK_S, Announcement, PeerState
+from routing.records import CLOCK_SLACK_S, RECORD_LIFETIME_S, Announcement, PeerState
 from tests.routing.swarms import MODEL, NOW_S, OTHER_MODEL, announcement, peer
 
 
@@ -57,6 +57,26 @@ def test_a_peer_whose_clock_is_behind_stays_listed_while_it_renews() -> None:
     for step in range(20):
         directory.fold([behind], now_s + step)
     assert not live(directory, behind.expires_at_s + CLOCK_SLACK_S)
+
+
+def test_a_peer_whose_clock_is_ahead_is_gone_one_lifetime_after_its_last_record_appeared() -> None:
+    directory = Directory()
+    ahead = announcement(peer(1), expires_at_s=NOW_S + RECORD_LIFETIME_S + 100)
+    for second in range(110):  # read again and again as long as nodes keep it
+        directory.fold([ahead], NOW_S + second)
+        assert live(directory, NOW_S + second) == ({ahead} if second < RECORD_LIFETIME_S else set())
+    renewed = replace(ahead, sequence=2, expires_at_s=NOW_S + 230)
+    directory.fold([ahead, renewed], NOW_S + 110)
+    assert live(directory, NOW_S + 129) == {renewed}
+
+
+def test_what_expired_does_not_come_back_while_it_can_still_be_read() -> None:
+    directory = Directory()
+    dead = announcement(peer(1), expires_at_s=NOW_S + 20)
+    directory.fold([dead], NOW_S)
+    for second in range(20, 30):
+        assert not live(directory, NOW_S + second)
+        directory.fold([dead], NOW_S + second)
 
 
 def test_a_record_that_is_expired_beyond_the_slack_does_not_enter() -> None:

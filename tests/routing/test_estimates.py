@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from routing.coordinates import Coordinate
-from routing.cost import hop_cost
+from routing.cost import HopCost, hop_cost
 from routing.estimates import (
     BANDWIDTH_BYTES_PER_S,
     DEFAULT_RTT_S,
@@ -20,6 +22,7 @@ from routing.estimates import (
     Load,
     PeerEstimate,
     Smoothed,
+    announced_uplink,
 )
 from routing.records import Announcement
 from tests.routing.swarms import NOW_S, announcement, peer
@@ -101,9 +104,9 @@ def test_a_hop_costs_latency_plus_bytes_over_bandwidth_plus_queue_plus_blocks() 
         prefill_s_per_token_block=0.0001,
     )
     one = hop_cost(estimate, tokens=1, bytes_per_token=12_500)
-    assert one == pytest.approx((0.02 + 0.001 + 0.003, 0.002, 0.021))
+    assert structs.astuple(one) == pytest.approx((0.02 + 0.001 + 0.003, 0.002, 0.021))
     many = hop_cost(estimate, tokens=101, bytes_per_token=12_500)
-    assert many == pytest.approx((0.02 + 0.101 + 6 * 0.003, 0.002 + 0.01, 0.121)), (
+    assert structs.astuple(many) == pytest.approx((0.02 + 0.101 + 6 * 0.003, 0.002 + 0.01, 0.121)), (
         "it waits as much longer as it takes longer"
     )
 
@@ -111,10 +114,73 @@ def test_a_hop_costs_latency_plus_bytes_over_bandwidth_plus_queue_plus_blocks() 
 def test_a_cap_below_the_assumed_bandwidth_is_paid_on_the_way_in_and_on_the_way_out() -> None:
     estimate = Estimates().of(SAID, NOW_S)
     free = hop_cost(estimate, tokens=1, bytes_per_token=12_500)
-    capped = hop_cost(estimate._replace(max_bytes_per_s=1_250_000), tokens=1, bytes_per_token=12_500)
+    capped = hop_cost(structs.replace(estimate, max_bytes_per_s=1_250_000), tokens=1, bytes_per_token=12_500)
     assert capped.enter_s - free.enter_s == pytest.approx(2 * (0.010 - 0.001))
     assert (capped.per_block_s, capped.leave_s) == (free.per_block_s, free.leave_s)
-    assert hop_cost(estimate._replace(max_bytes_per_s=10**9), tokens=1, bytes_per_token=12_500) == free
+    assert hop_cost(structs.replace(estimate, max_bytes_per_s=10**9), tokens=1, bytes_per_token=12_500) == free
+
+
+def test_a_slow_uplink_is_paid_on_the_way_on_and_for_what_comes_back_from_the_last_hop() -> None:
+    estimate = Estimates().of(SAID, NOW_S)
+    free = hop_cost(estimate, tokens=100, bytes_per_token=12_500, back_tokens=1)
+    narrow = structs.replace(estimate, uplink_bytes_per_s=1_250_000)
+    slow = hop_cost(narrow, tokens=100, bytes_per_token=12_500, back_tokens=1)
+    assert slow.enter_s - free.enter_s == pytest.approx(100 * (0.010 - 0.001))
+    assert slow.enter_s + slow.leave_s - free.enter_s - free.leave_s == pytest.approx(0.010 - 0.001)
+    whole = hop_cost(structs.replace(estimate, uplink_bytes_per_s=1_250_000), tokens=100, bytes_per_token=12_500)
+    assert whole.enter_s + whole.leave_s - free.enter_s - free.leave_s == pytest.approx(1.0 - 0.001)
+
+
+@given(
+    st.integers(0, 10**8),
+    st.integers(0, 10**8),
+    st.sampled_from([0, 10**5, 10**7, 10**9]),
+    st.floats(1, 4096),
+    st.none() | st.floats(0, 4096),
+    st.floats(1e4, 1e9),
+)
+@example(some=2, more=10546, cap=0, tokens=1402.7397404750752, back_tokens=0.0, in_bytes_per_s=112003790.05174056)
+def test_more_uplink_makes_no_hop_dearer_and_an_unknown_one_is_the_assumed_one(
+    some: int, more: int, cap: int, tokens: float, back_tokens: float | None, in_bytes_per_s: float
+) -> None:
+    estimate = structs.replace(Estimates().of(SAID, NOW_S), max_bytes_per_s=cap, bytes_per_s=in_bytes_per_s)
+    back = None if back_tokens is None else min(tokens, back_tokens)
+
+    def cost(uplink: int) -> HopCost:
+        there = structs.replace(estimate, uplink_bytes_per_s=uplink)
+        return hop_cost(there, tokens=tokens, bytes_per_token=4096, back_tokens=back)
+
+    least, most = sorted((some or 1, more or 1))
+    slow, fast, unknown = cost(least), cost(most), cost(0)
+    assert slow.enter_s >= fast.enter_s * (1 - 1e-9)
+    rounding_s = 4 * math.ulp(slow.enter_s)  # of what is added there and taken back in `leave_s`
+    assert slow.enter_s + slow.leave_s >= (fast.enter_s + fast.leave_s) * (1 - 1e-9) - rounding_s
+    assert slow.enter_s + slow.leave_s >= 0
+    assert unknown == cost(int(BANDWIDTH_BYTES_PER_S))
+
+
+def test_large_sends_tell_how_fast_this_node_sends_and_what_it_announces_is_coarse() -> None:
+    estimates = Estimates()
+    for number, seconds in ((1, 10.1), (2, 1.1), (3, 5.1)):
+        estimates.on_transfer(peer(number), 1_000_000, seconds, NOW_S)
+    assert estimates.uplink_bytes_per_s(NOW_S) == 0, "how much of that was the way is not known"
+    for number, seconds in ((1, 10.1), (2, 1.1), (3, 5.1)):
+        estimates.on_rtt(peer(number), 0.1, NOW_S)
+        assert estimates.uplink_bytes_per_s(NOW_S) == 0
+        estimates.on_transfer(peer(number), 1_000_000, seconds, NOW_S)
+    assert estimates.uplink_bytes_per_s(NOW_S) == 2**20
+    assert estimates.uplink_bytes_per_s(NOW_S + HALF_LIFE_S + 1) == 0
+
+
+@given(st.floats(0, 1e12))
+def test_an_announced_uplink_is_a_power_of_two_below_what_is_assumed_and_close(bytes_per_s: float) -> None:
+    said = announced_uplink(bytes_per_s)
+    if said:
+        assert said.bit_count() == 1
+        assert said < BANDWIDTH_BYTES_PER_S
+        assert bytes_per_s <= 1 or said / 1.4143 <= bytes_per_s <= said * 1.4143
+    else:
+        assert bytes_per_s == 0 or bytes_per_s > BANDWIDTH_BYTES_PER_S / 1.4143
 
 
 def test_round_trips_are_told_the_latest_first_with_their_age() -> None:

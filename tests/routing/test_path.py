@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from routing.cost import HopCost
 from routing.ids import BlockSpan, PeerId
-from routing.path import Candidate, Path, cheapest_path, gaps, path_cost_s
+from routing.path import Candidate, Path, bridge, cheapest_path, gaps, path_cost_s
 from tests.routing.swarms import peer
 
 
@@ -22,7 +22,9 @@ def swarms(draw: st.DrawFn) -> tuple[list[Candidate], int]:
     for number in range(draw(st.integers(0, 6))):
         start = draw(st.integers(0, num_blocks - 1))
         span = BlockSpan(start, draw(st.integers(start + 1, num_blocks)))
-        candidates.append(Candidate(peer(number), span, HopCost(draw(terms), draw(terms), draw(terms))))
+        enter_s = draw(terms)
+        leave_s = float(draw(st.integers(-int(enter_s), 5)))
+        candidates.append(Candidate(peer(number), span, HopCost(enter_s, draw(terms), leave_s)))
     return candidates, num_blocks
 
 
@@ -91,7 +93,7 @@ def test_leaving_out_far_and_beaten_peers_makes_no_path_dearer(seed: int) -> Non
         start = rng.randint(0, 4)
         span = BlockSpan(start, rng.randint(start + 1, 6)) if number else BlockSpan(0, 6)
         candidates.append(
-            Candidate(peer(number), span, HopCost(rng.uniform(0.1, 1), rng.uniform(0, 0.1), rng.uniform(0, 0.5)))
+            Candidate(peer(number), span, HopCost(rng.uniform(0.1, 1), rng.uniform(0, 0.1), rng.uniform(-0.1, 0.5)))
         )
     best = cheapest_walk(candidates, 6)
     path = cheapest_path(candidates, 6)
@@ -119,7 +121,7 @@ def test_a_hop_may_be_part_of_a_span() -> None:
     slow = Candidate(peer(1), BlockSpan(0, 20), HopCost(0.01, 0.010, 0.01))
     fast = Candidate(peer(2), BlockSpan(5, 30), HopCost(0.01, 0.001, 0.01))
     assert path_of(slow, fast, num_blocks=30) == [(peer(1), "0:5"), (peer(2), "5:30")]
-    assert path_of(slow, fast._replace(cost=slow.cost), num_blocks=30) in (
+    assert path_of(slow, Candidate(fast.peer_id, fast.span, slow.cost), num_blocks=30) in (
         [(peer(1), f"0:{b}"), (peer(2), f"{b}:30")] for b in range(5, 21)
     )
 
@@ -128,7 +130,7 @@ def test_few_far_hops_lose_against_many_near_ones_and_the_reverse() -> None:
     whole = Candidate(peer(1), BlockSpan(0, 30), HopCost(0.100, 0.001, 0.100))
     thirds = [Candidate(peer(2 + i), BlockSpan(10 * i, 10 * i + 10), HopCost(0.01, 0.001, 0.01)) for i in range(3)]
     assert len(path_of(whole, *thirds, num_blocks=30)) == 3
-    near = whole._replace(cost=HopCost(0.015, 0.001, 0.01))
+    near = Candidate(peer(1), BlockSpan(0, 30), HopCost(0.015, 0.001, 0.01))
     assert len(path_of(near, *thirds, num_blocks=30)) == 1
 
 
@@ -140,6 +142,25 @@ def test_the_way_back_counts_for_the_last_hop_only() -> None:
     assert path is not None
     assert path.hops[-1][0] == peer(3)
     assert path.cost_s == 1 + 1 + 10 + 1 + 1
+
+
+def test_a_far_entry_is_looked_at_where_the_way_back_makes_up_for_it() -> None:
+    near = [Candidate(peer(n), BlockSpan(0, 3), HopCost(1.0, 1.0, 1.0)) for n in range(8)]
+    slow_uplink = Candidate(peer(9), BlockSpan(0, 3), HopCost(9.0, 1.0, -8.5))
+    assert path_of(*near, slow_uplink, num_blocks=3) == [(peer(9), "0:3")]
+
+
+def test_a_bridge_to_a_kept_hop_counts_on_no_shorter_way_back() -> None:
+    kept = ((peer(0), BlockSpan(0, 1)), (peer(1), BlockSpan(2, 3)))
+    slow_uplink = Candidate(peer(2), BlockSpan(1, 2), HopCost(2.0, 1.0, -1.9))
+    other = Candidate(peer(3), BlockSpan(1, 2), HopCost(1.0, 1.0, 0.1))
+    assert bridge(kept, [slow_uplink, other], 3) == (kept[0], (peer(3), BlockSpan(1, 2)), kept[1])
+    end = [Candidate(c.peer_id, BlockSpan(2, 3), c.cost) for c in (slow_uplink, other)]
+    assert bridge((kept[0], (peer(1), BlockSpan(1, 2))), end, 3) == (
+        kept[0],
+        (peer(1), BlockSpan(1, 2)),
+        (peer(2), BlockSpan(2, 3)),
+    )
 
 
 def test_a_path_returns_to_a_peer_where_that_is_cheaper() -> None:

@@ -4,14 +4,26 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.errors import CallerError
 from routing.flow import capacities_of
-from routing.ids import BlockSpan
+from routing.ids import BlockSpan, BlockSpans
 from routing.path import gaps
-from routing.placement import MOVE_GAIN, TURN_S, choose_move, choose_span, gives_way
+from routing.placement import (
+    ARRIVE_S,
+    MAX_PARTS,
+    MOVE_GAIN,
+    SETTLE_S,
+    TURN_S,
+    Arrivals,
+    Move,
+    choose_move,
+    choose_span,
+    gives_way,
+    stands,
+)
 from routing.records import CLOCK_SLACK_S, Announcement, PeerState
 from tests.routing.swarms import NOW_S, announcement, peer
 
@@ -38,13 +50,14 @@ def test_the_rarest_blocks_go_first_when_all_are_held() -> None:
     assert choose([*everywhere, announcement(peer(7), 0, 14), announcement(peer(8), 16, 30)], 2) == "14:16"
 
 
-def test_peers_that_leave_pause_are_expired_or_claim_another_size_do_not_count() -> None:
+def test_peers_that_leave_pause_are_expired_nowhere_or_claim_another_size_do_not_count() -> None:
     held = announcement(peer(9), 10, 30)
+    nowhere = announcement(peer(5), 0, 10, addresses=())
     pausing = announcement(peer(4), 0, 10, state=PeerState.PAUSED)
     leaving = announcement(peer(1), 0, 10, state=PeerState.DRAINING)
     expired = announcement(peer(2), 0, 10, expires_at_s=NOW_S - CLOCK_SLACK_S)
     other_size = announcement(peer(3), 0, 10, num_blocks=31)
-    assert choose([held, pausing, leaving, expired, other_size], 10) == "0:10"
+    assert choose([held, pausing, leaving, expired, other_size, nowhere], 10) == "0:10"
 
 
 def test_a_peer_with_room_to_spare_takes_the_whole_model() -> None:
@@ -101,6 +114,15 @@ def test_of_equally_replicated_spans_the_one_with_less_throughput_wins() -> None
     assert choose([fast, slow], 15) == "15:30"
 
 
+@pytest.mark.parametrize(("other", "chosen"), [(2.0, "15:30"), (0.5, "0:15")])
+def test_who_does_not_say_how_fast_it_is_counts_as_the_usual_one(other: float, chosen: str) -> None:
+    speeds = {"decode_s_per_block": 0.001, "prefill_s_per_token_block": 0.0}
+    halves = [announcement(peer(n), 15 * n, 15 * n + 15, **speeds) for n in range(2)]
+    third = announcement(peer(2), 15, 30, **speeds | {"decode_s_per_block": other * 0.001})
+    joiner = announcement(peer(3), 0, 15, state=PeerState.JOINING, **speeds | {"decode_s_per_block": 0.0})
+    assert choose([*halves, third, joiner], 15) == chosen
+
+
 def test_a_slow_peer_takes_no_more_than_a_fair_hop_unless_blocks_are_missing() -> None:
     thirds = [announcement(peer(n), 10 * n, 10 * n + 10) for n in range(3)]
     assert len(choose_span(thirds, 30, 30, NOW_S, decode_s_per_block=0.004)) == 5
@@ -127,6 +149,112 @@ def test_a_last_holder_with_room_adds_the_missing_blocks_to_its_own() -> None:
     assert moved(peers, 1) == "0:10,20:26"
 
 
+def test_a_gap_is_closed_beside_what_is_served_and_nothing_else_is_downloaded() -> None:
+    others = [announcement(peer(1), 0, 12), announcement(peer(2), 14, 30)]
+    room = announcement(peer(3), 0, 8, max_blocks=10)
+    assert moved([*others, room], 3) == "0:8,12:14", "it has room, and nobody loses a holder"
+    full = replace(room, max_blocks=8)
+    assert moved([*others, full], 3) == "0:6,12:14", "two blocks make room for two"
+    one = choose_move([*others, full], peer(3), NOW_S, max_parts=1)
+    assert one == healing("12:14", "12:14"), "where memory has room for one engine only"
+    assert moved([*others, replace(full, spans=BlockSpans.of(BlockSpan(4, 12)))], 3) == "6:14", "one span, where it can"
+    assert moved([others[1], announcement(peer(3), 4, 12, max_blocks=8), announcement(peer(4), 0, 6)], 3) == "6:14"
+
+
+def test_a_peer_with_room_goes_before_one_that_gives_up_blocks_but_not_where_it_is_too_slow() -> None:
+    others = [announcement(peer(1), 0, 12), announcement(peer(2), 14, 30)]
+    room, full = announcement(peer(3), 0, 8, max_blocks=10), announcement(peer(4), 0, 8, max_blocks=8)
+    assert [moved([*others, room, full], n) for n in (3, 4)] == ["0:8,12:14", None]
+    slow = replace(room, decode_s_per_block=1.0)
+    assert [moved([*others, slow, full], n) for n in (3, 4)] == [None, "0:6,12:14"]
+
+
+def test_a_peer_of_two_spans_closes_a_gap_where_it_keeps_two() -> None:
+    two = announcement(peer(1), 0, 10, max_blocks=16, spans=BlockSpans.parse("0:5,20:25"))
+    rest = [announcement(peer(2), 5, 20), announcement(peer(3), 28, 30)]
+    assert moved([two, *rest], 1) == "0:5,20:28", "beside one of them"
+    apart = [announcement(peer(2), 5, 20), announcement(peer(3), 25, 28)]
+    assert moved([two, *apart], 1) is None
+    assert moved([two, *apart, announcement(peer(4), 20, 25)], 1) == "0:5,28:30", "instead of one that others hold"
+
+
+def test_holders_whom_no_client_can_use_are_none() -> None:
+    rest, spare = announcement(peer(1), 0, 20), announcement(peer(2), 0, 10, max_blocks=10)
+    for useless in ({"addresses": ()}, {"protocol": 2}):
+        lost = announcement(peer(3), 20, 30, **useless)
+        assert moved([rest, spare, lost], 2) == "20:30"
+        assert moved([rest, spare, replace(lost, state=PeerState.JOINING)], 2) == "20:30"
+        beside = announcement(peer(3), 0, 10, **useless)
+        only = announcement(peer(4), 10, 20)
+        assert moved([only, spare, beside], 2) is None, "it would leave blocks to nobody"
+        assert moved([rest, replace(spare, **useless), lost], 2) is None, "nobody could use it there either"
+
+
+def test_who_is_on_the_way_for_too_long_hides_a_gap_no_more() -> None:
+    rest, spare = announcement(peer(1), 0, 20), announcement(peer(2), 0, 10, max_blocks=10)
+    loading = announcement(peer(3), 20, 30, state=PeerState.JOINING)
+    fetching = announcement(peer(4), 0, 10, intent=BlockSpan(20, 30))
+    for slow in (loading, fetching):
+        peers, arrivals = [rest, spare, slow], Arrivals()
+        for waited_s in (0.0, ARRIVE_S - 1):
+            assert arrivals.late(peers, NOW_S + waited_s) == set()
+        assert moved(peers, 2) is None
+        late = arrivals.late([replace(a, sequence=2) for a in peers], NOW_S + ARRIVE_S)
+        assert late == {slow.peer_id}
+        assert choose_move(peers, peer(2), NOW_S, late=late) == healing("20:30", "20:30")
+        assert stands(healing("20:30", "20:30"), peers, peer(2), late=late)
+        assert not stands(healing("20:30", "20:30"), peers, peer(2)) or slow is fetching
+    further = replace(fetching, state=PeerState.JOINING, intent=None, spans=BlockSpans.parse("20:30"))
+    assert arrivals.late([rest, spare, further], NOW_S + ARRIVE_S) == set(), "it gets on"
+
+
+def healing(spans: str, intent: str) -> Move:
+    return Move(spans=BlockSpans.parse(spans), intent=BlockSpan.parse(intent), heals=True)
+
+
+def test_a_move_stands_only_while_everything_that_it_leaves_has_another_holder() -> None:
+    mine, other = (announcement(peer(n), 0, 10, max_blocks=10) for n in (1, 2))
+    rest = announcement(peer(3), 10, 30)
+    balance = Move(spans=BlockSpans.parse("20:30"), intent=BlockSpan(20, 30), heals=False)
+    for ready in (False, True):
+        assert stands(balance, [mine, other, rest], mine.peer_id, ready=ready)
+        for lost in (
+            replace(other, state=PeerState.DRAINING), replace(other, state=PeerState.JOINING),
+            replace(other, state=PeerState.PAUSED), replace(other, addresses=()), replace(other, protocol=2),
+            replace(other, spans=BlockSpans.parse("0:9")),
+        ):  # fmt: skip
+            assert not stands(balance, [mine, lost, rest], mine.peer_id, ready=ready)
+        assert not stands(balance, [replace(mine, state=PeerState.PAUSED), other, rest], mine.peer_id, ready=ready)
+    both = [replace(a, intent=BlockSpan(n, n + 5)) for a, n in ((mine, 10), (other, 20))]
+    going = [stands(balance, [*both, rest], a.peer_id, ready=True) for a in sorted(both, key=lambda a: a.peer_id)]
+    assert going == [True, False], "who would leave the same blocks, the smaller id goes"
+
+
+def test_on_the_internet_a_peer_of_somebodys_own_network_is_no_holder() -> None:
+    own, far, name = "/ip4/192.168.1.7", "/ip4/193.99.144.80", "/dns4/bees.example"
+
+    def at(host: str, number: int, start: int, end: int, max_blocks: int = 0) -> Announcement:
+        address = f"{host}/tcp/4001/p2p/{peer(number)}"
+        return announcement(peer(number), start, end, addresses=(address,), max_blocks=max_blocks)
+
+    holders = [(far, own, True), (far, far, False), (far, name, False)]
+    for mine, holder, heals in (*holders, (own, own, False), (own, far, False), (name, own, False)):
+        alike = [at(mine, 1, 0, 20, 20), at(mine, 2, 0, 20), at(holder, 3, 20, 30)]
+        assert (choose_move(alike, peer(1), NOW_S) is not None) == heals
+
+
+def test_a_heal_stands_only_while_its_blocks_are_missing_and_who_is_ready_waits_for_nobody() -> None:
+    first, second = sorted((announcement(peer(n), 0, 10, max_blocks=10) for n in (1, 2)), key=lambda a: a.peer_id)
+    rest, gap = announcement(peer(3), 0, 20), BlockSpan(20, 30)
+    move = healing("20:30", "20:30")
+    both = [replace(first, intent=gap), replace(second, intent=gap), rest]
+    assert [stands(move, both, a.peer_id) for a in (first, second)] == [True, False]
+    assert stands(move, both, second.peer_id, ready=True)
+    for state in (PeerState.ONLINE, PeerState.JOINING):
+        there = announcement(peer(4), 25, 30, state=state)
+        assert not stands(move, [*both, there], first.peer_id, ready=True)
+
+
 def test_a_gap_that_stays_open_calls_one_peer_after_the_other() -> None:
     peers = [announcement(peer(1), 0, 20), *(announcement(peer(n), 0, 10, max_blocks=10) for n in range(2, 6))]
     for waited, called in ((0, 1), (9, 1), (10, 2), (25, 3), (1000, 4)):
@@ -145,6 +273,11 @@ MOVABLE = st.lists(
     st.tuples(st.integers(0, 11), st.integers(1, 12), st.integers(0, 12), st.sampled_from([0.001, 0.002, 0.01, 0.1])),
     min_size=1,
     max_size=8,
+)
+CROWDED = st.lists(
+    st.tuples(st.sampled_from([0, 0, 4, 8]), st.just(4), st.sampled_from([0, 4, 6]), st.sampled_from([0.001, 0.01])),
+    min_size=6,
+    max_size=12,
 )
 
 
@@ -198,3 +331,80 @@ def test_moves_uncover_nothing_no_two_peers_make_the_same_and_they_come_to_an_en
             assert len(held(peers)) > len(held(before))
         else:
             assert scarcest(peers) >= MOVE_GAIN * scarcest(before) * 0.999
+
+
+class Mover:
+    """A peer that looks, announces, settles, fetches, drains and loads, as `peers.serving.rebalance` has it."""
+
+    def __init__(self, said: Announcement, put_s: int, fetch_s: int, look_s: int) -> None:
+        self.said = [(-100, said)]
+        """What it announced, and from when on everybody reads it."""
+        self.put_s, self.fetch_s, self.look_s = put_s, fetch_s, look_s
+        self.move: Move | None = None
+        self.at_s, self.step = look_s, "look"
+        self.keeps = held([said])
+
+    @property
+    def now(self) -> Announcement:
+        return self.said[-1][1]
+
+    def say(self, second: int, **changes: object) -> None:
+        said = replace(self.now, sequence=self.now.sequence + 1, expires_at_s=NOW_S + second + 1000, **changes)
+        self.said.append((second + self.put_s, said))
+
+    def act(self, second: int, movers: list[Mover]) -> None:
+        me = self.now.peer_id
+        read = [self.now, *(m.said_at(second) for m in movers if m is not self)]
+        if self.step == "look":
+            self.at_s += self.look_s
+            if move := choose_move(read, me, NOW_S + second, open_for_s=1e9):
+                self.move, self.step, self.at_s = move, "settle", second + int(SETTLE_S)
+                self.say(second, intent=move.intent)
+            return
+        assert self.move is not None
+        if self.step in ("settle", "fetch"):
+            if not stands(self.move, read, me, ready=self.step == "fetch"):
+                self.step, self.at_s = "look", second + self.look_s
+                self.say(second, intent=None)
+            elif self.step == "settle":
+                self.step, self.at_s = "fetch", second + self.fetch_s
+            else:
+                self.step, self.at_s = "drain", second + 5
+                self.keeps &= held([replace(self.now, spans=self.move.spans)])
+                self.say(second, state=PeerState.DRAINING)
+        elif self.step == "drain":
+            self.step, self.at_s = "load", second + 4
+            self.say(second, state=PeerState.JOINING, spans=self.move.spans, intent=None)
+        else:
+            self.step, self.at_s = "look", second + self.look_s
+            self.say(second, state=PeerState.ONLINE)
+            self.keeps = held([self.now])
+
+    def said_at(self, second: int) -> Announcement:
+        return next(said for from_s, said in reversed(self.said) if from_s <= second)
+
+
+@settings(max_examples=60)
+@given(CROWDED, st.integers(0, 2**32))
+def test_no_block_loses_its_last_holder_while_many_peers_move_at_once_by_records_of_some_seconds_ago(
+    raw: list[tuple[int, int, int, float]], seed: int
+) -> None:
+    """A second is the grain of this clock; records take up to two, and whoever settles waits for three."""
+    rng = random.Random(seed)
+    movers = [Mover(a, rng.randint(0, 2), rng.randint(0, 40), rng.randint(2, 6)) for a in swarm_of(raw)]
+    leaving = {rng.randint(0, 30): mover for mover in movers if not mover.now.max_blocks}
+    for second in range(120):
+        if mover := leaving.get(second):
+            mover.say(second, state=PeerState.DRAINING)
+        if mover := leaving.get(second - 3):  # everybody has read it
+            mover.keeps = set()
+        before = kept(movers)
+        for mover in rng.sample(movers, len(movers)):
+            if second >= mover.at_s:
+                mover.act(second, movers)
+                assert before <= kept(movers), f"second {second}, {mover.now.spans}"
+                assert len(mover.now.spans.parts) <= MAX_PARTS
+
+
+def kept(movers: list[Mover]) -> set[int]:
+    return set().union(*(mover.keeps for mover in movers))

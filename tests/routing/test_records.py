@@ -25,6 +25,7 @@ from routing.records import (
     MAX_RECORDS_PER_KEY,
     Announcement,
     HostedAdapter,
+    Kind,
     PeerState,
     index_key,
     index_keys,
@@ -68,7 +69,7 @@ FIELD = {name: index for index, name in enumerate([
     "sequence", "expires_at_s", "model", "model_name", "num_blocks", "start", "end", "state", "dtype", "quantization",
     "version", "protocol", "name", "addresses", "decode_s_per_block", "prefill_s_per_token_block", "cache_tokens",
     "free_tokens", "max_bytes_per_s", "more_spans", "queue_s", "sessions", "place", "max_blocks", "intent",
-    "adapters",
+    "adapters", "uplink_bytes_per_s",
 ])}  # fmt: skip
 
 
@@ -113,6 +114,7 @@ ANNOUNCEMENTS = st.builds(
     decode_s_per_block=st.floats(0, 3600),
     prefill_s_per_token_block=st.floats(0, 3600),
     max_bytes_per_s=st.integers(0, MAX_BYTES_PER_S),
+    uplink_bytes_per_s=st.integers(0, MAX_BYTES_PER_S),
     queue_s=st.floats(0, 3600),
     place=st.none() | st.builds(Coordinate, *[st.floats(-9, 9)] * 2, st.floats(0, 9), st.floats(0, 1)),
     adapters=st.lists(
@@ -332,6 +334,8 @@ def test_texts_are_bounded_and_printable(name: str, text: str) -> None:
         ("free_tokens", 1.5),
         ("max_bytes_per_s", -1),
         ("max_bytes_per_s", MAX_BYTES_PER_S + 1),
+        ("uplink_bytes_per_s", -1),
+        ("uplink_bytes_per_s", MAX_BYTES_PER_S + 1),
         ("queue_s", -1.0),
         ("sessions", -1),
         ("place", [0.0, 0.0, 0.0]),
@@ -402,6 +406,7 @@ def test_every_field_of_an_announcement_travels() -> None:
         RECORD, model=OTHER_MODEL, model_name="other", num_blocks=31, spans=BlockSpans.parse("3:4,6:9"),
         state=PeerState.DRAINING, dtype="int8", quantization="nf4", version="9", protocol=7, name="other", addresses=(),
         decode_s_per_block=0.5, prefill_s_per_token_block=0.25, cache_tokens=6, free_tokens=5, max_bytes_per_s=8,
+        uplink_bytes_per_s=9,
         queue_s=0.5, sessions=3, place=Coordinate(0.1, -0.2, 0.001, 0.25), max_blocks=7, intent=BlockSpan(5, 9),
         adapters=(HostedAdapter("poet", bytes(16)),),
         sequence=4, expires_at_s=NOW_S + 3,
@@ -412,3 +417,24 @@ def test_every_field_of_an_announcement_travels() -> None:
     where = model_key("main", OTHER_MODEL, OWNER.peer_id)
     value = sign_record(changed, where, OWNER)
     assert verdict(value, key=where, stored_expiry_s=changed.expires_at_s) == changed
+
+
+def test_records_of_one_kind_share_what_plans_tell_them_apart_by() -> None:
+    read = []
+    for number in (1, 2):
+        said = announcement(
+            key(number).peer_id,
+            spans=BlockSpans.of(BlockSpan(0, 3), BlockSpan(5, 9)),
+            max_bytes_per_s=1000,
+            place=Coordinate(0.05 + number / 1000, -0.01, 0.001, 0.1),
+            decode_s_per_block=0.001 * number,
+        )
+        under = model_key("main", MODEL, said.peer_id)
+        value = sign_record(said, under, key(number))
+        read.append(
+            verify_record(value, key=under, subkey=said.peer_id, stored_expiry_s=said.expires_at_s, now_s=NOW_S)
+        )
+    assert read[0].model is read[1].model
+    assert read[0].kind is read[1].kind
+    assert read[0].kind == Kind((0, 3, 5, 9), 1000, (2, -1, 0), 3)
+    assert replace(read[0], place=None).kind == Kind((0, 3, 5, 9), 1000, None, 3)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.coordinates import Coordinate
@@ -193,6 +193,63 @@ def test_of_two_peers_with_equal_claims_the_one_with_less_bandwidth_gets_no_prom
     assert peers_of(router.plan(replace(REQUEST, bytes_per_token=10), NOW_S))[1] == peer(1)
 
 
+def test_a_peer_with_a_slow_uplink_gets_no_prompt_to_push_on_and_is_used_for_single_positions() -> None:
+    slow = replace(THREE[1], uplink_bytes_per_s=2**18)
+    spare = announcement(peer(3), 10, 20, decode_s_per_block=0.0015)
+    router = router_with(THREE[0], slow, THREE[2], spare)
+    prompt = replace(REQUEST, tokens=256, back_tokens=1, bytes_per_token=2304)
+    assert peers_of(router.plan(prompt, NOW_S))[1] == peer(3)
+    assert peers_of(router.plan(replace(REQUEST, bytes_per_token=10), NOW_S))[1] == peer(1)
+    (_, middle, _) = router.explain(prompt, NOW_S).options
+    assert [one.uplink_bytes_per_s for one in middle] == [0, 2**18]
+    assert middle[1].trip_s - middle[0].trip_s == pytest.approx(256 * 2304 * (1 / 2**18 - 1 / 12.5e6))
+
+
+def test_a_slow_uplink_does_not_matter_at_the_last_hop_unless_everything_comes_back() -> None:
+    slow = replace(THREE[2], uplink_bytes_per_s=2**18)
+    spare = announcement(peer(3), 20, 30, decode_s_per_block=0.0015)
+    router = router_with(*THREE[:2], slow, spare)
+    prompt = replace(REQUEST, tokens=256, back_tokens=1, bytes_per_token=230)
+    assert peers_of(router.plan(prompt, NOW_S))[2] == peer(2)
+    assert peers_of(router.plan(replace(prompt, back_tokens=None), NOW_S))[2] == peer(3)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(1, 10), st.integers(1, 5), st.integers(0, 24)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(0, 11),
+    st.integers(1, 24),
+    st.sampled_from([None, 1]),
+)
+def test_more_uplink_makes_no_route_dearer(
+    sayings: list[tuple[int, int, int, int]], index: int, steps: int, back_tokens: int | None
+) -> None:
+    said = [
+        announcement(
+            peer(n), start, min(10, start + length), num_blocks=10, decode_s_per_block=decode_s / 100,
+            uplink_bytes_per_s=2**uplink if uplink else 0,
+        )
+        for n, (start, length, decode_s, uplink) in enumerate(sayings)
+    ]  # fmt: skip
+    request = replace(REQUEST, num_blocks=10, tokens=100, back_tokens=back_tokens, bytes_per_token=1000)
+    index %= len(said)
+    uplink = said[index].uplink_bytes_per_s
+    wider = [*said[:index], replace(said[index], uplink_bytes_per_s=2**steps * uplink), *said[index + 1 :]]
+    routers = router_with(*said), router_with(*wider)
+    for router in routers:  # of strangers that are alike only the fastest over all of its blocks is looked at
+        for n in range(len(said)):
+            router.on_rtt(peer(n), 0.02, NOW_S)
+    try:
+        dearer_s = routers[0].plan(request, NOW_S).cost_s
+    except NoRoute:
+        return
+    assert routers[1].plan(request, NOW_S).cost_s <= dearer_s * (1 + 1e-9)
+
+
 def test_the_message_stays_short_however_many_peers_are_unusable() -> None:
     many = [announcement(peer(n), state=PeerState.JOINING) for n in range(500)]
     with pytest.raises(NoRoute) as raised:
@@ -231,6 +288,39 @@ def test_a_route_enters_as_few_peers_without_room_for_the_session_as_it_can() ->
     router.on_announcements([announcement(peer(4), 10, 12, decode_s_per_block=1.0)], NOW_S)
     assert peers_of(router.plan(needs_room, NOW_S)) == [peer(0), peer(4), peer(3), peer(2)]
     assert peers_of(router.plan(replace(REQUEST, cache_tokens=100), NOW_S)) == [peer(0), peer(1), peer(2)]
+
+
+def test_peers_that_can_hold_what_a_session_may_come_to_need_are_preferred_and_else_those_that_can_now() -> None:
+    small = announcement(peer(1), 10, 20, free_tokens=10, decode_s_per_block=0.0001)
+    middle = announcement(peer(3), 10, 20, free_tokens=100)
+    large = announcement(peer(4), 10, 20, free_tokens=4010, decode_s_per_block=1.0)
+    router = router_with(THREE[0], small, middle, large, THREE[2])
+    for now, later, best in ((10, 0, 1), (10, 50, 3), (10, 4010, 4), (10, 9000, 1), (50, 9000, 3), (101, 9000, 4)):
+        request = replace(REQUEST, cache_tokens=now, expected_tokens=later)
+        assert peers_of(router.plan(request, NOW_S))[1] == peer(best), (now, later)
+
+
+def test_where_nobody_has_room_for_what_may_come_the_fastest_are_taken_and_not_the_fewest() -> None:
+    fast = [replace(a, free_tokens=500) for a in THREE]
+    whole = announcement(peer(5), 0, 30, free_tokens=500, decode_s_per_block=1.0)
+    router = router_with(*fast, whole)
+    request = replace(REQUEST, cache_tokens=100, expected_tokens=4000)
+    assert peers_of(router.plan(request, NOW_S)) == [peer(0), peer(1), peer(2)]
+    spread = replace(request, spread=0.5, session="one")
+    assert peers_of(router.plan(spread, NOW_S)) == peers_of(router.plan(replace(spread, expected_tokens=0), NOW_S))
+
+
+def test_who_can_be_replaced_is_told_by_peers_that_have_room_and_time() -> None:
+    second = announcement(peer(4), 10, 20)
+    router = router_with(*THREE, second)
+    request = replace(REQUEST, cache_tokens=100)
+    request = replace(request, previous=router.plan(replace(request, avoid=frozenset({peer(4)})), NOW_S))
+    assert router.replaceable(request, {peer(1)}, NOW_S)
+    assert not router.replaceable(request, {peer(0)}, NOW_S)
+    router.on_busy(peer(4), 10.0, NOW_S)
+    assert not router.replaceable(request, {peer(1)}, NOW_S)
+    router.on_announcements([replace(second, free_tokens=99, sequence=second.sequence + 1)], NOW_S + 20)
+    assert not router.replaceable(request, {peer(1)}, NOW_S + 11)
 
 
 def test_a_session_does_not_leave_a_peer_because_its_own_cache_filled_it() -> None:
@@ -278,7 +368,7 @@ def test_a_kept_route_carries_fresh_addresses_and_cost() -> None:
 
 @pytest.mark.parametrize("loss", ["draining", "paused", "shrunk", "expired", "failed", "avoided"])
 def test_a_previous_route_that_lost_a_hop_is_not_kept(loss: str) -> None:
-    spare = announcement(peer(3), 10, 20, decode_s_per_block=1.0, expires_at_s=NOW_S + 300)
+    spare = announcement(peer(3), 10, 20, decode_s_per_block=1.0)
     router = router_with(*THREE, spare)
     previous = router.plan(REQUEST, NOW_S)
     assert peers_of(previous)[1] == peer(1)
@@ -293,7 +383,8 @@ def test_a_previous_route_that_lost_a_hop_is_not_kept(loss: str) -> None:
         router.on_announcements([announcement(peer(4), 0, 10)], NOW_S)
     elif loss == "expired":
         now_s += 21
-        router.on_announcements([replace(a, sequence=2, expires_at_s=now_s + 20) for a in (THREE[0], THREE[2])], now_s)
+        renewed = [replace(a, sequence=2, expires_at_s=now_s + 20) for a in (THREE[0], THREE[2], spare)]
+        router.on_announcements(renewed, now_s)
     elif loss == "failed":
         router.on_failure(peer(1), NOW_S, "died")
     else:
@@ -414,12 +505,12 @@ def test_strangers_that_are_not_priced_would_not_have_made_a_route_cheaper(
     ]  # fmt: skip
     nobody_measured = Estimates()
     priced = [
-        Candidate(a.peer_id, span, hop_cost(nobody_measured.of(a, NOW_S), tokens=tokens, bytes_per_token=1000))
-        for a in said
+        Candidate(a.peer_id, span, hop_cost(estimate, tokens=tokens, bytes_per_token=1000, back_tokens=1))
+        for a, estimate in ((a, nobody_measured.of(a, NOW_S)) for a in said)
         for span in a.spans
     ]
     cheapest = cheapest_path(priced, 10)
-    request = replace(REQUEST, num_blocks=10, tokens=tokens, bytes_per_token=1000)
+    request = replace(REQUEST, num_blocks=10, tokens=tokens, back_tokens=1, bytes_per_token=1000)
     if cheapest is None:
         with pytest.raises(NoRoute):
             router_with(*said).plan(request, NOW_S)

@@ -3,7 +3,7 @@
 A route that carries f tokens per second takes f · blocks · seconds of each of its peers, which have one per second, and
 keeps f · t of its client's users busy, where a token takes t without any wait (Little's law). Whatever routers do, and
 however they come to know what they know, they stay within these limits. What is left out only makes it worse: prompts
-of less than a chunk, openings, replays, and that sessions are whole.
+of less than a chunk, openings, replays, what links carry, and that sessions are whole.
 
 Columns are made as they are needed (Gilmore, Gomory 1961): under the prices of peers and users the cheapest route of
 each client, a shortest path over blocks where every trip between two peers has its own price. That also bounds it.

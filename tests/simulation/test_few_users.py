@@ -18,9 +18,15 @@ USERS, STAGES = 8, 3
 FAST, SLOW = (0, 0, 0), (1, 1, 1)
 
 
-def tokens_per_s(routes: Sequence[tuple[int, ...]], length_s: float = 30.0) -> float:
-    """Of all users together, each of which stays on its route: at every stage, which of the two peers."""
+def tokens_per_s(
+    routes: Sequence[tuple[int, ...]], length_s: float = 30.0, *, together: int = 1, patience_s: float = 0.0
+) -> float:
+    """Of all users together, each of which stays on its route: at every stage, which of the two peers.
+
+    A peer that is free begins when as many as `together` of its users wait, and at last `patience_s` after the first.
+    """
     order, done = itertools.count(), 0
+    waited_since_s: dict[tuple[int, int], float] = {}
     waiting: dict[tuple[int, int], list[int]] = {(stage, chain): [] for stage in range(STAGES) for chain in (0, 1)}
     busy: set[tuple[int, int]] = set()
     events: list[tuple[float, int, int, tuple[int, int], list[int]]] = []
@@ -41,6 +47,12 @@ def tokens_per_s(routes: Sequence[tuple[int, ...]], length_s: float = 30.0) -> f
         else:
             waiting[peer] += users
         if waiting[peer] and peer not in busy:
+            until_s = waited_since_s.setdefault(peer, now_s) + patience_s
+            enough = min(together, sum(route[peer[0]] == peer[1] for route in routes))
+            if len(waiting[peer]) < enough and now_s < until_s:
+                heapq.heappush(events, (until_s, next(order), 0, peer, []))
+                continue
+            del waited_since_s[peer]
             busy.add(peer)
             batch, waiting[peer] = waiting[peer], []
             takes_s = (A_S + C_S * len(batch)) / SHARES[peer[1]]
@@ -48,7 +60,7 @@ def tokens_per_s(routes: Sequence[tuple[int, ...]], length_s: float = 30.0) -> f
     return done / length_s
 
 
-def most_tokens_per_s() -> float:
+def most_tokens_per_s(shares: tuple[float, float] = SHARES) -> float:
     """Whoever deals, step by step if he likes, and however long peers wait for a batch to fill.
 
     A peer that has b users in a batch completes s·b/(A + C·b) tokens per second, which is concave in b: so with n of
@@ -58,7 +70,7 @@ def most_tokens_per_s() -> float:
 
     def stage_tokens_per_s(users: float) -> float:
         parts = ((users * at / 200, users * (200 - at) / 200) for at in range(201))
-        return max(sum(s * n / (A_S + C_S * n) for s, n in zip(SHARES, part, strict=True)) for part in parts)
+        return max(sum(s * n / (A_S + C_S * n) for s, n in zip(shares, part, strict=True)) for part in parts)
 
     least, most = 0.0, 200.0
     for _ in range(30):
@@ -82,3 +94,21 @@ def test_eight_users_cannot_fill_two_chains_that_were_measured_with_eight_users_
     assert max(fixed[4:6]) > 0.9 * max(fixed + mixed), "in proportion to speed is about as good as any"
     many = [FAST] * 22 + [SLOW] * 11
     assert tokens_per_s(many) > 0.95 * (tokens_per_s([FAST] * 22) + tokens_per_s([SLOW] * 11))
+
+
+def test_peers_that_wait_for_fuller_batches_make_each_chain_alone_faster_too() -> None:
+    """With the best patience all get a fifth more than without, which is not yet 0.85 of the bound, and less of the
+    bound that the same peers have.
+
+    Where every batch is as good as it can be, both chains together give less than 0.7 of what they give one by one.
+    """
+    bound = tokens_per_s([FAST] * USERS) + tokens_per_s([SLOW] * USERS)
+    best, own_bound = 0.0, 0.0
+    for together, patience_s in itertools.product((2, 3), (0.01, 0.02, 0.04)):
+        rule = {"together": together, "patience_s": patience_s}
+        dealt = [tokens_per_s([FAST] * fast + [SLOW] * (USERS - fast), **rule) for fast in range(5, USERS + 1)]
+        if max(dealt) > best:
+            best, own_bound = max(dealt), dealt[-1] + tokens_per_s([SLOW] * USERS, **rule)
+    assert 0.75 * bound < best < 0.85 * bound
+    assert best < 0.75 * own_bound
+    assert most_tokens_per_s() < 0.7 * (most_tokens_per_s((SHARES[0], 0.0)) + most_tokens_per_s((SHARES[1], 0.0)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,25 +17,30 @@ import typer
 from typer.testing import CliRunner, Result
 
 import peers.host
-from peers.errors import InsecureIdentity
+from peers.errors import InsecureIdentity, MissingExtra
 from peers.host.config import PeerConfig
 from peers.host.events import Event
 from peers.model.progress import Progress
-from routing.errors import NoRoute
+from routing.errors import CallerError, NoRoute
 from routing.health import models
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans, ModelId
-from routing.invites import parse
+from routing.invites import Invite, parse
 from routing.records import Announcement, HostedAdapter, PeerState
 from routing.router import Router
-from swarm.cli import dashboard, gateway, node, output, route, signals, status, top
+from routing.routes import RouteRequest
+from swarm import extras
+from swarm.cli import dashboard, gateway, node, output, route, signals, simulate, status, top
 from swarm.cli import status as status_view
 from swarm.cli.app import app, spread
 from swarm.cli.options import bytes_of
+from swarm.errors import UnusableFile
 from swarm.health import View, is_named
+from swarm.simulation.world import SimulationConfig
 from swarm.web.server import is_exposed
 
 ADDRESS = "/ip4/127.0.0.1/tcp/4001/p2p/" + SigningKey.from_seed(bytes(32)).peer_id
+INVITE = Invite(network="hive", bootstraps=(ADDRESS,)).to_link()
 COMMANDS = ("bootstrap", "join", "generate", "chat", "gateway", "status", "dashboard", "top", "demo")
 
 
@@ -77,8 +83,13 @@ def test_help_and_argument_errors_come_without_loading_torch() -> None:
         ("join", "m", "--new-swarm", "--max-memory", "lots"),
         ("join", "m", "--new-swarm", "--max-bandwidth", "fast"),
         ("join", "m", "--new-swarm", "--nice", "20"),
+        ("join", "m", "--new-swarm", "--threads", "1000000000000"),
         ("join", "m", "--new-swarm", "--initial-peers", ADDRESS),
         ("generate", "m", "--top-p", "2"),
+        ("generate", "m", "--temperature", "inf"),
+        ("generate", "m", "--seed", str(10**30)),
+        ("gateway", "m", "--rate-limit", "inf"),
+        ("simulate", "--minutes", "inf"),
         ("gateway",),
         ("gateway", "m", "--port", "70000"),
         ("dashboard", "--port", "70000"),
@@ -107,6 +118,8 @@ def test_a_mistyped_command_is_a_usage_error(arguments: tuple[str, ...], run: Ca
         (("bootstrap", "--network", "My Network"), "is not a network name", "lower-case"),
         (("generate", "m", "--initial-peers", ADDRESS, "--network", "A"), "is not a network name", "lower-case"),
         (("generate", "m", "--initial-peers", ADDRESS), "the prompt is empty", "--prompt"),
+        (("generate", "m", "--initial-peers", ADDRESS, "-p", "\udcff"), "the prompt is no text in UTF-8", "iconv"),
+        (("status", "--invite", INVITE, "--network", "other"), "the invite is to network 'hive'", "leave out"),
     ],
 )
 def test_an_error_is_one_line_and_a_hint(
@@ -236,6 +249,27 @@ def test_who_waits_for_a_network_sees_at_once_that_it_is_looked_for(
         assert run(*arguments, *entry, "--json").stderr == ""
 
 
+SHORT = SimulationConfig(peers=10, users=2, clients=1, blocks=4, minutes=0.2)
+
+
+@pytest.mark.parametrize(("name", "magic"), [("curves.png", b"\x89PNG\r\n"), ("curves.HTML", b"<!doctype html>")])
+def test_a_simulation_is_drawn_as_its_files_name_says(name: str, magic: bytes, tmp_path: Path) -> None:
+    simulate.simulate(SHORT, plot=tmp_path / name, as_json=True)
+    assert (tmp_path / name).read_bytes().startswith(magic)
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulate, "run", None)
+    with pytest.raises(CallerError, match="neither a picture nor a page"):
+        simulate.simulate(SHORT, plot=tmp_path / "curves.pdf", as_json=True)
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(MissingExtra, match="matplotlib is not installed"):
+        simulate.simulate(SHORT, plot=tmp_path / "curves.png", as_json=True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("text", ["", "B", "GB", "-1GB", "0", "nan", "inf", "1PB", "12 apples"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
@@ -256,6 +290,27 @@ def test_an_error_that_a_task_group_wrapped_is_found() -> None:
     error = NoRoute("blocks 3:4 are missing")
     assert output.error_in(ExceptionGroup("serve", [ExceptionGroup("inner", [error])])) is error
     assert output.error_in(ExceptionGroup("serve", [error, ValueError("a defect")])) is None
+
+
+def test_a_file_that_cannot_be_used_is_an_error_in_words_and_any_other_failure_a_defect(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert str(output.error_in(ExceptionGroup("serve", [full]))) == "No space left on device"
+    with pytest.raises(OSError, match="Is a directory") as caught:
+        tmp_path.read_bytes()
+    known = output.error_in(caught.value)
+    assert isinstance(known, UnusableFile)
+    assert (str(known), "HIVESWARM_CACHE" in known.hint) == (f"{tmp_path}: Is a directory", True)
+    assert output.error_in(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")) is None
+
+
+def test_a_file_that_cannot_be_used_is_said_in_two_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "configure_logging", lambda verbose: None)
+    with pytest.raises(typer.Exit) as caught, output.command(verbose=0, debug=False):
+        tmp_path.read_bytes()
+    assert caught.value.exit_code == 1
+    assert re.fullmatch(f"error: {tmp_path}: Is a directory\nhint: .*\n", capsys.readouterr().err)
 
 
 def test_a_closed_reader_ends_a_command_quietly() -> None:
@@ -309,6 +364,9 @@ def test_every_event_of_a_node_has_words() -> None:
     words = {kind: node.describe(Event(kind, dict(fields))) for kind, fields in examples.items()}
     assert "blocks 0:4,8:12 of m" in words["ready"]
     assert "swarm://x" in words["ready"]
+    assert "up to 256 tokens a forward, 20 MiB (measured now" in words["ready"]
+    unknown = node.describe(Event("ready", examples["ready"] | {"forward_mib": 0}))
+    assert "up to 256 tokens a forward (measured now" in unknown
     assert "no answer" in words["unreachable"]
     assert "forward the port" in words["unreachable"]
     assert "nobody answers" in words["reachability_unknown"]
@@ -317,8 +375,8 @@ def test_every_event_of_a_node_has_words() -> None:
     assert words["moving"] == "moving to blocks 4:8, where blocks are missing"
     assert words["moved"] == "serving blocks 4:8"
     assert "outside 22:00-08:00; back at 22:00" in words["paused"]
-    load = {"reason": "load", "load_percent": 83, "limit_percent": 50.0, "resume_percent": 37.5}
-    assert "use 83 % of the CPUs, the limit is 50 %" in node.describe(Event("paused", dict(load)))
+    load = {"reason": "load", "load_percent": 83, "of": "a GPU", "limit_percent": 50.0, "resume_percent": 37.5}
+    assert "use 83 % of a GPU, the limit is 50 %" in node.describe(Event("paused", dict(load)))
 
 
 def test_json_events_are_one_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,6 +431,8 @@ def test_an_identity_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InsecureIdentity, match="cannot be used"):
         node.claim_identity(tmp_path / "file" / "mine.key", "peer")
+    with pytest.raises(InsecureIdentity, match="is no file"):
+        node.claim_identity(Path(), "peer")
 
 
 def test_a_ready_node_gives_an_invite_to_itself() -> None:
@@ -425,7 +485,7 @@ def start(program: str, until: str) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
 
@@ -482,7 +542,7 @@ def test_an_interrupted_command_unwinds_and_says_nothing() -> None:
 
 def test_ctrl_c_during_imports_leaves_no_traceback() -> None:
     program = "from swarm.cli import signals; signals.end_at_once()\n"
-    program += "print('importing', flush=True); import time; time.sleep(9)"
+    program += "print('importing', flush=True); import time; time.sleep(600)"
     process = start(program, until="importing")
     process.send_signal(signal.SIGINT)
     assert end(process) == (130, "", "")
@@ -492,8 +552,9 @@ def test_ctrl_c_during_imports_leaves_no_traceback() -> None:
 
 
 def announcement(seed: int, span: BlockSpan, **changes: object) -> Announcement:
+    peer_id = SigningKey.from_seed(bytes([seed]) * 32).peer_id
     fields: dict[str, object] = {
-        "peer_id": SigningKey.from_seed(bytes([seed]) * 32).peer_id,
+        "peer_id": peer_id,
         "model": ModelId(bytes([7]) * 32),
         "model_name": "tiny",
         "num_blocks": 6,
@@ -502,7 +563,7 @@ def announcement(seed: int, span: BlockSpan, **changes: object) -> Announcement:
         "dtype": "float32",
         "version": "0.1.0",
         "protocol": 1,
-        "addresses": (),
+        "addresses": (f"/ip4/192.0.2.1/tcp/4001/p2p/{peer_id}",),
         "decode_s_per_block": 0.001,
         "prefill_s_per_token_block": 0.0001,
         "cache_tokens": 1024,
@@ -516,7 +577,7 @@ def announcement(seed: int, span: BlockSpan, **changes: object) -> Announcement:
 @pytest.fixture
 def view() -> View:
     router = Router()
-    alice = announcement(1, BlockSpan(0, 2), name="alice")
+    alice = announcement(1, BlockSpan(0, 2), name="alice", uplink_bytes_per_s=2**20)
     bob = announcement(2, BlockSpan(1, 4), state=PeerState.DRAINING)
     carol = announcement(3, BlockSpan(4, 6), adapters=(HostedAdapter("poet", bytes(16)),))
     dora = announcement(4, BlockSpan(1, 4), state=PeerState.PAUSED)
@@ -535,6 +596,7 @@ def test_status_names_holders_and_gaps(view: View) -> None:
     assert dora["state"] == "paused"
     assert (alice["name"], alice["span"], alice["latency_ms"], alice["version"]) == ("alice", [0, 2], 12.5, "0.1.0")
     assert (bob["state"], bob["latency_ms"]) == ("draining", None)
+    assert (alice["uplink_bytes_per_s"], bob["uplink_bytes_per_s"]) == (2**20, None)
     hosted = [adapter for peer in model["peers"] for adapter in peer["adapters"]]
     assert hosted == [{"name": "poet", "digest": "00" * 16}]
 
@@ -556,6 +618,17 @@ def test_status_is_a_table_for_people(view: View, capsys: pytest.CaptureFixture[
         assert expected in printed
     for peer in view.models[0].peers:
         assert peer.peer_id in printed
+
+
+def test_a_route_is_explained_with_the_uplinks_that_peers_announce(capsys: pytest.CaptureFixture[str]) -> None:
+    router = Router()
+    said = [announcement(1, BlockSpan(0, 6), uplink_bytes_per_s=2**20), announcement(2, BlockSpan(0, 6))]
+    router.on_announcements(said, 100.0)
+    found = router.explain(RouteRequest(model=said[0].model, num_blocks=6, bytes_per_token=1000), 100.0)
+    (options,) = route.as_plain(found, explain=True)["candidates"]
+    assert [option["uplink_mbit_per_s"] for option in options] == [None, 8.4]
+    route.show(found, explain=True)
+    assert "100 assumed, 8.4 out" in capsys.readouterr().out
 
 
 def test_a_model_is_named_by_its_name_or_the_beginning_of_its_id(view: View) -> None:

@@ -34,7 +34,7 @@ def test_every_kind_of_error_has_a_hint() -> None:
                 importlib.import_module(module.name)
     ours = {kind for kind in errors_below(SwarmError) if kind.__module__.startswith(("routing.", "peers.", "swarm."))}
     # what an engine raises reaches people as a peer's refusal
-    leaves = {kind for kind in ours - BRANCHES if kind.__module__ != "peers.runtime.engine"}
+    leaves = {kind for kind in ours - BRANCHES if kind.__module__ != "peers.runtime.works"}
     assert len(leaves) > 25
     bare = {parent.default_hint for parent in BRANCHES}
     assert [kind.__name__ for kind in leaves if kind.default_hint in bare] == []

@@ -15,7 +15,7 @@ def test_what_is_installed_is_not_missed() -> None:
     require_extra("train", "torch", "transformers")
 
 
-@pytest.mark.parametrize("extra", ["gateway", "train", "quant"])
+@pytest.mark.parametrize("extra", ["gateway", "gpu", "train", "quant"])
 def test_a_missing_extra_is_named_with_the_line_that_installs_it(extra: str) -> None:
     with pytest.raises(MissingExtra, match=r"^no_such_module is not installed$") as caught:
         require_extra(extra, "torch", "no_such_module")

@@ -115,7 +115,7 @@ def test_threads_share_one_model_without_noticing(world: World) -> None:
     together = threading.Barrier(3)
 
     def generate(ids: Tensor) -> Tensor:
-        together.wait(timeout=20)
+        together.wait(timeout=60)
         with world.model.session():
             return world.model.generate(ids, max_new_tokens=6, **GREEDY)
 

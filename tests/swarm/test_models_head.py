@@ -79,8 +79,7 @@ def test_a_product_that_fails_fails_only_who_ran_it() -> None:
 
 def test_callers_that_were_answered_together_share_one_product() -> None:
     callers, sizes, ready = Callers(), list[int](), threading.Barrier(4)
-    callers.answered("a slow one", 0.0)
-    callers.asked("a slow one", DEADLINE_S)  # so nobody is overdue, however busy this machine is
+    callers._usual_s = DEADLINE_S  # so nobody is overdue, however busy this machine is
 
     def product(rows_MK: Tensor) -> Tensor:
         sizes.append(len(rows_MK))
@@ -100,6 +99,12 @@ def test_callers_that_were_answered_together_share_one_product() -> None:
     for thread in threads:
         thread.join(DEADLINE_S)
     assert sizes == [4]
+
+
+def test_a_leader_in_inference_mode_gives_the_others_tensors_like_any_others() -> None:
+    with torch.inference_mode():
+        output = Meeting(lambda rows_MK: rows_MK @ WEIGHT.T)(torch.ones(1, 3))
+    assert not output.is_inference()
 
 
 def test_who_does_not_come_is_not_waited_for_longer_than_a_product_takes() -> None:

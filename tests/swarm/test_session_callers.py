@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.session.callers import GRACE_S, OVERDUE, SOON, Callers
+from swarm.session.callers import GONE_S, GRACE_S, OVERDUE, SOON, Callers
 
 GAIN_S = 0.01
 
@@ -53,6 +53,17 @@ def test_who_takes_much_longer_than_callers_do_is_not_expected_any_more(usual_s:
     assert callers.patience_s(1, GAIN_S, overdue_s - 0.1 * GRACE_S) <= 0.11 * GRACE_S
     assert callers.patience_s(1, GAIN_S, overdue_s + 0.1 * GRACE_S) == 0.0
     assert callers.patience_s(1, 1e9, 1000.0) <= OVERDUE * usual_s + 1.01 * GRACE_S, "whatever a peer claims"
+
+
+@given(usual_s=st.floats(0.001, 1.0), pause_s=st.floats(1.0, 1e6))
+def test_a_pause_is_not_what_callers_usually_take_and_who_is_gone_is_forgotten(usual_s: float, pause_s: float) -> None:
+    callers = used_to(usual_s)
+    callers.answered("reader", 1000.0)
+    callers.asked("reader", 1000.0 + OVERDUE * usual_s + pause_s)
+    callers.answered("reader", 1e7)
+    assert callers.patience_s(1, 1e9, 1e7) <= OVERDUE * (1.2 * usual_s + GRACE_S) + 1.01 * GRACE_S
+    assert callers.patience_s(1, 1e9, 1e7 + 2 * GONE_S) == 0.0
+    assert not callers
 
 
 @given(usual_s=st.floats(0.001, 1.0))

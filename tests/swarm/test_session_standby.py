@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from routing.ids import BlockSpan, PeerId, StepId
 from routing.routes import Hop
 from swarm.session.actions import Feed, NeedRoute, NeedStandbys, OpenHops, OpenStandby, Release
@@ -81,6 +83,38 @@ def test_what_a_step_undoes_does_not_count_though_it_was_on_its_way_to_the_stand
     core.result(back, 1)
     (feed,) = [a for a in core.result(core.submit(3, 3, 0)[0], 1) if isinstance(a, Feed)]
     assert (feed.step.first, feed.step.count) == (2, 4)
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_a_standby_may_hold_what_was_undone_until_it_says_that_it_heard_what_came_after(heard: bool) -> None:
+    core = standing()
+    back, _ = core.submit(2, 5, 0)
+    (feed,) = [action for action in core.result(back, 1) if isinstance(action, Feed)]
+    assert (feed.step.first, feed.step.count) == (2, 5)
+    if heard:
+        core.fed(R, feed.step.step, 1)
+    core.submit(7, 1, 0)
+    core.hop_lost(Q, LOST)
+    (opening,) = (a for a in core.route_ready(route(P, R)) if isinstance(a, OpenHops))
+    assert opening.keep == (8, 7 if heard else 2)
+
+
+def test_what_is_undone_while_a_standby_opens_is_not_believed_of_it() -> None:
+    core = standing()
+    core.submit(6, 1, 0)
+    core.stalled(LOST)
+    opening, again = core.route_ready(route(P, Q))
+    assert again == OpenStandby(SECOND, 2, offer=0, keep=6)
+    core.opened(P, 0, 2, 7, 0)
+    core.opened(Q, 1, 2, 7, 0)
+    core.result(core.pending[0].step, 2)
+    back, _ = core.submit(3, 2, 0)
+    core.opened(R, 1, 2, 6)
+    core.result(back, 2)
+    core.submit(5, 1, 0)
+    core.hop_lost(Q, LOST)
+    (opening,) = (a for a in core.route_ready(route(P, R)) if isinstance(a, OpenHops))
+    assert opening.keep == (6, 3)
 
 
 def test_a_standby_that_fails_is_let_go_of_and_looked_for_again_later_and_later() -> None:

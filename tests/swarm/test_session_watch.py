@@ -4,28 +4,35 @@ clock."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from peers.transport.links import Link, Links
 from peers.transport.memory import MemoryNetwork
 from peers.transport.tasks import Tasks
-from peers.wire.messages import Trace, Traced
+from peers.wire.messages import PROTOCOL_VERSION, Trace, Traced
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, PeerId, SessionId
+from routing.records import RECORD_LIFETIME_S, RECORD_RENEW_S
+from routing.router import Router
 from routing.routes import Hop, Route
 from swarm.session.actions import Action
 from swarm.session.core import SessionConfig, SessionCore
 from swarm.session.inbox import Inbox
-from swarm.session.live import SILENCE_S_MAX, LiveSession
+from swarm.session.live import SILENCE_S_MAX, LiveSession, RemoteModel
+from swarm.session.planning import Planner
+from swarm.session.prompts import Prompts
 from swarm.session.watch import WATCH_S, Watch
 from tests.helpers.late_loop import LateLoop, run
 from tests.peers.transport.nodes import signing_key
+from tests.routing.swarms import MODEL, NOW_S, announcement, peer
 
-CLIENT, PEER = (signing_key(number).peer_id for number in (1, 2))
+CLIENT, PEER, OTHER = (signing_key(number).peer_id for number in (1, 2, 3))
 SILENCE_S = 2.0
 
 
@@ -35,18 +42,39 @@ class Scene:
     def __init__(self, loop: LateLoop) -> None:
         self.loop = loop
         self.network = MemoryNetwork(latency_s=0.01)
-        transports = [self.network.transport(peer) for peer in (CLIENT, PEER)]
-        self.client, self.peer = (Links(transport, network="test", software="test") for transport in transports)
-        self.peer.handle(Trace, self._trace)
-        self.sessions: Any = SimpleNamespace(by_id={}, client=SimpleNamespace(links=self.client))
+        transports = [self.network.transport(peer) for peer in (CLIENT, PEER, OTHER)]
+        nodes = [Links(transport, network="test", software="test") for transport in transports]
+        self.client, *self.peers = nodes
+        for node in self.peers:
+            node.handle(Trace, self._trace)
+        self.router = Router()
+        discovery = SimpleNamespace(now_s=lambda: NOW_S + loop.time())
+        client = SimpleNamespace(links=self.client, router=self.router, discovery=discovery)
+        model = RemoteModel(model=MODEL, num_blocks=1, hidden_size=8, regime_key=int)
+        self.sessions: Any = SimpleNamespace(by_id={}, client=client, model=model, hosted=None)
         self.tasks = Tasks()
         self.lost_at_s: list[float] = []
         self.running = 1
         """Works that the hop says it computes; where there are none, it says that an output is on its way."""
-        self.watch = Watch(self.sessions, self, self.tasks)  # type: ignore[arg-type]
+        planner = Planner(self.sessions, Prompts(self.sessions), turn=0.0)
+        self.watch = Watch(self.sessions, self, planner, self.tasks)
 
     async def _trace(self, link: Link, message: Trace, _: memoryview) -> None:
         await link.send(Traced(nonce=message.nonce, running=self.running, moving=not self.running))
+
+    def announce(self, *peers: PeerId, prefill_s_per_token_block: float = 1e-4) -> None:
+        """They have the model's block for as long as a test may take."""
+        fields: dict[str, Any] = {"num_blocks": 1, "protocol": PROTOCOL_VERSION}
+        fields["prefill_s_per_token_block"] = prefill_s_per_token_block
+
+        async def renew() -> None:
+            for sequence in itertools.count():
+                now_s = NOW_S + self.loop.time()
+                fields.update(sequence=sequence, expires_at_s=now_s + RECORD_LIFETIME_S)
+                self.router.on_announcements([announcement(peer, 0, 1, **fields) for peer in peers], now_s)
+                await asyncio.sleep(RECORD_RENEW_S)
+
+        self.tasks.spawn(renew(), name="renew records")
 
     def lose(self, session: LiveSession, peer: PeerId, error: SwarmError) -> None:
         """As a driver does: the session is somebody else's affair now."""
@@ -56,32 +84,39 @@ class Scene:
     def blame(self, peer: PeerId, error: SwarmError) -> None:
         pass
 
-    def perform(self, session: LiveSession, actions: Sequence[Action]) -> None:
+    def perform(self, session: LiveSession, actions: Sequence[Action], *, rows: Tensor | None = None) -> None:
         if actions:
             self.lost_at_s.append(self.loop.time())
 
-    def begin(self) -> float:
-        """A new session; returns when it was last heard of."""
-        session_id = SessionId(bytes([len(self.lost_at_s)]) * 16)
+    def reconsider(self, session: LiveSession) -> None:
+        pass
+
+    def begin(self, at: PeerId = PEER, *, positions: int = 1, first: int | None = None) -> float:
+        """A new session at that peer; returns when it was last heard of. `first`: the first byte of its id."""
+        session_id = SessionId(bytes([len(self.lost_at_s) if first is None else first]) * 16)
         session, core = LiveSession(None, bytes(16), standby=False), SessionCore(session_id, SessionConfig())
-        core.submit(0, 1, 0)
-        route = Route(hops=(Hop(peer_id=PEER, span=BlockSpan(0, 1), addresses=()),), cost_s=1.0)
+        core.submit(0, positions, 0)
+        route = Route(hops=(Hop(peer_id=at, span=BlockSpan(0, 1), addresses=()),), cost_s=1.0)
         core.route_ready(route)
+        if positions > 1:  # it is asked to open the session, and did
+            core.opened(at, 0, core.epoch)
         session.core = core
         session.begin(route, review_in_s=60.0)
         self.sessions.by_id[session_id] = session
         return self.loop.time()
 
     async def __aenter__(self) -> Scene:
-        await self.peer.serve()
-        await self.client.to(PEER)
+        for node in self.peers:
+            await node.serve()
+            await self.client.to(node.transport.peer_id)
         self.tasks.spawn(self.watch.run(), name="watch")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.tasks.close()
-        for node in (self.client, self.peer, self.client.transport, self.peer.transport):
+        for node in (self.client, *self.peers):
             await node.close()
+            await node.transport.close()
 
 
 def given_up_after_s(*, trip_s: float = 0.01, late_s: float = 0.0, silent: bool = False) -> float | None:
@@ -112,6 +147,54 @@ def test_a_hop_that_says_for_minutes_that_something_happens_is_not_believed_for_
             assert scene.lost_at_s[0] - began_s > patience_s
 
     run(work)
+
+
+def left_after_s(*, others: int = 1, positions: int = 1, first: int = 0, rests_until_s: float = 0.0) -> float | None:
+    """A hop that says that it computes, and can be done without where there are `others`; None: not within 5 minutes.
+    Before `rests_until_s` it does so only at the first look."""
+
+    async def work(loop: LateLoop) -> float | None:
+        async with Scene(loop) as scene:
+            peers = [PEER, *(peer(number) for number in range(others))]
+            scene.announce(*peers, prefill_s_per_token_block=0.01)
+            began_s = scene.begin(positions=positions, first=first)
+            await asyncio.sleep(SILENCE_S)
+            scene.running = 0
+            await asyncio.sleep(rests_until_s - SILENCE_S)
+            scene.running = 1
+            await asyncio.sleep(SessionConfig().busy_patience_s - 1.0)
+            slow = scene.router.doubted(MODEL, NOW_S + loop.time())
+            assert [a.peer_id for a in slow] == [PEER] * len(scene.lost_at_s), "it is not the first choice again"
+            return scene.lost_at_s[0] - began_s if scene.lost_at_s else None
+
+    return run(work)
+
+
+def test_a_hop_that_only_says_that_it_computes_is_left_where_another_peer_has_its_blocks() -> None:
+    least_s = SessionConfig().hung_s_min
+    looks_s = SILENCE_S / 2 + 3 * WATCH_S  # until it is asked for the first time
+    after_s = left_after_s()
+    assert after_s is not None
+    assert least_s < after_s < least_s + looks_s
+    assert left_after_s(others=0) is None
+
+
+def test_a_prompt_may_take_long_in_proportion_to_its_positions() -> None:
+    after_s = left_after_s(positions=200)
+    assert after_s is not None
+    assert 20 * 200 * 0.01 < after_s < 20 * 200 * 0.01 + 5
+
+
+def test_not_all_sessions_of_a_hop_that_has_too_much_to_do_leave_it_at_once() -> None:
+    times_s = [left_after_s(first=first) for first in (0, 51, 102, 255)]
+    assert all(after_s is not None for after_s in times_s)
+    assert [round(after_s or 0.0) for after_s in times_s] == pytest.approx([11, 13, 15, 21], abs=1)
+
+
+def test_a_hop_that_rests_between_two_looks_has_not_computed_one_step_all_the_time() -> None:
+    after_s = left_after_s(rests_until_s=8.0)
+    assert after_s is not None
+    assert after_s > 8.0 + SessionConfig().hung_s_min
 
 
 def test_a_silent_hop_is_given_up_in_time() -> None:
@@ -150,17 +233,17 @@ def test_a_session_ends_with_the_link_that_carries_it_and_not_with_that_of_a_pin
     run(work)
 
 
-def test_a_wrong_verdict_gives_everybody_more_time_and_that_wears_off() -> None:
+def test_whoever_was_given_up_wrongly_has_more_time_and_that_wears_off() -> None:
     async def work(loop: LateLoop) -> None:
         async with Scene(loop) as scene:
             scene.network.latency_s = 0.6
             verdicts = []
-            for rest_s in (10.0, 600.0, 10.0):
-                scene.begin()
+            for at, rest_s in ((PEER, 10.0), (PEER, 1.0), (OTHER, 600.0), (PEER, 10.0)):
+                scene.begin(at)
                 await asyncio.sleep(10.0)
                 verdicts.append(len(scene.lost_at_s))
                 scene.sessions.by_id.clear()
                 await asyncio.sleep(rest_s)
-            assert verdicts == [1, 1, 2]
+            assert verdicts == [1, 1, 2, 3]
 
     run(work)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import FunctionType
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,11 @@ from peers.model.support import one_line
 logger = logging.getLogger(__name__)
 
 ROWS_TIMED = (1, 4, 8, 12, 16, 32, 64, 256)
+ROWS_ENOUGH = 16
+"""From here on it is no more reading the weights alone that takes the time, and"""
+PRODUCT_S = 0.05
+"""what wins a product that takes longer than that is taken to win those of more rows: timing these would keep forwards
+waiting."""
 UNLIMITED = 1 << 62
 MARGIN = 1.05
 """So much slower than torch a product may seem: two measurements are never quite alike."""
@@ -40,6 +45,9 @@ OUTPUTS_CHECKED = 4096
 ERROR_MAX = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Relative distance from the exact product; measured: 2e-7 and 2e-3 (the rounding of the result)."""
 
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+"""Something to be done in steps, and its result."""
 Layer = nn.Linear | PackedLinear
 Product = Callable[[Tensor, Layer], Tensor]
 
@@ -78,6 +86,11 @@ def accelerate(module: nn.Module, pool: Pool, *, rows: int = ROWS_TIMED[-1]) -> 
     of ROWS_TIMED, are torch's without being timed. Returns the number of layers changed. One line of the log says so
     when there is nothing to gain.
     """
+    return _finished(accelerating(module, pool, rows=rows))
+
+
+def accelerating(module: nn.Module, pool: Pool, *, rows: int = ROWS_TIMED[-1]) -> Steps[int]:
+    """`accelerate`, in steps of a few products between which this thread may run forwards."""
     kinds: dict[tuple[torch.dtype, Format | None], list[Layer]] = {}
     for layer in module.modules():
         if isinstance(layer, nn.Linear | PackedLinear) and _suits(layer):
@@ -85,7 +98,7 @@ def accelerate(module: nn.Module, pool: Pool, *, rows: int = ROWS_TIMED[-1]) -> 
     changed = 0
     for (dtype, format_), layers in kinds.items():
         name = f"{dtype} and {format_.value}" if format_ else str(dtype)
-        rows_max = _rows_max(pool, layers, rows)
+        rows_max = yield from _rows_max(pool, layers, rows)
         if not rows_max:
             logger.info("linear layers in %s stay with torch, which is faster here", name)
             continue
@@ -109,6 +122,11 @@ def accelerate_by_torch(module: nn.Module) -> int:
 
     Takes as long as torch's compiler where that has a part in it; forwards may run meanwhile.
     """
+    return _finished(accelerating_by_torch(module))
+
+
+def accelerating_by_torch(module: nn.Module) -> Steps[int]:
+    """`accelerate_by_torch`, in steps between which this thread may run forwards."""
     kinds: dict[tuple[Format, torch.dtype, torch.device], list[PackedLinear]] = {}
     for layer in module.modules():
         if isinstance(layer, PackedLinear):
@@ -119,7 +137,7 @@ def accelerate_by_torch(module: nn.Module) -> int:
         rows_max, by_torch, why = 0, None, "nothing else is right and faster here"
         for way in _ways(format_, device):
             try:
-                rows = _rows_max_of_torch(way, layers)
+                rows = yield from _rows_max_of_torch(way, layers)
             except Exception as error:  # torch has no such product here; or whatever a compiler, or its work, may raise
                 logger.debug("%s: a way to multiply failed", name, exc_info=True)
                 why = one_line(error)
@@ -161,7 +179,7 @@ def _compiled_times_row(format_: Format, device: torch.device) -> Callable[..., 
 
 
 @torch.inference_mode()  # as in the forwards to come: for others a compiler would do its work again
-def _rows_max_of_torch(way: Product, layers: Sequence[PackedLinear]) -> int:
+def _rows_max_of_torch(way: Product, layers: Sequence[PackedLinear]) -> Steps[int]:
     """As `_rows_max`, against weights that are made whole. Raises what `way` raises."""
     largest = max(layers, key=lambda layer: layer.codes.numel())
     alike: list[Layer] = [layer for layer in layers if layer.codes.shape == largest.codes.shape]
@@ -171,11 +189,29 @@ def _rows_max_of_torch(way: Product, layers: Sequence[PackedLinear]) -> int:
         input_MK = input_MK.to(largest.codes.device, largest.dtype)
         if not _exact(way, input_MK, largest):
             return 0
-        ours_s, whole_s = _fastest_s((way, _whole_product), input_MK, alike[: max(2, 64 // rows)])
+        some = alike[: max(2, 64 // rows)]
+        ours_s, whole_s = _fastest_s((way, _whole_product), input_MK, some)
         if ours_s > whole_s:
             break
+        if _tells(rows, whole_s / len(some)):
+            return UNLIMITED
         rows_max = rows
-    return rows_max if rows_max < ROWS_TIMED[-1] else UNLIMITED
+        yield
+    return rows_max
+
+
+def _tells(rows: int, product_s: float) -> bool:
+    """Whether what wins a product of so many rows, which takes so long, is taken to win all larger ones."""
+    return rows == ROWS_TIMED[-1] or (rows >= ROWS_ENOUGH and product_s > PRODUCT_S)
+
+
+def _finished(steps: Steps[T]) -> T:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as over:
+            result: T = over.value
+            return result
 
 
 def _whole_product(input_MK: Tensor, layer: Layer) -> Tensor:
@@ -196,7 +232,7 @@ def _suits(layer: Layer) -> bool:
     return weight.device.type == "cpu" and weight.dtype in INPUTS and weight.is_contiguous() and not hollow
 
 
-def _rows_max(pool: Pool, layers: Sequence[Layer], limit: int) -> int:
+def _rows_max(pool: Pool, layers: Sequence[Layer], limit: int) -> Steps[int]:
     """The largest of ROWS_TIMED up to `limit` up to which the library is never slower; 0 when it is slower or wrong at
     one row."""
     shape = max(((layer.out_features, layer.in_features) for layer in layers), key=lambda shape: shape[0] * shape[1])
@@ -217,7 +253,10 @@ def _rows_max(pool: Pool, layers: Sequence[Layer], limit: int) -> int:
         if ours_s > MARGIN * torch_s:
             break
         rows_max = rows
-    return rows_max if rows_max < ROWS_TIMED[-1] else UNLIMITED
+        if _tells(rows, torch_s / len(some)):
+            return UNLIMITED if limit >= ROWS_TIMED[-1] else limit
+        yield
+    return rows_max
 
 
 def _product(pool: Pool, input_MK: Tensor, layer: Layer) -> Tensor:

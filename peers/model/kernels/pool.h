@@ -38,8 +38,8 @@ bool spin(Ready ready) {
 // Does part `part` of `parts` of a job.
 using Work = void (*)(const void *job, size_t part, size_t parts);
 
-// Helpers that sleep when there is nothing to do. One product at a time: callers take turns. Work is taken in small parts by whoever
-// comes, so a helper that the system lets wait delays nobody: the caller does its share too.
+// Helpers that sleep when there is nothing to do. One product at a time: who comes meanwhile does his alone. Work is
+// taken in small parts by whoever comes, so a helper that the system lets wait delays nobody: the caller does its share.
 class Pool {
   public:
     explicit Pool(int helpers) {
@@ -55,7 +55,8 @@ class Pool {
     void run(Work task, const void *what, size_t bytes, size_t limit) {
         size_t cut = std::min({4 * (threads.size() + 1), bytes / SHARE_BYTES, limit});
         if (threads.empty() || cut < 2) return task(what, 0, 1);
-        std::lock_guard<std::mutex> turn(one_at_a_time);
+        std::unique_lock<std::mutex> turn(one_at_a_time, std::try_to_lock);
+        if (!turn) return task(what, 0, 1);  // the helpers are another engine's now: it may have a whole prompt for them
         uint32_t number = uint32_t(ticket.load(std::memory_order_relaxed) >> 32) + 1;
         ticket.store(uint64_t(number) << 32 | UINT32_MAX);  // late helpers of the last product find nothing to take
         work = task, job = what;

@@ -129,7 +129,10 @@ class Daemon:
         self._reading = asyncio.create_task(self._read_output(ready), name="p2pd output")
         if not await ready:
             said = "; ".join(self._output)
-            raise Unavailable(f"the libp2p daemon did not start: {said[-500:] or 'it said nothing'}")
+            raise Unavailable(
+                f"the libp2p daemon did not start: {said[-500:] or 'it said nothing'}",
+                hint="listen on an address of this machine and over TCP, such as /ip4/0.0.0.0/tcp/0",
+            )
         identity.unlink()
 
     async def stop(self) -> None:
@@ -259,7 +262,7 @@ def _check_free(address: str) -> None:
         except OSError as error:
             raise AddressInUse(
                 f"cannot listen on {address}: {error.strerror}",
-                hint="choose another port (0 lets the system choose), or stop what uses this one",
+                hint="choose another port (0 lets the system choose) or address, or stop what uses this one",
             ) from error
 
 

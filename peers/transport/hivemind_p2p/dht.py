@@ -38,6 +38,7 @@ from hivemind.proto import dht_pb2
 from peers.errors import ProtocolError
 from peers.transport.allowance import Allowance
 from peers.transport.hivemind_p2p.daemon import peer_id_from, translated
+from peers.transport.patience import Patience
 from peers.transport.record_table import RecordTable
 from routing.errors import InvalidAddress, InvalidRecord, PeerError, SwarmError, Unavailable
 from routing.identity import PEER_ID_CHARS
@@ -61,6 +62,8 @@ MAX_QUERIES_PER_CALL: Final = 64
 MAX_ANSWER_BYTES: Final = 1024 * 1024
 MAX_BAD_RECORDS: Final = 16
 """An honest node never hands out a bad record: after so many the rest of its answer is not looked at."""
+MAX_REFUSED_NAMED: Final = 256
+"""Peers whose record is refused are named in the log, each once and so many at most: anybody can be thousands."""
 CALLS_AT_ONCE: Final = 200
 CALLS_PER_S: Final = 20
 """What one peer may ask of us: twenty times what a node that announces and reads needs."""
@@ -104,6 +107,8 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]  # hivemind is untyped
     table: RecordTable | None
     """None for a node that keeps nothing for others."""
     namespace: str
+    _refused: set[str]
+    """Whose records were."""
 
     @classmethod
     async def start(cls, p2p: P2P, network: str, *, client_mode: bool) -> Self:
@@ -118,6 +123,7 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]  # hivemind is untyped
         )
         self.namespace = f"/hive/{network}/dht"
         self.table = None if client_mode else RecordTable()
+        self._refused = set()
         self._allowance = Allowance(burst=CALLS_AT_ONCE, per_second=CALLS_PER_S)
         if not client_mode:
             self.client_mode = False
@@ -171,7 +177,14 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]  # hivemind is untyped
             value=request.values[0],
             expires_at_s=request.expiration_time[0],
         )
-        self.table.put(record, sender=str(context.remote_id), now_s=time.time())
+        remote = str(context.remote_id)
+        try:
+            self.table.put(record, sender=remote, now_s=time.time())
+        except InvalidRecord as error:
+            if remote not in self._refused and len(self._refused) < MAX_REFUSED_NAMED:
+                self._refused.add(remote)
+                logger.warning("a record of %s is refused: %s", remote, error)
+            raise
         await self._meet(request.peer, context)
         return dht_pb2.StoreResponse(store_ok=[True], peer=self.node_info)
 
@@ -231,7 +244,8 @@ class RecordProtocol(DHTProtocol):  # type: ignore[misc]  # hivemind is untyped
 
     async def _call(self, peer: PeerID, method: str, request: Any) -> Any:
         with translated(PeerId(str(peer))):
-            return await getattr(self.get_stub(peer), method)(request, timeout=CALL_TIMEOUT_S)
+            async with Patience(CALL_TIMEOUT_S):
+                return await getattr(self.get_stub(peer), method)(request)
 
     async def _meet(self, node: dht_pb2.NodeInfo, context: P2PContext) -> None:
         if node.node_id == node_id_of(context.remote_id).to_bytes():
@@ -393,25 +407,17 @@ class DhtStore:
             self._node.blacklist.register_failure(peer)
             nodes.pop(node_id, None)
 
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + LOOKUP_TIMEOUT_S
         pending: dict[asyncio.Task[None], tuple[DHTID, PeerID]] = {}
-        try:
+
+        async def ask_until(enough: Callable[[], bool]) -> None:
+            """Or until all have answered."""
             while True:
                 for node_id, questions in _next_questions(ids, nodes, trusted, asked).items():
                     peer = nodes[node_id]
                     pending[asyncio.create_task(ask(node_id, peer, questions))] = node_id, peer
-                if all(answered.values()):
-                    deadline_s = min(deadline_s, loop.time() + STRAGGLER_GRACE_S)
-                if not pending:
-                    break
-                done, _ = await asyncio.wait(
-                    pending, timeout=deadline_s - loop.time(), return_when=asyncio.FIRST_COMPLETED
-                )
-                if not done:
-                    for hanging in pending.values():
-                        give_up(*hanging)
-                    break
+                if not pending or enough():
+                    return
+                done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     node_id, peer = pending.pop(task)
                     try:
@@ -419,6 +425,16 @@ class DhtStore:
                     except (PeerError, Unavailable) as error:
                         logger.debug("DHT node %s: %s", peer, error)
                         give_up(node_id, peer)
+
+        try:
+            async with Patience(LOOKUP_TIMEOUT_S):
+                await ask_until(lambda: all(answered.values()))
+                async with Patience(STRAGGLER_GRACE_S):
+                    await ask_until(lambda: False)
+        except TimeoutError:
+            for task, hanging in pending.items():
+                if not task.done():
+                    give_up(*hanging)
         finally:
             for task in pending:
                 task.cancel()

@@ -203,7 +203,7 @@ class HivemindTransport:
         return stream
 
     async def _run_handler(self, stream: FramedStream) -> None:
-        async with asyncio.timeout(_GREETING_TIMEOUT_S):
+        async with Patience(_GREETING_TIMEOUT_S):
             info = p2pd_pb2.StreamInfo.FromString(await stream.greeting)
         stream.remote = peer_id_from(info.peer)
         if len(self._incoming.get(stream.remote, ())) >= MAX_STREAMS_PER_PEER:

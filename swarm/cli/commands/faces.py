@@ -21,6 +21,7 @@ from swarm.cli.options import (
     Token,
     Verbose,
     entrance_of,
+    finite,
 )
 from swarm.cli.output import command, say
 
@@ -64,6 +65,7 @@ def gateway(
         typer.Option(
             "--rate-limit",
             min=0.01,
+            callback=finite,
             metavar="N",
             help="Requests a minute that each key may make, where the file says nothing else. Default: any number.",
             show_default=False,

@@ -127,7 +127,7 @@ def join(
         typer.Option("--max-memory", metavar="SIZE", help="Use no more than, e.g., 6GB. Default: 80 % of free."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
+        int | None, typer.Option("--threads", min=1, max=4096, help="CPU threads. Default: torch's choice.")
     ] = None,
     cache_tokens: Annotated[
         int | None,
@@ -161,7 +161,10 @@ def join(
     pause_on_load: Annotated[
         float | None,
         typer.Option(
-            "--pause-on-load", metavar="PERCENT", help="Pause while other programs use so much of all CPUs together."
+            "--pause-on-load",
+            metavar="PERCENT",
+            help="Pause while other programs use so much of all CPUs together, or of an NVIDIA GPU that this peer uses "
+            "(needs: pip install 'hiveswarm[gpu]').",
         ),
     ] = None,
     max_bandwidth: Annotated[
@@ -209,7 +212,7 @@ def join(
     blocks that nobody else holds; what was downloaded stays on disk. With --blocks or --stay it never moves.
 
     You come first: outside --schedule, and while other programs are above --pause-on-load, it takes no work, tells the
-    swarm so, and returns by itself.
+    swarm so, and returns by itself; started then, it waits before it loads any weights.
     """
     with command(verbose=verbose, debug=debug):
         if exit_with_parent:
@@ -243,6 +246,7 @@ def join(
             quantization=quantize,
             device=device,
             name=name,
+            alone=True,
             max_memory_bytes=memory,
             threads=threads,
             cache_tokens=cache_tokens,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli import signals
-from swarm.cli.options import Debug, Json, MaxNewTokens, Verbose
+from swarm.cli.options import Debug, Json, MaxNewTokens, Verbose, finite
 from swarm.cli.output import Bars, command, say, write
 
 
@@ -16,11 +16,16 @@ def simulate(
     peers: Annotated[int, typer.Option("--peers", min=1, max=20_000, help="So many peers.")] = 1000,
     users: Annotated[int | None, typer.Option("--users", min=1, help="Default: six for each peer.")] = None,
     clients: Annotated[int, typer.Option("--clients", min=1, help="Nodes through which the users come.")] = 10,
-    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="Of virtual time, after two of warm-up.")] = 10.0,
-    churn: Annotated[float, typer.Option("--churn", min=0.0, help="The share of peers that leaves per hour.")] = 0.2,
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0.1, callback=finite, help="Of virtual time, after two of warm-up.")
+    ] = 10.0,
+    churn: Annotated[
+        float, typer.Option("--churn", min=0.0, callback=finite, help="The share of peers that leaves per hour.")
+    ] = 0.2,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")] = 0,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Write curves into an HTML page.", show_default=False)
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw curves: FILE.png or FILE.html.", show_default=False),
     ] = None,
     as_json: Json = False,
     verbose: Verbose = 0,

@@ -20,6 +20,7 @@ from swarm.cli.options import (
     Token,
     Verbose,
     entrance_of,
+    finite,
 )
 from swarm.cli.output import command
 
@@ -59,7 +60,9 @@ def finetune(
             show_default=False,
         ),
     ] = None,
-    epochs: Annotated[float, typer.Option("--epochs", min=0.01, help="How often each example is learned.")] = 3.0,
+    epochs: Annotated[
+        float, typer.Option("--epochs", min=0.01, callback=finite, help="How often each example is learned.")
+    ] = 3.0,
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Batches to learn, instead of --epochs.", show_default=False)
     ] = None,
@@ -98,7 +101,9 @@ def finetune(
     save_every: Annotated[
         int, typer.Option("--save-every", min=1, help="Steps between checkpoints and looks at the validation loss.")
     ] = 50,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed and data give the same adapter.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=(1 << 32) - 1, help="The same seed and data give the same adapter.")
+    ] = 0,
     dtype: Dtype = "float32",
     wire_dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,

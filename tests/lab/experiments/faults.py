@@ -138,33 +138,38 @@ def clock_run(
     expected = notebook.local(prompt, COUNT)
     victims: list[LabPeer] = []
     struck_s = 0.0
+    heard = 0
     logged: dict[str, int] = {}
 
     def on_token(count: int) -> None:
-        nonlocal struck_s
+        nonlocal struck_s, heard
         if count == AT_TOKEN:
             victims.append(swarm.serving(user)[hop])
+            heard = len(victims[0].events)
             logged.update({peer.label: peer.log.stat().st_size for peer in swarm.peers.values()})
             struck_s = time.monotonic()
             clocks[victims[0].label].write_text(str(skew_s))
 
     answer = ends(lambda: user.generate(prompt, COUNT, on_token=on_token))
     (victim,) = victims
-    heard = len(victim.events)
     asked = served = 0
     named_s = float("inf")
+    others: list[str] = []
     try:
-        while time.monotonic() < struck_s + NAMED_S and named_s == float("inf"):
+        while time.monotonic() < struck_s + NAMED_S and (named_s == float("inf") or not others):
             asked += 1
             with contextlib.suppress(SwarmError):
                 served += len(ends(lambda: user.generate(notebook.prompt(4), 2)).ids) == 2
-            if any(event["event"] == "clock_wrong" for event in victim.events[heard:]):
+            if named_s == float("inf") and any(event["event"] == "clock_wrong" for event in victim.events[heard:]):
                 named_s = time.monotonic() - struck_s
+            others = [
+                peer.label for peer in swarm.peers.values()
+                if any(
+                    victim.peer_id.encode() in line and b"clock" in line
+                    for line in peer.log.read_bytes()[logged[peer.label] :].splitlines()
+                )
+            ]  # fmt: skip
             time.sleep(0.5)
-        others = [
-            peer.label for peer in swarm.peers.values()
-            if f"the clock of {victim.peer_id}".encode() in peer.log.read_bytes()[logged[peer.label] :]
-        ]  # fmt: skip
     finally:
         clocks[victim.label].write_text("0")
     notebook.row(

@@ -1,9 +1,10 @@
-"""Peers that are not dead but of no use: stopped, half-open, ten times slower, on links that come and go."""
+"""Peers that are not dead but of no use: stopped, half-open, ten times slower, on links that come and go or flap."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ SILENCE_S: Final = 2.0
 RECOVERY_S: Final = 1.5
 SLOW: Final = 0.1
 SLOWED: Final = "10 × slow"
+FLAPS: Final = "flapping"
+FLAP_S: Final = (1.0, 3.0)
 CHOSEN_AGAIN_S: Final = 120.0
 """Within which a peer that was slow is chosen again although others serve its blocks."""
 RETURN_TIMEOUT_S: Final = 90.0
@@ -107,6 +110,26 @@ def slow(swarm: LabSwarm, peer: LabPeer) -> Iterator[None]:
 
 
 @contextmanager
+def flapping(swarm: LabSwarm, peer: LabPeer) -> Iterator[None]:
+    """Its links are cut and heal again, each after 1 to 3 s."""
+    rng, over, pairs = random.Random(peer.label), threading.Event(), swarm.network.around(peer.label)
+
+    def flap() -> None:
+        while not over.is_set():
+            with cut(swarm.network, pairs):
+                over.wait(rng.uniform(*FLAP_S))
+            over.wait(rng.uniform(*FLAP_S))
+
+    flapper = threading.Thread(target=flap, name="flap")
+    flapper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        flapper.join()
+
+
+@contextmanager
 def cut(network: Network, pairs: list[tuple[str, str]]) -> Iterator[None]:
     network.cut(pairs)
     try:
@@ -121,6 +144,7 @@ TROUBLES: Final[dict[str, Trouble]] = {
     "half-open": half_open,
     "deaf": deaf,
     SLOWED: slow,
+    FLAPS: flapping,
 }
 
 
@@ -144,7 +168,7 @@ def report(notebook: Notebook) -> None:
         excess_s = max(row["stall_s"] - max(3 * row["step_s"], SILENCE_S) for row in rows)
         notebook.at_most(f"{name}: stall beyond max(3 × step, 2 s), worst, s", excess_s, RECOVERY_S)
         if name != "swizzled":
-            if name != SLOWED:
+            if name not in (SLOWED, FLAPS):
                 given_up_s = max(row["declared_s"] - max(3 * row["step_s"], SILENCE_S) for row in rows)
                 notebook.at_most(f"{name}: given up beyond max(3 × step, 2 s), worst, s", given_up_s, 0.1)
             limit_s = CHOSEN_AGAIN_S if name == SLOWED else 60
@@ -227,12 +251,16 @@ def swizzle(notebook: Notebook, swarm: LabSwarm, user: User, number: int) -> Non
     events = [(rng.uniform(0, SWIZZLE_S), host, True) for host in hosts]
     events += [(rng.uniform(SWIZZLE_S, 2 * SWIZZLE_S), host, False) for host in hosts]
     began: list[float] = []
+    hits_s: list[float] = []
+    """When one was cut off that served the user."""
     over = threading.Event()
 
     def play() -> None:
         began.append(time.monotonic())
         for at_s, host, away in sorted(events):
             over.wait(began[0] + at_s - time.monotonic())
+            if away and any(peer.label == host for peer in swarm.serving(user)):
+                hits_s.append(time.monotonic())
             (network.cut if away else network.heal)(network.around(host))
         network.heal()
 
@@ -245,12 +273,15 @@ def swizzle(notebook: Notebook, swarm: LabSwarm, user: User, number: int) -> Non
     answer = ends(lambda: user.generate(prompt, SWIZZLED_COUNT, on_token=on_token))
     over.set()
     player.join()
+    step_s = median(answer.gaps_s[: AT_TOKEN - 1])
+    from_s, until_s = answer.longest_gap(began[0])
     notebook.row(
         run=number,
         trouble="swizzled",
         identical=answer.ids == expected,
-        step_s=median(answer.gaps_s[: AT_TOKEN - 1]),
-        stall_s=answer.longest_gap_s(began[0]),
+        step_s=step_s,
+        stall_s=until_s - from_s,
+        hits=max(1, sum(from_s - step_s < hit_s < until_s for hit_s in hits_s)),
         seconds=answer.times_s[-1] - began[0],
     )
 

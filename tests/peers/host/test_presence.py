@@ -39,7 +39,7 @@ async def test_an_intent_is_told_at_once_and_is_over_when_other_blocks_are_joine
     shelf = Shelf()
     peer = presence(shelf)
     peer.serve(paused=False)
-    await peer.intend(SPANS.parts[0])
+    assert await peer.intend(SPANS.parts[0])
     assert shelf.records
     assert peer.heard.is_set()
     assert peer.describe().intent == SPANS.parts[0]
@@ -53,6 +53,7 @@ async def test_whoever_leaves_says_so_and_leaves_also_where_nobody_hears_it(capl
     shelf.accepts = False
     peer = presence(shelf)
     with caplog.at_level(logging.INFO):
+        assert not await peer.intend(SPANS.parts[0])
         await peer.leave()
     assert peer.describe().state is PeerState.DRAINING
     assert "nobody could be told that this peer leaves" in caplog.text

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from peers import capacity
 from peers.capacity import FORWARD_BYTES, plan_capacity
 from peers.errors import AddressInUse, InsecureIdentity
-from peers.host import blocks, server
+from peers.host import blocks, run, server
 from peers.host.config import BootstrapConfig, PeerConfig
 from peers.host.events import Event
+from peers.host.presence import Presence
 from peers.host.run import run_bootstrap, run_peer
+from peers.model.cutting import SpanModel
+from peers.model.loading import load_span
 from peers.runtime.engine import Engine
 from peers.runtime.probe import Probe
+from peers.runtime.rough import Speed
 from peers.serving.owner import Owner
-from peers.serving.reachability import DialBackService
+from peers.serving.reachability import DialBackService, Verdict
 from peers.transport.hivemind_p2p import HivemindNode, NodeConfig
 from peers.transport.links import Links
 from routing.errors import SwarmError
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans
 from routing.records import MAX_MODEL_NAME_CHARS
-from tests.helpers.families import FAMILIES, save_checkpoint
+from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
 from tests.helpers.hours import hours_without_now
 from tests.helpers.memory_swarm import PROBE, MemorySwarm
 
+serve_presence = Presence.serve
 LISTEN = "/ip4/127.0.0.1/tcp/0"
 
 
@@ -153,24 +161,79 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def test_the_first_peer_of_a_network_becomes_ready_alone(tmp_path: Path, tiny: Path) -> None:
-    async with Life(peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1)) as life:
+    async with Life(peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1, alone=True)) as life:
         unknown = await life.wait_for("reachability_unknown")
+        assert gc.get_freeze_count(), "nobody waits while all that was loaded is looked through for garbage"
+    assert not gc.get_freeze_count()
     assert life.kinds == ["connected", "loading", "ready", "reachability_unknown", "draining", "stopped"]
     assert "no other node" in str(unknown.fields["reason"])
 
 
-async def test_a_peer_outside_its_hours_loads_announces_itself_as_paused_and_opens_by_itself(
+async def test_outside_its_hours_a_peer_takes_nothing_from_its_owner_until_they_begin(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peers.serving.owner.LOOK_S", 0.05)
     schedule = hours_without_now()
+    (opens, closes), looked_again = schedule.ranges[0], asyncio.Event()
+
+    def minute(_: Owner) -> int:
+        if "paused" in life.events:
+            looked_again.set()
+        return at[0]
+
+    at = [closes]
+    monkeypatch.setattr(Owner, "minute", property(minute))
     async with Life(peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1, schedule=schedule)) as life:
         paused = await life.wait_for("paused")
-        assert life.events["ready"]
-        assert paused.fields["reason"] == "schedule"
-        monkeypatch.setattr(Owner, "minute", property(lambda _: schedule.ranges[0][0]))
+        assert (paused.fields["reason"], life.kinds) == ("schedule", ["connected", "paused"])
+        looked_again.clear()
+        await looked_again.wait()
+        at[0] = opens
+        await life.wait_for("ready")
+        assert life.kinds[:4] == ["connected", "paused", "loading", "ready"]
+        del life.events["paused"]
+        at[0] = closes
+        await life.wait_for("paused")
+        at[0] = opens
         await life.wait_for("resumed")
     assert life.kinds[-2:] == ["draining", "stopped"]
+
+
+async def test_a_peer_that_is_ended_before_its_hours_has_loaded_nothing(tmp_path: Path, tiny: Path) -> None:
+    async with Life(peer(tmp_path, model=str(tiny), schedule=hours_without_now())) as life:
+        await life.wait_for("paused")
+    assert life.kinds == ["connected", "paused", "stopped"]
+
+
+async def test_what_can_be_refused_is_refused_before_its_hours_begin(tmp_path: Path, tiny: Path) -> None:
+    for wrong in ({"model": str(tmp_path / "nothing")}, {"model": str(tiny), "max_memory_bytes": 1}):
+        config = peer(tmp_path, **wrong, schedule=hours_without_now())
+        with pytest.raises(SwarmError):
+            await asyncio.wait_for(run_peer(config, emit=lambda _: None, stop=asyncio.Event()), 60)
+
+
+async def test_a_peer_whose_hours_end_while_it_loads_announces_itself_as_paused(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peers.serving.owner.LOOK_S", 0.05)
+    schedule, announced = hours_without_now(), list[bool]()
+    opens, closes = schedule.ranges[0]
+    monkeypatch.setattr(Owner, "minute", property(lambda _: closes if "loading" in life.events else opens))
+
+    def serve(self: Presence, *, paused: bool) -> None:
+        announced.append(paused)
+        serve_presence(self, paused=paused)
+
+    monkeypatch.setattr(Presence, "serve", serve)
+    async with Life(peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1, schedule=schedule)) as life:
+        await life.wait_for("paused")
+        assert announced == [True]
+    assert [kind for kind in life.kinds if not kind.startswith("reach")][:4] == [
+        "connected",
+        "loading",
+        "ready",
+        "paused",
+    ]
 
 
 async def test_a_peer_measures_itself_at_its_first_start_and_remembers_it(tmp_path: Path, tiny: Path) -> None:
@@ -180,8 +243,28 @@ async def test_a_peer_measures_itself_at_its_first_start_and_remembers_it(tmp_pa
             found.append((await life.wait_for("ready")).fields)
     first, second = found
     assert (first.pop("probed"), second.pop("probed")) == ("now", "before")
+    assert first["token_budget"] == 256, "on a CPU"
     for name in ("decode_ms_per_block", "prefill_ms_per_block", "token_budget", "forward_mib", "probe_disturbed"):
         assert first[name] == second[name]
+
+
+async def test_weights_are_read_with_no_more_threads_than_are_given(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def noting(*arguments: Any, **options: Any) -> SpanModel:
+        seen.append(torch.get_num_threads())
+        return load_span(*arguments, **options)
+
+    monkeypatch.setattr(blocks, "load_span", noting)
+    given = before + 1
+    try:
+        async with Life(peer(tmp_path, model=str(tiny), cache_tokens=256, threads=given)) as life:
+            await life.wait_for("ready")
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [given]
 
 
 async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_from_the_first_start_on(
@@ -193,18 +276,29 @@ async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_fr
     half_bytes = plan.cache_tokens * sum(plan.request.sizes.token_bytes) // 2
     found = replace(PROBE, forward_bytes=FORWARD_BYTES + half_bytes)
 
-    async def measured(engine: Engine) -> Probe:
+    async def measured(engine: Engine, **_: int) -> Probe:
         return found
 
+    loaded: list[weakref.ref[Any]] = []
+
+    def loading(*arguments: Any, **options: Any) -> SpanModel:
+        assert not [model for model in loaded if model()], "these weights are not here twice"
+        model = load_span(*arguments, **options)
+        loaded.append(weakref.ref(model.module))
+        return model
+
     monkeypatch.setattr(blocks, "measure", measured)
+    monkeypatch.setattr(blocks, "load_span", loading)
     options = {
         "blocks": BlockSpans.of(BlockSpan(0, plan.max_blocks)),
         "max_memory_bytes": plan.share.num_bytes(plan.request, plan.max_blocks),
     }
-    for _ in range(2):
+    for loads in (2, 1):
+        loaded.clear()
         async with Life(peer(tmp_path, model=str(tiny), threads=1, **options)) as life:
             cache_tokens = (await life.wait_for("ready")).fields["cache_tokens"]
         assert cache_tokens == plan.cache_tokens // 2 // 16 * 16
+        assert len(loaded) == loads
 
 
 async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_have_its_record(
@@ -213,12 +307,19 @@ async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_ha
     entry = NodeConfig(network="hive", signing_key=SigningKey.from_seed(bytes(32)))
     bootstrap = await HivemindNode.create(entry)
     (address,) = bootstrap.transport.addresses
-    monkeypatch.setattr(server, "LOOK_AROUND_S", 2.0)  # meanwhile the bootstrap leaves
+    left, settle = asyncio.Event(), server.settle
+
+    async def settled_later(*arguments: Any, **options: Any) -> BlockSpan:
+        await left.wait()
+        return await settle(*arguments, **options)
+
+    monkeypatch.setattr(server, "settle", settled_later)
     monkeypatch.setattr("peers.serving.joining.SETTLE_S", 0.1)
     config = peer(tmp_path, model=str(tiny), cache_tokens=256, threads=1, initial_peers=(address,))
     async with Life(config) as life:
         await life.wait_for("connected")
         await bootstrap.close()
+        left.set()
         lost = await life.wait_for("unannounced")
         assert lost.fields["hint"]
         assert "none can be reached" in str(lost.fields["reason"])
@@ -231,6 +332,56 @@ async def test_a_peer_that_nobody_hears_says_so_and_is_ready_only_once_others_ha
             await links.close()
     kinds = [kind for kind in life.kinds if not kind.startswith("reach")]
     assert kinds[:5] == ["connected", "loading", "unannounced", "announced", "ready"]
+
+
+async def test_an_address_at_which_nobody_is_found_is_announced_no_more(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, ...]] = []
+
+    async def watch(
+        links: Links, helpers: Sequence[str], tell: Callable[[Verdict], None], withdraw: Callable[..., None]
+    ) -> None:
+        (address,) = links.transport.addresses
+        for withdrawn in ((), (LISTEN,), (address,), ()):
+            withdraw(frozenset(withdrawn))
+            told.append(server_of.describe().addresses)
+        tell(Verdict(reached=(address,)))
+
+    def serve(self: Presence, *, paused: bool) -> None:
+        nonlocal server_of
+        server_of = self
+        served(self, paused=paused)
+
+    server_of: Any = None
+    served = Presence.serve
+    monkeypatch.setattr(Presence, "serve", serve)
+    monkeypatch.setattr(run, "watch_reachability", watch)
+    async with Life(peer(tmp_path, model=str(tiny), blocks=BlockSpans.parse("0:1"), threads=1)) as life:
+        await life.wait_for("reachable")
+    assert [len(addresses) for addresses in told] == [1, 1, 0, 1]
+
+
+async def test_a_first_join_is_sized_by_a_guess_of_its_speed_and_where_nobody_is_yet_by_memory(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*args: object, **options: object) -> Speed:
+        return Speed(1000.0, 100.0)
+
+    monkeypatch.setattr(run, "rough_speed", slow)
+    monkeypatch.setattr(server, "LOOK_AROUND_S", 0.0)
+    monkeypatch.setattr("peers.serving.joining.SETTLE_S", 0.1)
+    options = {"model": str(tiny), "cache_tokens": 256, "threads": 1}
+    async with Life(peer(tmp_path, **options, initial_peers=())) as first:
+        ready = (await first.wait_for("ready")).fields
+        assert ready["span"] == [0, NUM_BLOCKS]
+        again = peer(tmp_path, **options, initial_peers=tuple(ready["addresses"]), identity=tmp_path / "other.key")
+        monkeypatch.setattr(run, "recall", lambda *args: None)
+        monkeypatch.setattr(server, "LOOK_AROUND_S", 30.0)
+        async with Life(again) as second:
+            span = (await second.wait_for("loading")).fields["span"]
+            assert span == [0, 1]
+            await second.wait_for("ready")
 
 
 async def test_a_peer_of_two_devices_is_one_peer(tmp_path: Path, tiny: Path) -> None:

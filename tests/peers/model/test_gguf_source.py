@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -82,8 +84,12 @@ def found(path: Path, cache: Path) -> Checkpoint:
     return resolve(str(path), cache=cache, accept=check_folder)
 
 
+@pytest.mark.parametrize("piece", [1, 3 * HIDDEN * INNER, gguf_source.PIECE])
 @pytest.mark.parametrize("write", [write_gguf, write_mixture])
-def test_a_converted_file_is_what_transformers_reads(write: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_converted_file_is_what_transformers_reads(
+    write: Callable[[Path], None], piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_source, "PIECE", piece)
     path = tmp_path / "tiny.gguf"
     write(path)
     checkpoint = found(path, tmp_path / "cache")
@@ -118,6 +124,41 @@ def test_a_file_is_converted_once_and_its_bytes_are_its_identity(
     assert (again.model_id, again.name) == (first.model_id, "renamed")
 
 
+def test_no_more_than_an_expert_is_in_memory_at_a_time_and_the_bytes_do_not_depend_on_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read, dequantize = tmp_path / "tiny.gguf", [0], gguf_source.dequantize
+    write_mixture(path)
+    whole = found(path, tmp_path / "whole")
+
+    def noted(data: Any, kind: gguf.GGMLQuantizationType) -> Any:
+        values = dequantize(data, kind)
+        read.append(values.size)
+        return values
+
+    monkeypatch.setattr(gguf_source, "dequantize", noted)
+    monkeypatch.setattr(gguf_source, "PIECE", HIDDEN)
+    written = gguf_source._written
+    peaks = []
+
+    def measured(*given: Any) -> bool:
+        tracemalloc.reset_peak()
+        before_bytes, _ = tracemalloc.get_traced_memory()
+        done = written(*given)
+        peaks.append(tracemalloc.get_traced_memory()[1] - before_bytes)
+        return done
+
+    monkeypatch.setattr(gguf_source, "_written", measured)
+    tracemalloc.start()
+    try:
+        pieces = found(path, tmp_path / "pieces")
+    finally:
+        tracemalloc.stop()
+    assert max(read) == INNER * HIDDEN, "an expert, of which the file holds four in each tensor"
+    assert max(peaks) < 4 * 4 * INNER * HIDDEN, "NumPy's; torch holds as much again, as two halves"
+    assert pieces.model_id == whole.model_id
+
+
 def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "poem.gguf"
     path.write_bytes(b"roses are red, violets are blue" * 10)
@@ -141,10 +182,33 @@ def test_an_architecture_that_nobody_maps_is_refused_before_a_tensor_is_read(
         found(path, tmp_path / "cache")
 
 
-def test_a_file_that_lacks_a_block_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "lacks", "named"),
+    [
+        (write_gguf, b"blk.2.attn_q.weight", r"model\.layers\.2\.self_attn\.q_proj\.weight"),
+        (write_mixture, b"blk.1.ffn_up_exps.weight", r"model\.layers\.1\.mlp\.experts\.gate_up_proj"),
+    ],
+)
+def test_a_file_that_lacks_a_tensor_is_refused_before_one_is_read(
+    write: Callable[[Path], None], lacks: bytes, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "part.gguf"
-    write_gguf(path)
+    write(path)
     data = path.read_bytes()
-    path.write_bytes(data.replace(b"blk.2.attn_q.weight", b"blk.2.attn_z.weight"))  # of the same length
-    with pytest.raises(UnsupportedModel, match=r"model\.layers\.2\.self_attn\.q_proj\.weight"):
+    path.write_bytes(data.replace(lacks, lacks.replace(b"_", b"-")))  # of the same length
+    monkeypatch.setattr(gguf_source, "dequantize", lambda *_: pytest.fail("read a tensor"))
+    with pytest.raises(UnsupportedModel, match=named):
         found(path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("inner", "step"), [(INNER - 32, 1), (INNER + 32, 1), (INNER + 32, 1 << 22)])
+def test_a_weight_of_another_shape_is_refused(
+    inner: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "other.gguf"
+    monkeypatch.setattr(gguf_source, "PIECE", step)
+    monkeypatch.setitem(globals(), "INNER", inner)
+    write_mixture(path)
+    with pytest.raises(UnsupportedModel, match=r"experts.* in that shape"):
+        found(path, tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "gguf").glob("*/")), "nothing of it is left"

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peers.model.kernels import FastLinear, accelerate, build, experts, linear, pool_for
+from peers.model.kernels import FastLinear, accelerate, accelerating, build, experts, linear, pool_for
 from peers.model.kernels.build import NoLibrary
 from peers.model.kernels.packed import Format, packed, whole
 from peers.model.kernels.pool import Pool
@@ -206,6 +206,25 @@ def test_products_of_more_rows_than_are_to_be_timed_are_torchs() -> None:
     accelerate(layers := Layers(), POOLS[1], rows=16)
     assert isinstance(layers.first, FastLinear)
     assert layers.first.rows_max == 16
+
+
+@pytest.mark.parametrize(("product_s", "timed"), [(0.04, list(linear.ROWS_TIMED)), (0.06, [1, 4, 8, 12, 16])])
+def test_between_products_others_may_compute_and_where_one_takes_long_fewer_rows_tell(
+    product_s: float, timed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    def fastest_s(_: object, input_MK: Tensor, layers: list[nn.Module]) -> tuple[float, float]:
+        rows.append(len(input_MK))
+        return 0.0, product_s * len(layers)
+
+    monkeypatch.setattr(linear, "_fastest_s", fastest_s)
+    layers = Layers()
+    steps = sum(1 for _ in accelerating(layers, POOLS[1]))
+    assert rows == timed
+    assert steps == len(timed) - 1
+    assert isinstance(layers.first, FastLinear)
+    assert layers.first.rows_max == linear.UNLIMITED
 
 
 def test_an_output_is_checked_wherever_a_large_layer_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

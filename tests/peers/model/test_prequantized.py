@@ -5,7 +5,6 @@ FP8 and compressed-tensors are written here tensor by tensor, as their tools wou
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from peers.errors import MissingExtra, UnsupportedModel
 from peers.model.catalog import resolve
 from peers.model.kernels.packed import PackedLinear
-from peers.model.loading import check_folder, load_client, load_config, load_span
+from peers.model.loading import check_folder, load_client, load_config, load_span, span_tensors
 from routing.errors import CallerError
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
@@ -33,10 +33,6 @@ WEIGHTS = "model.safetensors"
 BLOCK = 8
 
 Encode = Callable[[str, Tensor], dict[str, Tensor]]
-
-
-def has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def rewrite(folder: Path, family: str, quantization: dict[str, Any], encode: Encode) -> None:
@@ -134,16 +130,8 @@ def seen_by(model: Any) -> tuple[Tensor, Tensor]:
         (write_fp8, "llama"),
         (write_fp8, "qwen3-moe"),
         (write_mxfp4, "gpt-oss"),
-        pytest.param(
-            write_compressed_tensors,
-            "llama",
-            marks=pytest.mark.skipif(not has("compressed_tensors"), reason="compressed-tensors is not installed"),
-        ),
-        pytest.param(
-            write_bitsandbytes,
-            "llama",
-            marks=pytest.mark.skipif(not has("bitsandbytes"), reason="bitsandbytes is not installed"),
-        ),
+        (write_compressed_tensors, "llama"),
+        (write_bitsandbytes, "llama"),
     ],
 )
 def test_a_quantized_checkpoint_loads_cut(write: Callable[[Path, str], None], family: str, tmp_path: Path) -> None:
@@ -166,6 +154,21 @@ def test_a_quantized_checkpoint_loads_cut(write: Callable[[Path, str], None], fa
         assert (packed.forward(enters, positions) - leaves).norm() <= 0.1 * leaves.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_were_not_quantized_come_in_the_wanted_dtype_too(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_fp8(tmp_path, "llama")
+    tensors = load_file(tmp_path / WEIGHTS)
+    stored = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    plain = {name: weight.to(stored) for name, weight in tensors.items() if "_proj" not in name}
+    save_file(tensors | plain, tmp_path / WEIGHTS, {"format": "pt"})
+    checkpoint = resolve(str(tmp_path), cache=tmp_path / "cache", accept=check_folder)
+    span = load_span(checkpoint, SPAN, dtype=dtype, device="cpu")
+    client = load_client(checkpoint, dtype=dtype, device="cpu")
+    norm = plain["model.layers.1.input_layernorm.weight"]
+    assert torch.equal(span.module.layers[0].input_layernorm.weight, norm.to(dtype))
+    assert {weight.dtype for model in (span.module, client) for weight in model.parameters()} == {dtype}
+
+
 def test_a_swarm_of_an_fp8_checkpoint_gives_the_local_models_ids(tmp_path: Path) -> None:
     write_fp8(tmp_path / "model", "llama")
     greedy = {"attention_mask": torch.ones_like(IDS), "do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
@@ -176,23 +179,31 @@ def test_a_swarm_of_an_fp8_checkpoint_gives_the_local_models_ids(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("quantization", "package", "hint"),
+    ("quantization", "package", "finder", "hint"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "optimum", "another checkpoint"),
-        ({"quant_method": "awq", "bits": 4}, "gptqmodel", "another checkpoint"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", "hiveswarm[quant]"),
-        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "compressed_tensors", "hiveswarm[quant]"),
+        ({"quant_method": "hqq"}, "HQQ", "hqq.is_hqq", "another checkpoint"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "bitsandbytes",
+            "bnb_4bit.is_bitsandbytes",
+            "hiveswarm[quant]",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "format": "int-quantized"},
+            "compressed.tensors",
+            "compressed_tensors.is_compressed_tensors",
+            "hiveswarm[quant]",
+        ),
     ],
 )
 def test_a_missing_package_is_named_before_weights_are_read(
-    quantization: dict[str, Any], package: str, hint: str, tmp_path: Path
+    quantization: dict[str, Any], package: str, finder: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if has(package):
-        pytest.skip(f"{package} is installed")
+    monkeypatch.setattr(f"transformers.quantizers.quantizer_{finder}_available", lambda: False)
     save_checkpoint(FAMILIES["llama"], tmp_path)
     change_config(tmp_path, quantization_config=quantization)
     (tmp_path / WEIGHTS).unlink()
-    with pytest.raises(MissingExtra, match=package.replace("_", ".")) as caught:
+    with pytest.raises(MissingExtra, match=package) as caught:
         resolve(str(tmp_path), cache=tmp_path / "cache", accept=check_folder)
     assert hint in caught.value.hint
 
@@ -203,3 +214,28 @@ def test_a_form_that_nobody_knows_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="runes") as caught:
         resolve(str(tmp_path), cache=tmp_path / "cache", accept=check_folder)
     assert caught.value.hint
+
+
+def test_what_can_be_loaded_is_asked_for_the_device_that_it_is_loaded_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_fp8(tmp_path, "llama")
+    devices: list[Any] = []
+
+    def validated(self: Any, *, device_map: dict[str, Any] | None = None, **_: Any) -> None:
+        if device_map is not None:  # transformers itself says none on a CPU
+            devices.append(device_map[""])
+            if device_map[""] == "cpu":
+                raise RuntimeError("runes run on a GPU")
+
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", validated)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    checkpoint = resolve(str(tmp_path), cache=tmp_path / "cache", accept=check_folder)
+    config = load_config(checkpoint, device="cuda:1")
+    assert span_tensors(checkpoint, config, SPAN, device="cuda:1")
+    assert devices == ["cuda", "cuda:1", "cuda:1"]
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(UnsupportedModel, match="run on a GPU"):
+        load_span(checkpoint, SPAN, dtype=torch.float32, device="cpu")
+    with pytest.raises(UnsupportedModel, match="run on a GPU"):
+        load_client(checkpoint, dtype=torch.float32, device="cpu")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peers.model.adapters import Adapter
 from peers.model.kernels import linear
-from peers.runtime.engine import Done, Engine, Work
+from peers.runtime.engine import Engine
+from peers.runtime.works import Done, Work
 from peers.wire.messages import AdapterTarget
 from routing.ids import BlockSpan
 from tests.peers.runtime.spans import ALICE, Local, Sequence, new_session, running, together

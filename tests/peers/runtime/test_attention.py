@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ from peers.runtime.attention import (
     ragged_attention,
     ragged_mask,
 )
-from peers.runtime.flex import Flex, Layout
+from peers.runtime.flex import Flex, Layout, lay_out
+from peers.runtime.graphs import NOBODYS, Rows
+from peers.runtime.program import Programs
 
 Sees = Callable[[int, int], bool]
 
@@ -102,14 +105,19 @@ def assert_attends_as_each_alone(
     device: str = "cpu",
     *,
     shapes: st.SearchStrategy[tuple[int, int, int, int]] = SHAPES,
-    error: float = 4e-6,
+    error: float = 1e-5,
+    fixed: bool = False,
 ) -> None:
-    """Some ragged batch, against the definition. Slots that are nobody's to read are NaN, and the last one is zero; so
-    is what lies beside the layer's keys and values in the memory that it shares with other layers."""
+    """Some ragged batch, against the definition. Slots that are nobody's to read are NaN, and the last ones are zero;
+    so is what lies beside the layer's keys and values in the memory that it shares with other layers.
+
+    `error`: the largest scores are about 10, which float32 knows to 1e-6, sums of 72 products to a few times that; and
+    values of either sign, up to about 4, are weighed by their exponentials. 4.2e-6 was seen.
+
+    `fixed`: a batch of single positions, in tensors of fixed shapes as a graph repeats them."""
     J, G, K, V = data.draw(shapes)
-    extents = data.draw(
-        st.lists(st.tuples(st.integers(0, 40), st.one_of(st.just(1), st.integers(1, 20))), min_size=1, max_size=6)
-    )
+    tokens = st.just(1) if fixed else st.one_of(st.just(1), st.integers(1, 20))
+    extents = data.draw(st.lists(st.tuples(st.integers(0, 40), tokens), min_size=1, max_size=6))
     segment_runs = data.draw(runs([start + tokens for start, tokens in extents]))
     function, sees = data.draw(patterns())
     softcap = data.draw(st.sampled_from([None, None, 2.0]))
@@ -123,8 +131,8 @@ def assert_attends_as_each_alone(
     beside = data.draw(st.sampled_from([0, 0, 1, 5]))
 
     def room(width: int) -> Tensor:
-        wide = torch.full((1, J + beside, slots + 1, width + 2 * beside), math.nan, device=device)
-        wide[:, :, slots] = 0
+        wide = torch.full((1, J + beside, slots + NOBODYS, width + 2 * beside), math.nan, device=device)
+        wide[:, :, slots:] = 0
         return wide[:, :J, :, beside : beside + width]
 
     pool = LayerPool(keys_1JSK=room(K), values_1JSV=room(V))
@@ -145,15 +153,39 @@ def assert_attends_as_each_alone(
     def packed(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts).transpose(0, 1)[None].to(device)
 
-    batch, pattern = RaggedBatch([segments], [pool], torch.device(device), library, whole), Pattern(function)
-    output = batch.attend(
-        packed(queries), packed(keys), packed(values), pattern, 0.3, softcap, sinks.to(device) if len(sinks) else None
-    )
+    pattern = Pattern(function)
+    given = packed(queries), packed(keys), packed(values)
+    if fixed:
+        output = by_rows(segments, pool, given, pattern, softcap, sinks if len(sinks) else None)
+    else:
+        batch = RaggedBatch([segments], [pool], torch.device(device), library, whole)
+        output = batch.attend(*given, pattern, 0.3, softcap, sinks.to(device) if len(sinks) else None)
     torch.testing.assert_close(output[0].double().cpu(), torch.stack(expected), atol=error, rtol=2.5 * error)
     for (start, _), session_runs, k in zip(extents, segment_runs, keys, strict=True):
         assert torch.equal(pool.keys_1JSK[0, :, slots_of(session_runs)[start:]].cpu(), k.transpose(0, 1))
     if isinstance(layout := pattern.layouts.get(0), Layout):
         assert_blocks_hold_all_that_is_seen(layout)
+
+
+def by_rows(
+    segments: list[Segment],
+    pool: LayerPool,
+    given: tuple[Tensor, Tensor, Tensor],
+    pattern: Pattern,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """What a graph's attention makes of these single positions' queries, keys and values, after another batch."""
+    rows = Rows(8, 64, [pool], torch.zeros(4))
+    filled = [torch.cat([part, torch.randn(1, part.shape[1], 8 - len(segments), part.shape[3])], 2) for part in given]
+
+    def attend(hidden_1TH: Tensor, positions_1T: Tensor, attender: attention.Attender) -> Tensor:
+        return attender.attend(*filled, pattern, 0.3, softcap, sinks)
+
+    programs = cast(Programs, attend)
+    rows.run(programs)
+    assert rows.load(torch.zeros(1, len(segments), 4), [segments])
+    return rows.run(programs)[:, : len(segments)]
 
 
 def assert_sessions_are_apart(library: Pool | None, whole: Whole | None, device: str = "cpu") -> None:
@@ -201,6 +233,40 @@ def test_a_ragged_batch_at_once_attends_as_each_of_its_sessions_would_alone(data
         patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # no compiler: its definition
         patch.setattr(flex, "BLOCK", 8)
         assert_attends_as_each_alone(data, None, Flex(flex_attention.flex_attention))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_layout_has_each_session_in_blocks_of_its_own(data: st.DataObject) -> None:
+    extents = data.draw(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=5))
+    all_runs = data.draw(runs([start + tokens for start, tokens in extents]))
+    function, sees = data.draw(patterns())
+    rows: list[int] = []
+    slots: list[int] = []
+    seen: set[tuple[int, int]] = set()
+    segments, queries, nobodys = [], 0, 999
+    for (start, tokens), session_runs in zip(extents, all_runs, strict=True):
+        segments.append(Segment(start=start, tokens=tokens, runs=session_runs))
+        for row in range(tokens):
+            seen |= {(queries + row, len(slots) + key) for key in range(start + tokens) if sees(start + row, key)}
+        rows += range(queries, queries + tokens)
+        queries += -(-tokens // 8) * 8
+        slots += slots_of(session_runs)
+        slots += [nobodys] * (-len(slots) % 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "BLOCK", 8)
+        layout = lay_out(segments, function, nobodys, torch.device("cpu"))
+        assert layout is not None
+        assert_blocks_hold_all_that_is_seen(layout)
+    assert (layout.rows_T.tolist(), layout.queries, layout.slots_N.tolist()) == (rows, queries, slots)
+    every_P, every_N, zero = torch.arange(queries), torch.arange(len(slots)), torch.tensor(0)
+    assert set(map(tuple, layout.mask.mask_mod(zero, zero, every_P[:, None], every_N[None]).nonzero().tolist())) == seen
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_batch_in_fixed_tensors_attends_as_each_of_its_sessions_would_alone(data: st.DataObject) -> None:
+    assert_attends_as_each_alone(data, None, None, fixed=True)
 
 
 @pytest.mark.parametrize("backend", LIBRARIES)

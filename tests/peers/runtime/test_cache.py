@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from peers.model.cutting import SpanModel
 from peers.runtime import attention, cache
 from peers.runtime.cache import PagedCache, SoloCache, bytes_per_token, open_cache
-from peers.runtime.engine import Work
+from peers.runtime.works import Work
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES, NUM_BLOCKS
 from tests.peers.runtime.spans import (
@@ -125,6 +125,24 @@ def test_a_model_on_which_ragged_attention_is_wrong_runs_alone(
 class _Forgetful(attention.RaggedBatch):
     def attend(self, q_1HTK: torch.Tensor, *args: object) -> torch.Tensor:
         return super().attend(q_1HTK * 1.5, *args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("slower", [False, True])
+async def test_where_the_librarys_attention_loses_torchs_is_kept(
+    slower: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    taken_s = iter((1.0 + slower, 1.5))
+    monkeypatch.setattr(cache, "fastest_s", lambda run, _: run() is not None and next(taken_s))
+    local = Local("llama", SPAN)
+    async with running(local.cut()) as engine:
+        opened = engine._cache
+        assert isinstance(opened, PagedCache)
+        assert opened._library is not None
+        assert (opened._attending_library is None) == ("attend by torch" in caplog.text) == slower
+        long, short = Sequence(local, engine, seed=1), Sequence(local, engine, seed=2)
+        await together(long.step(40), short.step(3))
+        await together(long.step(1), short.step(1))
 
 
 def test_a_layer_with_unknown_arguments_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -19,11 +19,11 @@ from peers.model.cutting import SpanModel
 from peers.model.kernels import Pool, linear
 from peers.runtime import engine as engine_module
 from peers.runtime.cache import PagedCache
-from peers.runtime.engine import (
+from peers.runtime.engine import Engine
+from peers.runtime.works import (
     CacheTooSmall,
     ComputeFailed,
     Done,
-    Engine,
     EngineConfig,
     NonFiniteOutput,
     PositionGap,
@@ -113,6 +113,27 @@ async def test_works_of_one_turn_of_the_loop_share_a_forward_whatever_the_thread
             await together(*(engine.run(work(session, number, 1)) for session in sessions))
         works = engine.counts().batch_works
         assert (sum(works.counts), works.sum) == (20, 100)
+
+
+async def test_forwards_run_between_the_steps_in_which_layers_are_timed(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = threading.Event()
+
+    def timing(*_: object) -> Generator[None, None, int]:
+        while not enough.is_set():
+            yield
+        return 0
+
+    for name in ("accelerating", "accelerating_by_torch"):
+        monkeypatch.setattr(engine_module, name, timing)
+    async with running(local.cut()) as engine:
+        sequence = Sequence(local, engine)
+        await sequence.step(3)
+        await sequence.step(1)
+        assert not engine._faster.done()
+        enough.set()
+        await engine.prepared()
 
 
 async def test_a_late_loop_keeps_nothing_that_has_come_from_running(local: Local) -> None:
@@ -464,6 +485,33 @@ async def test_a_pool_too_small_for_all_sessions_finishes_every_one(local: Local
         assert_all_free(engine)
 
 
+async def test_who_outgrew_what_was_said_of_it_makes_room_for_younger_ones_until_more_is_said(local: Local) -> None:
+    async with running(local.cut(), cache_tokens=32, slack=2) as engine:
+        old, young = new_session(), new_session()
+        await engine.run(work(old, 0, 16, told=14))
+        await engine.run(work(young, 0, 12))
+        await engine.run(work(old, 16, 1, told=14))
+        with pytest.raises(Preempted):
+            await engine.run(work(old, 17, 4, told=14))
+        await engine.run(work(old, 0, 14, told=14))  # as long as it may be, but it counts as younger all the same
+        await engine.run(work(young, 12, 12))
+        assert (engine.held(old), engine.held(young)) == (0, 24)
+        await engine.run(work(old, 0, 17, told=17))
+        assert (engine.held(old), engine.held(young)) == (17, 0)
+
+
+@pytest.mark.usefixtures("momentary")
+async def test_what_a_lone_session_outgrows_where_it_is_computed_counts(local: Local) -> None:
+    async with running(local.cut(), cache_tokens=32, slack=2) as engine:
+        await engine.prepared()
+        old, young = new_session(), new_session()
+        await engine.run(work(old, 0, 15, told=14))
+        await engine.run(work(old, 15, 1, told=14))
+        assert at_once(engine, work(old, 16, 1)) is not None
+        await engine.run(work(young, 0, 24))
+        assert (engine.held(old), engine.held(young)) == (0, 24)
+
+
 async def test_a_preempted_session_is_told_to_replay_at_its_next_step(local: Local) -> None:
     async with running(local.cut(), cache_tokens=32) as engine:
         old, young = new_session(), new_session()
@@ -616,6 +664,22 @@ async def test_whatever_clients_do_all_pages_come_back(local: Local, seed: int) 
 def test_a_configuration_out_of_range_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"not|at least"):
         EngineConfig(**{"cache_tokens": 64, **wrong})
+
+
+async def test_larger_forwards_hold_more_works_and_change_nothing_of_what_memory_promises(local: Local) -> None:
+    async with running(local.cut(), token_budget=256, cache_tokens=2048) as engine:
+        before = engine.stats(), engine.weight(200)
+        for budget, forwards in ((256, 2), (512, 1)):
+            engine.set_token_budget(budget)
+            first, second = Sequence(local, engine, seed=1), Sequence(local, engine, seed=2)
+            counted = sum(engine.counts().batch_works.counts)
+            await together(first.step(200), second.step(200))
+            assert sum(engine.counts().batch_works.counts) == counted + forwards
+            for sequence in (first, second):
+                engine.release(sequence.session)
+        assert (engine.stats(), engine.weight(200)) == before
+        with pytest.raises(ValueError, match="at least"):
+            engine.set_token_budget(10)
 
 
 async def test_a_start_that_is_cancelled_says_nothing_to_who_no_longer_waits() -> None:

@@ -8,7 +8,8 @@ from contextlib import suppress
 import pytest
 
 from peers.errors import Preempted
-from peers.runtime.engine import Engine, PositionGap, SessionReleased
+from peers.runtime.engine import Engine
+from peers.runtime.works import PositionGap, SessionReleased
 from peers.wire.messages import PREFIX_POSITIONS
 from routing.ids import BlockSpan, PeerId
 from tests.peers.runtime.spans import ALICE, Local, Sequence, assert_same, new_session, random_ids, running, together
@@ -42,7 +43,7 @@ class Prompted(Sequence):
         self.steps.append(self.text[self.length :])
         start = self.length - len(self.steps[-1])
         hidden, expected = self.local.follow(self.steps)
-        assert_same((await self.engine.run(self.work(start, hidden))).hidden, expected)
+        assert_same((await self.engine.run(self.work(start, hidden))).hidden, expected, self.local.error)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "opt", "deepseek-v3"])

@@ -19,11 +19,12 @@ from peers.model.adapters import Adapter
 from peers.model.support import hidden_argument
 from peers.runtime import engine as engine_module
 from peers.runtime import gradients
-from peers.runtime.engine import ComputeFailed, Engine
+from peers.runtime.engine import Engine
 from peers.runtime.errands import GAP, Errand, Errands
 from peers.runtime.gradients import Graph, Outcome, Passage, positions_of
 from peers.runtime.scheduler import Tempo
-from peers.wire.messages import PREFIX, AdapterTarget
+from peers.runtime.works import ComputeFailed
+from peers.wire.messages import PREFIX, AdapterTarget, Urgency
 from routing.errors import Unavailable
 from routing.ids import BlockSpan, PeerId
 from tests.peers.runtime.spans import ALICE, Local, Sequence, random_ids, running
@@ -209,6 +210,30 @@ async def test_where_steps_are_late_a_job_waits_for_some_of_them_or_until_they_e
             await session.step(1)
             steps += 1
         assert GAP < steps <= 3 * GAP, "it has two pieces"
+
+
+@pytest.mark.parametrize(("urgency", "before"), [(Urgency.INTERACTIVE, 0), (Urgency.BACKGROUND, GAP)])
+async def test_a_job_goes_before_what_only_the_background_waits_for_but_not_for_ever(
+    urgency: Urgency, before: int
+) -> None:
+    local = local_of("llama")
+    async with running(local.cut()) as engine:
+        await engine.prepared()
+        session = Sequence(local, engine)
+        hidden, _ = local.follow([random_ids(5, 0)])
+        seen = []
+
+        def pieces(_: int) -> Generator[None, None, None]:
+            for _ in range(2 * GAP):
+                seen.append(engine.held(session.session))
+                yield
+
+        with engine.gathering():
+            job = asyncio.create_task(engine.run_between(ALICE, pieces))
+            work = asyncio.create_task(engine.run(replace(session.work(0, hidden), urgency=urgency)))
+            await asyncio.sleep(0)  # each of them is submitted
+        await asyncio.gather(job, work)
+        assert seen == [0] * before + [5] * (2 * GAP - before)
 
 
 async def test_owners_take_turns_and_a_job_waits_for_no_more_than_so_many_forwards() -> None:

@@ -1,5 +1,5 @@
-"""Any order of opening, stepping, rolling back, forking, cancelling, preemption and closing: every output is the whole
-model's, and pages are neither lost nor made."""
+"""Any order of opening, with a prefix that is known or not, stepping, rolling back, forking, cancelling, preemption and
+closing: every output is the whole model's, and pages are neither lost nor made."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from peers.errors import Preempted
-from peers.runtime.engine import BehindWindow, Engine, EngineConfig, PositionGap, SessionReleased
+from peers.runtime.engine import Engine
+from peers.runtime.works import BehindWindow, EngineConfig, PositionGap, SessionReleased
+from peers.wire.messages import PREFIX_POSITIONS
 from routing.ids import BlockSpan, PeerId
-from tests.peers.runtime.spans import ALICE, Local, Sequence, random_ids
+from tests.peers.runtime.spans import ALICE, Local, Sequence, assert_same, random_ids
 
 SPAN = BlockSpan(1, 3)
 LENGTH_MAX = 140
 TOKENS_MAX = 90
 SLACK = 10
 BOB = PeerId("bob")
+TEXT = random_ids(LENGTH_MAX, 7)
+KEYS = [b"0" * 16, b"1" * 16]
+"""Of the text's blocks."""
 LOCAL = Local("llama", SPAN)
-OPERATIONS = int(os.environ.get("OPERATIONS", "4000"))
-"""Of the long life; 20,000 take a minute."""
+OPERATIONS = int(os.environ.get("OPERATIONS", "20000"))
+"""Of the long life; so many take ten seconds."""
 
 
 def configured(local: Local = LOCAL, **others: Any) -> Engine:
-    settings = {"cache_tokens": 240, "page_size": 4, "token_budget": 128, "slack": SLACK, **others}
+    settings = {"cache_tokens": 272, "page_size": 4, "token_budget": 128, "slack": SLACK, **others}
     return Engine(local.cut(), EngineConfig(**settings))
 
 
@@ -80,6 +85,26 @@ class Interleavings(RuleBasedStateMachine):
     def open(self, owner: PeerId, seed: int) -> None:
         if len(self.sequences) < 6:
             self.sequences.append(Sequence(self.local, self.engine, seed=seed, owner=owner))
+
+    @rule(owner=st.sampled_from([ALICE, BOB]), blocks=st.sampled_from([1, 1, 2]), more=st.integers(1, 12))
+    def open_known(self, owner: PeerId, blocks: int, more: int) -> None:
+        """With a text that others began with, and what is kept of it."""
+        if len(self.sequences) == 6:
+            return
+        sequence = Sequence(self.local, self.engine, seed=blocks, owner=owner)
+        held = self.engine.open(sequence.session, owner, self.local.span, KEYS[:blocks])
+        assert held in {block * PREFIX_POSITIONS for block in range(blocks + 1)}
+        sequence.steps = [TEXT[:held]] if held else []
+        try:
+            for piece in TEXT[held : blocks * PREFIX_POSITIONS + more].split(TOKENS_MAX):
+                start = sequence.length
+                sequence.steps.append(piece)
+                hidden, expected = self.local.follow(sequence.steps)
+                assert_same(self.run(self.engine.run(sequence.work(start, hidden))).hidden, expected)
+        except Preempted:
+            self.engine.release(sequence.session)
+        else:
+            self.sequences.append(sequence)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -176,7 +201,8 @@ TestUnlikeInterleavings = UnlikeInterleavings.TestCase
 
 @pytest.mark.timeout(600)
 async def test_a_long_life_leaks_no_page_no_session_and_no_memory() -> None:
-    """Operations of eight clients; memory is compared between the ends of the second and the last quarter."""
+    """Operations of eight clients, with prefixes; memory is compared between the ends of the second and the last
+    quarter."""
     rng = random.Random(0)
     engine = configured(cache_tokens=600)
     await engine.start()
@@ -193,6 +219,7 @@ async def test_a_long_life_leaks_no_page_no_session_and_no_memory() -> None:
                 resident_bytes.append(psutil.Process().memory_info().rss)
             if sequence is None:
                 sequence = Sequence(LOCAL, engine, owner=owner)
+                engine.open(sequence.session, owner, SPAN, KEYS[: rng.randint(0, 2)])
             held = engine.held(sequence.session)
             tokens = rng.choice([1, 1, 1, 1, 1, 1, 5, 20, 80])
             dice = rng.random()
@@ -225,4 +252,5 @@ async def test_a_long_life_leaks_no_page_no_session_and_no_memory() -> None:
     assert not engine._by_number
     assert not engine._tickets
     await engine.stop()
+    assert engine.stats().prefix_hits > 0
     assert resident_bytes[-1] - resident_bytes[1] < 20_000_000, resident_bytes

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from peers.errors import Busy, Preempted
-from peers.runtime.engine import CacheTooSmall, Engine, EngineConfig, PositionGap, SessionReleased, Work
+from peers.runtime.engine import Engine
 from peers.runtime.joined import JoinedEngine
 from peers.runtime.probe import measure
+from peers.runtime.works import CacheTooSmall, EngineConfig, PositionGap, SessionReleased, Work
 from routing.errors import CallerError
 from routing.ids import BlockSpan, PeerId, SessionId
 from tests.peers.runtime.spans import ALICE, Local, Sequence, new_session, together
@@ -133,6 +134,8 @@ async def test_a_prefix_is_as_long_as_every_device_keeps_it() -> None:
         assert held > 0
         rest = await engine.run(work(second, held, 160 - held, hidden=work(first, 0, 160).hidden[held:]))
         torch.testing.assert_close(rest.hidden, alone.hidden[held:])
+        stats = engine.stats()
+        assert (stats.prefix_hits, stats.prefix_tokens) == (len(PARTS), len(PARTS) * held), "each of its own blocks"
 
 
 async def test_the_oldest_session_is_the_same_everywhere_so_all_end_in_a_pool_that_holds_one(local: Local) -> None:
@@ -191,6 +194,8 @@ async def test_whatever_clients_do_all_pages_come_back(local: Local, seed: int) 
 
 async def test_joined_devices_are_measured_together(local: Local) -> None:
     async with joined(local, cache_tokens=4096, page_size=16, token_budget=256) as engine:
-        found = await measure(engine)
+        found = await measure(engine, room_bytes=200_000_000)
         assert found.decode_s_per_block > 0
         assert_nothing_left(engine)
+        engine.set_token_budget(512)
+        assert [each.config.token_budget for each in engine._engines] == [512, 512]

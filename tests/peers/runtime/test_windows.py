@@ -6,7 +6,8 @@ import pytest
 
 from peers.model.support import examine
 from peers.runtime.cache import PagedCache
-from peers.runtime.engine import BehindWindow, CacheTooSmall, Engine
+from peers.runtime.engine import Engine
+from peers.runtime.works import BehindWindow, CacheTooSmall
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES
 from tests.peers.runtime.spans import Local, Sequence, running, together
@@ -110,6 +111,10 @@ async def test_a_model_that_slides_everywhere_needs_no_more_for_longer_sessions(
         for _ in range(4):
             await sequence.step(60)
         assert engine.weight(240) == engine.weight(150) < 100
+        engine.set_token_budget(256)
+        reckoned = engine.weight(4096), engine.stats()
+        engine.set_token_budget(2048)
+        assert (engine.weight(4096), engine.stats()) == reckoned, "works are as large as before"
         with pytest.raises(CacheTooSmall):
             await Sequence(sliding, engine).step(101)
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from peers.runtime.engine import Done, Engine, EngineStats, PositionGap, SessionKey, SessionReleased, Work
+from peers.runtime.engine import Engine
+from peers.runtime.works import Done, EngineConfig, EngineStats, PositionGap, SessionKey, SessionReleased, Work
 from peers.serving.admission import Admission, AdmissionLimits
 from peers.serving.handler import Handler, Served
 from peers.serving.journal import Journal, JournalLimits
@@ -55,6 +56,7 @@ class ToyEngine:
     """What the handler calls of the real one: works in order of submission, a moment of time for each."""
 
     def __init__(self) -> None:
+        self.config = EngineConfig(cache_tokens=4096)
         self.sessions: dict[SessionKey, Tensor] = {}
         self.ran: list[Work] = []
         self.opened: list[tuple[SessionKey, PeerId, BlockSpan, tuple[bytes, ...]]] = []

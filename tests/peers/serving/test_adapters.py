@@ -22,13 +22,13 @@ def adapter_of(seed: float = 0.5, **changes: object) -> Adapter:
     return Adapter((target,), torch.full((target.rank * (target.inputs + target.outputs),), seed))
 
 
-async def upload(client: Client, hop: Hop, adapter: Adapter) -> bytes:
+async def upload(client: Client, hop: Hop, adapter: Adapter, *, start: int = 0, end: int = 4) -> bytes:
     values = as_rows(adapter.values)
     message = AdapterMessage(
         adapter=adapter.name,
         model=MODEL.digest,
-        start=0,
-        end=4,
+        start=start,
+        end=end,
         targets=adapter.targets,
         first=0,
         count=len(values),
@@ -141,6 +141,10 @@ async def test_what_is_wrong_with_an_adapter_is_told_to_the_open_that_needs_it()
             (adapter_of(rank=200), Code.TOO_LONG),
         ):
             assert await declined(client, hop, adapter=await upload(client, hop, adapter)) == code
+        assert (
+            await declined(client, hop, adapter=await upload(client, hop, adapter_of(), start=3, end=2))
+            == Code.WRONG_MODEL
+        )
         assert len(hop.handler.adapters.wardrobe) == 0
         name = await upload(client, hop, adapter_of())
         assert await declined(client, hop, adapter=name, start=2) == Code.MALFORMED, "none of its blocks"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from peers.errors import Busy, Preempted
-from peers.runtime.engine import BehindWindow, CacheTooSmall, ComputeFailed, PositionGap
-from peers.serving.handler import MAX_PAYLOAD_BYTES, PAUSED_RETRY_S, SWEEP_S
+from peers.runtime.works import BehindWindow, CacheTooSmall, ComputeFailed, Done, PositionGap, Work
+from peers.serving.admission import AdmissionLimits
+from peers.serving.handler import MAX_PAYLOAD_BYTES, MAX_TELLING, PAUSED_RETRY_S, SWEEP_S
 from peers.transport import links
 from peers.transport.base import MAX_FRAME_BYTES
+from peers.transport.links import Link
 from peers.wire import codec
 from peers.wire.messages import MAX_HOPS, Code, Failed, Opened, Relay, Trace, Traced
 from routing.errors import PeerError, Unavailable
@@ -39,6 +42,11 @@ async def runs(client: Client, hop: Hop, step: int, first: int, count: int = 1, 
     """The step is computed, and rightly."""
     await client.step(hop, step, first, count, **changes)
     assert torch.equal(await client.result(), expected([hop], first, first + count))
+
+
+async def runs_through(client: Client, hops: Sequence[Hop], step: int, first: int, count: int = 1) -> None:
+    await client.step(hops[0], step, first, count)
+    assert torch.equal(await client.result(), expected(hops, first, first + count))
 
 
 # --- what is refused before the engine hears of it ---
@@ -248,6 +256,122 @@ async def test_what_is_computed_at_once_waits_for_a_successor_that_reads_nothing
         lane.stream.other._room.set()  # type: ignore[attr-defined]
         route.network.partition()
         assert torch.equal(await client.result(), expected(route.hops, 5, 6))
+
+
+def read_nothing(network: Any, link: Link) -> Any:
+    """From now on the other side of `link` takes nothing; returns what lets it go on."""
+    stream = link._lanes[links.SMALL].stream.other  # type: ignore[attr-defined]
+    stream._room.clear()
+    return stream._room.set
+
+
+async def test_nobody_waits_for_a_client_that_reads_nothing_of_what_it_asked_for_again() -> None:
+    async with Route(2) as route:
+        client, (first, second) = route.client, route.hops
+        other = route.another_client()
+        await client.open(route.hops)
+        await other.open(route.hops, session=2)
+        await client.step(first, 1, 0, 5)
+        await client.result()
+        go_on = read_nothing(route.network, second.ledger.get(Place(session_id(1), 4)).owner_link)  # type: ignore[union-attr]
+        for _ in range(3):
+            await client.step(first, 1, 0, 5)
+        await asyncio.sleep(0.1)
+        await other.step(first, 1, 0, 5, session=2)
+        assert torch.equal(await other.result(), expected(route.hops, 0, 5))
+        await first.links.ping(second.peer_id)
+        go_on()
+        assert torch.equal(await client.result(), expected(route.hops, 0, 5))
+        await asyncio.sleep(1.0)
+        assert client.inbox == [], "asked for while it was on its way"
+
+
+async def test_nobody_waits_for_a_client_that_reads_nothing_of_its_failures() -> None:
+    async with Route(2) as route:
+        client, (first, second) = route.client, route.hops
+        other = route.another_client()
+        await client.open(route.hops)
+        await other.open(route.hops, session=2)
+        await client.close_session([second], 1)
+        go_on = read_nothing(route.network, first.ledger.get(Place(session_id(1), 0)).owner_link)  # type: ignore[union-attr]
+        for step in range(1, 3 * MAX_TELLING):
+            await client.step(first, step, step - 1)
+        await asyncio.sleep(0.5)
+        assert first.handler._telling[Place(session_id(1), 0)] == MAX_TELLING
+        await other.step(first, 1, 0, 5, session=2)
+        assert torch.equal(await other.result(), expected(route.hops, 0, 5))
+        await first.links.ping(second.peer_id)
+        go_on()
+        for _ in range(MAX_TELLING):
+            assert await client.refusal() == Code.UNKNOWN_SESSION
+        await asyncio.sleep(1.0)
+        assert not first.handler._telling
+
+
+async def test_what_a_client_does_not_read_is_bounded_and_can_be_asked_for_again() -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        await runs(client, hop, 1, 0)
+        hop.admission.limits = AdmissionLimits(max_bytes_in_flight_per_peer=3 * HIDDEN * 4)
+        go_on = read_nothing(route.network, hop.ledger.get(Place(session_id(1), 0)).owner_link)  # type: ignore[union-attr]
+        for step in range(2, 7):
+            await client.step(hop, step, step - 1)
+            await asyncio.sleep(0.1)
+        assert hop.admission.account(client.transport.peer_id).bytes_in_flight == 3 * HIDDEN * 4
+        go_on()
+        for step in (2, 3, 4):
+            assert torch.equal(await client.result(), expected([hop], step - 1, step))
+        await asyncio.sleep(0.1)
+        assert hop.admission.account(client.transport.peer_id).bytes_in_flight == 0
+        ran = [work.start for work in hop.engine.ran]
+        assert ran == sorted(set(ran))
+
+
+async def test_a_client_hears_when_what_its_successor_does_not_read_is_too_much_and_gets_it_later() -> None:
+    async with Route(2) as route:
+        client, (first, second) = route.client, route.hops
+        await client.open(route.hops)
+        await runs_through(client, route.hops, 1, 0)
+        first.admission.limits = AdmissionLimits(max_bytes_in_flight_per_peer=2 * HIDDEN * 4)
+        shared = first.links.known(second.peer_id)
+        assert shared is not None
+        go_on = read_nothing(route.network, shared)
+        for step in (2, 3, 4):
+            await client.step(first, step, step - 1)
+            await asyncio.sleep(0.1)
+        failure, _ = await client.next(Failed)
+        assert (failure.code, failure.step) == (Code.BUSY, 4)
+        go_on()
+        for step in (2, 3):
+            assert torch.equal(await client.result(), expected(route.hops, step - 1, step))
+        await runs_through(client, route.hops, 4, 3)
+        assert [work.start for work in first.engine.ran] == [0, 1, 2, 3]
+
+
+async def test_a_step_overtakes_none_before_it_whose_answer_has_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Alone() as route:
+        client, hop = route.client, route.hop
+        await client.open(route.hops)
+        await runs(client, hop, 1, 0, 5)
+        computed, posted, run = asyncio.Event(), asyncio.Event(), hop.engine.run
+
+        async def slowly_posted(work: Work) -> Done:
+            done = await run(work)
+            computed.set()
+            await posted.wait()
+            return done
+
+        monkeypatch.setattr(hop.engine, "run", slowly_posted)
+        await client.step(hop, 2, 5)
+        await computed.wait()
+        hop.engine.momentary = True
+        await client.step(hop, 3, 6)
+        await asyncio.sleep(0.1)
+        assert client.inbox == []
+        posted.set()
+        for step in (2, 3):
+            assert torch.equal(await client.result(), expected([hop], 3 + step, 4 + step))
 
 
 async def test_a_step_repeated_while_it_runs_is_answered_once() -> None:
@@ -559,6 +683,24 @@ async def test_a_client_hears_what_runs_and_which_hop_does_not_reach_the_next_on
         assert relay.next == second.peer_id
 
 
+async def test_a_client_without_patience_takes_no_link_from_others() -> None:
+    async with Route(2) as route:
+        client, (first, second) = route.client, route.hops
+        await client.open(route.hops)
+        await runs_through(client, route.hops, 1, 0, 5)
+        link, shared = await client.links.to(first.peer_id), first.links.known(second.peer_id)
+        answer = await client.links.request(
+            link,
+            lambda nonce: Trace(nonce=nonce, session=session_id(1).raw, block=0, patience_s=0.0),
+            timeout_s=2.0,
+        )
+        assert isinstance(answer, Traced)
+        assert not answer.next_silent
+        assert shared is not None
+        assert first.links.known(second.peer_id) is shared
+        await runs_through(client, route.hops, 2, 5)
+
+
 async def test_a_paused_peer_finishes_what_runs_refuses_everything_else_and_goes_on_where_it_was() -> None:
     async with Alone() as route:
         client, hop = route.client, route.hop
@@ -625,6 +767,24 @@ async def test_a_full_table_is_busy() -> None:
         failure, _ = await route.client.next(Failed)
         assert (failure.code, failure.step) == (Code.BUSY, None)
         assert failure.retry_after_s > 0
+
+
+async def test_a_session_is_let_in_by_what_it_is_expected_to_become_and_the_engine_hears_what_was_said() -> None:
+    limits = {"pool_positions": 100, "free_positions": lambda: 42, "expected_positions": 30}
+    async with Alone(**limits) as route:
+        other = route.another_client()
+        await route.client.open(route.hops, expects=50)
+        _, pong = await other.links.ping(route.hop.peer_id)
+        assert pong.free_tokens == 12, "what was promised is not free"
+        for message in other.opens(route.hops, session=2, expects=13):
+            await other.send(route.hop, message)
+        failure, _ = await other.next(Failed)
+        assert (failure.code, failure.step) == (Code.BUSY, None)
+        await other.open(route.hops, session=3, expects=12)
+        await runs(route.client, route.hop, 1, 0, 5)
+        await route.client.step(route.hop, 2, 5, expects=80)
+        await route.client.result()
+        assert [work.told for work in route.hop.engine.ran] == [50, 80]
 
 
 async def test_a_ping_tells_the_load() -> None:

@@ -40,9 +40,16 @@ def rows(first: int, count: int, mark: int = 0) -> memoryview:
     )
 
 
-def opened(journal: Journal, *sessions: int, owner: PeerId = ANN, keys: tuple[bytes, ...] = (), held: int = 0) -> None:
+def opened(
+    journal: Journal,
+    *sessions: int,
+    owner: PeerId = ANN,
+    keys: tuple[bytes, ...] = (),
+    held: int = 0,
+    shared: bool = False,
+) -> None:
     for session in sessions:
-        journal.open(place(session), owner, SPAN, keys, held)
+        journal.open(place(session), owner, (SPAN, None if shared else owner), keys, held)
 
 
 def append(journal: Journal, session: int, first: int, count: int, mark: int = 0) -> None:
@@ -101,10 +108,11 @@ def test_a_fork_shares_what_is_paid_for_once() -> None:
 def test_a_prefix_is_kept_for_sessions_to_come_as_far_as_it_was_sent_as_described(rolled_back: bool) -> None:
     journal, keys = Journal(UNBOUNDED), (b"a", b"b")
     opened(journal, 1, keys=keys)
-    append(journal, 1, 0, 100)
+    end = PREFIX_POSITIONS + 10
+    append(journal, 1, 0, end)
     if rolled_back:
-        append(journal, 1, 90, 5, mark=1)
-    append(journal, 1, 100 - 5 * rolled_back, 60)
+        append(journal, 1, end - 10, 5, mark=1)
+    append(journal, 1, end - 5 * rolled_back, PREFIX_POSITIONS)
     journal.release(place(1))
     opened(journal, 2, keys=keys, held=PREFIX_POSITIONS)
     assert read(journal, 2, 0, PREFIX_POSITIONS) == rows(0, PREFIX_POSITIONS)
@@ -113,6 +121,57 @@ def test_a_prefix_is_kept_for_sessions_to_come_as_far_as_it_was_sent_as_describe
     assert journal.start(place(3), 2 * PREFIX_POSITIONS) == missing
     opened(journal, 4, owner=BOB, keys=keys, held=PREFIX_POSITIONS)
     assert journal.start(place(4), PREFIX_POSITIONS) == PREFIX_POSITIONS, "another client's"
+
+
+def test_a_prefix_that_all_may_use_is_paid_for_by_whoever_sent_it_for_as_long_as_somebody_does() -> None:
+    block, keys = PREFIX_POSITIONS, (b"a",)
+    journal = Journal(JournalLimits(max_bytes=4 * block * ROW, max_bytes_per_peer=2 * block * ROW))
+    opened(journal, 1, keys=keys, shared=True)
+    append(journal, 1, 0, block)
+    journal.release(place(1))
+    opened(journal, 2, owner=BOB, keys=keys, held=block, shared=True)
+    append(journal, 2, block, 10)
+    assert read(journal, 2, 0, block + 10) == rows(0, block + 10)
+    assert journal.memory_bytes == {ANN: block * ROW, BOB: 10 * ROW}
+    opened(journal, 3)
+    append(journal, 3, 0, block + 20)
+    assert journal.memory_bytes == {ANN: (block + 20) * ROW, BOB: 10 * ROW}, "what takes its room goes, whoever uses it"
+    assert journal.start(place(2), block + 10) == block, "and nothing else of his"
+    assert read(journal, 2, block, block + 10) == rows(block, 10)
+    assert read(journal, 3, 0, block + 20) == rows(0, block + 20)
+
+
+def test_sessions_of_who_has_too_much_go_before_what_others_share_of_it() -> None:
+    block, keys = PREFIX_POSITIONS, (b"a",)
+    journal = Journal(JournalLimits(max_bytes=9 * block * ROW, max_bytes_per_peer=3 * block * ROW))
+    opened(journal, 1, keys=keys, shared=True)
+    append(journal, 1, 0, block)
+    journal.release(place(1))
+    opened(journal, 2, owner=BOB, keys=keys, held=block, shared=True)
+    append(journal, 2, block, 10)
+    opened(journal, 3, 4)
+    append(journal, 3, 0, block)
+    append(journal, 4, 0, block + 10)
+    assert (journal.start(place(3), block), journal.start(place(4), block + 10)) == (block, 0)
+    assert journal.start(place(2), block + 10) == 0
+    append(journal, 4, block + 10, block)
+    assert (journal.start(place(2), block + 10), journal.start(place(4), 2 * block + 10)) == (block, 0)
+
+
+def test_a_step_whose_blocks_are_shared_one_by_one_is_paid_for_and_spilled_once() -> None:
+    disk, block = SlowDisk(2), PREFIX_POSITIONS
+    keys = (b"a", b"b", b"c", b"d")
+    journal = Journal(JournalLimits(max_bytes=1 << 20, max_bytes_per_peer=6 * block * ROW), disk)
+    opened(journal, 1, keys=keys)
+    append(journal, 1, 0, 4 * block + 5)
+    journal.release(place(1))
+    opened(journal, 2, keys=keys, held=4 * block)
+    opened(journal, 3)
+    append(journal, 3, 0, 5 * block)
+    assert journal.memory_bytes == {ANN: 5 * block * ROW}
+    disk.settle(lost=False)
+    assert read(journal, 2, 0, 4 * block) == rows(0, 4 * block)
+    assert journal.memory_bytes == {ANN: 5 * block * ROW}
 
 
 def test_who_has_too_much_loses_what_was_used_longest_ago_and_nobody_else_does() -> None:
@@ -195,7 +254,7 @@ async def test_the_disk_holds_what_it_was_given_until_nobody_needs_it_and_a_full
     disk = Disk(tmp_path, 100, tasks)
     assert disk([memoryview(b"a" * 60), memoryview(b"b" * 30)], moved.append)
     assert not disk([memoryview(b"c" * 11)], moved.append)
-    await tasks.settled(timeout_s=10)
+    await tasks.settled(timeout_s=60)
     assert moved == [[b"a" * 60, b"b" * 30]]
     assert not disk([memoryview(b"c" * 11)], moved.append)
     assert moved[0] is not None
@@ -206,7 +265,7 @@ async def test_the_disk_holds_what_it_was_given_until_nobody_needs_it_and_a_full
     assert files_in(tmp_path) == []
     gone = Disk(tmp_path / "gone", 100, tasks)
     assert gone([memoryview(b"a")], moved.append)
-    await tasks.settled(timeout_s=10)
+    await tasks.settled(timeout_s=60)
     assert (moved, gone.used_bytes) == ([None], 0)
 
 
@@ -266,10 +325,10 @@ async def test_a_disk_that_fills_up_in_the_middle_says_so_once_and_keeps_nothing
     with no_file_larger_than(64):
         assert disk(journal, moved.append)
         assert disk(journal, moved.append)
-        await tasks.settled(timeout_s=10)
+        await tasks.settled(timeout_s=60)
     assert (moved, disk.used_bytes, files_in(tmp_path)) == ([None, None], 0, [])
     assert disk(journal, moved.append)
-    await tasks.settled(timeout_s=10)
+    await tasks.settled(timeout_s=60)
     assert moved[2] == journal
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from peers.serving import owner as module
-from peers.serving.comfort import Comfort, Reason, Schedule
+from peers.serving.comfort import PAUSE_AFTER_S, Comfort, Reason, Schedule
 from peers.serving.owner import LOOK_S, MIN_BYTES_PER_S, NICE_MAX, OtherPrograms, Owner, check
 from routing.errors import CallerError
 
@@ -89,7 +91,7 @@ def test_what_this_process_and_its_children_use_is_nobody_elses_load() -> None:
     wall_s = others._at_s - float(started[1])  # type: ignore[arg-type]
     assert percent <= 100 * (1 - ours_s / (cpus * wall_s)) + 10
     for child in children:
-        child.communicate(timeout=20)
+        child.communicate(timeout=60)
     counted_s = others._read()[1] - others._used_s
     assert counted_s > -0.5, "time of children that have ended is still ours, and not given back to nobody"
 
@@ -125,6 +127,63 @@ async def test_the_peer_hears_of_every_change_and_people_at_once_of_the_first() 
     assert (heard, told) == ([True, False, True], [Reason.SCHEDULE, None, Reason.SCHEDULE])
     watching.cancel()
     await asyncio.wait([watching])
+
+
+@pytest.mark.looptime
+async def test_who_waits_for_the_owner_hears_each_reason_and_goes_on_once_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=loop.time))
+    told: list[Reason | None] = []
+    busy_percent = [10.0]
+    owner = Times(Comfort(Schedule.parse("22:00-08:00"), 50.0), lambda paused: None)
+    monkeypatch.setattr(owner, "_others", SimpleNamespace(percent=lambda: busy_percent[0]))
+    waiting = asyncio.create_task(owner.spared(lambda: told.append(owner.reason)))
+    await asyncio.sleep(5 * LOOK_S)
+    assert told == [Reason.SCHEDULE]
+    busy_percent[0] = 90.0
+    await asyncio.sleep(PAUSE_AFTER_S + 2 * LOOK_S)
+    owner.at = 22 * 60
+    await asyncio.sleep(2 * LOOK_S)
+    assert told == [Reason.SCHEDULE, Reason.LOAD]
+    busy_percent[0] = 10.0
+    await asyncio.wait_for(waiting, 100)
+    assert told == [Reason.SCHEDULE, Reason.LOAD]
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("lasts", [False, True])
+async def test_a_machine_that_is_busy_at_once_is_watched_until_it_is_known_whether_that_lasts(
+    lasts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=loop.time))
+    told: list[Reason | None] = []
+    owner = Times(Comfort(max_load_percent=50.0), lambda paused: None)
+    loads = itertools.chain([90.0], itertools.repeat(90.0 if lasts else 10.0))
+    monkeypatch.setattr(owner, "_others", SimpleNamespace(percent=lambda: next(loads)))
+    waiting = asyncio.create_task(owner.spared(lambda: told.append(owner.reason)))
+    await asyncio.sleep(0.5 * LOOK_S)
+    assert not waiting.done()
+    await asyncio.sleep(PAUSE_AFTER_S + LOOK_S)
+    assert (waiting.done(), told) == (not lasts, [Reason.LOAD] if lasts else [])
+    waiting.cancel()
+    await asyncio.wait([waiting])
+
+
+async def test_who_uses_a_gpu_on_which_the_peer_computes_is_another_program_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner = Owner(Comfort(max_load_percent=50.0), lambda paused: None, gpus=["GPU-a"])
+    loads = SimpleNamespace(cpu=10.0, gpu=80.0)
+    monkeypatch.setattr(owner, "_others", SimpleNamespace(percent=lambda: loads.cpu))
+    monkeypatch.setattr(owner, "_others_on_gpus", SimpleNamespace(percent=lambda: loads.gpu))
+    await owner.look()
+    assert (owner.load_percent, owner.load_of) == (80.0, "a GPU")
+    loads.cpu = 90.0
+    await owner.look()
+    assert (owner.load_percent, owner.load_of) == (90.0, "the CPUs")
 
 
 async def test_an_owner_without_wishes_is_not_watched() -> None:

@@ -200,9 +200,11 @@ async def test_nobody_to_ask_is_a_verdict_of_its_own_that_says_why(pair: Pair) -
 
 
 @asynccontextmanager
-async def watching(links: Links, *helpers: str) -> AsyncIterator[asyncio.Queue[Verdict]]:
+async def watching(
+    links: Links, *helpers: str, withdraw: Callable[[frozenset[str]], None] = lambda _: None
+) -> AsyncIterator[asyncio.Queue[Verdict]]:
     told: asyncio.Queue[Verdict] = asyncio.Queue()
-    task = asyncio.create_task(watch_reachability(links, helpers, told.put_nowait))
+    task = asyncio.create_task(watch_reachability(links, helpers, told.put_nowait, withdraw))
     yield told
     task.cancel()
     await asyncio.wait([task])
@@ -220,7 +222,7 @@ async def test_it_is_asked_again_until_reached_and_when_addresses_change_and_tol
 
     pair.asker.transport.__class__ = Moving
     pair.service._clock = lambda: asyncio.get_running_loop().time() * 1e6  # never too often
-    async with watching(pair.asker, *helpers) as told, listener(greet) as address, asyncio.timeout(10):
+    async with watching(pair.asker, *helpers) as told, listener(greet) as address, asyncio.timeout(60):
         assert not (await told.get()).reached
         await asyncio.sleep(0.2)
         assert told.empty()
@@ -230,6 +232,35 @@ async def test_it_is_asked_again_until_reached_and_when_addresses_change_and_tol
         assert told.empty()
         own[:] = ["/ip4/127.0.0.1/tcp/2"]
         assert list((await told.get()).problems) == own
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_an_address_is_withdrawn_when_it_was_dialled_in_vain_twice_and_back_once_somebody_is_there(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, far, other = "/ip4/127.0.0.1/tcp/1", "/ip4/203.0.113.9/tcp/1", "/unix/socket"
+    verdicts = [
+        Verdict(problems={dead: "refused", far: "not where you come from (127.0.0.1)", other: "not a TCP address"}),
+        Verdict(unasked="nobody there"),
+        Verdict(problems={dead: "no answer", far: "not where you come from (127.0.0.1)", other: "not a TCP address"}),
+        Verdict(problems={dead: "refused"}),
+        Verdict(reached=(dead,)),
+    ]
+    told: list[frozenset[str]] = []
+    over = asyncio.Event()
+
+    async def find_out(*_: object) -> Verdict:
+        return verdicts.pop(0)
+
+    def withdraw(addresses: frozenset[str]) -> None:
+        told.append(addresses)
+        if not verdicts:
+            over.set()
+
+    monkeypatch.setattr(reachability, "find_out", find_out)
+    async with watching(pair.asker, withdraw=withdraw), asyncio.timeout(60):
+        await over.wait()
+    assert told == [frozenset(), {dead}, {dead}, frozenset()]
 
 
 async def test_two_real_nodes_find_out_what_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +280,7 @@ async def test_two_real_nodes_find_out_what_is_reachable(monkeypatch: pytest.Mon
             async with await HivemindNode.create(config) as node:
                 links = Links(node.transport, network="test", software="test")
                 async with watching(links, *helper.transport.addresses) as told:
-                    verdict = await asyncio.wait_for(told.get(), 20)
+                    verdict = await asyncio.wait_for(told.get(), 60)
                 if announce:
                     assert verdict.problems[f"{wrong}/p2p/{node.peer_id}"].startswith("refused: ")
                 else:

@@ -66,7 +66,7 @@ def announcement(
         cache_tokens=1000,
         free_tokens=1000,
         sequence=sequence,
-        expires_at_s=time.time() + 20 if expires_at_s is None else expires_at_s,
+        expires_at_s=time.time() + 100 if expires_at_s is None else expires_at_s,
     )
 
 

@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from peers.wire import codec
 from peers.wire.messages import PROTOCOL_VERSION, AnyMessage, Close, Failed, Hello, Ping, Pong, Status, Step
 from routing.errors import PeerError
 from routing.ids import PeerId
+from routing.router import Router
 from tests.peers.transport.nodes import signing_key
 
 pytestmark = pytest.mark.looptime
@@ -214,7 +214,7 @@ async def test_a_node_of_another_network_is_refused_by_both_sides(world: World) 
 async def test_a_clock_that_is_off_is_named_once(
     world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, skew_s: float, said: str
 ) -> None:
-    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: 1000.0))
+    monkeypatch.setattr("time.time", lambda: 1000.0)
     for _ in range(2):
         await world.raw(time_s=1000.0 + skew_s)
     await asyncio.sleep(0.1)
@@ -226,7 +226,9 @@ async def test_a_clock_that_is_off_is_named_once(
 async def test_a_node_knows_by_most_of_the_others_that_its_own_clock_is_off(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: 1000.0))
+    set_to_s = 1000.0
+    monkeypatch.setattr("time.time", lambda: set_to_s)
+    monkeypatch.setattr(module, "_steady_s", lambda: 5.0)
     strangers = [world.network.transport(signing_key(number).peer_id) for number in range(10, 15)]
     links = world.other.links
     for stranger, time_s in zip(strangers, (700.0, 701.0, 699.0, float("nan"), 5000.0), strict=True):
@@ -235,7 +237,9 @@ async def test_a_node_knows_by_most_of_the_others_that_its_own_clock_is_off(
         if stranger is strangers[0]:
             assert links.clock_skew_s is None, "two clocks that differ: whose is wrong?"
     assert links.clock_skew_s == pytest.approx(299.5, abs=1.0), "one that is wrong itself is not believed"
-    await asyncio.sleep(module.SKEW_AGE_S)
+    set_to_s -= 300.0
+    assert links.clock_skew_s == pytest.approx(-0.5, abs=1.0), "as soon as it is set"
+    monkeypatch.setattr(module, "_steady_s", lambda: 5.1 + module.SKEW_AGE_S)
     assert links.clock_skew_s is None
     for stranger in strangers:
         await stranger.close()
@@ -946,6 +950,23 @@ async def test_large_sends_are_timed_until_they_were_read_on_the_other_side(worl
     assert seconds == pytest.approx(3.0 + 0.01, abs=0.02)
 
 
+async def test_several_large_sends_tell_how_fast_a_node_sends(world: World) -> None:
+    router = Router()
+    world.one.links.on_transfer = lambda *about: router.on_transfer(*about, now_s())
+    world.network.bytes_per_s = 1e6
+    link = await world.dial()
+    router.on_rtt(OTHER, 0.02, now_s())
+    known = []
+    for number in range(4):  # the first one opens the lane
+        await link.send(*step(number, 8 * module.TIMED_BYTES), bulk=True)
+        await asyncio.sleep(module.QUIET_S + 2.0)
+        known.append(router.uplink_bytes_per_s(now_s()))
+    assert known[-1] == 2**20
+    assert known[0] == known[1] == 0
+    await asyncio.sleep(600.0)
+    assert router.uplink_bytes_per_s(now_s()) == 0
+
+
 async def test_nobody_asks_behind_small_sends_nor_where_nobody_wants_to_know(world: World) -> None:
     pings: list[AnyMessage] = []
     link = await world.dial()
@@ -962,3 +983,21 @@ async def test_nobody_asks_behind_small_sends_nor_where_nobody_wants_to_know(wor
     await link.send(*step(1, module.TIMED_BYTES - 1), bulk=True)
     await asyncio.sleep(1.0)
     assert pings == []
+
+
+async def test_nothing_is_handled_of_a_link_that_has_ended(world: World) -> None:
+    """Who was told of its end would keep for ever what came behind it."""
+    handled: list[int] = []
+
+    def handle(link: Link, message: Step, payload: memoryview) -> Rest | None:
+        handled.append(message.step)
+        return link.close if message.step == 1 else None
+
+    world.other.links.handle_at_once(Step, handle)
+    stream = await world.raw()
+    await stream.receive()
+    await stream.send(codec.encode(step(1)[0]) + codec.encode(step(2)[0]))
+    await stream.send(codec.encode(step(3)[0]))
+    await asyncio.sleep(0.1)
+    assert handled == [1]
+    await stream.close()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peers.errors import PeerSilent
+from peers.transport.hivemind_p2p.dht import LOOKUP_TIMEOUT_S, STRAGGLER_GRACE_S, DhtStore, _Answer
 from peers.transport.links import Links
 from peers.transport.memory import MemoryNetwork
 from peers.transport.patience import RENEWALS_MAX, SLICES, Patience
@@ -102,5 +107,58 @@ def test_a_peer_that_answered_while_this_loop_stood_still_is_not_taken_for_silen
         finally:
             for node in (client, peer, *transports):
                 await node.close()
+
+    run(work)
+
+
+class Nodes:
+    """DHT nodes, each of which answers after so many seconds, or never (None), and whom a reader gave up."""
+
+    def __init__(self, answers_s: Mapping[int, float | None]) -> None:
+        self.answers_s = {PeerID.from_base58(signing_key(number).peer_id): s for number, s in answers_s.items()}
+        self.given_up: set[PeerID] = set()
+        protocol = SimpleNamespace(
+            routing_table=SimpleNamespace(get_nearest_neighbors=lambda *_: ()),
+            find=self._find,
+            forget=self.given_up.add,
+        )
+        blacklist = SimpleNamespace(register_success=lambda _: None, register_failure=lambda _: None)
+        node = cast(Any, SimpleNamespace(protocol=protocol, blacklist=blacklist))
+        self.store = DhtStore(node, lambda: list(self.answers_s), lambda: False)
+
+    async def _find(self, peer: PeerID, queries: Sequence[bytes]) -> list[_Answer]:
+        answers_s = self.answers_s[peer]
+        if answers_s is None:
+            await asyncio.Event().wait()
+        else:
+            await asyncio.sleep(answers_s)
+        return [_Answer(b"", {}) for _ in queries]
+
+
+@pytest.mark.parametrize(
+    ("answers_s", "took_s", "silent"),
+    [
+        ({1: 0.1, 2: 1.0}, 1.0, 0),
+        ({1: 0.1, 2: None}, 0.1 + STRAGGLER_GRACE_S, 1),
+        ({1: 2.0, 2: 3.0, 3: 9.0}, 2.0 + STRAGGLER_GRACE_S, 1),
+        ({1: 3.0, 2: 3.9}, 3.9, 0),
+        ({1: None, 2: 9.0}, LOOKUP_TIMEOUT_S, 2),
+    ],
+)
+@pytest.mark.parametrize("missed_s", [0.0, 60.0])
+def test_a_dht_is_asked_until_all_have_answered_or_had_the_time_for_it(
+    answers_s: dict[int, float | None], took_s: float, silent: int, missed_s: float
+) -> None:
+    """Whoever answered while this loop stood still is not given up either."""
+    nodes = Nodes(answers_s)
+    if missed_s:
+        silent = list(answers_s.values()).count(None)
+
+    async def work(loop: LateLoop) -> None:
+        loop.call_later(0.05, loop.miss, missed_s)  # the calls are under way
+        answers, near = await nodes.store._look_up(["key"], records=True)
+        assert (len(answers), len(near["key"])) == (len(answers_s) - silent,) * 2
+        assert len(nodes.given_up) == silent
+        assert missed_s or loop.time() == pytest.approx(took_s)
 
     run(work)

@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from peers.transport.record_table import RecordTable
+from routing.directory import Directory
 from routing.errors import InvalidRecord
-from routing.records import CLOCK_SLACK_S, MAX_EXPIRY_AHEAD_S, index_key, model_key
+from routing.records import (
+    CLOCK_SLACK_S,
+    MAX_EXPIRY_AHEAD_S,
+    RECORD_LIFETIME_S,
+    index_key,
+    model_key,
+    verify_record,
+)
 from routing.store import StoredRecord
 from tests.peers.transport.nodes import MODEL, NETWORK, record, signing_key
 
@@ -37,13 +45,39 @@ def put(table: RecordTable, one: StoredRecord, *, now_s: float = NOW_S) -> None:
     table.put(one, sender=one.subkey, now_s=now_s)
 
 
-def test_a_record_is_kept_until_its_expiry_and_the_clock_slack_have_passed() -> None:
+@pytest.mark.parametrize(
+    ("lifetime_s", "kept_s"),
+    [
+        (RECORD_LIFETIME_S, RECORD_LIFETIME_S),
+        (RECORD_LIFETIME_S - 5, RECORD_LIFETIME_S),  # one of both clocks is wrong
+        (-5, CLOCK_SLACK_S - 5),
+        (100, 100),
+    ],
+)
+def test_a_record_is_kept_for_one_lifetime_within_its_slack_or_for_as_long_as_it_says(
+    lifetime_s: float, kept_s: float
+) -> None:
+    table = RecordTable()
+    one = made(1, lifetime_s=lifetime_s)
+    put(table, one)
+    assert table.get(one.key, now_s=NOW_S + kept_s - 0.1) == [one]
+    assert table.get(one.key, now_s=NOW_S + kept_s) == []
+    assert len(table) == 0
+
+
+def test_who_looks_for_the_first_time_one_lifetime_after_the_last_record_finds_nobody() -> None:
     table = RecordTable()
     one = made(1)
     put(table, one)
-    assert table.get(one.key, now_s=one.expires_at_s + CLOCK_SLACK_S - 0.1) == [one]
-    assert table.get(one.key, now_s=one.expires_at_s + CLOCK_SLACK_S) == []
-    assert len(table) == 0
+
+    def look(at_s: float) -> bool:
+        found = table.get(one.key, now_s=at_s)
+        fields = {"key": one.key, "subkey": one.subkey, "stored_expiry_s": one.expires_at_s, "now_s": at_s}
+        newcomer = Directory()
+        newcomer.fold([verify_record(each.value, **fields) for each in found], at_s)
+        return bool(newcomer.snapshot(at_s).peers)
+
+    assert [look(NOW_S + after_s) for after_s in (0.0, 19.9, 20.0, 25.0, 29.9)] == [True, True, False, False, False]
 
 
 def test_only_the_announced_peer_itself_may_write() -> None:
@@ -115,12 +149,11 @@ class TableMachine(RuleBasedStateMachine):
         super().__init__()
         self.table = RecordTable(max_records_per_key=3)
         self.now_s = NOW_S
-        self.model: dict[str, tuple[StoredRecord, int]] = {}
+        self.model: dict[str, tuple[StoredRecord, int, float]] = {}
+        """With the sequence, and until when."""
 
-    def live(self) -> dict[str, tuple[StoredRecord, int]]:
-        return {
-            subkey: held for subkey, held in self.model.items() if held[0].expires_at_s + CLOCK_SLACK_S > self.now_s
-        }
+    def live(self) -> dict[str, tuple[StoredRecord, int, float]]:
+        return {subkey: held for subkey, held in self.model.items() if held[2] > self.now_s}
 
     @rule(number=st.sampled_from(NUMBERS), sequence=st.integers(1, 4), lifetime_s=st.integers(1, 60))
     def put(self, number: int, sequence: int, lifetime_s: int) -> None:
@@ -135,7 +168,9 @@ class TableMachine(RuleBasedStateMachine):
             assert not allowed
         else:
             assert allowed
-            self.model[one.subkey] = (one, sequence)
+            if held is None or held[0] != one:
+                until_s = min(max(lifetime_s, RECORD_LIFETIME_S), lifetime_s + CLOCK_SLACK_S)
+                self.model[one.subkey] = (one, sequence, self.now_s + until_s)
 
     @precondition(lambda self: self.model)
     @rule(seconds=st.integers(1, 40))
@@ -144,7 +179,7 @@ class TableMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds_what_it_should(self) -> None:
-        expected = [one for one, _ in self.live().values()]
+        expected = [one for one, _, _ in self.live().values()]
         held = self.table.get(made(NUMBERS[0]).key, now_s=self.now_s)
         assert sorted(held, key=lambda one: one.subkey) == sorted(expected, key=lambda one: one.subkey)
         assert len(self.table) == len(expected)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from peers.errors import ProtocolError
 from peers.wire import codec, tensors
 from peers.wire.messages import (
+    MAX_POSITIONS,
     MAX_PREFIX_KEYS,
     MAX_SEQUENCES,
     MAX_STATUS_ENTRIES,
@@ -70,10 +71,11 @@ MESSAGES: list[AnyMessage] = [
     ),
     Open(
         session=SESSION, epoch=1 << 32, model=bytes(32), start=65_536, end=65_536, previous="p" * 128, next="p" * 128,
-        next_addresses=("a" * 512,) * 8, prefix=(SESSION,) * MAX_PREFIX_KEYS,
+        next_addresses=("a" * 512,) * 8, prefix=(SESSION,) * MAX_PREFIX_KEYS, expects=MAX_POSITIONS,
     ),
     Opened(session=SESSION, start=3, epoch=1, lease_s=30.0, held=128),
     STEP,
+    msgspec.structs.replace(STEP, expects=MAX_POSITIONS),
     Relay(next="p", reason="no way", step=msgspec.structs.replace(STEP, urgency=Urgency.BACKGROUND)),
     Result(session=SESSION, epoch=1, step=7, count=1, dtype="bfloat16", hidden=4),
     Failed(peer="p", session=SESSION, block=3, epoch=1, step=None, code="busy", message="later", retry_after_s=0.5),
@@ -159,6 +161,14 @@ def test_an_older_node_is_asked_in_words_that_it_understands() -> None:
     assert codec.encode(Ping(nonce=1)) == frame_of({"t": "ping", "nonce": 1})
 
 
+def test_who_is_not_told_how_long_a_session_may_become_takes_it_that_nobody_knows() -> None:
+    """So nodes that know no such field, and those that do, understand each other."""
+    ((opened, _),) = codec.decode(frame_of(OPEN))
+    assert isinstance(opened, Open)
+    assert opened.expects == 0
+    assert b"expects" not in codec.encode(opened)
+
+
 def test_unknown_fields_are_ignored_so_that_later_versions_may_add_some() -> None:
     assert codec.decode(frame_of({"t": "ping", "nonce": 1, "later": [1, 2]}))[0][0] == Ping(nonce=1)
 
@@ -181,6 +191,9 @@ def test_unknown_fields_are_ignored_so_that_later_versions_may_add_some() -> Non
         frame_of({"t": "close", "sessions": [SESSION] * 600}),
         frame_of(OPEN | {"prefix": [SESSION] * (MAX_PREFIX_KEYS + 1)}),
         frame_of(OPEN | {"prefix": [b"short"]}),
+        frame_of(OPEN | {"expects": -1}),
+        frame_of(OPEN | {"expects": MAX_POSITIONS + 1}),
+        frame_of(msgspec.to_builtins(STEP, builtin_types=(bytes,)) | {"expects": MAX_POSITIONS + 1}),
         frame_of({"t": "opened", "session": SESSION, "epoch": 1, "lease_s": 1.0, "held": -1}),
         frame_of({"t": "ping", "nonce": 1}, b"payload"),
         frame_of({"t": "ping", "nonce": 1, "detail": 1}),

@@ -143,6 +143,15 @@ def test_the_view_of_a_model_counts_holders_and_prices_the_route(watch: Watch) -
     assert [hop.peer_id for hop in detail.hops] == [hop.peer_id for hop in view.route]
 
 
+def test_who_says_not_where_it_is_carries_nothing(watch: Watch) -> None:
+    watch.see(watch.record(1, 0, 30))
+    (alone,) = watch.core.models
+    watch.see(watch.record(1, 0, 30), watch.record(2, 0, 30, addresses=()))
+    (view,) = watch.core.models
+    assert view.states[State.ONLINE] == 2
+    assert (view.holders, view.total_tokens_per_s) == (alone.holders, alone.total_tokens_per_s)
+
+
 def test_an_answer_fills_the_row_and_silence_keeps_it_with_its_age(watch: Watch) -> None:
     watch.see(watch.record(1))
     pong = Pong(nonce=1, free_tokens=100, queued_tokens=3, sessions=2, status=Status(uptime_s=50.0, queue_s=0.25))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -56,9 +57,7 @@ def test_a_frame_fits_into_the_terminal() -> None:
 def test_names_are_never_markup() -> None:
     crowd = Crowd(100, now_s=T0)
     peer = next(iter(crowd.members.values()))
-    peer.record = peer.record.__class__(
-        **{name: getattr(peer.record, name) for name in peer.record.__slots__} | {"name": "[red]x[/] [/bold]"}
-    )
+    peer.record = replace(peer.record, name="[red]x[/] [/bold]")
     crowd.look(T0 + 1)
     crowd.publish(T0 + 1)
     text = "\n".join(drawn(crowd, T0 + 1))

@@ -24,7 +24,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     world = GatewayWorld(tmp_path_factory.mktemp("gateway"))
     with serving(world.served) as gateway:
         yield gateway.url
-        assert httpx2.get(f"{gateway.url}/health").json()["status"] == "ok"
+        assert httpx2.get(f"{gateway.url}/health", timeout=60).json()["status"] == "ok"
     world.close()
 
 

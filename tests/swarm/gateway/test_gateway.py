@@ -12,8 +12,9 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from swarm.gateway.kept import KeptLimits
 from swarm.gateway.keys import Account, hash_key
 from swarm.gateway.sampling import Sampling
 from swarm.session import driver
+from swarm.session.remote import RowStep
 from tests.helpers.gateway import GatewayWorld, serving
 from tests.helpers.schemas import random_schema
 
@@ -42,6 +44,7 @@ MONITORING = Path(__file__).parents[3] / "scripts" / "monitoring"
 PROMPT = "Once upon a time there was a hive"
 MODEL = "talker"
 FACES = ("gateway", "dashboard")
+get, post = (partial(ask, timeout=60.0) for ask in (httpx2.get, httpx2.post))
 SCHEMAS = int(os.environ.get("SCHEMAS", "12"))
 """Random ones; more on request."""
 
@@ -68,7 +71,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
     deadline_s = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline_s:
         threading.Event().wait(0.01)
@@ -139,7 +142,7 @@ def test_a_stream_tells_the_way_of_every_token_to_who_asks(
     url: str, world: GatewayWorld, client: openai.OpenAI
 ) -> None:
     """Once for the prompt, once a token, in this order; other streams have no such field."""
-    described = httpx2.get(f"{url}/openapi.json").json()
+    described = get(f"{url}/openapi.json").json()
     answers = described["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
     schema = answers["text/event-stream"]["schema"]["properties"]["swarm"]
     peers = [peer._key.peer_id for peer in world.swarm.peers]
@@ -273,7 +276,7 @@ def test_health_names_the_blocks_that_nobody_serves_and_none_because_this_machin
 
     def health() -> tuple[str, list[list[int]]]:
         world.swarm.thread.call(world.swarm.thread.client.discovery.refresh())
-        answer = httpx2.get(f"{url}/health")
+        answer = get(f"{url}/health")
         assert answer.status_code == 200
         return answer.json()["status"], answer.json()["models"][MODEL]["gaps"]
 
@@ -403,6 +406,24 @@ def test_what_peers_hold_of_a_prompt_serves_only_the_key_that_sent_it(world: Gat
     assert asyncio.run(ask("alice")) == 0
     assert asyncio.run(ask("alice")) > 0
     assert asyncio.run(ask("bobby")) == 0
+
+
+def test_peers_are_asked_for_room_for_the_answer_where_the_reader_said_how_long_it_may_be(
+    world: GatewayWorld, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[RowStep] = []
+    start = world.served.engine._remote.start
+
+    def spy(steps: Sequence[RowStep], done: Any) -> None:
+        started.extend(steps)
+        start(steps, done)
+
+    monkeypatch.setattr(world.served.engine._remote, "start", spy)
+    messages: Any = [{"role": "user", "content": "How many?"}]
+    for asked, expected in (({"max_tokens": 5}, 5), ({"max_completion_tokens": 6}, 6), ({"stop": [" ", "e", "a"]}, 0)):
+        started.clear()
+        said = client.chat.completions.create(model=MODEL, messages=messages, **asked)
+        assert {step.expects for step in started} == {expected and said.usage.prompt_tokens + expected}
 
 
 # --- many, slow and absent readers ---
@@ -553,8 +574,8 @@ def test_whatever_happens_to_peers_while_many_streams_run_every_text_is_the_undi
 
 def test_no_key_no_answer_and_a_budget_is_a_budget(world: GatewayWorld, url: str) -> None:
     for path in ("/v1/models", "/metrics"):
-        assert httpx2.get(f"{url}{path}").status_code == 401
-    assert httpx2.get(f"{url}/health").json()["status"] == "ok"
+        assert get(f"{url}{path}").status_code == 401
+    assert get(f"{url}/health").json()["status"] == "ok"
     accounts = [Account(name="c", digest=hash_key(KEYS[0]), requests_per_minute=1)]
     with (
         serving(world.served, accounts=accounts) as gateway,
@@ -583,6 +604,8 @@ def test_no_key_no_answer_and_a_budget_is_a_budget(world: GatewayWorld, url: str
         ("completions", {"model": MODEL, "prompt": "x", "n": 0}, 400, "n"),
         ("completions", {"model": MODEL, "prompt": ""}, 400, None),
         ("completions", {"model": MODEL, "prompt": [999]}, 400, None),
+        ("completions", {"model": MODEL, "prompt": "x", "max_tokens": 0}, 400, "body"),
+        ("completions", {"model": MODEL, "prompt": [[1], ["a"]]}, 400, "prompt.1.0"),
         ("completions", {"model": MODEL, "prompt": "x" * 3000}, 400, None),
         ("completions", "[" * 100_000, 400, None),
         ("completions", f'{{"model": "{MODEL}", "prompt": "\\ud800"}}', 400, "prompt"),
@@ -603,7 +626,7 @@ def test_no_key_no_answer_and_a_budget_is_a_budget(world: GatewayWorld, url: str
 def test_errors_have_openais_shape(url: str, path: str, body: Any, status: int, param: str | None) -> None:
     content = body if isinstance(body, str) else json.dumps(body)
     headers = {"authorization": f"Bearer {KEYS[0]}", "content-type": "application/json"}
-    response = httpx2.post(f"{url}/v1/{path}", content=content, headers=headers)
+    response = post(f"{url}/v1/{path}", content=content, headers=headers)
     assert response.status_code == status
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -611,23 +634,38 @@ def test_errors_have_openais_shape(url: str, path: str, body: Any, status: int, 
     assert param is None or error["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"stop": ["x"] * 9}, "stop: List should have at most 8 items"),
+        ({"prompt": ["x"] * 65}, "prompt: List should have at most 64 items"),
+        ({"stream_options": {}}, "body: stream_options are for stream: true"),
+    ],
+)
+def test_what_was_meant_is_what_is_said_to_be_wrong(url: str, wrong: dict[str, Any], said: str) -> None:
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    response = post(f"{url}/v1/completions", json={"model": MODEL, "prompt": "x", **wrong}, headers=headers)
+    assert response.json()["error"]["message"].startswith(said)
+
+
 def test_other_pages_may_not_ask_unless_they_were_named(world: GatewayWorld, url: str) -> None:
     asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
-    assert "access-control-allow-origin" not in httpx2.options(f"{url}/v1/completions", headers=asked).headers
+    preflight = partial(httpx2.options, headers=asked, timeout=60.0)
+    assert "access-control-allow-origin" not in preflight(f"{url}/v1/completions").headers
     with serving(world.served, cors_origins=("https://a.example",)) as gateway:
-        answer = httpx2.options(f"{gateway.url}/v1/completions", headers=asked)
+        answer = preflight(f"{gateway.url}/v1/completions")
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
 
 def test_the_page_that_describes_the_api_fetches_nothing_from_elsewhere(url: str) -> None:
-    page = httpx2.get(f"{url}/docs").text
+    page = get(f"{url}/docs").text
     assert "swagger-ui" in page
     assert not [link for link in re.findall(r'(?:src|href)="([^"]*)"', page) if not link.startswith("/")]
 
 
 def scraped(url: str, **headers: str) -> dict[str, float]:
     """What Prometheus would read: each sample's name, and the sum over its labels."""
-    families = list(text_string_to_metric_families(httpx2.get(f"{url}", headers=headers).text))
+    families = list(text_string_to_metric_families(get(f"{url}", headers=headers).text))
     names = [family.name for family in families]
     assert len({*names}) == len(names)
     for family in families:  # https://prometheus.io/docs/practices/naming
@@ -638,6 +676,20 @@ def scraped(url: str, **headers: str) -> dict[str, float]:
     for sample in (sample for family in families for sample in family.samples):
         sums[sample.name] += sample.value
     return dict(sums)
+
+
+def test_the_room_that_is_told_is_what_nobody_was_promised(
+    world: GatewayWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = world.swarm.peers[0]
+    monkeypatch.setattr(peer.handler.ledger, "owed", lambda now_s: 100)
+
+    async def look() -> tuple[float, float]:
+        (room,) = (metric for metric in await peer.metrics()._gather() if metric.name == "hiveswarm_peer_room_tokens")
+        return room.samples[0].value, peer.engine.stats().room_tokens
+
+    told_tokens, free_tokens = world.swarm.thread.call(look())
+    assert told_tokens == free_tokens - 100
 
 
 def test_metrics_that_dashboards_and_alerts_name_are_told(world: GatewayWorld, url: str, client: openai.OpenAI) -> None:
@@ -707,15 +759,15 @@ def test_a_gateway_that_ends_lets_answers_finish_or_says_so(world: GatewayWorld)
 
     with ThreadPoolExecutor() as pool:
         begun = threading.Event()
-        with serving(world.served, drain_s=20.0) as gateway:
+        with serving(world.served, drain_s=60.0) as gateway:
             answer = pool.submit(read, gateway.url, 60, begun)
-            assert begun.wait(20)
-        assert answer.result(20) == world.text(PROMPT, 60)
+            assert begun.wait(60)
+        assert answer.result(60) == world.text(PROMPT, 60)
         begun = threading.Event()
         with serving(world.served, drain_s=0.1) as gateway:
             answer = pool.submit(read, gateway.url, 1900, begun)
-            assert begun.wait(20)
+            assert begun.wait(60)
         with pytest.raises(openai.APIError, match="has ended"):
-            answer.result(20)
+            answer.result(60)
     assert eventually(lambda: world.served.engine.counts().active == 0)
     assert world.served.engine.failure is None

@@ -3,10 +3,11 @@
 import { announce, Announcer } from "../shared/announce.js";
 import { addStep, newTrace } from "./route.js";
 import * as store from "./store.js";
-import { answer, models, Trouble } from "./stream.js";
+import { answer, models, Trouble, waitedFor } from "./stream.js";
 
 const KEEP_EVERY_MS = 1000;
 const RECONNECT_MS = 2000;
+const SILENT_MS = 4000; // then it is asked why nothing comes
 let tell = () => {};
 
 export const state = {
@@ -17,7 +18,7 @@ export const state = {
   settings: store.settings(),
   chats: store.conversations(),
   chat: null,
-  running: null, // {message, trace, abort, begunMs, firstMs, lastMs, tokens}
+  running: null, // {message, trace, abort, begunMs, firstMs, lastMs, tokens, waitsFor}
   editing: null, // index of the message that is being changed
   copied: null,
   full: false, // the browser keeps nothing more
@@ -145,6 +146,7 @@ async function run() {
     firstMs: null,
     lastMs: null,
     tokens: 0,
+    waitsFor: null, // why nothing comes, where the gateway knows
   };
   state.running = running;
   const body = request(chat);
@@ -154,6 +156,7 @@ async function run() {
   changed();
   let keptMs = running.begunMs;
   const said = new Announcer();
+  const looks = setInterval(() => lookWhy(running, chat.model), SILENT_MS / 2);
   try {
     for await (const chunk of answer(body, state.key, running.abort.signal)) {
       take(running, chunk, said);
@@ -175,12 +178,23 @@ async function run() {
       if (isAway(error)) loadModels(); // is it the gateway, or only what it asked?
     } else throw error;
   } finally {
+    clearInterval(looks);
     message.stats = stats(running);
     message.trace = running.trace;
     if (state.running === running) state.running = null;
     if (state.chats.includes(chat)) keepChat(chat);
     changed();
   }
+}
+
+async function lookWhy(running, model) {
+  const heardMs = () => running.lastMs ?? running.begunMs;
+  const isSilent = () => performance.now() - heardMs() >= SILENT_MS;
+  const why = isSilent() ? await waitedFor(model) : null;
+  const waitsFor = isSilent() ? why : null; // something may have come meanwhile
+  if (waitsFor && !running.waitsFor) announce(`Waiting: ${waitsFor.text}`);
+  running.waitsFor = waitsFor;
+  changed();
 }
 
 function request(chat) {
@@ -215,6 +229,7 @@ function take(running, chunk, said) {
     running.tokens += 1;
     running.firstStepMs ??= performance.now();
     running.lastMs = performance.now();
+    running.waitsFor = null;
     addStep(trace, step);
   }
   if (chunk.usage) running.usage = chunk.usage;

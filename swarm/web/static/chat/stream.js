@@ -65,6 +65,19 @@ export async function models(key) {
   return (await response.json()).data;
 }
 
+/** Why answers of this model wait for peers just now, `{text, detail}`; null where they do not, or nobody can say. */
+export async function waitedFor(model) {
+  try {
+    const response = await fetch("health");
+    const said = (await response.json()).models[model]?.waiting;
+    if (!said) return null;
+    const [text, detail] = brief(said);
+    return { text, detail };
+  } catch {
+    return null; // the answer itself will tell
+  }
+}
+
 /** Chunks of one answer as they come; returns when the gateway says that it is whole. */
 export async function* answer(body, key, signal) {
   const response = await reach("v1/chat/completions", {

@@ -157,7 +157,7 @@ function messageView(message, at) {
       mine
         ? html`<div class="text plain">${message.content}</div>`
         : html`<div class="text" data-body=${at}></div>
-            ${live && !message.content ? waiting() : nothing}
+            ${live && state.running.waitsFor ? waitingFor(state.running.waitsFor) : live && !message.content ? waiting() : nothing}
             ${message.stopped ? html`<p class="small soft">Stopped.</p>` : nothing}
             ${message.finish === "length" ? html`<p class="small soft">Ended at the limit of tokens.</p>` : nothing}
             ${message.error ? errorView(message, at) : nothing}`
@@ -174,6 +174,13 @@ function waiting() {
   return html`<p class="small soft waiting">
     <span class="blink" aria-hidden="true"></span>The prompt is on its way through the swarm…
   </p>`;
+}
+
+function waitingFor({ text, detail }) {
+  return html`<div class="notice warn small">
+    <p><span class="blink" aria-hidden="true"></span>The answer waits for peers, and goes on by itself: ${text}.</p>
+    ${detailView(detail)}
+  </div>`;
 }
 
 function actions(message, at, mine) {
@@ -232,7 +239,7 @@ function errorView(message, at) {
   const { kind, text, retryAfterS, detail } = message.error;
   return html`<div class="notice bad" role="alert">
     <p>${text}</p>
-    ${detail ? html`<details class="small"><summary>Details</summary><p>${detail}</p></details>` : nothing}
+    ${detailView(detail)}
     ${retryAfterS ? html`<p class="small">It asks to wait ${seconds(retryAfterS)} before the next try.</p>` : nothing}
     <p>
       ${
@@ -242,6 +249,10 @@ function errorView(message, at) {
       }
     </p>
   </div>`;
+}
+
+function detailView(detail) {
+  return detail ? html`<details class="small"><summary>Details</summary><p>${detail}</p></details>` : nothing;
 }
 
 function editView(message, at) {

@@ -62,6 +62,7 @@ export function peerPage({ live, peer, update, check, checking, checked }) {
           ${fact("Uptime", status ? duration(status.uptime_s + (live.ageS(status.at_s) ?? 0)) : "–")}
           ${fact("Record expires", live.nowS < peer.expires_at_s ? `in ${duration(peer.expires_at_s - live.nowS)}` : "has expired")}
           ${fact("Bandwidth", peer.max_bytes_per_s === null ? "unlimited" : `${bytes(peer.max_bytes_per_s)}/s each way`)}
+          ${peer.uplink_bytes_per_s === null ? nothing : fact("Uplink", `about ${bytes(peer.uplink_bytes_per_s)}/s, as measured`)}
         </dl>`,
       )}
       ${card(

@@ -1,0 +1,193 @@
+"""The experiments of the lab (`tests/lab`) in small form, on a virtual clock: real handlers, discovery and drivers over
+wires in memory. What is here of seconds is virtual, and the same on every machine."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+
+import pytest
+import torch
+
+from routing.ids import PeerId
+from tests.helpers.twin import THIRDS, Twin, User, local, run
+from tests.lab.links import PROFILES
+
+RETRANSMISSION_S_MIN = 0.2
+"""Linux; RFC 6298 would have a second. What a lost packet costs beside a round trip."""
+
+
+@pytest.mark.parametrize(("probability", "tokens", "least"), [(1e-3, 512, 0.9), (1e-2, 128, 0.5)])
+def test_failures_drawn_per_step_and_hop_cost_little_of_the_speed(
+    probability: float, tokens: int, least: float
+) -> None:
+    async def tokens_per_s(probability: float) -> float:
+        async with Twin(copies=4, compute_s=(0.01,)) as twin:
+            user, prompt = twin.user(), twin.prompt(32)
+            for peer in twin.peers:
+                peer.fails = lambda: twin.rng.random() < probability
+            assert torch.equal(await user.generate(prompt, tokens), local(prompt, tokens))
+            assert (user.remote.traffic.rebuilds > 0) == (probability > 0)
+            return tokens / (user.times_s[-1] - user.times_s[0])
+
+    assert run(lambda: tokens_per_s(probability)) >= least * run(lambda: tokens_per_s(0.0))
+
+
+def test_sessions_outlive_peers_that_come_and_go_half_of_them_without_a_word() -> None:
+    async def work() -> None:
+        async with Twin(copies=2) as twin:
+            users, over = [twin.user() for _ in range(2)], asyncio.Event()
+
+            async def talk(user: User) -> int:
+                answers = 0
+                while not over.is_set():
+                    prompt = twin.prompt()
+                    assert torch.equal(await user.generate(prompt, 64), local(prompt, 64))
+                    answers += 1
+                return answers
+
+            talks = [asyncio.create_task(talk(user)) for user in users]
+            for number in range(12):
+                await twin.join(THIRDS[number % 3])
+                await asyncio.sleep(6.0)  # it is known by then
+                old = twin.peer(users[number // 2 % 2].route[number % 3])
+                if number % 2:
+                    twin.network.cut(old.peer_id)
+                else:
+                    await old.leave()
+                await asyncio.sleep(4.0)
+            over.set()
+            assert all(answers > 20 for answers in await asyncio.gather(*talks))
+            for user in users:
+                assert user.remote.traffic.rebuilds >= 1
+                assert sum(user.remote.traffic.failures.values()) <= 0.01 * user.remote.traffic.results
+
+    run(work)
+
+
+@pytest.mark.parametrize(("users", "together", "least"), [(12, True, 0.85), (8, True, 0.8), (8, False, 0.7)])
+def test_users_share_six_uneven_peers_fairly_and_nearly_all_that_these_can_do(
+    users: int, together: bool, least: float
+) -> None:
+    """Of the maximum flow; through one node, or each through one of his own. Eight users, each of whom is at one peer
+    at a time, leave some of six peers idle that share no forwards."""
+    fast_s, slow_s, seconds = 0.02, 0.04, 60.0
+
+    async def tokens_per_s() -> list[float]:
+        async with Twin(copies=2, latency_s=0.001, compute_s=(fast_s, slow_s)) as twin:
+            loop, counts = asyncio.get_running_loop(), [0] * users
+            nodes = [twin.user() for _ in range(1 if together else users)]
+            until_s = loop.time() + seconds
+
+            async def talk(number: int) -> None:
+                def count(_: int) -> None:
+                    counts[number] += loop.time() < until_s
+
+                while loop.time() < until_s:
+                    answer = twin.rng.randint(20, 60)
+                    await nodes[number % len(nodes)].generate(twin.prompt(), answer, on_step=count)
+
+            await asyncio.gather(*map(talk, range(users)))
+            return [count / seconds for count in counts]
+
+    each = run(tokens_per_s)
+    assert sum(each) >= least * (1 / fast_s + 1 / slow_s)
+    assert min(each) >= 0.6 * statistics.fmean(each)
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 0.05])
+def test_a_token_takes_four_trips_and_what_three_hops_compute(latency_s: float) -> None:
+    async def work() -> None:
+        async with Twin(latency_s=latency_s, compute_s=(0.02,)) as twin:
+            user, prompt = twin.user(), twin.prompt()
+            assert torch.equal(await user.generate(prompt, 32), local(prompt, 32))
+            took_s = (user.times_s[-1] - user.times_s[0]) / 31
+            assert took_s == pytest.approx(4 * latency_s + 3 * 0.02, rel=0.1)
+
+    run(work)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_an_answer_is_the_same_over_every_kind_of_link(name: str) -> None:
+    async def work() -> None:
+        async with Twin() as twin:
+            profile, user, prompt = PROFILES[name], twin.user(), twin.prompt()
+
+            def latency_s(sender: PeerId, receiver: PeerId) -> float:
+                lost = twin.rng.random() < profile.loss
+                again_s = RETRANSMISSION_S_MIN + 2 * profile.delay_s if lost else 0.0
+                return profile.delay_s + twin.rng.uniform(-1, 1) * profile.jitter_s + again_s
+
+            twin.network.latency_s, twin.network.bytes_per_s = latency_s, profile.bytes_per_s
+            assert torch.equal(await user.generate(prompt, 64), local(prompt, 64))
+            assert user.remote.traffic.rebuilds == 0 or profile.loss, "no peer is given up because it is far"
+
+    run(work)
+
+
+def test_a_user_that_nobody_can_dial_is_served_without_relaying_anything() -> None:
+    async def work() -> None:
+        async with Twin() as twin:
+            user, prompt = twin.user(), twin.prompt()
+            assert user.client.node.transport.addresses == ()
+            assert torch.equal(await user.generate(prompt, 16), local(prompt, 16))
+            assert user.remote.traffic.relays == 0
+            pushed = [twin.peer(peer).handler.pusher.counts for peer in user.route]
+            assert [(counts.pushed, counts.returned, counts.relayed) for counts in pushed] == [
+                (16, 0, 0),
+                (16, 0, 0),
+                (0, 16, 0),
+            ]
+
+    run(work)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_hop_that_is_separated_from_everybody_for_a_while_is_gone_round_or_waited_for(copies: int) -> None:
+    """Where it holds its blocks alone, until it is back."""
+
+    async def work() -> None:
+        async with Twin(copies=copies) as twin:
+            user, prompt = twin.user(), twin.prompt()
+            await user.generate(prompt, 2)
+            hop = twin.peer(user.route[1])
+
+            def separate(number: int) -> None:
+                if number == 10:
+                    hop.separate(True)
+                    asyncio.get_running_loop().call_later(8.0, hop.separate, False)
+
+            answer = await user.generate(prompt, 40, on_step=separate)
+            assert torch.equal(answer, local(prompt, 40))
+            assert (user.longest_s < 2.5) == (copies > 1)
+            assert (hop.peer_id in user.route) == (copies == 1)
+
+    run(work)
+
+
+def test_a_peer_whose_links_flap_changes_nothing_and_is_used_again() -> None:
+    async def work() -> None:
+        async with Twin() as twin:
+            user, prompt = twin.user(), twin.prompt()
+            await user.generate(prompt, 2)
+            hop = twin.peer(user.route[1])
+            (other,) = (peer for peer in twin.peers if peer.span == hop.span and peer is not hop)
+
+            async def flap() -> None:
+                for _ in range(8):
+                    for on in (True, False):
+                        hop.separate(on)
+                        await asyncio.sleep(twin.rng.uniform(1.0, 3.0))
+
+            flapping = asyncio.create_task(flap())
+            while not flapping.done():
+                assert torch.equal(await user.generate(prompt, 40), local(prompt, 40))
+                assert user.longest_s < 3.5
+            assert user.remote.traffic.rebuilds > 0
+            healed_s = asyncio.get_running_loop().time()
+            twin.network.cut(other.peer_id)
+            while hop.peer_id not in user.route:
+                assert torch.equal(await user.generate(prompt, 4), local(prompt, 4))
+            assert asyncio.get_running_loop().time() < healed_s + 60.0
+
+    run(work)
