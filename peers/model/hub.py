@@ -268,7 +268,7 @@ def _translated(name: str, endpoint: str) -> Iterator[None]:
         raise HubUnreachable(f"the hub at {endpoint} answered {status} for {name}", hint="try again later") from error
     except (HTTPError, OfflineModeIsEnabled, TimeoutError) as error:
         raise HubUnreachable(
-            f"the hub at {endpoint} cannot be reached for {name}: {error or type(error).__name__}",
+            f"the hub at {endpoint} cannot be reached for {name}: {str(error) or type(error).__name__}",
             hint=f"check the network; a folder or a built-in model ({', '.join(BUILT_IN)}) needs no hub",
         ) from error
     except (ValueError, TypeError, LookupError, msgspec.ValidationError) as error:
@@ -288,7 +288,10 @@ def _within(deadline_s: float, call: Callable[[], T]) -> T:
             answer.set_exception(error)
 
     threading.Thread(target=run, name="hub-request", daemon=True).start()
-    return answer.result(timeout=deadline_s)
+    try:
+        return answer.result(timeout=deadline_s)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or "timed out") from error  # as a socket says it, whichever of them is first
 
 
 def _folder_name(name: str) -> str:
