@@ -64,7 +64,8 @@ class Report:
     """The same of those that were sent again, most of them by hops."""
     rebuilt_routes: int
     """By sessions that went on: because of a hop that died, left, moved, or was slow."""
-    failed_sessions: int
+    failures: dict[str, int]
+    """Sessions that ended without their answer, by reason."""
     hops: float
     """Mean, per route."""
 
@@ -124,7 +125,8 @@ class Report:
             f"             bar: at most {MOVES_PER_JOIN_MAX:g} moves per join, {met['moves_per_join']}",
             f"links        {self.hidden_bytes / 1e9:,.1f} GB of hidden states, and {self.replayed_bytes / 1e9:,.1f} GB "
             "of them sent again",
-            f"sessions     {self.rebuilt_routes} went on over other hops, {self.failed_sessions} failed",
+            f"sessions     {self.rebuilt_routes} went on over other hops, {sum(self.failures.values())} failed",
+            *(f"             {count} of them: {reason}" for reason, count in self.failures.items()),
         ]
 
     @property

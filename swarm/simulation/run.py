@@ -73,6 +73,8 @@ class Simulation:
         self._dead: list[Peer] = []
         """Whose record has not expired yet."""
         self.counts: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        """Sessions that ended without their answer, by reason."""
         self.first_token_s: list[float] = []
         self._open_since_s: float | None = None
         self._arrivals = Arrivals()
@@ -116,6 +118,7 @@ class Simulation:
             processed, written = self._serve()
             if second < WARM_UP_S:
                 joins, done = self.counts["joins"], Counter(self.counts)
+                self.failures.clear()
                 self.first_token_s.clear()
                 self._tokens_U[:] = 0.0
                 continue
@@ -159,7 +162,7 @@ class Simulation:
             hidden_bytes=counts["hidden"],
             replayed_bytes=counts["replayed"],
             rebuilt_routes=counts["rebuilt"],
-            failed_sessions=counts["failed"],
+            failures=dict(self.failures),
             hops=statistics.fmean([len(user.hops) for user in self._users if user.hops] or [0]),
         )
 

@@ -8,6 +8,7 @@ of the core stands for PIECE decoded tokens, one after the other: so many are co
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import random
 from collections import Counter, deque
@@ -29,6 +30,8 @@ from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_tokens, wort
 from swarm.session.steps import PendingStep
 from swarm.simulation.sharing import Sharing
 from swarm.simulation.world import BYTES_PER_TOKEN, MODEL, Peer, SimulationConfig, round_trip_s
+
+logger = logging.getLogger(__name__)
 
 CHUNK: Final = 64
 """Tokens of a prompt, or of a replay, per forward."""
@@ -52,6 +55,7 @@ class Stage(Protocol):
     rng: random.Random
     peers: dict[PeerId, Peer]
     counts: Counter[str]
+    failures: Counter[str]
     first_token_s: list[float]
     now_s: float
     sharing: Sharing
@@ -247,6 +251,8 @@ class User:
     # --- what the core wants ---
 
     def _perform(self, stage: Stage, actions: Sequence[Action]) -> None:
+        core = self.core
+        assert core is not None
         for action in actions:
             match action:
                 case SendStep(step=step):
@@ -264,8 +270,11 @@ class User:
                 case Release(hops=hops):
                     gone = {hop.peer_id for hop in hops}
                     self._hold(tuple((peer, blocks) for peer, blocks in self.hops if peer.peer_id not in gone))
-                case Fail():
-                    stage.counts["failed"] += 1
+                case Fail(error=error):
+                    stage.failures[str(error).partition(":")[0]] += 1
+                    logger.info(
+                        "user %d, answer %d, after %d attempts: %s", self.number, self._answers, core.attempts, error
+                    )
                     self._end(stage)
                 case StepDone() | Skip():
                     pass
@@ -322,7 +331,7 @@ class User:
                 self._leave(stage, hop.peer_id, answers=False)
             elif not keep and peer.used_tokens > peer.cache_tokens:
                 router.on_busy(hop.peer_id, BUSY_S, stage.now_s)
-                error = PeerError(f"{hop.peer_id} has no room")
+                error = PeerError("a peer has no room")
                 self._perform(stage, core.busy(hop.peer_id, action.epoch, BUSY_S, error, preempted=False))
             else:
                 self.client.met[peer] = None
@@ -332,13 +341,13 @@ class User:
     def _lose(self, stage: Stage, peer: PeerId) -> None:
         assert self.core is not None
         self.client.router.on_failure(peer, stage.now_s, "died", unreachable=True)
-        self._perform(stage, self.core.hop_lost(peer, PeerError(f"{peer} died")))
+        self._perform(stage, self.core.hop_lost(peer, PeerError("a peer died")))
 
     def _leave(self, stage: Stage, peer: PeerId, *, answers: bool) -> None:
         assert self.core is not None
         self._leaving.add(peer)
         self.client.router.on_draining(peer)
-        error = PeerError(f"{peer} leaves")
+        error = PeerError("a peer leaves")
         self._perform(stage, self.core.hop_leaves(peer, self.core.epoch, error, answers=answers))
 
     def _review(self, stage: Stage) -> None:
@@ -358,7 +367,7 @@ class User:
         others_s = sum(took_s.values()) - took_s[slowest]
         took = {"step_s": self._trips.of(1) + took_s[slowest] + others_s, "others_s": others_s}
         if worth_leaving(self.client.router, request, slowest, now_s, **took, slowed=False):
-            error = PeerError(f"{slowest} has become slow")
+            error = PeerError("a peer has become slow")
             self._perform(stage, core.hop_leaves(slowest, core.epoch, error, answers=True))
 
     def _hold(self, hops: tuple[tuple[Peer, int], ...]) -> None:
