@@ -42,6 +42,8 @@ from routing.ids import BlockSpan, PeerId, Place, SessionId, StepId
 
 MAX_TURNED_AWAY = 64
 """Who is remembered as waiting."""
+NO_ROOM_S = 0.5
+"""After which one asks again who found no room."""
 
 Answer = TypeVar("Answer")
 OwnerLink = TypeVar("OwnerLink")
@@ -412,10 +414,10 @@ class Ledger(Generic[Answer, OwnerLink]):
         if mine + more > self._share:
             raise Busy(
                 f"your sessions hold, or were promised, {mine} of this peer's {limits.pool_positions} positions",
-                retry_after_s=0.5,
+                retry_after_s=NO_ROOM_S,
             )
         if limits.free_positions is not None and more > limits.free_positions() - self.owed(now_s):
-            raise Busy(f"no {more} positions are free here that nobody was promised", retry_after_s=0.5)
+            raise Busy(f"no {more} positions are free here that nobody was promised", retry_after_s=NO_ROOM_S)
         return expected
 
     def _admitted(self, owner: PeerId, told: int, now_s: float) -> int:

@@ -20,7 +20,7 @@ from swarm.session.actions import NeedRoute, NeedStandbys
 from swarm.session.core import SessionCore, State
 from swarm.session.live import LiveSession, Sessions
 from swarm.session.prompts import Prompts
-from swarm.session.review import next_review_s, usual_tokens, worth_leaving
+from swarm.session.review import hop_to_leave, next_review_s, usual_tokens
 
 RECONSIDER_S_MIN, RECONSIDER_S = 0.5, 5.0
 """Between two looks for a better route for a session whose steps have become slow: twice as long each time."""
@@ -76,12 +76,12 @@ class Planner:
             session.reconsider_at_s = loop_s + min(RECONSIDER_S, RECONSIDER_S_MIN * 2.0 ** min(session.looks, 9))
             session.looks += 1
         session.review_at_s = loop_s + next_review_s(loop_s - session.began_s)
-        slowest = max(timings, key=lambda hop: hop.queue_s + hop.compute_s).peer
+        took_s: dict[PeerId, float] = {}
+        for hop in timings:
+            took_s[hop.peer] = took_s.get(hop.peer, 0.0) + hop.queue_s + hop.compute_s
         request, now_s = self._request(session, core.route, session.length), client.discovery.now_s()
-        others_s = sum(hop.queue_s + hop.compute_s for hop in timings if hop.peer != slowest)
-        took = {"step_s": session.pace.usual_s(1), "others_s": others_s}
-        worth = worth_leaving(client.router, request, slowest, now_s, **took, slowed=session.pace.slowed)
-        return slowest if worth else None
+        pace = session.pace
+        return hop_to_leave(client.router, request, took_s, now_s, step_s=pace.usual_s(1), slowed=pace.slowed)
 
     def usual_s(self, session: LiveSession, core: SessionCore) -> float | None:
         """What a step like the longest under way takes over the present route: as measured or, where that is more, as

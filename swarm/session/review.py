@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -38,32 +38,34 @@ def next_review_s(age_s: float) -> float:
     return min(REVIEW_S_MAX, max(REVIEW_S_MIN, age_s))
 
 
-def worth_leaving(
-    router: Router,
-    request: RouteRequest,
-    slowest: PeerId,
-    now_s: float,
-    *,
-    step_s: float,
-    others_s: float,
-    slowed: bool,
-) -> bool:
-    """Whether `request.previous`, on which steps take `step_s`, would take less than half with another peer in place of
-    `slowest`; `others_s` of it are waits and computation at the others, and would stay. `slowed`: steps took much less
-    before; else other things take time as well, with any peers, and only what the route is estimated to take counts."""
+def hop_to_leave(
+    router: Router, request: RouteRequest, took_s: Mapping[PeerId, float], now_s: float, *, step_s: float, slowed: bool
+) -> PeerId | None:
+    """The slowest hop of `request.previous`, if a step would take less than half with another peer in its place; steps
+    take `step_s`, of that `took_s` waits and computation at each peer.
+
+    `slowed`: steps took much less before, so what they take now beside the slowest hop is known, estimates of ways and
+    all, and stays; of the other peer only what it adds is estimated. Else estimates are compared with estimates: other
+    things take time as well, with any peers, and what steps take says nothing of these.
+    """
     assert request.previous is not None
+    slowest = max(took_s, key=took_s.__getitem__)
+    others_s = sum(took_s.values()) - took_s[slowest]
     if others_s * CLEAR_GAIN >= step_s:
-        return False
+        return None
     others = tuple(hop for hop in request.previous.hops if hop.peer_id != slowest)
-    if not slowed:
-        step_s = min(step_s, router.route_s(request, now_s) or math.inf)
-    # Most routes would not gain enough by a peer that takes no time at all, and need no plan to know it.
-    rest = replace(request, previous=replace(request.previous, hops=others))
-    if (router.route_s(rest, now_s) or 0.0) * CLEAR_GAIN >= step_s:
-        return False
-    request = replace(request, keep=others)
+    rest_s = router.route_s(replace(request, previous=replace(request.previous, hops=others)), now_s) or 0.0
+    if slowed:
+        stays_s = max(others_s, step_s - took_s[slowest])
+    else:
+        stays_s, step_s = rest_s, min(step_s, router.route_s(request, now_s) or math.inf)
+    if stays_s * CLEAR_GAIN >= step_s:
+        return None  # most routes: they need no plan to know it
     try:
-        better = router.plan(request, now_s)
+        better = router.plan(replace(request, keep=others), now_s)
     except NoRoute:  # the records of the others ran out
-        return False
-    return better.cost_s * CLEAR_GAIN < step_s and all(hop.peer_id != slowest for hop in better.hops)
+        return None
+    expected_s = stays_s + better.cost_s - rest_s
+    if expected_s * CLEAR_GAIN >= step_s or any(hop.peer_id == slowest for hop in better.hops):
+        return None
+    return slowest

@@ -35,9 +35,11 @@ class Report:
     config: SimulationConfig
     samples: tuple[Sample, ...]
     tokens_per_s: float
-    """Through all blocks: prompts, replays and new ones."""
+    """Of prompts and new ones, each once, when its step was answered."""
     written_tokens_per_s: float
     """New ones alone."""
+    again_tokens_per_s: float
+    """That were computed again because of lost hops, of all blocks or for their part."""
     bound_tokens_per_s: float
     """The mean of the maximum flow."""
     users_bound_tokens_per_s: float
@@ -64,6 +66,8 @@ class Report:
     """The same of those that were sent again, most of them by hops."""
     rebuilt_routes: int
     """By sessions that went on: because of a hop that died, left, moved, or was slow."""
+    busy_answers: int
+    """Opens that a peer without room declined."""
     failures: dict[str, int]
     """Sessions that ended without their answer, by reason."""
     hops: float
@@ -112,6 +116,7 @@ class Report:
             f"{c.churn_per_hour:.0%} churn per hour, seed {c.seed}",
             f"throughput   {self.tokens_per_s:,.0f} tokens/s, {self.of_bound:.1%} of the maximum flow "
             f"({self.bound_tokens_per_s:,.0f}); {self.written_tokens_per_s:,.0f} of them new",
+            f"             and {self.again_tokens_per_s:,.0f} tokens/s computed again because of lost hops",
             f"             bar: at least {OF_BOUND_MIN:.0%} of the maximum flow, {met['of_bound']}",
             f"             {self.users_bound_tokens_per_s:,.0f} if every user had the swarm to himself: "
             f"{self.of_least_bound:.1%} of the smaller bound",
@@ -125,7 +130,8 @@ class Report:
             f"             bar: at most {MOVES_PER_JOIN_MAX:g} moves per join, {met['moves_per_join']}",
             f"links        {self.hidden_bytes / 1e9:,.1f} GB of hidden states, and {self.replayed_bytes / 1e9:,.1f} GB "
             "of them sent again",
-            f"sessions     {self.rebuilt_routes} went on over other hops, {sum(self.failures.values())} failed",
+            f"sessions     {self.rebuilt_routes} went on over other hops, {sum(self.failures.values())} failed; "
+            f"{self.busy_answers} opens found no room",
             *(f"             {count} of them: {reason}" for reason, count in self.failures.items()),
         ]
 

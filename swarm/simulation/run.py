@@ -115,7 +115,7 @@ class Simulation:
             self.now_s = float(second)
             self._live()
             self._read()
-            processed, written = self._serve()
+            answered = self._serve()
             if second < WARM_UP_S:
                 joins, done = self.counts["joins"], Counter(self.counts)
                 self.failures.clear()
@@ -124,8 +124,7 @@ class Simulation:
                 continue
             whole = self._whole(s for p in self.peers.values() if p.state is PeerState.ONLINE for s in p.spans)
             covered, counted = covered + whole, counted + 1
-            self.counts["processed"] += round(processed)
-            self.counts["written"] += round(written)
+            self.counts["answered"] += answered
             if (second - WARM_UP_S) % USERS_BOUND_S == 0:
                 users_bound = self._users_bound()
             if second % SAMPLE_S == 0:
@@ -134,7 +133,7 @@ class Simulation:
                 samples.append(
                     Sample(
                         at_s=second - WARM_UP_S,
-                        tokens_per_s=processed,
+                        tokens_per_s=answered,
                         bound_tokens_per_s=self._bound(),
                         users_bound_tokens_per_s=users_bound,
                         covered=whole,
@@ -146,8 +145,9 @@ class Simulation:
         return Report(
             config=self.config,
             samples=tuple(samples),
-            tokens_per_s=counts["processed"] / counted,
+            tokens_per_s=counts["answered"] / counted,
             written_tokens_per_s=counts["written"] / counted,
+            again_tokens_per_s=counts["again"] / self.config.blocks / counted,
             bound_tokens_per_s=statistics.fmean(sample.bound_tokens_per_s for sample in samples),
             users_bound_tokens_per_s=statistics.fmean(sample.users_bound_tokens_per_s for sample in samples),
             coverage=covered / counted,
@@ -163,6 +163,7 @@ class Simulation:
             replayed_bytes=counts["replayed"],
             rebuilt_routes=counts["rebuilt"],
             failures=dict(self.failures),
+            busy_answers=counts["busy"],
             hops=statistics.fmean([len(user.hops) for user in self._users if user.hops] or [0]),
         )
 
@@ -171,8 +172,8 @@ class Simulation:
             "minute %d of %g: %d tokens/s so far, %.1f %% of the maximum flow now",
             (second - WARM_UP_S) // 60,
             self.config.minutes,
-            self.counts["processed"] / counted,
-            100 * self.counts["processed"] / counted / (self._bound() or 1.0),
+            self.counts["answered"] / counted,
+            100 * self.counts["answered"] / counted / (self._bound() or 1.0),
         )
 
     # --- peers ---
@@ -302,8 +303,8 @@ class Simulation:
                 client.seen.update((a.peer_id, a.sequence) for a in fresh)
                 client.router.on_announcements(fresh, self.now_s)
 
-    def _serve(self) -> tuple[float, float]:
-        """One second of everybody; returns the tokens that passed the swarm, and those of them that are new."""
+    def _serve(self) -> int:
+        """One second of everybody; returns the tokens that were answered."""
         acting = self._users if self._disturbed else self._at(self._acts_at_s_U <= self.now_s)
         self._disturbed = False
         for user in acting:
@@ -313,16 +314,15 @@ class Simulation:
         left_U = self.sharing.left_U
         goes_on_U = left_U - credit_U > DONE
         ends_U = (left_U > 0) & ~goes_on_U
-        passed_U = np.where(goes_on_U, credit_U * self.sharing.blocks_U / self.config.blocks, 0.0)
-        written = float(credit_U[goes_on_U & (self.sharing.tokens_U == 1)].sum())
+        answered = 0
         left_U[goes_on_U] -= credit_U[goes_on_U]
         for user in self._at(ends_U):
             at = user.number
-            passed_U[at], new = user.advance(self, float(left_U[at]), float(credit_U[at]))
-            written += new
+            tokens = user.advance(self, float(left_U[at]), float(credit_U[at]))
+            answered += tokens
+            self._tokens_U[at] += tokens
             self._show(user)
-        self._tokens_U += passed_U
-        return float(passed_U.sum()), written
+        return answered
 
     def _at(self, chosen_U: np.ndarray) -> list[User]:
         return [self._users[at] for at in np.nonzero(chosen_U)[0]]

@@ -34,8 +34,6 @@ class Sharing:
         self._trips_s_U = np.ones(users)
         self.tokens_U = np.ones(users)
         """Per forward."""
-        self.blocks_U = np.zeros(users)
-        """That it goes through."""
         self.left_U = np.zeros(users)
         """Positions of what is under way; 0: nothing is."""
         self.opening_s_U = np.zeros(users)
@@ -53,7 +51,6 @@ class Sharing:
         self._alone_s_UH[user] = 0.0
         self._alone_s_UH[user, : len(hops)] = [blocks * peer.decode_s for peer, blocks in hops]
         self._trips_s_U[user], self.tokens_U[user] = trips_s, tokens
-        self.blocks_U[user] = sum(blocks for _, blocks in hops)
         self.left_U[user] = left
 
     def idle(self, row: int) -> None:

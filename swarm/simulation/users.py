@@ -17,16 +17,17 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from peers.discovery import NO_ROUTE_PATIENCE_S
+from peers.serving.ledger import NO_ROOM_S
 from routing.coordinates import Coordinate
 from routing.errors import NoRoute, PeerError
 from routing.flow import GOLDEN
 from routing.ids import PeerId, SessionId
 from routing.records import PeerState
 from routing.router import Router
-from routing.routes import Route, RouteRequest
+from routing.routes import RouteRequest
 from swarm.session.actions import Action, Fail, NeedRoute, OpenHops, Release, SendStep, Skip, StepDone, Wait
 from swarm.session.core import SessionConfig, SessionCore, State
-from swarm.session.review import REVIEW_S_MIN, next_review_s, usual_tokens, worth_leaving
+from swarm.session.review import REVIEW_S_MIN, hop_to_leave, next_review_s, usual_tokens
 from swarm.session.steps import PendingStep
 from swarm.simulation.sharing import Sharing
 from swarm.simulation.world import BYTES_PER_TOKEN, MODEL, Peer, SimulationConfig, round_trip_s
@@ -41,8 +42,6 @@ OPENING_S: Final = 0.4
 """From a hop's death, or from a question, until all hops are open: two round trips between regions."""
 MIDST_S: Final = 60.0
 """Who comes first is in the midst of an answer: its prompt has one token."""
-BUSY_S: Final = 5.0
-"""What a peer without room asks for."""
 DONE: Final = 1e-9
 """Positions that are too few to be left."""
 SESSION: Final = SessionConfig()
@@ -104,7 +103,6 @@ class User:
         """What `Sharing` has of it."""
         self._need: NeedRoute | None = None
         self._needed_at_s = 0.0
-        self._route: Route | None = None
         self._trips = Trips(0.0, 0.0, 0.0)
         self._resumes_at_s = resumes_at_s
         self._leaving: set[PeerId] = set()
@@ -146,21 +144,24 @@ class User:
             if core.alive and now_s >= self._review_at_s and self.works and self.works[0].tokens == 1:
                 self._review(stage)
 
-    def advance(self, stage: Stage, left: float, credit: float) -> tuple[float, float]:
-        """A second in which so many positions can be done, and `left` were of its first work; returns the tokens that
-        passed the swarm and those of them that are new. A replay through some of the blocks counts for its part."""
-        processed = written = 0.0
+    def advance(self, stage: Stage, left: float, credit: float) -> int:
+        """A second in which so many positions can be done, and `left` were of its first work; returns how many of those
+        that it wants were answered. What is computed again, or not to its end, is none of them."""
+        answered = 0
         while credit > 0 and self.works and self.core is not None:
             work = self.works[0]
             done = min(credit, left)
             left -= done
             credit -= done
-            processed += done * sum(blocks for _, blocks in work.hops) / stage.config.blocks
-            written += done if work.tokens == 1 else 0.0
             if left > DONE:
                 stage.sharing.left_U[self.number] = left
                 break
             self.works.popleft()
+            if work.step.replay or work.step.hop:
+                stage.counts["again"] += work.step.count * sum(blocks for _, blocks in work.hops)
+            else:
+                stage.counts["written"] += work.step.count if work.tokens == 1 else 0
+                answered += work.step.count
             self._tell(stage, work)
             self._perform(stage, self.core.result(work.step.step, self.core.epoch))
             self._go_on(stage)
@@ -168,7 +169,7 @@ class User:
                 break
             self._shown = self.works[0]
             left = self._shown.step.count
-        return processed, written
+        return answered
 
     def _tell(self, stage: Stage, work: Work) -> None:
         """Every answer tells what its hops took; and how wide the way to the first is, where much was sent over it."""
@@ -245,7 +246,7 @@ class User:
         self._hold(())
         self.works.clear()
         self._leaving.clear()
-        self.core = self._need = self._route = None
+        self.core = self._need = None
         self._resumes_at_s = stage.now_s
 
     # --- what the core wants ---
@@ -294,7 +295,7 @@ class User:
             back_tokens=1,
             bytes_per_token=BYTES_PER_TOKEN,
             cache_tokens=self._kept,
-            previous=self._route,
+            previous=core.route,
             keep=need.keep,
             spread=client.turn,
             session=core.session,
@@ -314,7 +315,6 @@ class User:
         core, route, router = self.core, action.route, self.client.router
         assert core is not None
         stage.counts["rebuilt"] += action.epoch > 1
-        self._route = route
         stage.sharing.opening_s_U[self.number] = OPENING_S
         self._leaving.clear()
         self._opened_at_s, self._review_at_s = stage.now_s, stage.now_s + REVIEW_S_MIN
@@ -330,9 +330,10 @@ class User:
             elif peer.state is not PeerState.ONLINE or not peer.spans.covers(hop.span):
                 self._leave(stage, hop.peer_id, answers=False)
             elif not keep and peer.used_tokens > peer.cache_tokens:
-                router.on_busy(hop.peer_id, BUSY_S, stage.now_s)
+                router.on_busy(hop.peer_id, NO_ROOM_S, stage.now_s)
+                stage.counts["busy"] += 1
                 error = PeerError("a peer has no room")
-                self._perform(stage, core.busy(hop.peer_id, action.epoch, BUSY_S, error, preempted=False))
+                self._perform(stage, core.busy(hop.peer_id, action.epoch, NO_ROOM_S, error, preempted=False))
             else:
                 self.client.met[peer] = None
                 router.on_step(hop.peer_id, len(hop.span), 1, *peer.step_s(len(hop.span)), stage.now_s)
@@ -356,17 +357,15 @@ class User:
         assert core is not None
         self._review_at_s = now_s + next_review_s(now_s - self._opened_at_s)
         took_s = {peer.peer_id: sum(peer.step_s(blocks)) for peer, blocks in self.hops}
-        slowest = max(took_s, key=lambda peer: took_s[peer])
         request = RouteRequest(
             model=MODEL,
             num_blocks=stage.config.blocks,
             bytes_per_token=BYTES_PER_TOKEN,
             cache_tokens=self._kept,
-            previous=self._route,
+            previous=core.route,
         )
-        others_s = sum(took_s.values()) - took_s[slowest]
-        took = {"step_s": self._trips.of(1) + took_s[slowest] + others_s, "others_s": others_s}
-        if worth_leaving(self.client.router, request, slowest, now_s, **took, slowed=False):
+        step_s = self._trips.of(1) + sum(took_s.values())
+        if slowest := hop_to_leave(self.client.router, request, took_s, now_s, step_s=step_s, slowed=False):
             error = PeerError("a peer has become slow")
             self._perform(stage, core.hop_leaves(slowest, core.epoch, error, answers=True))
 
