@@ -111,7 +111,8 @@ class Discovery:
 
     async def _refresh(self) -> None:
         for model in tuple(self._watched):
-            self.router.on_announcements(await self.read(model_keys(self._network, model)), self._clock())
+            began_s = self._clock()
+            self.router.on_announcements(await self.read(model_keys(self._network, model)), began_s)
 
     async def run(self) -> None:
         """Look and measure until cancelled."""
