@@ -111,7 +111,8 @@ class Discovery:
 
     async def _refresh(self) -> None:
         for model in tuple(self._watched):
-            self.router.on_announcements(await self.read(model_keys(self._network, model)), self._clock())
+            began_s = self._clock()
+            self.router.on_announcements(await self.read(model_keys(self._network, model)), began_s)
 
     async def run(self) -> None:
         """Look and measure until cancelled."""
@@ -144,7 +145,13 @@ class Discovery:
         due.sort(key=lambda peer: self._pinged_at_s.get(peer.peer_id, 0.0))
         await asyncio.gather(*(self._ping(peer) for peer in due[:MAX_PINGS_PER_ROUND]))
 
-    async def _ping(self, peer: Announcement, *, timeout_s: float = PING_TIMEOUT_S, needed: bool = False) -> None:
+    async def answering(self, peers: Sequence[Announcement], *, timeout_s: float) -> set[PeerId]:
+        """Those that answer a ping now; all are asked at once."""
+        answers = await asyncio.gather(*(self._ping(peer, timeout_s=timeout_s) for peer in peers))
+        return {peer.peer_id for peer, answers_now in zip(peers, answers, strict=True) if answers_now}
+
+    async def _ping(self, peer: Announcement, *, timeout_s: float = PING_TIMEOUT_S, needed: bool = False) -> bool:
+        """Whether it answers."""
         self._pinged_at_s[peer.peer_id] = self._clock()
         try:
             rtt_s, _ = await self._links.ping(peer.peer_id, peer.addresses, timeout_s=timeout_s)
@@ -161,6 +168,8 @@ class Discovery:
         else:
             self._missed.pop(peer.peer_id, None)
             self.router.on_rtt(peer.peer_id, rtt_s, self._clock(), needed=needed)
+            return True
+        return False
 
     async def _look_again(self, model: ModelId, delay_s: float) -> None:
         """Returns once the records were read again, after `delay_s`, or a peer answers that did not before."""

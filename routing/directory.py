@@ -48,33 +48,36 @@ class Directory:
         self._entries: dict[PeerId, Announcement] = {}
         # Not in pairs with it: ten thousand new objects would set off the search for cycles among all that there are.
         self._live_until_s: dict[PeerId, float] = {}
+        # When the latest record of each was read last: what it announces next is no older than that.
+        self._read_at_s: dict[PeerId, float] = {}
         # Whose last record is over here, and may be read on: its sequence, and until when.
         self._over: dict[PeerId, tuple[int, float]] = {}
         self._snapshot: Snapshot | None = None
         self._next_expiry_s = math.inf
 
     def fold(self, announcements: Iterable[Announcement], now_s: float) -> None:
-        """Take in verified announcements, in any order and any number of times."""
-        entries, ends_s = self._entries, self._live_until_s
+        """Take in verified announcements, in any order and any number of times. At `now_s` somebody began to ask."""
+        entries, ends_s, read_at_s = self._entries, self._live_until_s, self._read_at_s
         soonest_s, latest_s = now_s + CLOCK_SLACK_S, now_s + RECORD_LIFETIME_S  # of a peer with a true clock
         for announcement in announcements:
             peer = announcement.peer_id
             known = entries.get(peer)
-            if known is not None:
-                if known.sequence >= announcement.sequence:
+            if known is not None or peer in self._over:
+                sequence = self._over[peer][0] if known is None else known.sequence
+                if sequence >= announcement.sequence:
+                    if sequence == announcement.sequence:
+                        read_at_s[peer] = now_s
                     continue
-            elif peer in self._over and self._over[peer][0] >= announcement.sequence:
-                continue
             live_until_s = announcement.expires_at_s
             if not soonest_s <= live_until_s <= latest_s:
-                live_until_s = _live_until_s(live_until_s, now_s)
+                live_until_s = _live_until_s(live_until_s, now_s, read_at_s.get(peer))
                 if live_until_s <= now_s:
                     continue
             if known is None and len(entries) >= self._max_peers:
                 self._drop_expired(now_s)
                 if len(entries) >= self._max_peers:
                     continue
-            entries[peer], ends_s[peer] = announcement, live_until_s
+            entries[peer], ends_s[peer], read_at_s[peer] = announcement, live_until_s, now_s
             if live_until_s < self._next_expiry_s:
                 self._next_expiry_s = live_until_s
             self._snapshot = None
@@ -107,13 +110,18 @@ class Directory:
     def _drop_expired(self, now_s: float) -> None:
         if now_s < self._next_expiry_s:
             return
-        self._over = {peer: over for peer, over in self._over.items() if now_s < over[1]}
+        for peer in [peer for peer, over in self._over.items() if over[1] <= now_s]:
+            del self._over[peer]
+            if peer not in self._entries:
+                del self._read_at_s[peer]
         for peer in [peer for peer, live_until_s in self._live_until_s.items() if live_until_s <= now_s]:
             announcement = self._entries.pop(peer)
             del self._live_until_s[peer]
             readable_until_s = announcement.expires_at_s + CLOCK_SLACK_S
             if now_s < readable_until_s and len(self._over) < self._max_peers:
                 self._over[peer] = (announcement.sequence, readable_until_s)
+            elif peer not in self._over:
+                del self._read_at_s[peer]
         self._next_expiry_s = min(self._live_until_s.values(), default=math.inf)
         self._snapshot = None
 
@@ -121,10 +129,15 @@ class Directory:
 _model: Final = attrgetter("model")
 
 
-def _live_until_s(expires_at_s: float, now_s: float) -> float:
-    # A peer whose clock is behind ours announces records that look old at birth: give each new one the slack from the
-    # moment it is seen, within the slack that its verification grants. One whose clock is ahead announces records that
-    # would last for minutes: each counts for one lifetime from then on. A peer with a true clock gets none of both, so
-    # that the dead disappear on time.
-    at_least_s = min(now_s + CLOCK_SLACK_S, expires_at_s + CLOCK_SLACK_S)
-    return max(min(expires_at_s, now_s + RECORD_LIFETIME_S), at_least_s)
+def _live_until_s(expires_at_s: float, now_s: float, read_at_s: float | None) -> float:
+    """Of a record read by who asked at `now_s`, and read the record before it at `read_at_s`, if any."""
+    # Those of a peer whose clock is ahead would last for minutes: each counts for one lifetime from then on. Those of
+    # one whose clock is behind look old at birth, as those of the dead do later. But a record is made after the one
+    # before it was read, so for one lifetime from then on it may count; and who stores it keeps it past its end only
+    # where it came late. Both within the slack that its verification grants. The dead with true clocks gain nothing.
+    live_until_s = min(expires_at_s, now_s + RECORD_LIFETIME_S)
+    if read_at_s is not None:
+        live_until_s = max(live_until_s, min(read_at_s + RECORD_LIFETIME_S, expires_at_s + CLOCK_SLACK_S))
+    elif expires_at_s <= now_s:
+        live_until_s = expires_at_s + CLOCK_SLACK_S
+    return live_until_s

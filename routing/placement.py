@@ -38,6 +38,8 @@ ESCALATE_S: Final = 10.0
 """After each such time for which a gap has stayed open, one more peer may close it."""
 FAIR_HOP: Final = 2.0
 """A peer takes no more blocks than make its hop so many times as slow as the usual one, unless they are missing."""
+ASKED_PER_BLOCK: Final = 2
+"""Holders of each block that a peer is about to leave; one that answers will do."""
 MAX_PARTS: Final = 2
 """Spans of a peer that heals: each has an engine with memory of its own, and is one more hop."""
 _COUNTED: Final = (PeerState.JOINING, PeerState.ONLINE)
@@ -155,12 +157,14 @@ def stands(
     *,
     late: Container[PeerId] = (),
     ready: bool = False,
+    answered: Container[PeerId] | None = None,
 ) -> bool:
     """Whether a move that this peer announced SETTLE_S ago or earlier is still right.
 
     Every block that it leaves has another holder, who stays: of two that would leave the same, the smaller id goes.
-    What it heals is still missing, and nobody with an overlapping intent goes before it; unless it is `ready`, with all
-    that it needs on its disk: then others with intents have farther to go.
+    Before it leaves, only those count that `answered` when they were asked (`to_ask`). What it heals is still missing,
+    and nobody with an overlapping intent goes before it; unless it is `ready`, with all that it needs on its disk: then
+    others with intents have farther to go.
     """
     mine = next((a for a in announcements if a.peer_id == me), None)
     if mine is None or mine.state is not PeerState.ONLINE or not mine.addresses:
@@ -169,11 +173,31 @@ def stands(
     if not ready and gives_way((a for a in others if a.peer_id not in late), me, move.intent):
         return False
     online = [a for a in others if a.state is PeerState.ONLINE]
-    stay = blocks_of(span for a in online if a.intent is None or a.peer_id > me for span in a.spans)
+    stay = blocks_of(
+        span for a in _staying(others, me) if answered is None or a.peer_id in answered for span in a.spans
+    )
     if not blocks_of(mine.spans) - blocks_of(move.spans) <= stay:
         return False
     joining = [a for a in others if a.state is PeerState.JOINING and a.peer_id not in late]
     return not move.heals or not any(a.spans.overlaps(move.intent) for a in (*online, *joining))
+
+
+def to_ask(move: Move, announcements: Sequence[Announcement], me: PeerId) -> list[Announcement]:
+    """Whom a peer asks whether they are there before it leaves blocks to them, as a record outlives who dies.
+
+    Of each such block ASKED_PER_BLOCK holders who stay, as far as there are so many: first those that hold most of
+    what it leaves, of these those whose records are the latest.
+    """
+    mine = next(a for a in announcements if a.peer_id == me)
+    lacking = dict.fromkeys(blocks_of(mine.spans) - blocks_of(move.spans), ASKED_PER_BLOCK)
+    held = [(a, blocks_of(a.spans) & lacking.keys()) for a in _staying(usable(announcements, mine), me)]
+    asked = []
+    for a, blocks in sorted(held, key=lambda pair: (len(pair[1]), pair[0].expires_at_s), reverse=True):
+        if any(lacking[block] > 0 for block in blocks):
+            asked.append(a)
+            for block in blocks:
+                lacking[block] -= 1
+    return asked
 
 
 def usable(announcements: Iterable[Announcement], mine: Announcement) -> list[Announcement]:
@@ -222,6 +246,15 @@ def gives_way(announcements: Iterable[Announcement], me: PeerId, intent: BlockSp
         a.intent is not None and a.peer_id < me and a.intent.start < intent.end and intent.start < a.intent.end
         for a in announcements
     )
+
+
+def _staying(announcements: Iterable[Announcement], me: PeerId) -> list[Announcement]:
+    """The other holders that do not go before this one."""
+    return [
+        a
+        for a in announcements
+        if a.peer_id != me and a.state is PeerState.ONLINE and (a.intent is None or a.peer_id > me)
+    ]
 
 
 def _can_leave(a: Announcement, firm: Sequence[int]) -> bool:

@@ -89,9 +89,10 @@ async def look(client: ClientNode, *, network: str, model: str | None) -> View:
 async def _snapshot(client: ClientNode) -> Snapshot:
     deadline_s = time.monotonic() + LOOK_TIMEOUT_S
     while True:
+        began_s = client.discovery.now_s()
         announcements = await client.discovery.read_index()
         if announcements or time.monotonic() > deadline_s:
-            client.router.on_announcements(announcements, client.discovery.now_s())
+            client.router.on_announcements(announcements, began_s)
             return client.router.snapshot(client.discovery.now_s())
         await asyncio.sleep(LOOK_AGAIN_S)
 

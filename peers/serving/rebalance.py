@@ -7,7 +7,8 @@ Owns the rhythm and the announced intent. Whether and where to move, and whether
                           └─ nobody hears it                └─ no            └─ fails, or no
                              └──────────────── take it back ┴────────────────┘
 
-The peer serves what it served until all that it needs is on its disk.
+The peer serves what it served until all that it needs is on its disk, and leaves blocks only to holders that answer it
+then: a record says of who died that it serves, for as long as it lasts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from itertools import chain
 
 from peers.discovery import Discovery
 from routing.errors import SwarmError
-from routing.ids import BlockSpan
+from routing.ids import BlockSpan, PeerId
 from routing.path import gaps
 from routing.placement import (
     LOOK_S,
@@ -33,12 +34,15 @@ from routing.placement import (
     blocks_of,
     choose_move,
     stands,
+    to_ask,
     usable,
 )
 from routing.records import Announcement, PeerState
 
 logger = logging.getLogger(__name__)
 
+ANSWER_TIMEOUT_S = 2.0
+"""Of those to whom blocks are left; who says something else has more time (`Links.request`)."""
 AGAIN_S = 60.0
 """After a move that failed: what stood in its way, a full disk say, is not over at the next look."""
 
@@ -114,10 +118,10 @@ class Rebalance:
         fetching = asyncio.ensure_future(self._fetch(move))
         try:
             while True:
-                await asyncio.wait([fetching], timeout=LOOK_S)
-                if not await self._stands(move, ready=True):
+                done, _ = await asyncio.wait([fetching], timeout=LOOK_S)
+                if not await self._stands(move, ready=True, answered=await self._answered(move) if done else None):
                     return False
-                if fetching.done():
+                if done:
                     await fetching
                     return True
         except SwarmError as error:
@@ -129,11 +133,15 @@ class Rebalance:
             if not fetching.cancelled():
                 fetching.exception()  # marked as seen: it may have failed when nobody wanted it any more
 
-    async def _stands(self, move: Move, *, ready: bool) -> bool:
+    async def _answered(self, move: Move) -> set[PeerId]:
+        alike = self._alike()
+        return await self._discovery.answering(to_ask(move, alike, alike[0].peer_id), timeout_s=ANSWER_TIMEOUT_S)
+
+    async def _stands(self, move: Move, *, ready: bool, answered: set[PeerId] | None = None) -> bool:
         await self._discovery.refresh()
         alike = self._alike()
         late = self._arrivals.late(alike, self._discovery.now_s())
-        if stands(move, alike, alike[0].peer_id, late=late, ready=ready):
+        if stands(move, alike, alike[0].peer_id, late=late, ready=ready, answered=answered):
             return True
         logger.info("not going to blocks %s: another peer does, or this one is needed where it is", move.intent)
         return False

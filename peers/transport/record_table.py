@@ -8,8 +8,9 @@ connection. So nobody can overwrite, squat or replay another's record, even with
 costs one connection for each fake identity. Who stays when a key is full: those who are there already and renew in
 time; a newcomer waits until one expires.
 
-How long a record is kept: for one lifetime from when it came, or as long as it says where that is more; past what it
-says only within the slack of unequal clocks. So whoever looks for the first time does not find who died before that.
+How long a record is kept: as long as it says, or, if it came later than its way may take, for one lifetime from then,
+within the slack of unequal clocks. So whoever looks for the first time does not find who died before that, and if it
+finds a record past its end, it knows that the clock of that peer is behind.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from routing.store import StoredRecord
 
 MAX_KEYS_PER_PEER: Final = 32
 """A peer announces each model under two keys: room for sixteen models."""
+WAY_S: Final = 2.0
+"""From the making of a record to its arrival. What looks older when it comes was made by a clock that is behind."""
 MAX_RECORDS: Final = 32_768
 """About 40 MB in all, whatever keys strangers invent."""
 
@@ -94,7 +97,9 @@ class RecordTable:
                 f"the record's sequence {announcement.sequence} is not above {held.sequence}, which is held already"
             )
         self._size += held is None
-        kept_until_s = min(record.expires_at_s + CLOCK_SLACK_S, max(record.expires_at_s, now_s + RECORD_LIFETIME_S))
+        kept_until_s = record.expires_at_s
+        if now_s + RECORD_LIFETIME_S - kept_until_s > WAY_S:
+            kept_until_s = min(now_s + RECORD_LIFETIME_S, kept_until_s + CLOCK_SLACK_S)
         self._entries.setdefault(record.key, {})[record.subkey] = _Entry(record, announcement.sequence, kept_until_s)
         self._keys_of.setdefault(record.subkey, set()).add(record.key)
         heapq.heappush(self._expiries, (kept_until_s, record.key, record.subkey))

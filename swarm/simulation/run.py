@@ -273,7 +273,8 @@ class Simulation:
     def _move(self, peer: Peer, records: list[Announcement], late: frozenset[PeerId]) -> None:
         move = peer.move
         assert move is not None
-        if not stands(move, records, peer.peer_id, late=late, ready=peer.ready):
+        answered = self.peers if peer.ready else None
+        if not stands(move, records, peer.peer_id, late=late, ready=peer.ready, answered=answered):
             peer.move = None
             peer.announce(self.config.blocks, self.now_s)
             return
@@ -281,8 +282,7 @@ class Simulation:
             downloaded, peer.moves_at_s = peer.fetch(move.spans, self.now_s)
             self.counts["downloaded"] += downloaded
             peer.ready = True
-            if downloaded:
-                return
+            return
         peer.load(move.spans, self.now_s)
         self._disturbed = True
         self.counts["moves"] += 1

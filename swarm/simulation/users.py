@@ -216,7 +216,8 @@ class User:
         self.core = SessionCore(SessionId(name[:16].ljust(16, b".")), SESSION)
         chunk = SESSION.chunk(self._prompt)
         for first in range(0, self._prompt, chunk):
-            self._submit(stage, first, min(chunk, self._prompt - first))
+            if self.core is not None:  # it fails at once where every hop that is opened died
+                self._submit(stage, first, min(chunk, self._prompt - first))
 
     def _go_on(self, stage: Stage) -> None:
         """Once everything is answered: the next piece, or the end."""

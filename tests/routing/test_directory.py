@@ -59,6 +59,29 @@ def test_a_peer_whose_clock_is_behind_stays_listed_while_it_renews() -> None:
     assert not live(directory, behind.expires_at_s + CLOCK_SLACK_S)
 
 
+def test_whoever_sees_a_record_first_in_its_last_seconds_counts_it_no_longer_than_it_says() -> None:
+    old, directory = announcement(peer(1), expires_at_s=NOW_S + 3), Directory()
+    directory.fold([old], NOW_S)
+    assert live(directory, NOW_S + 2.9) == {old}
+    assert not live(directory, NOW_S + 3)
+    kept = announcement(peer(2), expires_at_s=NOW_S - 3)  # by who stores it, past what it says: it came late
+    directory.fold([kept], NOW_S)
+    assert live(directory, NOW_S + CLOCK_SLACK_S - 3.1) == {kept}
+    assert not live(directory, NOW_S + CLOCK_SLACK_S - 3)
+
+
+def test_a_record_counts_for_one_lifetime_after_the_one_before_it_was_read_last() -> None:
+    directory = Directory()
+    old = announcement(peer(1), expires_at_s=NOW_S + 5)
+    for second in (0, 4, 8):  # it is over by then, and read on
+        directory.fold([old], NOW_S + second)
+        assert bool(live(directory, NOW_S + second)) == (second < 5)
+    new = replace(old, sequence=2, expires_at_s=NOW_S + 19)
+    directory.fold([new], NOW_S + 17)
+    assert live(directory, NOW_S + 27.9) == {new}
+    assert not live(directory, NOW_S + 28)
+
+
 def test_a_peer_whose_clock_is_ahead_is_gone_one_lifetime_after_its_last_record_appeared() -> None:
     directory = Directory()
     ahead = announcement(peer(1), expires_at_s=NOW_S + RECORD_LIFETIME_S + 100)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from routing.placement import (
     choose_span,
     gives_way,
     stands,
+    to_ask,
 )
 from routing.records import CLOCK_SLACK_S, Announcement, PeerState
 from tests.routing.swarms import NOW_S, announcement, peer
@@ -226,8 +228,30 @@ def test_a_move_stands_only_while_everything_that_it_leaves_has_another_holder()
             assert not stands(balance, [mine, lost, rest], mine.peer_id, ready=ready)
         assert not stands(balance, [replace(mine, state=PeerState.PAUSED), other, rest], mine.peer_id, ready=ready)
     both = [replace(a, intent=BlockSpan(n, n + 5)) for a, n in ((mine, 10), (other, 20))]
+    for others, leaves in (([other, rest], True), ([rest], False), ([], False)):
+        answered = {a.peer_id for a in others}
+        assert stands(balance, [mine, other, rest], mine.peer_id, ready=True, answered=answered) is leaves
     going = [stands(balance, [*both, rest], a.peer_id, ready=True) for a in sorted(both, key=lambda a: a.peer_id)]
     assert going == [True, False], "who would leave the same blocks, the smaller id goes"
+
+
+def test_before_it_leaves_a_peer_asks_two_of_those_that_stay_of_each_block_and_as_few_as_hold_them() -> None:
+    smaller, me = sorted((peer(6), peer(7)))
+    mine = announcement(me, 0, 10, max_blocks=10)
+    half, later_half = (announcement(peer(n), 0, 5, expires_at_s=NOW_S + 5 * n) for n in (2, 3))
+    whole, other = announcement(peer(4), 0, 10), announcement(peer(5), 5, 12)
+    none = (
+        announcement(smaller, 0, 10, intent=BlockSpan(20, 30)), announcement(peer(60), 0, 10, state=PeerState.JOINING),
+        announcement(peer(61), 0, 10, addresses=()), announcement(peer(62), 10, 30),
+    )  # fmt: skip
+
+    def asked(spans: str, *others: Announcement) -> list[Announcement]:
+        return to_ask(healing(spans, "20:30"), [mine, *others, *none], me)
+
+    assert asked("20:30", half, later_half, other, whole) == [whole, other, later_half]
+    assert asked("5:10,20:25", half, later_half, other, whole) == [whole, later_half]
+    assert asked("0:10,20:30", half, whole) == [], "it leaves nothing"
+    assert asked("20:30", half) == [half], "and will not go"
 
 
 def test_on_the_internet_a_peer_of_somebodys_own_network_is_no_holder() -> None:
@@ -343,6 +367,8 @@ class Mover:
         self.move: Move | None = None
         self.at_s, self.step = look_s, "look"
         self.keeps = held([said])
+        self.unread_from = math.inf
+        """After a death: from this second on its record is over."""
 
     @property
     def now(self) -> Announcement:
@@ -354,7 +380,7 @@ class Mover:
 
     def act(self, second: int, movers: list[Mover]) -> None:
         me = self.now.peer_id
-        read = [self.now, *(m.said_at(second) for m in movers if m is not self)]
+        read = [self.now, *(m.said_at(second) for m in movers if m is not self and second < m.unread_from)]
         if self.step == "look":
             self.at_s += self.look_s
             if move := choose_move(read, me, NOW_S + second, open_for_s=1e9):
@@ -363,7 +389,11 @@ class Mover:
             return
         assert self.move is not None
         if self.step in ("settle", "fetch"):
-            if not stands(self.move, read, me, ready=self.step == "fetch"):
+            answered = None
+            if self.step == "fetch":
+                alive = {m.now.peer_id for m in movers if m.unread_from == math.inf}
+                answered = {a.peer_id for a in to_ask(self.move, read, me)} & alive
+            if not stands(self.move, read, me, ready=answered is not None, answered=answered):
                 self.step, self.at_s = "look", second + self.look_s
                 self.say(second, intent=None)
             elif self.step == "settle":
@@ -389,18 +419,23 @@ class Mover:
 def test_no_block_loses_its_last_holder_while_many_peers_move_at_once_by_records_of_some_seconds_ago(
     raw: list[tuple[int, int, int, float]], seed: int
 ) -> None:
-    """A second is the grain of this clock; records take up to two, and whoever settles waits for three."""
+    """A second is the grain of this clock; records take up to two, and whoever settles waits for three. Half of them
+    die, each when somebody is about to leave."""
     rng = random.Random(seed)
     movers = [Mover(a, rng.randint(0, 2), rng.randint(0, 40), rng.randint(2, 6)) for a in swarm_of(raw)]
     leaving = {rng.randint(0, 30): mover for mover in movers if not mover.now.max_blocks}
+    dying = rng.sample(movers, len(movers) // 2)
     for second in range(120):
         if mover := leaving.get(second):
             mover.say(second, state=PeerState.DRAINING)
         if mover := leaving.get(second - 3):  # everybody has read it
             mover.keeps = set()
+        if dying and any(m.step == "fetch" and m.at_s - second < 8 for m in movers):  # without a word
+            mover = dying.pop()
+            mover.keeps, mover.unread_from = set(), second + rng.randint(14, 20)
         before = kept(movers)
         for mover in rng.sample(movers, len(movers)):
-            if second >= mover.at_s:
+            if second >= mover.at_s and mover.unread_from == math.inf:
                 mover.act(second, movers)
                 assert before <= kept(movers), f"second {second}, {mover.now.spans}"
                 assert len(mover.now.spans.parts) <= MAX_PARTS

@@ -319,7 +319,7 @@ def test_who_can_be_replaced_is_told_by_peers_that_have_room_and_time() -> None:
     assert not router.replaceable(request, {peer(0)}, NOW_S)
     router.on_busy(peer(4), 10.0, NOW_S)
     assert not router.replaceable(request, {peer(1)}, NOW_S)
-    router.on_announcements([replace(second, free_tokens=99, sequence=second.sequence + 1)], NOW_S + 20)
+    router.on_announcements([replace(second, free_tokens=99, sequence=second.sequence + 1)], NOW_S + 11)
     assert not router.replaceable(request, {peer(1)}, NOW_S + 11)
 
 

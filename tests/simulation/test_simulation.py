@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 
+from routing.ids import BlockSpan
+from routing.records import RECORD_LIFETIME_S
+from swarm.simulation import run
 from swarm.simulation.run import Simulation, simulate
 from swarm.simulation.users import trips
 from swarm.simulation.world import BYTES_PER_TOKEN, SimulationConfig
@@ -55,16 +59,48 @@ def test_forty_peers_with_ten_users_each_meet_the_bars_of_a_thousand_under_more_
     assert not report.failures
 
 
-def test_a_gap_is_healed_by_peers_that_can_be_spared_and_by_nobody_else() -> None:
-    simulation = Closed(replace(SMALL, users=3, churn_per_hour=0.0, minutes=3))
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_gap_is_healed_within_a_minute_by_peers_that_can_be_spared_and_by_nobody_else(
+    seed: int, cached: bool
+) -> None:
+    simulation = Closed(replace(SMALL, users=3, churn_per_hour=0.0, minutes=3, seed=seed))
     block = 3
     for peer in list(simulation.peers.values()):
+        if cached:
+            peer.cached = set(range(SMALL.blocks))
         if any(block in span for span in peer.spans):
             peer.dies_at_s = 130.0
     report = simulation.run()
     assert report.moves == report.heals >= 1
-    assert report.healed_s_max <= 120, "most of it downloads"
+    assert report.healed_s_max <= (10 if cached else 60 - RECORD_LIFETIME_S), "a minute, from the deaths on"
     assert report.samples[-1].covered
+
+
+def test_joins_and_moves_keep_a_sparse_swarm_whole_that_would_fall_apart_where_nobody_looked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seven blocks per peer on average, of 48: about seven holders of each; a tenth of them goes in a minute."""
+    sparse = replace(SMALL, peers=50, users=3, blocks=48, churn_per_hour=6.0, minutes=10)
+    report = simulate(sparse)
+    assert report.joins >= 40
+    assert report.met["coverage"]
+    assert report.met["moves_per_join"]
+
+    def anywhere(others: object, num_blocks: int, max_blocks: int, now_s: float, decode_s: float) -> BlockSpan:
+        start = rng.randint(0, num_blocks - max_blocks)
+        return BlockSpan(start, start + max_blocks)
+
+    rng = random.Random(0)
+    monkeypatch.setattr(run, "choose_span", anywhere)
+    moving = simulate(replace(sparse, minutes=5))
+    assert moving.heals >= 1
+    monkeypatch.setattr(run, "choose_move", lambda *args, **options: None)
+    rng = random.Random(0)
+    still = simulate(replace(sparse, minutes=5))
+    assert still.moves == 0
+    assert still.coverage < 0.1
+    assert moving.coverage > 0.5
 
 
 def test_what_users_could_have_is_not_had_from_the_dead_whose_records_are_still_there() -> None:

@@ -35,11 +35,15 @@ class Member:
     ):
         self.key, self.network = signing_key(number), network
         self.store, self.sequence = network.store(self.key.peer_id), 0
-        links = Links(network.transport(self.key.peer_id), network=NETWORK, software="test")
+        self.links = links = Links(network.transport(self.key.peer_id), network=NETWORK, software="test")
         self.discovery = Discovery(store=self.store, router=Router(), links=links, network=NETWORK, clock=network.clock)
         self.discovery.watch(MODEL)
         self.said = replace(
-            announcement(self.key), spans=BlockSpans.parse(spans), max_blocks=max_blocks, decode_s_per_block=decode_s
+            announcement(self.key),
+            addresses=links.transport.addresses,
+            spans=BlockSpans.parse(spans),
+            max_blocks=max_blocks,
+            decode_s_per_block=decode_s,
         )
         self.heard, self.disk_full, self.saying = True, False, asyncio.Lock()
         self.intents: list[BlockSpan | None] = []
@@ -92,10 +96,12 @@ class Member:
         await self.say(state=PeerState.ONLINE)
 
     async def live(self) -> None:
-        while True:
+        await self.links.serve()
+        while not self.network.is_cut(self.key.peer_id):
             await self.say()
             await self.discovery.refresh()
             await asyncio.sleep(4.0)
+        await asyncio.Event().wait()
 
 
 @pytest.fixture
@@ -182,6 +188,31 @@ async def test_who_became_the_last_holder_meanwhile_stays(network: MemoryNetwork
         assert not await looking
     assert (mover.moves, mover.said.state, mover.said.intent) == ([], PeerState.ONLINE, None)
     assert len(mover.fetched) == (after_s > SETTLE_S)
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["killed", "silent"])
+async def test_who_is_the_last_holder_beside_one_that_died_and_is_still_announced_stays(
+    network: MemoryNetwork, cut: bool
+) -> None:
+    mover, other = (Member(network, n, "0:10", max_blocks=10 * (n == 1)) for n in (1, 2))
+    rest = Member(network, 3, "10:20")
+    with living(mover, other, rest):
+        await asyncio.sleep(1.0)
+        looking = asyncio.create_task(mover.driver.look())
+        await asyncio.sleep(SETTLE_S + FETCH_S - 4)
+        assert mover.fetched == ["20:30"]
+        if cut:
+            network.cut(other.key.peer_id)
+        else:
+            network.partition([mover.key.peer_id], [other.key.peer_id])
+        assert not await looking
+        known = mover.discovery.router.snapshot(network.clock()).of_model(MODEL)
+        assert other.said.peer_id in {a.peer_id for a in known if a.state is PeerState.ONLINE}
+        assert (mover.moves, mover.said.state, mover.said.intent) == ([], PeerState.ONLINE, None)
+        third = Member(network, 4, "0:10")
+        with living(third):
+            await asyncio.sleep(5.0)
+            assert await mover.driver.look(), "beside one that is there"
 
 
 async def test_between_moves_that_heal_nothing_a_peer_rests_and_before_the_first_too(network: MemoryNetwork) -> None:

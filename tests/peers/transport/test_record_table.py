@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from peers.transport.record_table import RecordTable
+from peers.transport.record_table import WAY_S, RecordTable
 from routing.directory import Directory
 from routing.errors import InvalidRecord
 from routing.records import (
@@ -49,6 +50,7 @@ def put(table: RecordTable, one: StoredRecord, *, now_s: float = NOW_S) -> None:
     ("lifetime_s", "kept_s"),
     [
         (RECORD_LIFETIME_S, RECORD_LIFETIME_S),
+        (RECORD_LIFETIME_S - WAY_S, RECORD_LIFETIME_S - WAY_S),
         (RECORD_LIFETIME_S - 5, RECORD_LIFETIME_S),  # one of both clocks is wrong
         (-5, CLOCK_SLACK_S - 5),
         (100, 100),
@@ -78,6 +80,72 @@ def test_who_looks_for_the_first_time_one_lifetime_after_the_last_record_finds_n
         return bool(newcomer.snapshot(at_s).peers)
 
     assert [look(NOW_S + after_s) for after_s in (0.0, 19.9, 20.0, 25.0, 29.9)] == [True, True, False, False, False]
+
+
+SEEDS = st.integers(0, 2**32)
+
+
+class Watched:
+    """A peer that renews its record every six seconds until it dies, and a reader."""
+
+    def __init__(self, *, behind_s: float, renewals: int, seed: int) -> None:
+        self.puts, rng = [], random.Random(seed)
+        for renewal in range(renewals):
+            made_at_s = NOW_S + 6.0 * renewal
+            one = record(signing_key(1), sequence=renewal, expires_at_s=made_at_s + RECORD_LIFETIME_S - behind_s)
+            self.puts.append((made_at_s + rng.uniform(0, 0.5), one))
+        self.dies_at_s = self.puts[-1][0]
+        self.table, self.directory = RecordTable(), Directory()
+
+    def look(self, began_s: float, answered_s: float) -> None:
+        while self.puts and self.puts[0][0] <= answered_s:
+            at_s, one = self.puts.pop(0)
+            put(self.table, one, now_s=at_s)
+        found = self.table.get(made(1).key, now_s=answered_s)
+        fields = {"key": made(1).key, "subkey": made(1).subkey, "now_s": answered_s}
+        self.directory.fold(
+            [verify_record(each.value, stored_expiry_s=each.expires_at_s, **fields) for each in found], began_s
+        )
+
+    def listed(self, at_s: float) -> bool:
+        return bool(self.directory.snapshot(at_s).peers)
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(1, 4),
+    st.floats(0, 60),
+    st.lists(st.tuples(st.floats(0.1, 30), st.floats(0, 1)), max_size=12),
+    SEEDS,
+)
+def test_the_dead_with_a_true_clock_are_gone_one_lifetime_after_their_last_renewal_for_everybody_whenever_they_look(
+    renewals: int, first_s: float, looks: list[tuple[float, float]], seed: int
+) -> None:
+    watched, at_s = Watched(behind_s=0.0, renewals=renewals, seed=seed), NOW_S + first_s
+    for wait_s, took_s in [(0.0, 0.0), *looks]:
+        watched.look(at_s + wait_s, at_s + wait_s + took_s)
+        at_s += wait_s + took_s
+        assert not (watched.listed(at_s) and at_s >= watched.dies_at_s + RECORD_LIFETIME_S)
+        assert not watched.listed(max(at_s, watched.dies_at_s + RECORD_LIFETIME_S))
+
+
+@settings(max_examples=100)
+@given(st.floats(-100, 18), st.floats(0, 30), SEEDS)
+def test_a_peer_is_listed_while_it_renews_however_far_its_clock_is_ahead_and_up_to_eighteen_seconds_behind(
+    behind_s: float, first_s: float, seed: int
+) -> None:
+    """From the first record that is read on up to eight seconds behind, else from the second one on."""
+    watched, rng = Watched(behind_s=behind_s, renewals=20, seed=seed), random.Random(seed)
+    at_s, sequences = NOW_S + 0.5 + first_s, set[int]()
+    while at_s < watched.dies_at_s:
+        answered_s = at_s + rng.uniform(0, 0.3)
+        watched.look(at_s, answered_s)
+        sequences |= {a.sequence for a in watched.directory.snapshot(answered_s).peers}
+        next_s = answered_s + rng.uniform(0.5, 4.5)
+        while answered_s < next_s + 0.3:  # until the next look is answered
+            assert watched.listed(answered_s) or (behind_s > 8 and len(sequences) <= 1)
+            answered_s += 0.1
+        at_s = next_s
 
 
 def test_only_the_announced_peer_itself_may_write() -> None:
@@ -169,7 +237,8 @@ class TableMachine(RuleBasedStateMachine):
         else:
             assert allowed
             if held is None or held[0] != one:
-                until_s = min(max(lifetime_s, RECORD_LIFETIME_S), lifetime_s + CLOCK_SLACK_S)
+                in_time = lifetime_s >= RECORD_LIFETIME_S - WAY_S
+                until_s = lifetime_s if in_time else min(RECORD_LIFETIME_S, lifetime_s + CLOCK_SLACK_S)
                 self.model[one.subkey] = (one, sequence, self.now_s + until_s)
 
     @precondition(lambda self: self.model)
