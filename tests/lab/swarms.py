@@ -6,6 +6,7 @@ Owns the processes and the users' models until `close`. Nodes are what `swarm bo
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import os
 import signal
@@ -21,6 +22,7 @@ from typing import Any, Final, Self
 
 import psutil
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from swarm import SwarmModelForCausalLM, nursery
 from swarm.session.driver import SwarmRemote
@@ -32,6 +34,10 @@ from tests.lab.network import ROOT, Host, Network
 HOOKS: Final = Path(__file__).parent / "hooks"
 PACE_S: Final = 0.05
 """One turn of running and standing still."""
+METRICS_PORT: Final = 9100
+METRICS: Final = ("--metrics-port", str(METRICS_PORT))
+"""What a peer is started with that is to be asked what it computed."""
+METRICS_TIMEOUT_S: Final = 20.0
 
 
 class LabNode(LocalNode):
@@ -105,6 +111,17 @@ class LabPeer(LabNode, LocalPeer):
         """Whether it has said so since it was started last."""
         return any(event["event"] == "ready" for event in self.events)
 
+    @property
+    def computed_positions(self) -> int:
+        """Since it was started last, by its own account: for all sessions, and none of them left out. See METRICS."""
+        with self.host.entered():
+            asked = http.client.HTTPConnection("127.0.0.1", METRICS_PORT, timeout=METRICS_TIMEOUT_S)
+            with contextlib.closing(asked):
+                asked.request("GET", "/metrics")
+                families = text_string_to_metric_families(asked.getresponse().read().decode())
+        (tokens,) = (family for family in families if family.name == "hiveswarm_peer_tokens")
+        return round(sum(sample.value for sample in tokens.samples))
+
 
 @dataclass(slots=True)
 class Answer:
@@ -153,6 +170,11 @@ class User:
         remote = self.model._remote_layers.remote
         assert isinstance(remote, SwarmRemote)
         return remote
+
+    @property
+    def frames_sent(self) -> int:
+        """Bytes of whole frames to peers, whatever they are about; the directory's come on top."""
+        return self.remote._client.links.volume.sent_bytes
 
     @property
     def route(self) -> list[str]:

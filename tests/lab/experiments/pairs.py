@@ -11,8 +11,9 @@ from tests.lab.notebook import SPANS, Notebook
 PEERS: Final = {f"{'abc'[hop]}{copy}": span for copy in (1, 2) for hop, span in enumerate(SPANS)}
 
 
-def pairs_network(notebook: Notebook, profile: LinkProfile = PROFILES["loopback"]) -> Network:
-    return Network(["entry", *PEERS, "user"], seed=notebook.seed, profile=profile)
+def pairs_network(notebook: Notebook, *more: str, profile: LinkProfile = PROFILES["loopback"]) -> Network:
+    """`more`: hosts."""
+    return Network(["entry", *PEERS, "user", *more], seed=notebook.seed, profile=profile)
 
 
 def twin(host: str) -> str:
