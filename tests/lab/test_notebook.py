@@ -6,7 +6,6 @@ import json
 import math
 
 from tests.lab.experiments import EXPERIMENTS
-from tests.lab.experiments.churn import longest_gap_s
 from tests.lab.notebook import Notebook
 from tests.lab.swarms import Answer
 
@@ -72,12 +71,3 @@ def test_a_wait_counts_from_the_trouble_on() -> None:
     assert answer.longest_gap_s(3.5) == 3.0
     assert answer.longest_gap_s(7.5) == 0.5
     assert answer.longest_gap_s(9.0) == 0.0
-
-
-def test_a_gap_lasts_from_its_first_naming_to_the_next_answer_of_the_same_user() -> None:
-    def row(user: str, at_s: float, *, gap: bool = False) -> dict[str, object]:
-        return {"user": user, "at_s": at_s, "seconds": 1.0, "gap": gap, "error": "x" if gap else ""}
-
-    assert longest_gap_s([row("a", 0.0), row("a", 1.0)]) == 0.0
-    assert longest_gap_s([row("a", 0.0, gap=True), row("b", 5.0), row("a", 3.0, gap=True), row("a", 9.0)]) == 8.0
-    assert longest_gap_s([row("a", 0.0, gap=True), row("a", 40.0, gap=True)]) == 40.0
