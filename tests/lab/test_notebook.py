@@ -71,3 +71,18 @@ def test_a_wait_counts_from_the_trouble_on() -> None:
     assert answer.longest_gap_s(3.5) == 3.0
     assert answer.longest_gap_s(7.5) == 0.5
     assert answer.longest_gap_s(9.0) == 0.0
+
+
+def test_a_peer_that_left_is_counted_from_its_end_and_somebody_must_have_looked() -> None:
+    book = notebook()
+    leave = {"ended": 2.0, "online": 1.5}
+    book.row(signal="SIGTERM", who="user", any=20.0, **leave)
+    book.row(signal="SIGTERM", who="later1", any=21.0, **leave)
+    book.row(signal="SIGKILL", who="user", any=22.5, **leave)
+    book.row(signal="SIGKILL", who="later1", any=0.0, **leave)
+    report = EXPERIMENTS["leave"].report
+    assert report is not None
+    report(book)
+    assert [(bar.value, bar.met) for bar in book.bars] == [
+        (-0.5, True), (-0.5, True), (20.5, False), (-2.0, True), (0, False),
+    ]  # fmt: skip

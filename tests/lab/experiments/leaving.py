@@ -57,8 +57,9 @@ def report(notebook: Notebook) -> None:
             notebook.at_most(
                 f"{signal}: until {who} lists it no more{' as online' * (what == 'online')}, worst, s", worst_s, limit_s
             )
-    seen = [row for row in notebook.rows if row["signal"] == "SIGKILL" and row["who"] != "user" and row["any"]]
-    notebook.at_least("users who came later and saw one that was killed", len(seen), 1)
+    late = [row for row in notebook.rows if row["signal"] == "SIGKILL" and row["who"] != "user"]
+    seen = sum(row["any"] > row["ended"] for row in late)
+    notebook.at_least("users who came later and saw one that was killed", seen, 1)
 
 
 def all_known(swarm: LabSwarm, known: Callable[[], States]) -> None:
@@ -73,7 +74,7 @@ def all_known(swarm: LabSwarm, known: Callable[[], States]) -> None:
 def leave(
     notebook: Notebook, swarm: LabSwarm, known: Callable[[], States], model: ModelId, number: int, signal: str
 ) -> None:
-    """One row for each who looks; all times are seconds since the signal."""
+    """One row for each who looks; all times are seconds since the signal, `ended` that of the peer's end."""
     victim = swarm.peers[notebook.rng.choice(sorted(THREE))]
     peer_id, began_s = victim.peer_id, time.monotonic()
 
@@ -88,23 +89,22 @@ def leave(
         if signal == "SIGTERM":
             victim.terminate()
         victim.kill()
-        ended_s = time.monotonic() - began_s if signal == "SIGTERM" else 0.0
+        ended_s = time.monotonic() - began_s
     for who, look in looks.items():
         about = {"run": number, "signal": signal, "victim": victim.label, "who": who, "ended": ended_s, "came": 0.0}
         notebook.row(**about | look.result())
 
 
 def watched(listed: Callable[[], States], peer: PeerId, since_s: float) -> dict[str, float]:
-    """When a peer was listed last, as online and in any state: seconds since then, on the monotonic clock."""
-    online = any_ = 0.0
-    while (now_s := time.monotonic() - since_s) < WATCH_S:
+    """Until when a peer was listed, as online and in any state: seconds since then, on the monotonic clock, to the
+    first look that did not show it after the last one that did; 0 where none did."""
+    until_s, there = {"online": 0.0, "any": 0.0}, list[str]()
+    while time.monotonic() - since_s < WATCH_S:
         state = listed().get(peer)
-        if state is not None:
-            any_ = now_s
-        if state is PeerState.ONLINE:
-            online = now_s
+        until_s |= dict.fromkeys(there, time.monotonic() - since_s)
+        there = ["online"] * (state is PeerState.ONLINE) + ["any"] * (state is not None)
         time.sleep(LOOK_S)
-    return {"online": online, "any": any_}
+    return until_s | dict.fromkeys(there, math.inf)
 
 
 @contextlib.contextmanager
