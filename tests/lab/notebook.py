@@ -102,8 +102,9 @@ class Notebook:
         self.bars.append(Bar(name, value, limit, at_least=False))
 
     def all_identical(self) -> None:
-        """The bar that every experiment has: each row's ids are those of local transformers."""
-        self.at_least("share of runs with the ids of local transformers", mean(r["identical"] for r in self.rows), 1)
+        """The bar of every experiment with answers: the ids of each row that is about one are local transformers'."""
+        share = mean(row["identical"] for row in self.rows if "identical" in row)
+        self.at_least("share of runs with the ids of local transformers", share, 1)
 
     def prompt(self, tokens: int) -> list[int]:
         return [self.rng.randrange(*TOKEN_IDS) for _ in range(tokens)]

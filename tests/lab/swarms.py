@@ -24,6 +24,7 @@ import psutil
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from routing.ids import BlockSpan, BlockSpans
 from swarm import SwarmModelForCausalLM, nursery
 from swarm.session.driver import SwarmRemote
 from swarm.session.remote import Resilience
@@ -121,6 +122,12 @@ class LabPeer(LabNode, LocalPeer):
                 families = text_string_to_metric_families(asked.getresponse().read().decode())
         (tokens,) = (family for family in families if family.name == "hiveswarm_peer_tokens")
         return round(sum(sample.value for sample in tokens.samples))
+
+    @property
+    def serves(self) -> BlockSpans:
+        """The blocks that it said last it serves: of its own accord it may have moved. Once it is ready."""
+        said = [event["spans"] for event in self.events if event["event"] in ("ready", "moved")]
+        return BlockSpans.of(*(BlockSpan(*ends) for ends in said[-1]))
 
 
 @dataclass(slots=True)
@@ -235,14 +242,14 @@ class LabSwarm:
         self,
         network: Network,
         model: str,
-        peers: dict[str, tuple[int, int]],
+        peers: Mapping[str, tuple[int, int] | None],
         *,
         entries: Sequence[str] = ("entry",),
         options: Sequence[str] = (),
         environment: Callable[[str], Mapping[str, str]] | None = None,
     ) -> None:
-        """`peers`: span by host. `entries`: the hosts of the bootstraps. Peers get `options` and, by host,
-        `environment` besides."""
+        """`peers`: span by host; None lets it choose. `entries`: the hosts of the bootstraps. Peers get `options` and,
+        by host, `environment` besides."""
         model_folder(model)  # fetched by now: hosts here reach nobody but each other
         self.network = network
         self._options = options

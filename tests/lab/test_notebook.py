@@ -6,7 +6,6 @@ import json
 import math
 
 from tests.lab.experiments import EXPERIMENTS
-from tests.lab.experiments.churn import longest_gap_s
 from tests.lab.notebook import Notebook
 from tests.lab.swarms import Answer
 
@@ -74,10 +73,16 @@ def test_a_wait_counts_from_the_trouble_on() -> None:
     assert answer.longest_gap_s(9.0) == 0.0
 
 
-def test_a_gap_lasts_from_its_first_naming_to_the_next_answer_of_the_same_user() -> None:
-    def row(user: str, at_s: float, *, gap: bool = False) -> dict[str, object]:
-        return {"user": user, "at_s": at_s, "seconds": 1.0, "gap": gap, "error": "x" if gap else ""}
-
-    assert longest_gap_s([row("a", 0.0), row("a", 1.0)]) == 0.0
-    assert longest_gap_s([row("a", 0.0, gap=True), row("b", 5.0), row("a", 3.0, gap=True), row("a", 9.0)]) == 8.0
-    assert longest_gap_s([row("a", 0.0, gap=True), row("a", 40.0, gap=True)]) == 40.0
+def test_a_peer_that_left_is_counted_from_its_end_and_somebody_must_have_looked() -> None:
+    book = notebook()
+    leave = {"ended": 2.0, "online": 1.5}
+    book.row(signal="SIGTERM", who="user", any=20.0, **leave)
+    book.row(signal="SIGTERM", who="later1", any=21.0, **leave)
+    book.row(signal="SIGKILL", who="user", any=22.5, **leave)
+    book.row(signal="SIGKILL", who="later1", any=0.0, **leave)
+    report = EXPERIMENTS["leave"].report
+    assert report is not None
+    report(book)
+    assert [(bar.value, bar.met) for bar in book.bars] == [
+        (-0.5, True), (-0.5, True), (20.5, False), (-2.0, True), (0, False),
+    ]  # fmt: skip
