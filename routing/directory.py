@@ -89,6 +89,10 @@ class Directory:
             self._entries[peer] = replace(known, state=state)
             self._snapshot = None
 
+    def record_of(self, peer: PeerId) -> Announcement | None:
+        """What the peer announced last, which may be over."""
+        return self._entries.get(peer)
+
     def place_of(self, peer: PeerId) -> Coordinate | None:
         """Where the peer said last that it is."""
         known = self._entries.get(peer)

@@ -7,6 +7,7 @@ within reason, and keeps its good name.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
@@ -44,8 +45,13 @@ class _Record:
     backed_off_until_s: float = 0.0
     busy_until_s: float = 0.0
     unreachable: bool = False
+    unheard: bool = False
+    """Nothing was heard of it since it could not be reached."""
     late: bool = False
     reason: str = ""
+
+    def left_alone_at(self, now_s: float) -> bool:
+        return self.backed_off_until_s > now_s or self.unheard
 
     def strikes_at(self, now_s: float) -> float:
         age_s = max(0.0, now_s - self.updated_at_s)
@@ -65,10 +71,12 @@ class Reputation:
         """Back off from a peer that erred, died or kept silent; `reason` is for people, `unreachable` says that all
         that stands against it is that it did not answer, `late` that it may yet: nothing speaks for its end.
 
-        What fails while the peer is left alone already (its other sessions, say) is the same failure.
+        What fails while the peer is left alone already (its other sessions, say) is the same failure. Who was
+        unreachable is left alone, too, until something is heard of it, an answer or a new record: the records of the
+        dead outlive them by up to a lifetime, and whoever tried all of them again and again would never come to an end.
         """
         known = self._records.get(peer, _CLEAN)
-        if known.backed_off_until_s > now_s:
+        if known.left_alone_at(now_s):
             return
         strikes = min(known.strikes_at(now_s) + 1, _STRIKES_MAX)
         backoff_s = min(BACKOFF_S_MIN * 2.0 ** (strikes - 1), BACKOFF_S_MAX)
@@ -78,6 +86,7 @@ class Reputation:
             updated_at_s=now_s,
             backed_off_until_s=now_s + backoff_s,
             unreachable=unreachable,
+            unheard=unreachable,
             late=late,
             # It may quote the peer, and ends up on somebody's terminal.
             reason="".join(c if c.isprintable() else "?" for c in reason[:200]),
@@ -88,13 +97,25 @@ class Reputation:
         """The peer answers a small message. Where it is left alone for not answering, that ends early, and at once when
         nobody else has what is `needed`; its failures still count."""
         known = self._records.get(peer, _CLEAN)
-        if known.unreachable and known.backed_off_until_s > now_s:
+        if known.unreachable and known.left_alone_at(now_s):
             until_s = now_s if needed else known.updated_at_s + ANSWERING_BACKOFF_S_MAX
-            self._records[peer] = replace(known, backed_off_until_s=min(known.backed_off_until_s, until_s))
+            until_s = min(known.backed_off_until_s, until_s)
+            self._records[peer] = replace(known, backed_off_until_s=until_s, unheard=False)
+
+    @property
+    def unheard(self) -> Set[PeerId]:
+        """Of whom nothing was heard since they could not be reached."""
+        return {peer for peer, known in self._records.items() if known.unheard}
+
+    def on_record(self, peer: PeerId, made_at_s: float) -> None:
+        """The peer announced itself then: if that was later, it may be tried once its back-off is over."""
+        known = self._records.get(peer, _CLEAN)
+        if known.unheard and made_at_s > known.updated_at_s:
+            self._records[peer] = replace(known, unheard=False)
 
     def silent(self, now_s: float) -> set[PeerId]:
         """Peers that are left alone only because they did not answer."""
-        return {peer for peer, known in self._records.items() if known.unreachable and known.backed_off_until_s > now_s}
+        return {peer for peer, known in self._records.items() if known.unreachable and known.left_alone_at(now_s)}
 
     def late(self, now_s: float) -> set[PeerId]:
         """Those of the silent that may be alive, as far as is known."""
@@ -117,8 +138,10 @@ class Reputation:
         """Peers that must not be used now because they failed, each with the reason and the seconds left."""
         return {
             peer: f"backed off for {record.backed_off_until_s - now_s:.0f} s after: {record.reason}"
-            for peer, record in self._records.items()
             if record.backed_off_until_s > now_s
+            else f"not heard of since: {record.reason}"
+            for peer, record in self._records.items()
+            if record.left_alone_at(now_s)
         }
 
     def opinions(self, now_s: float, count: int) -> list[Opinion]:

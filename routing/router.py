@@ -21,7 +21,7 @@ from routing.explanation import Explanation, options
 from routing.ids import BlockSpan, ModelId, PeerId
 from routing.path import Candidate, bridge, cheapest_path, gaps
 from routing.precision import is_at_least, precision
-from routing.records import Announcement, PeerState
+from routing.records import RECORD_LIFETIME_S, Announcement, PeerState
 from routing.reputation import Opinion, Reputation
 from routing.routes import Hop, Route, RouteRequest
 from routing.spreading import Spreading, spread
@@ -50,6 +50,9 @@ class Router:
     def on_announcements(self, announcements: Iterable[Announcement], now_s: float) -> None:
         """Verified announcements arrived, in any order, repeated or not."""
         self._directory.fold(announcements, now_s)
+        for peer in self._reputation.unheard:
+            if (record := self._directory.record_of(peer)) is not None:
+                self._reputation.on_record(peer, record.expires_at_s - RECORD_LIFETIME_S)
 
     def on_rtt(self, peer: PeerId, rtt_s: float, now_s: float, *, needed: bool = False) -> None:
         """A small message went to the peer and back. `needed`: it was sent because there is no route without it."""
