@@ -19,7 +19,7 @@ from routing.errors import NoRoute
 from routing.estimates import Estimates, RoundTrip
 from routing.explanation import Explanation, options
 from routing.ids import BlockSpan, ModelId, PeerId
-from routing.path import Candidate, bridge, cheapest_path, gaps
+from routing.path import Candidate, Candidates, bridge, cheapest_path, gaps
 from routing.precision import is_at_least, precision
 from routing.records import Announcement, PeerState
 from routing.reputation import Opinion, Reputation
@@ -178,7 +178,7 @@ class Router:
         ]
         if kept:
             missing = gaps((span for _, span in kept), request.num_blocks)
-            between = view.candidates(missing) if missing else []
+            between: Candidates | Sequence[Candidate] = view.candidates(missing) if missing else ()
             if (bridged := bridge(kept, between, request.num_blocks)) is not None:
                 return bridged
         candidates = view.candidates()
@@ -283,13 +283,12 @@ class Router:
             detoured=bool(estimates.detours),
         )
 
-    def _over_links(self, view: View, candidates: Sequence[Candidate], hops: Hops) -> Hops:
+    def _over_links(self, view: View, candidates: Candidates, hops: Hops) -> Hops:
         """The cheapest hops when every trip between two peers has its own price, where any is known."""
-        cells = (view.by_peer[candidate.peer_id].kind.cell for candidate in candidates)
-        if not self._estimates.detours and all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
+        if not self._estimates.detours and (candidates.cells == candidates.cells[0]).all():
             return hops  # all at one place, or at none that is known
         keep = {peer for peer, _ in (*hops, *view.previous)} | self._estimates.detours.latest(MAX_DETOURED)
-        few = shortlist(candidates, lambda peer: view.by_peer[peer].kind.cell, keep)
+        few = shortlist(candidates, keep)
         chain = cheapest_chain(
             few,
             view.request.num_blocks,
