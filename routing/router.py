@@ -17,7 +17,7 @@ from routing.crowd import Crowds
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
 from routing.estimates import Estimates, RoundTrip
-from routing.explanation import Explanation, options
+from routing.explanation import Explanation, Without, options
 from routing.ids import BlockSpan, ModelId, PeerId
 from routing.path import Candidate, Candidates, bridge, cheapest_path, gaps
 from routing.precision import is_at_least, precision
@@ -249,9 +249,19 @@ class Router:
         left_out = [(a, _why_not(a, reasons)) for a in view.announcements if a.num_blocks == request.num_blocks]
         return Explanation(
             route=route,
+            without=tuple(self._without(request, peer, now_s) for peer, _ in hops),
             options=options(view, hops),
             left_out=tuple((a.name or a.peer_id, a.spans, reason) for a, reason in left_out if reason),
         )
+
+    def _without(self, request: RouteRequest, peer: PeerId, now_s: float) -> Without | None:
+        try:
+            route = self.plan(replace(request, spread=None, avoid=request.avoid | {peer}), now_s)
+        except NoRoute:
+            return None
+        named = self._view(request, now_s).by_peer
+        hops = tuple((hop.peer_id, named[hop.peer_id].name, hop.span) for hop in route.hops)
+        return Without(hops=hops, cost_s=route.cost_s)
 
     def _view(self, request: RouteRequest, now_s: float) -> View:
         snapshot, estimates = self._directory.snapshot(now_s), self._estimates

@@ -681,6 +681,12 @@ def test_an_explanation_prices_the_route_with_each_peer_and_says_why_others_are_
     assert said.left_out == (("gone", BlockSpans.of(BlockSpan(10, 20)), "draining"),)
     whole = sum(o.trip_s + o.queue_s + o.compute_s for hop in said.options for o in hop if o.chosen)
     assert whole == pytest.approx(said.route.cost_s)
+    first, second, third = said.without
+    assert (first, third) == (None, None)
+    assert second is not None
+    hops = (peer(0), "", BlockSpan(0, 10)), (peer(3), "slow", BlockSpan(10, 20)), (peer(2), "", BlockSpan(20, 30))
+    assert second.hops == hops
+    assert second.cost_s == pytest.approx(middle[1].route_s)
 
 
 def test_a_peer_with_two_spans_is_passed_twice_and_counts_for_every_block_it_holds() -> None:
