@@ -13,38 +13,42 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Final
 
-from routing.coordinates import Cell
+import numpy as np
+
 from routing.ids import BlockSpan, PeerId
-from routing.path import Candidate
+from routing.path import Candidate, Candidates, Floats
 
 MAX_SHORTLIST: Final = 48
 Hops = tuple[tuple[PeerId, BlockSpan], ...]
 
 
-def shortlist(
-    candidates: Iterable[Candidate], cells: Callable[[PeerId], Cell], keep: Iterable[PeerId]
-) -> list[Candidate]:
+def shortlist(candidates: Candidates, keep: Iterable[PeerId]) -> list[Candidate]:
     """At most MAX_SHORTLIST (and all of `keep`): in every cell the best for each block, the best of all first; as if
     nobody saved anything by being the last hop."""
     kept = set(keep)
+    c = candidates.take(_s_per_block(candidates).argsort(kind="stable"))
+    is_kept = np.array([peer in kept for peer in c.peers], dtype=np.bool_)
+    alike = np.lexsort((c.ends, c.starts, c.cells))  # whoever holds the same in the same cell: only the best counts
+    differ = [np.diff(column[alike], prepend=-1) != 0 for column in (c.ends, c.starts, c.cells)]
+    counts = is_kept.copy()
+    counts[alike[differ[0] | differ[1] | differ[2]]] = True
+    rows = np.flatnonzero(counts)
     chosen: list[Candidate] = []
-    covered = defaultdict[Cell, set[int]](set)
-    by_time = sorted([(_s_per_block(c), c.peer_id, c.span.start, c) for c in candidates])
-    for at, (_, peer, _, candidate) in enumerate(by_time):
+    covered = defaultdict[float, set[int]](set)
+    for at, row in enumerate(rows.tolist()):
         if len(chosen) >= MAX_SHORTLIST:
-            return chosen + [other for _, peer, _, other in by_time[at:] if peer in kept]
-        held, blocks = covered[cells(peer)], range(candidate.span.start, candidate.span.end)
-        if peer in kept or not held.issuperset(blocks):
-            chosen.append(candidate)
+            return chosen + [c[row] for row in rows[at:].tolist() if is_kept[row]]
+        held, blocks = covered[float(c.cells[row])], range(c.starts[row], c.ends[row])
+        if is_kept[row] or not held.issuperset(blocks):
+            chosen.append(c[row])
             held.update(blocks)
     return chosen
 
 
-def _s_per_block(candidate: Candidate) -> float:
+def _s_per_block(candidates: Candidates) -> Floats:
     """Of its whole span, where another hop follows it."""
-    cost, span = candidate.cost, candidate.span
-    enter_s = cost.enter_s + cost.leave_s if cost.leave_s > 0 else cost.enter_s
-    return enter_s / (span.end - span.start) + cost.per_block_s
+    enter_s = candidates.enter_s + np.maximum(candidates.leave_s, 0.0)
+    return enter_s / (candidates.ends - candidates.starts) + candidates.per_block_s
 
 
 def cheapest_chain(

@@ -40,17 +40,6 @@ class Coordinate(NamedTuple):
         return self.error <= USABLE_ERROR
 
 
-Cell = tuple[float, float, float] | None
-
-
-def cell_of(place: Coordinate | None) -> Cell:
-    """The cell of the plane that holds a usable place; None for a peer of which none is known."""
-    if place is None:
-        return None
-    x_s, y_s, height_s, error = place
-    return None if error > USABLE_ERROR else (x_s // CELL_S, y_s // CELL_S, height_s // CELL_S)
-
-
 def check_coordinate(point: Coordinate) -> Coordinate:
     """The point itself, when a record can carry it. Raises CallerError."""
     x_s, y_s, height_s, error = point
@@ -62,7 +51,8 @@ def check_coordinate(point: Coordinate) -> Coordinate:
 
 def distance_s(a: Coordinate, b: Coordinate) -> float:
     """The round trip that the points predict."""
-    return math.hypot(a[0] - b[0], a[1] - b[1]) + a[2] + b[2]
+    x_s, y_s = a[0] - b[0], a[1] - b[1]
+    return math.sqrt(x_s * x_s + y_s * y_s) + a[2] + b[2]  # not hypot, which rounds otherwise in arrays (`strangers`)
 
 
 def half_trip_s(from_s: float, here: Coordinate | None, to_s: float, there: Coordinate | None) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from routing.chain import Hops
 from routing.cost import waits_s
-from routing.ids import BlockSpans, PeerId
+from routing.ids import BlockSpan, BlockSpans, PeerId
 from routing.records import Announcement
 from routing.routes import Route
 from routing.view import View
@@ -40,10 +40,21 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Without:
+    """The best route without one peer, whatever its cuts."""
+
+    hops: tuple[tuple[PeerId, str, BlockSpan], ...]
+    """With each peer's name."""
+    cost_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
     """Why a route is what it is."""
 
     route: Route
+    without: tuple[Without | None, ...]
+    """For each hop, the best route that its peer serves no part of; None where there is none."""
     options: tuple[tuple[Option, ...], ...]
     """For each hop, the peers that hold all of its blocks, the best first."""
     left_out: tuple[tuple[str, BlockSpans, str], ...]

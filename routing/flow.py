@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+import numpy as np
+
 from routing.ids import BlockSpan, BlockSpans
 from routing.records import Announcement
 
@@ -128,13 +130,13 @@ def shares(capacities: Mapping[BlockSpan, float], num_blocks: int) -> Shares:
     """
     prices = [1.0] * num_blocks
     best = Shares(up_to=_sums(prices), tokens_per_s=0.0)
+    edges = np.array([(span.start, span.end) for span in capacities], dtype=np.int64).reshape(-1, 2)
+    amounts = np.array(list(capacities.values()), dtype=np.float64)
     for _ in range(_ROUNDS):
         up_to = _sums(prices)
-        change = [0.0] * (num_blocks + 1)
-        for span, amount in capacities.items():
-            rate = amount / (up_to[span.end] - up_to[span.start])
-            change[span.start] += rate
-            change[span.end] -= rate
+        rates = amounts / np.diff(np.array(up_to)[edges])[:, 0]
+        # Thousands of spans may differ: what each adds where it starts, and takes off where it ends.
+        change = np.bincount(edges.ravel(), np.stack((rates, -rates), axis=1).ravel(), num_blocks + 1).tolist()
         arriving = [price * rate for price, rate in zip(prices, itertools.accumulate(change[:-1]), strict=True)]
         held = [amount for amount in arriving if amount > 1e-12]
         if not held:

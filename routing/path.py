@@ -11,14 +11,15 @@ result depends on the set of candidates, not on their order.
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from routing.cost import HopCost
 from routing.ids import BlockSpan, PeerId
@@ -30,6 +31,60 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     peer_id: PeerId
     span: BlockSpan
     cost: HopCost
+
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Many of them as arrays, one row for each, in the order of their peers' ids and then of their spans."""
+
+    peers: npt.NDArray[np.object_]
+    starts: Ints
+    ends: Ints
+    enter_s: Floats
+    per_block_s: Floats
+    leave_s: Floats
+    cells: Floats
+    """A number for about where each is."""
+
+    @classmethod
+    def of(
+        cls, candidates: Candidates | Iterable[Candidate], cell: Callable[[PeerId], float] = lambda peer: 0.0
+    ) -> Candidates:
+        if isinstance(candidates, Candidates):
+            return candidates
+        ordered = sorted(candidates, key=lambda c: (c.peer_id, c.span.start))
+        return cls(
+            peers=np.array([c.peer_id for c in ordered], dtype=np.object_),
+            starts=np.array([c.span.start for c in ordered], dtype=np.int64),
+            ends=np.array([c.span.end for c in ordered], dtype=np.int64),
+            enter_s=np.array([c.cost.enter_s for c in ordered], dtype=np.float64),
+            per_block_s=np.array([c.cost.per_block_s for c in ordered], dtype=np.float64),
+            leave_s=np.array([c.cost.leave_s for c in ordered], dtype=np.float64),
+            cells=np.array([cell(c.peer_id) for c in ordered], dtype=np.float64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.peers)
+
+    def __getitem__(self, row: int) -> Candidate:
+        cost = HopCost(float(self.enter_s[row]), float(self.per_block_s[row]), float(self.leave_s[row]))
+        return Candidate(self.peers[row], BlockSpan(int(self.starts[row]), int(self.ends[row])), cost)
+
+    def take(self, rows: Ints | Mask) -> Candidates:
+        return Candidates(
+            peers=self.peers[rows],
+            starts=self.starts[rows],
+            ends=self.ends[rows],
+            enter_s=self.enter_s[rows],
+            per_block_s=self.per_block_s[rows],
+            leave_s=self.leave_s[rows],
+            cells=self.cells[rows],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +117,7 @@ def path_cost_s(hops: Sequence[tuple[HopCost, int]]) -> float:
     return sum(cost.enter_s + blocks * cost.per_block_s for cost, blocks in hops) + hops[-1][0].leave_s
 
 
-def cheapest_path(candidates: Collection[Candidate], num_blocks: int) -> Path | None:
+def cheapest_path(candidates: Candidates | Collection[Candidate], num_blocks: int) -> Path | None:
     """The cheapest path over blocks `[0, num_blocks)`, or None when `gaps` of the candidates' spans is not empty.
 
     A peer may serve several hops, with other peers' between them: a session has a place at it for each.
@@ -71,45 +126,44 @@ def cheapest_path(candidates: Collection[Candidate], num_blocks: int) -> Path | 
     So a path through the peers with the cheapest entries alone, where there is one, bounds the entries that can be part
     of a better path, and most of a large swarm is never searched.
     """
-    if not candidates:
+    if not len(candidates):
         return None
-    costs = [candidate.cost for candidate in candidates]
-    least = [cost.enter_s if cost.leave_s >= 0 else cost.enter_s + cost.leave_s for cost in costs]
-    cutoff_s = sorted(least)[len(candidates) // 8]
-    near = _undominated(c for c, least_s in zip(candidates, least, strict=True) if least_s <= cutoff_s)
-    first = _search(near, num_blocks)
-    bound_s = math.inf
+    candidates = Candidates.of(candidates)
+    least_s = candidates.enter_s + np.minimum(candidates.leave_s, 0.0)
+    at = len(candidates) // 8
+    near = least_s <= np.partition(least_s, at)[at]
+    first = _search(_undominated(candidates.take(near)), num_blocks)
+    worth_a_look = ~near
     if first is not None:
-        bound_s = first.cost_s * (1 + _ROUNDING) - num_blocks * min([cost.per_block_s for cost in costs])
-    worth_a_look = [c for c, least_s in zip(candidates, least, strict=True) if cutoff_s < least_s <= bound_s]
-    if not worth_a_look:
+        bound_s = first.cost_s * (1 + _ROUNDING) - num_blocks * candidates.per_block_s.min()
+        worth_a_look &= least_s <= bound_s
+    if not worth_a_look.any():
         return first
-    second = _search(_undominated([*near, *worth_a_look]), num_blocks)
+    second = _search(_undominated(candidates.take(near | worth_a_look)), num_blocks)
     if first is None or second is None:
         return second
     return replace(min(second, first, key=_cost_s), relaxed=first.relaxed + second.relaxed)
 
 
 def bridge(
-    keep: Sequence[tuple[PeerId, BlockSpan]], candidates: Collection[Candidate], num_blocks: int
+    keep: Sequence[tuple[PeerId, BlockSpan]], candidates: Candidates | Iterable[Candidate], num_blocks: int
 ) -> tuple[tuple[PeerId, BlockSpan], ...] | None:
     """The hops to `keep`, in order, and between them the cheapest ones of other peers; None where there are none.
 
     Who pushes on to a kept hop saves nothing by an answer that is shorter.
     """
+    candidates = Candidates.of(candidates)
     taken = {peer for peer, _ in keep}
     hops = list(keep)
     for gap in gaps((span for _, span in keep), num_blocks):
-        ends = gap.end == num_blocks
-        within = [
-            Candidate(
-                c.peer_id,
-                BlockSpan(max(c.span.start, gap.start) - gap.start, c.span.end - gap.start),
-                c.cost if ends or c.cost.leave_s >= 0 else HopCost(c.cost.enter_s, c.cost.per_block_s, 0.0),
-            )
-            for c in candidates
-            if c.peer_id not in taken and c.span.start < gap.end and gap.start < c.span.end
-        ]
+        within = candidates.take(
+            (candidates.starts < gap.end)
+            & (gap.start < candidates.ends)
+            & np.array([peer not in taken for peer in candidates.peers], dtype=np.bool_)
+        )
+        within = replace(within, starts=np.maximum(within.starts - gap.start, 0), ends=within.ends - gap.start)
+        if gap.end < num_blocks:
+            within = replace(within, leave_s=np.maximum(within.leave_s, 0.0))
         path = cheapest_path(within, len(gap))
         if path is None:
             return None
@@ -118,63 +172,65 @@ def bridge(
     return tuple(sorted(hops, key=operator.itemgetter(1)))
 
 
-def _search(candidates: Iterable[Candidate], num_blocks: int) -> Path | None:
-    """Dynamic programming over boundaries (Bellman 1957) with one running cost per peer.
+def _search(candidates: Candidates, num_blocks: int) -> Path | None:
+    """Dynamic programming over boundaries (Bellman 1957) with one running cost per candidate.
 
     In front of each block a peer either goes on, or takes over from the cheapest way to that boundary: O(blocks) per
     peer. Ties go to the span that starts first, then to the longer one, the cheaper entry and the smaller peer id.
     """
-    starting: list[list[_Running]] = [[] for _ in range(num_blocks)]
-    for candidate in candidates:
-        if candidate.span.start < num_blocks:
-            starting[candidate.span.start].append(_Running(candidate))
-
-    running: list[_Running] = []
-    reached = [_Reached(cost_s=0.0, hops=())]
-    relaxed = 0
+    c = candidates.take(np.lexsort((candidates.enter_s, -candidates.ends, candidates.starts)))
+    begins = np.searchsorted(c.starts, np.arange(num_blocks + 1))
+    running_s, began = np.full(len(c), math.inf), c.starts.copy()
+    running = np.arange(0)
+    last: list[tuple[int, int]] = []
+    """Of the cheapest way to the end of each block: the row of its last hop, and where that begins."""
+    reached_s, relaxed = 0.0, 0
     for block in range(num_blocks):
-        running = [run for run in running if run.end > block]
-        running += sorted(starting[block], key=lambda run: (-run.end, run.enter_s, run.peer_id))
-        if not running:
+        goes_on = running[c.ends[running] > block]
+        running = np.concatenate((goes_on, np.arange(begins[block], begins[block + 1])))
+        if not len(running):
             return None
         relaxed += len(running)
-        before_s = reached[block].cost_s
-        for run in running:
-            cost_s, taken_over_s = run.cost_s, before_s + run.enter_s
-            if taken_over_s < cost_s:
-                cost_s, run.began = taken_over_s, block
-            run.cost_s = cost_s + run.per_block_s
+        goes_on_s, taken_over_s = running_s[running], reached_s + c.enter_s[running]
+        began[running[taken_over_s < goes_on_s]] = block
+        cost_s = np.minimum(taken_over_s, goes_on_s) + c.per_block_s[running]
         if block == num_blocks - 1:
-            for run in running:
-                run.cost_s += run.leave_s
-        best = min(running, key=_cost_s)
-        way = reached[best.began]
-        reached.append(_Reached(cost_s=best.cost_s, hops=(*way.hops, (best.peer_id, BlockSpan(best.began, block + 1)))))
-    return Path(hops=reached[-1].hops, cost_s=reached[-1].cost_s, relaxed=relaxed)
+            cost_s += c.leave_s[running]
+        running_s[running] = cost_s
+        best = int(cost_s.argmin())
+        reached_s = float(cost_s[best])
+        last.append((int(running[best]), int(began[running[best]])))
+    hops: list[tuple[PeerId, BlockSpan]] = []
+    end = num_blocks
+    while end:
+        row, start = last[end - 1]
+        hops.append((c.peers[row], BlockSpan(start, end)))
+        end = start
+    return Path(hops=tuple(reversed(hops)), cost_s=reached_s, relaxed=relaxed)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reached:
-    """The cheapest way found to a boundary."""
+def _undominated(candidates: Candidates) -> Candidates:
+    """All candidates but most of those that another one with the same span beats; of equals, the smallest peer id.
 
-    cost_s: float
-    hops: tuple[tuple[PeerId, BlockSpan], ...]
-
-
-class _Running:
-    """A candidate while the search passes its span: the cheapest way that ends on it, and where it took over."""
-
-    __slots__ = ("began", "cost_s", "end", "enter_s", "leave_s", "peer_id", "per_block_s")
-
-    def __init__(self, candidate: Candidate) -> None:
-        cost = candidate.cost
-        self.peer_id = candidate.peer_id
-        self.end = candidate.span.end
-        self.enter_s = cost.enter_s
-        self.per_block_s = cost.per_block_s
-        self.leave_s = cost.leave_s
-        self.cost_s = math.inf
-        self.began = candidate.span.start
+    What beats most is looked at: in each span the fastest, the nearest, and who takes the least over all of it.
+    """
+    c = candidates.take(np.lexsort((candidates.ends, candidates.starts)))
+    whole_s = c.enter_s + (c.ends - c.starts) * c.per_block_s + c.leave_s
+    for which in range(3):
+        rows = np.arange(len(c))
+        firsts = np.flatnonzero(np.diff(c.starts, prepend=-1) | np.diff(c.ends, prepend=-1))
+        of_span = np.repeat(np.arange(len(firsts)), np.diff(firsts, append=len(c)))
+        by_s = (whole_s, c.per_block_s, c.enter_s)[which]
+        is_least = by_s == np.minimum.reduceat(by_s, firsts)[of_span]
+        best = np.minimum.reduceat(np.where(is_least, rows, len(c)), firsts)[of_span]
+        stays = (
+            (rows == best)
+            | (c.enter_s < c.enter_s[best])
+            | (c.per_block_s < c.per_block_s[best])
+            | (c.leave_s < c.leave_s[best])
+        )
+        c, whole_s = c.take(stays), whole_s[stays]
+    return c
 
 
 _ROUNDING: Final = 1e-9
@@ -182,29 +238,3 @@ _ROUNDING: Final = 1e-9
 
 _cost_s = operator.attrgetter("cost_s")
 _start = operator.attrgetter("start")
-
-
-def _undominated(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """All candidates but those that another one with the same span beats; of equals, the smallest peer id stays."""
-    fronts: dict[tuple[int, int], list[Candidate]] = {}
-    for candidate in candidates:
-        span, cost = candidate.span, candidate.cost
-        enter_s, per_block_s, leave_s = cost.enter_s, cost.per_block_s, cost.leave_s
-        key = (span.start, span.end)
-        front = fronts.get(key)
-        if front is None:
-            fronts[key] = [candidate]
-            continue
-        for other in front:
-            its = other.cost
-            no_worse = its.enter_s <= enter_s and its.per_block_s <= per_block_s and its.leave_s <= leave_s
-            if no_worse and (its != cost or other.peer_id < candidate.peer_id):
-                break
-        else:
-            fronts[key] = [
-                c
-                for c in front
-                if enter_s > c.cost.enter_s or per_block_s > c.cost.per_block_s or leave_s > c.cost.leave_s
-            ]
-            fronts[key].append(candidate)
-    return list(itertools.chain.from_iterable(fronts.values()))

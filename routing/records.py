@@ -21,6 +21,7 @@ import functools
 import hashlib
 import math
 import re
+import struct
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
@@ -29,7 +30,7 @@ import msgpack
 import msgspec
 
 from routing.addresses import peer_id_in, validate_multiaddr
-from routing.coordinates import Cell, Coordinate, cell_of, check_coordinate
+from routing.coordinates import Coordinate, check_coordinate
 from routing.errors import CallerError, InvalidRecord
 from routing.identity import SIGNATURE_BYTES, SigningKey, public_key_of, verify
 from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId
@@ -87,17 +88,6 @@ class PeerState(StrEnum):
     DRAINING = "draining"
 
 
-class Kind(msgspec.Struct, frozen=True, cache_hash=True):
-    """What strangers differ in beside their speed."""
-
-    ends: tuple[int, ...]
-    """Of the spans, one after the other: start, end, start, end."""
-    max_bytes_per_s: int
-    cell: Cell
-    blocks: int
-    """Of the first span."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
     """What one peer serves, as the peer itself says. Speeds and free space are claims, not facts.
@@ -150,8 +140,8 @@ class Announcement:
     """Grows with every record of this peer; the highest wins."""
     expires_at_s: float
     """Seconds since the epoch."""
-    kind: Kind = field(init=False, repr=False, compare=False)
-    """Follows from the rest: kept, because it is looked at in many plans."""
+    numbers: bytes = field(init=False, repr=False, compare=False)
+    """What plans look at in thousands of records at once, as doubles: see `_NUMBERS`."""
 
     def hosts(self, adapter: bytes) -> bool:
         """Whether an adapter of this digest is among its own."""
@@ -190,12 +180,19 @@ class Announcement:
         for address in self.addresses:
             if validate_multiaddr(address, need_peer_id=True) != address or peer_id_in(address) != self.peer_id:
                 raise CallerError(f"{address!r} is not a canonical address of peer {self.peer_id}")
-        ends = tuple([end for span in self.spans.parts for end in (span.start, span.end)])
-        object.__setattr__(self, "kind", _kind(ends, self.max_bytes_per_s, cell_of(self.place), ends[1] - ends[0]))
+        first, place = self.spans.parts[0], self.place or _NOWHERE
+        numbers = _NUMBERS.pack(
+            len(self.spans.parts), first.start, first.end, self.spans.num_blocks,
+            self.decode_s_per_block, self.prefill_s_per_token_block, self.queue_s, self.sessions,
+            self.max_bytes_per_s, self.uplink_bytes_per_s, self.free_tokens, *place,
+        )  # fmt: skip
+        object.__setattr__(self, "numbers", numbers)
 
 
-# One object for all records that say the same: plans look at thousands, and what these share stays in the caches.
-_kind: Final = functools.lru_cache(maxsize=4096)(Kind)
+NUMBERS: Final = 15
+_NUMBERS: Final = struct.Struct(f"={NUMBERS}d")
+"""Spans, start and end of the first, blocks of all; speeds, queue and sessions; both bandwidths and the room; place."""
+_NOWHERE: Final = Coordinate()
 _model: Final = functools.lru_cache(maxsize=256)(ModelId)
 
 

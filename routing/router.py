@@ -17,9 +17,9 @@ from routing.crowd import Crowds
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
 from routing.estimates import Estimates, RoundTrip
-from routing.explanation import Explanation, options
+from routing.explanation import Explanation, Without, options
 from routing.ids import BlockSpan, ModelId, PeerId
-from routing.path import Candidate, bridge, cheapest_path, gaps
+from routing.path import Candidate, Candidates, bridge, cheapest_path, gaps
 from routing.precision import is_at_least, precision
 from routing.records import RECORD_LIFETIME_S, Announcement, PeerState
 from routing.reputation import Opinion, Reputation
@@ -181,7 +181,7 @@ class Router:
         ]
         if kept:
             missing = gaps((span for _, span in kept), request.num_blocks)
-            between = view.candidates(missing) if missing else []
+            between: Candidates | Sequence[Candidate] = view.candidates(missing) if missing else ()
             if (bridged := bridge(kept, between, request.num_blocks)) is not None:
                 return bridged
         candidates = view.candidates()
@@ -252,9 +252,19 @@ class Router:
         left_out = [(a, _why_not(a, reasons)) for a in view.announcements if a.num_blocks == request.num_blocks]
         return Explanation(
             route=route,
+            without=tuple(self._without(request, peer, now_s) for peer, _ in hops),
             options=options(view, hops),
             left_out=tuple((a.name or a.peer_id, a.spans, reason) for a, reason in left_out if reason),
         )
+
+    def _without(self, request: RouteRequest, peer: PeerId, now_s: float) -> Without | None:
+        try:
+            route = self.plan(replace(request, spread=None, avoid=request.avoid | {peer}), now_s)
+        except NoRoute:
+            return None
+        named = self._view(request, now_s).by_peer
+        hops = tuple((hop.peer_id, named[hop.peer_id].name, hop.span) for hop in route.hops)
+        return Without(hops=hops, cost_s=route.cost_s)
 
     def _view(self, request: RouteRequest, now_s: float) -> View:
         snapshot, estimates = self._directory.snapshot(now_s), self._estimates
@@ -286,13 +296,12 @@ class Router:
             detoured=bool(estimates.detours),
         )
 
-    def _over_links(self, view: View, candidates: Sequence[Candidate], hops: Hops) -> Hops:
+    def _over_links(self, view: View, candidates: Candidates, hops: Hops) -> Hops:
         """The cheapest hops when every trip between two peers has its own price, where any is known."""
-        cells = (view.by_peer[candidate.peer_id].kind.cell for candidate in candidates)
-        if not self._estimates.detours and all(cell == first for first in itertools.islice(cells, 1) for cell in cells):
+        if not self._estimates.detours and (candidates.cells == candidates.cells[0]).all():
             return hops  # all at one place, or at none that is known
         keep = {peer for peer, _ in (*hops, *view.previous)} | self._estimates.detours.latest(MAX_DETOURED)
-        few = shortlist(candidates, lambda peer: view.by_peer[peer].kind.cell, keep)
+        few = shortlist(candidates, keep)
         chain = cheapest_chain(
             few,
             view.request.num_blocks,

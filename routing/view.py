@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from routing.chain import Hops
 from routing.coordinates import Coordinate, half_trip_s
-from routing.cost import HopCost, block_s, hop_cost, longer, waits_s
+from routing.cost import HopCost, hop_cost, longer, waits_s
 from routing.crowd import Crowd
 from routing.detours import HERE
-from routing.estimates import BANDWIDTH_BYTES_PER_S, Estimates, PeerEstimate
+from routing.estimates import Estimates, PeerEstimate
 from routing.ids import BlockSpan, PeerId
-from routing.path import Candidate
+from routing.path import Candidates
 from routing.records import Announcement
 from routing.routes import RouteRequest
 
@@ -80,47 +81,42 @@ class View:
         """Whether it may be entered."""
         return peer in self.crowd.by_peer and peer not in self.excluded
 
-    def candidates(self, within: Sequence[BlockSpan] = ()) -> list[Candidate]:
-        """Whoever may serve any of these blocks; without any, everybody. But for strangers that others of their kind
-        claim to beat."""
-        request, estimates, crowd, tokens = self.request, self.estimates, self.crowd, self.request.tokens
-        kept = (hop.peer_id for hop in request.keep)
-        known = {*estimates.measured, *estimates.used, *self.busy, *self.settled, *kept}
-        step_bytes = tokens * request.bytes_per_token
+    def candidates(self, within: Sequence[BlockSpan] = ()) -> Candidates:
+        """Whoever may serve any of these blocks; without any, everybody."""
+        request, estimates, columns = self.request, self.estimates, self.crowd.columns
+        step_bytes = request.tokens * request.bytes_per_token
         back_bytes = step_bytes if request.back_tokens is None else request.back_tokens * request.bytes_per_token
-        rooms = (request.expected_tokens, request.cache_tokens)
-        strangers = crowd.fastest(
-            tokens,
-            rooms,
+        # Most of a large swarm are strangers: nothing was ever measured of them, of the ways to them neither.
+        enter_s, per_block_s, leave_s = columns.costs(
+            estimates.here,
             estimates.turn_s,
-            known | self.excluded.keys(),
+            estimates.assumed_bytes_per_s(self.now_s),
+            tokens=request.tokens,
             step_bytes=step_bytes,
             back_bytes=back_bytes,
         )
-        found = [
-            Candidate(peer, span, self.compared(peer))
-            for peer in known
-            if self.usable(peer)
-            for span in crowd.by_peer[peer].spans.parts
-        ]
-        # Most of a large swarm are strangers, whose `compared` is `hop_cost`; and where they tell of no more than their
-        # speed and place, it is that with all that is the same for them taken out.
-        send_s, back_s = step_bytes / estimates.assumed_bytes_per_s(self.now_s), back_bytes / BANDWIDTH_BYTES_PER_S
-        room, detoured, rtt_s = max(rooms), self.detoured, estimates.predicted_rtt_s
-        for a in strangers:
-            if detoured or a.free_tokens < room:
-                cost = self.compared(a.peer_id)
-            elif a.sessions or a.queue_s or a.max_bytes_per_s or a.uplink_bytes_per_s:
-                cost = self._hop_cost(estimates.of(a, self.now_s))
-            else:
-                half_s = rtt_s(a) / 2
-                per_block_s = block_s(a.decode_s_per_block, a.prefill_s_per_token_block, tokens)
-                cost = HopCost(half_s + send_s, per_block_s, half_s + back_s)
-            for span in a.spans.parts:
-                found.append(Candidate(a.peer_id, span, cost))  # noqa: PERF401  # of one, mostly
+        full, short = (columns.free_tokens < room for room in (request.cache_tokens, request.expected_tokens))
+        enter_s += np.where(full, _LAST_RESORT_S, np.where(short, _SHORT_S, 0.0))
+        kept = (hop.peer_id for hop in request.keep)
+        for peer in {*estimates.measured, *estimates.used, *self.busy, *self.settled, *kept}:
+            if self.usable(peer):
+                cost, rows = self.compared(peer), columns.rows(peer)
+                enter_s[rows], per_block_s[rows], leave_s[rows] = cost.enter_s, cost.per_block_s, cost.leave_s
+        wanted = np.ones(len(enter_s), dtype=np.bool_)
         if within:
-            return [c for c in found if any(c.span.start < part.end and part.start < c.span.end for part in within)]
-        return found
+            wanted = np.any([(columns.starts < gap.end) & (gap.start < columns.ends) for gap in within], axis=0)
+        for peer in self.excluded:
+            wanted[columns.rows(peer)] = False
+        candidates = Candidates(
+            peers=columns.peers,
+            starts=columns.starts,
+            ends=columns.ends,
+            enter_s=enter_s,
+            per_block_s=per_block_s,
+            leave_s=leave_s,
+            cells=columns.cells,
+        )
+        return candidates if wanted.all() else candidates.take(wanted)
 
     @property
     def by_peer(self) -> dict[PeerId, Announcement]:
@@ -251,9 +247,10 @@ class View:
         cost = self._hop_cost(estimate)
         half_s = trip_s = way_s = estimate.rtt_s / 2
         if self.detoured:
-            trip_s = way_s = half_s + max(-half_s, estimates.detours.of(HERE, peer, self.now_s))
+            out_s = max(-half_s, estimates.detours.of(HERE, peer, self.now_s))
             back_s = max(-half_s, estimates.detours.of(peer, HERE, self.now_s))
-            cost = HopCost(cost.enter_s - half_s + way_s, cost.per_block_s, cost.leave_s + back_s)
+            trip_s = way_s = half_s + out_s
+            cost = HopCost(cost.enter_s + out_s, cost.per_block_s, cost.leave_s + back_s)
         compared = cost
         if peer in self.settled and not self.whole:
             less = 1 - HYSTERESIS
@@ -280,7 +277,7 @@ class View:
             cost.enter_s - way_s,
             compared.enter_s - trip_s,
             trip_s / way_s if way_s else 1.0,
-            None if announcement.kind.cell is None else announcement.place,
+            announcement.place if announcement.place is not None and announcement.place.usable else None,
         )
 
     def _trip_s(self, from_: _Known, to: _Known) -> float:

@@ -13,7 +13,8 @@ from rich.text import Text
 from peers.wire.messages import PROTOCOL_VERSION
 from routing.cost import BYTES_PER_TOKEN
 from routing.errors import CallerError
-from routing.explanation import Explanation, Option
+from routing.explanation import Explanation, Option, Without
+from routing.ids import PeerId
 from routing.routes import RouteRequest
 from swarm.cli import signals
 from swarm.health import look
@@ -23,7 +24,9 @@ MAX_OPTIONS = 8
 """Shown to people, per hop; --json holds all."""
 
 
-def route(entrance: Entrance, *, model: str, tokens: int, explain: bool, as_json: bool) -> None:
+def route(
+    entrance: Entrance, *, model: str, tokens: int, bytes_per_token: int | None, explain: bool, as_json: bool
+) -> None:
     """Print the cheapest route now. Raises NoRoute, and CallerError when nobody announces `model`."""
     found: list[Explanation] = []
 
@@ -43,7 +46,7 @@ def route(entrance: Entrance, *, model: str, tokens: int, explain: bool, as_json
                 num_blocks=health.num_blocks,
                 tokens=tokens,
                 back_tokens=1,
-                bytes_per_token=BYTES_PER_TOKEN,
+                bytes_per_token=bytes_per_token or BYTES_PER_TOKEN,
                 cache_tokens=tokens,
                 protocol=PROTOCOL_VERSION,
             )
@@ -66,6 +69,14 @@ def as_plain(said: Explanation, *, explain: bool) -> dict[str, Any]:
     }
     if explain:
         plain["candidates"] = [[_plain(option) for option in options] for options in said.options]
+        plain["without"] = [
+            other
+            and {
+                "cost_ms": _ms(other.cost_s),
+                "hops": [{"peer_id": peer, "span": [span.start, span.end]} for peer, _, span in other.hops],
+            }
+            for other in said.without
+        ]
         plain["left_out"] = [{"peer": who, "spans": str(spans), "reason": why} for who, spans, why in said.left_out]
     return plain
 
@@ -97,7 +108,7 @@ def show(said: Explanation, *, explain: bool) -> None:
     console.print(f"you → {hops} → you · {_ms(said.route.cost_s):.1f} ms per step expected", markup=False)
     if not explain:
         return
-    for hop, options in zip(said.route.hops, said.options, strict=True):
+    for hop, options, other in zip(said.route.hops, said.options, said.without, strict=True):
         console.print(f"\nblocks {hop.span}: {len(options)} can serve them", markup=False)
         table = Table(
             "",
@@ -117,7 +128,7 @@ def show(said: Explanation, *, explain: bool) -> None:
         for option in options[:MAX_OPTIONS]:
             table.add_row(
                 "*" if option.chosen else "",
-                Text(_name(option)),
+                Text(_name(option.peer_id, option.name)),
                 str(option.spans),
                 *(
                     f"{_ms(part_s):.1f} ms"
@@ -128,8 +139,16 @@ def show(said: Explanation, *, explain: bool) -> None:
                 _why(option, best),
             )
         console.print(table)
+        console.print(f"without {_named(options)}: {_other(other, said)}", markup=False)
     for who, spans, reason in said.left_out:
         console.print(f"left out: {who} ({spans}): {reason}", markup=False)
+
+
+def _other(other: Without | None, said: Explanation) -> str:
+    if other is None:
+        return "no route"
+    hops = " → ".join(f"{_name(peer, name)} [{span}]" for peer, name, span in other.hops)
+    return f"{hops} · {_ms(other.cost_s):.1f} ms ({_ms(other.cost_s - said.route.cost_s):+.1f} ms)"
 
 
 def _mbit(option: Option) -> str:
@@ -154,12 +173,12 @@ def _why(option: Option, best: Option) -> str:
 
 
 def _named(options: tuple[Option, ...]) -> str:
-    return next(_name(option) for option in options if option.chosen)
+    return next(_name(option.peer_id, option.name) for option in options if option.chosen)
 
 
-def _name(option: Option) -> str:
-    short = f"…{option.peer_id[-6:]}"
-    return f"{option.name} ({short})" if option.name else short
+def _name(peer: PeerId, name: str) -> str:
+    short = f"…{peer[-6:]}"
+    return f"{name} ({short})" if name else short
 
 
 def _ms(seconds: float) -> float:

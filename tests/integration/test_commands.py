@@ -115,3 +115,27 @@ def test_route_explains_why_the_only_three_peers_won(command: Commands, swarm: L
     text = command("route", MODEL, "--explain", "--invite", swarm.invite).stdout
     assert "ms per step expected" in text
     assert "blocks 10:20: 1 can serve them" in text
+    assert said["without"] == [None] * 3
+    assert text.count(": no route") == 3
+
+
+def test_route_shows_who_lost_and_the_best_way_without_each_peer(command: Commands) -> None:
+    with LocalSwarm(MODEL, [(0, 30), (0, 30), (0, 15)], dtype="float32") as swarm:
+        arguments = ("route", MODEL, "--explain", "--bytes-per-token", "2304", "--invite", swarm.invite)
+        done = command(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout)
+        # Whether one peer or two are faster is the machine's affair: somebody loses, and whoever won can be replaced.
+        for hop, options, other in zip(said["hops"], said["candidates"], said["without"], strict=True):
+            chosen, *losers = options
+            assert chosen["chosen"]
+            assert chosen["peer_id"] == hop["peer_id"]
+            assert losers
+            assert all(chosen["route_ms"] <= loser["route_ms"] for loser in losers)
+            assert hop["peer_id"] not in {taken["peer_id"] for taken in other["hops"]}
+            assert [block for taken in other["hops"] for block in range(*taken["span"])] == list(range(30))
+            assert other["cost_ms"] >= said["cost_ms"]
+        text = command(*arguments).stdout
+        assert "chosen" in text
+        assert " ms: " in text
+        assert ": no route" not in text

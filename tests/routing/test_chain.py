@@ -9,7 +9,7 @@ import pytest
 from routing.chain import MAX_SHORTLIST, Hops, cheapest_chain, shortlist
 from routing.cost import HopCost
 from routing.ids import BlockSpan, PeerId
-from routing.path import Candidate
+from routing.path import Candidate, Candidates
 from tests.routing.test_path import all_walks
 
 
@@ -57,7 +57,7 @@ def test_a_shortlist_holds_the_best_of_every_place_and_whoever_must_stay() -> No
     ]
     place = {c.peer_id: (n % 5, 0, 0) for n, c in enumerate(candidates)}
     worst = max(candidates, key=lambda c: c.cost.enter_s).peer_id
-    few = shortlist(candidates, place.__getitem__, [worst])
+    few = shortlist(Candidates.of(candidates, lambda peer: float(place[peer][0])), [worst])
     assert {(place[c.peer_id], c.span) for c in few} == {
         ((n, 0, 0), BlockSpan(s, s + 1)) for n in range(5) for s in range(3)
     }

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.coordinates import Coordinate, cell_of, check_coordinate, distance_s, moved
+from routing.coordinates import Coordinate, check_coordinate, distance_s, moved
 from routing.errors import CallerError
 
 POINTS = st.builds(Coordinate, st.floats(-10, 10), st.floats(-10, 10), st.floats(0, 10), st.floats(0, 1))
@@ -47,9 +47,3 @@ def test_no_sample_and_no_claim_moves_a_point_out_of_bounds(
 def test_a_point_that_no_record_can_carry_is_refused(point: tuple[float, float, float, float]) -> None:
     with pytest.raises(CallerError):
         check_coordinate(Coordinate(*point))
-
-
-def test_a_place_that_predicts_nothing_is_no_place() -> None:
-    assert cell_of(None) is None
-    assert cell_of(Coordinate()) is None
-    assert cell_of(Coordinate(0.05, -0.01, 0.001, 0.1)) == (2, -1, 0)

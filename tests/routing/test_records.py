@@ -25,7 +25,6 @@ from routing.records import (
     MAX_RECORDS_PER_KEY,
     Announcement,
     HostedAdapter,
-    Kind,
     PeerState,
     index_key,
     index_keys,
@@ -419,22 +418,11 @@ def test_every_field_of_an_announcement_travels() -> None:
     assert verdict(value, key=where, stored_expiry_s=changed.expires_at_s) == changed
 
 
-def test_records_of_one_kind_share_what_plans_tell_them_apart_by() -> None:
-    read = []
-    for number in (1, 2):
-        said = announcement(
-            key(number).peer_id,
-            spans=BlockSpans.of(BlockSpan(0, 3), BlockSpan(5, 9)),
-            max_bytes_per_s=1000,
-            place=Coordinate(0.05 + number / 1000, -0.01, 0.001, 0.1),
-            decode_s_per_block=0.001 * number,
-        )
-        under = model_key("main", MODEL, said.peer_id)
-        value = sign_record(said, under, key(number))
-        read.append(
-            verify_record(value, key=under, subkey=said.peer_id, stored_expiry_s=said.expires_at_s, now_s=NOW_S)
-        )
+def test_records_of_one_model_share_its_id() -> None:
+    read = [
+        verify_record(value, key=under, subkey=said.peer_id, stored_expiry_s=said.expires_at_s, now_s=NOW_S)
+        for said, by in ((announcement(key(number).peer_id), key(number)) for number in (1, 2))
+        for under in [model_key("main", MODEL, said.peer_id)]
+        for value in [sign_record(said, under, by)]
+    ]
     assert read[0].model is read[1].model
-    assert read[0].kind is read[1].kind
-    assert read[0].kind == Kind((0, 3, 5, 9), 1000, (2, -1, 0), 3)
-    assert replace(read[0], place=None).kind == Kind((0, 3, 5, 9), 1000, None, 3)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -518,6 +521,46 @@ def test_strangers_that_are_not_priced_would_not_have_made_a_route_cheaper(
         assert router_with(*said).plan(request, NOW_S).cost_s == pytest.approx(cheapest.cost_s)
 
 
+def calls(run: Callable[[], object]) -> int:
+    """Of any function, those of C included."""
+    count = 0
+
+    def note(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_a_plan_does_next_to_nothing_for_each_of_ten_thousand_unlike_peers_by_itself() -> None:
+    rng = random.Random(0)
+    router = Router()
+    starts = [rng.randrange(80) for _ in range(10_000)]
+    router.on_announcements(
+        [
+            announcement(
+                peer(n), start, rng.randint(start + 1, 80), num_blocks=80,
+                decode_s_per_block=rng.uniform(0.5e-3, 5e-3), sessions=rng.randrange(9), queue_s=rng.uniform(0, 0.05),
+                uplink_bytes_per_s=2 ** rng.randrange(17, 24),
+                place=Coordinate(rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1), 0.002, 0.2),
+            )
+            for n, start in enumerate(starts)
+        ],
+        NOW_S,
+    )  # fmt: skip
+    for n in range(50):
+        router.on_rtt(peer(n), rng.uniform(0.01, 0.2), NOW_S)
+    request = replace(REQUEST, num_blocks=80, spread=0.3)
+    # One by one they would take 387,000 and 201,000.
+    assert calls(lambda: router.plan(request, NOW_S)) < 80_000
+    assert calls(lambda: router.plan(replace(request, spread=0.8), NOW_S)) < 40_000
+
+
 def test_the_snapshot_and_the_measured_round_trip_are_there_for_status() -> None:
     router = router_with(*THREE)
     router.on_rtt(peer(1), 0.02, NOW_S)
@@ -638,6 +681,12 @@ def test_an_explanation_prices_the_route_with_each_peer_and_says_why_others_are_
     assert said.left_out == (("gone", BlockSpans.of(BlockSpan(10, 20)), "draining"),)
     whole = sum(o.trip_s + o.queue_s + o.compute_s for hop in said.options for o in hop if o.chosen)
     assert whole == pytest.approx(said.route.cost_s)
+    first, second, third = said.without
+    assert (first, third) == (None, None)
+    assert second is not None
+    hops = (peer(0), "", BlockSpan(0, 10)), (peer(3), "slow", BlockSpan(10, 20)), (peer(2), "", BlockSpan(20, 30))
+    assert second.hops == hops
+    assert second.cost_s == pytest.approx(middle[1].route_s)
 
 
 def test_a_peer_with_two_spans_is_passed_twice_and_counts_for_every_block_it_holds() -> None:

@@ -62,6 +62,13 @@ def route(
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, max=65_536, help="Of one step: 1 to write, many to read a prompt.")
     ] = 1,
+    bytes_per_token: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of hidden state: the model's hidden size times the bytes of its dtype (default: 4,096 times 4).",
+        ),
+    ] = None,
     initial_peers: InitialPeers = None,
     invite: InviteLink = None,
     network: Network = None,
@@ -79,4 +86,11 @@ def route(
             say(ENTERING.format(entrance.network))
         from swarm.cli import route as view
 
-        view.route(entrance, model=model, tokens=tokens, explain=explain, as_json=as_json)
+        view.route(
+            entrance,
+            model=model,
+            tokens=tokens,
+            bytes_per_token=bytes_per_token,
+            explain=explain,
+            as_json=as_json,
+        )
