@@ -32,6 +32,8 @@ NO_ROUTE_PATIENCE_S = 4.0
 """How long a client waits for missing blocks to be announced before it names them."""
 LATE_PATIENCE_S = 30.0
 """How long for peers that hold them and do not answer; longer than the records of those last that have died."""
+MOMENT_S = 0.001
+"""Is not waited for: a clock may not tell it from nothing."""
 LOOK_AGAIN_S = 0.5
 PING_TIMEOUT_S = 3.0
 PING_AGAIN_TIMEOUT_S, PING_AGAIN_TIMEOUT_S_MAX = 1.5, 6.0
@@ -222,7 +224,7 @@ class Discovery:
                     # whatever this machine does meanwhile, nothing is missing before the records were read once
                     waited_s = clock_s() - began_s if looked else 0.0
                     left_s = (max(least_s, LATE_PATIENCE_S) if error.late else least_s) - waited_s
-                    if left_s <= 0:
+                    if left_s < MOMENT_S:
                         raise
                     if waited_s >= NO_ROUTE_PATIENCE_S:
                         if me not in self._waiting:

@@ -46,7 +46,7 @@ class _Record:
     busy_until_s: float = 0.0
     unreachable: bool = False
     unheard: bool = False
-    """Nothing was heard of it since it could not be reached."""
+    """Nothing was heard of it since it was gone."""
     late: bool = False
     reason: str = ""
 
@@ -71,12 +71,12 @@ class Reputation:
         """Back off from a peer that erred, died or kept silent; `reason` is for people, `unreachable` says that all
         that stands against it is that it did not answer, `late` that it may yet: nothing speaks for its end.
 
-        What fails while the peer is left alone already (its other sessions, say) is the same failure. Who was
-        unreachable is left alone, too, until something is heard of it, an answer or a new record: the records of the
-        dead outlive them by up to a lifetime, and whoever tried all of them again and again would never come to an end.
+        What fails while the peer is backed off from already (its other sessions, say) is the same failure. Who is gone,
+        unreachable and not late, is left alone until something is heard of it, an answer or a new record: the records
+        of the dead outlive them by up to a lifetime, and who tried all of them again and again would never end.
         """
         known = self._records.get(peer, _CLEAN)
-        if known.left_alone_at(now_s):
+        if known.backed_off_until_s > now_s:
             return
         strikes = min(known.strikes_at(now_s) + 1, _STRIKES_MAX)
         backoff_s = min(BACKOFF_S_MIN * 2.0 ** (strikes - 1), BACKOFF_S_MAX)
@@ -86,7 +86,7 @@ class Reputation:
             updated_at_s=now_s,
             backed_off_until_s=now_s + backoff_s,
             unreachable=unreachable,
-            unheard=unreachable,
+            unheard=unreachable and not late,
             late=late,
             # It may quote the peer, and ends up on somebody's terminal.
             reason="".join(c if c.isprintable() else "?" for c in reason[:200]),
@@ -104,7 +104,7 @@ class Reputation:
 
     @property
     def unheard(self) -> Set[PeerId]:
-        """Of whom nothing was heard since they could not be reached."""
+        """Who were gone, and nothing was heard of them since."""
         return {peer for peer, known in self._records.items() if known.unheard}
 
     def on_record(self, peer: PeerId, made_at_s: float) -> None:

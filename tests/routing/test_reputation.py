@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,7 +90,7 @@ def test_success_ends_the_pause_and_forgives_half() -> None:
 def test_a_peer_that_answers_again_is_used_soon_and_at_once_where_nobody_else_is() -> None:
     reputation = Reputation()
     for second in range(0, 280, 40):
-        reputation.on_failure(BAD, NOW_S + second, "silent", unreachable=True)
+        reputation.on_failure(BAD, NOW_S + second, "silent", unreachable=True, late=True)
     now_s = NOW_S + 240
     assert backoff_s(reputation, now_s) > ANSWERING_BACKOFF_S_MAX
     assert reputation.silent(now_s) == {BAD}
@@ -160,3 +161,20 @@ def test_what_stands_against_peers_is_told_the_latest_first_and_no_more_than_ask
     assert [(each.peer_id, each.reason) for each in opinions] == [(peer(3), "reason 3"), (peer(2), "reason 2")]
     assert (opinions[0].strikes, opinions[0].backoff_s, opinions[0].age_s) == (1.0, BACKOFF_S_MIN, 0.0)
     assert reputation.opinions(NOW_S + 1e6, 9) == []
+
+
+@pytest.mark.parametrize("heard", ["answer", "record"])
+def test_who_is_gone_is_not_tried_before_something_is_heard_of_it(heard: str) -> None:
+    reputation = Reputation()
+    reputation.on_failure(BAD, NOW_S, "the connection ended", unreachable=True)
+    much_later_s = NOW_S + BACKOFF_S_MAX
+    reputation.on_record(BAD, NOW_S - 1)
+    assert reputation.backed_off(much_later_s) == {BAD: "not heard of since: the connection ended"}
+    assert reputation.silent(much_later_s) == reputation.unheard == {BAD}
+    if heard == "answer":
+        reputation.on_answer(BAD, NOW_S + 1)
+    else:
+        reputation.on_record(BAD, NOW_S + 1)
+    assert not reputation.unheard
+    assert BAD in reputation.backed_off(NOW_S + 1), "it is backed off from all the same"
+    assert not reputation.backed_off(NOW_S + BACKOFF_S_MIN)

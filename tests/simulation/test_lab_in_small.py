@@ -9,6 +9,7 @@ import statistics
 import pytest
 import torch
 
+from routing.errors import NoRoute
 from routing.ids import PeerId
 from tests.helpers.twin import THIRDS, Twin, User, local, run
 from tests.lab.links import PROFILES
@@ -61,6 +62,34 @@ def test_sessions_outlive_peers_that_come_and_go_half_of_them_without_a_word() -
             for user in users:
                 assert user.remote.traffic.rebuilds >= 1
                 assert sum(user.remote.traffic.failures.values()) <= 0.01 * user.remote.traffic.results
+
+    run(work)
+
+
+@pytest.mark.parametrize("holders", [1, 8])
+def test_a_gap_is_named_within_five_seconds_and_outlived_however_many_died_in_it(holders: int) -> None:
+    """Each of the dead is tried once: their records outlive them, and a session has twelve attempts."""
+
+    async def work() -> None:
+        async with Twin(copies=1) as twin:
+            lost = [twin.peers[-1], *[await twin.join(THIRDS[-1]) for _ in range(holders - 1)]]
+            reader, prober, prompt = twin.user(), twin.user(), twin.prompt()
+            await asyncio.sleep(10.0)  # everybody is known by then
+            await prober.generate(prompt, 1)
+            talk = asyncio.create_task(reader.generate(prompt, 200))
+            await asyncio.sleep(1.0)
+            assert 0 < len(reader.times_s) < 200
+            for peer in lost:
+                twin.network.cut(peer.peer_id)
+            loop = asyncio.get_running_loop()
+            for _ in range(3):
+                began_s = loop.time()
+                with pytest.raises(NoRoute):
+                    await prober.generate(prompt, 1)
+                assert loop.time() - began_s <= 5
+            await twin.join(THIRDS[-1])
+            assert torch.equal(await talk, local(prompt, 200))
+            assert reader.remote.traffic.rebuilds <= holders
 
     run(work)
 
