@@ -270,6 +270,7 @@ class ServerPeer:
                 AdmissionLimits(
                     max_bytes_in_flight=plan.in_flight_bytes,
                     max_bytes_in_flight_per_peer=plan.in_flight_bytes // 2,
+                    max_bytes_in_flight_per_link=plan.in_flight_bytes * 3 // 4,
                 )
             ),
             journal=self._journal(plan.journal_bytes),
