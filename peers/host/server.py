@@ -115,6 +115,7 @@ class ServerPeer:
         """Addresses at which another node found nobody."""
         self._engine_closer = AsyncExitStack()
         self._watching: asyncio.Task[None] | None = None
+        self._paused = asyncio.Event()
         DialBackService(self.links)
 
     async def choose_span(
@@ -224,16 +225,16 @@ class ServerPeer:
 
     async def measure_again(self) -> None:
         """Once the engine is prepared and serves nobody, find out whether it is faster than was measured when other
-        programs were busy, or it was not prepared yet; and announce that. Raises SwarmError."""
+        programs were busy, or it was not prepared yet; and announce that. Not while the owner wants the machine: who
+        comes back meanwhile ends it. Raises SwarmError."""
         engine = self.engine
         await engine.prepared()
-        while len(self.handler.ledger):  # noqa: ASYNC110  # nobody tells of it
+        while len(self.handler.ledger) or self._paused.is_set():  # noqa: ASYNC110  # nobody tells of the former
             await asyncio.sleep(QUIET_LOOK_S)
         if self.handler.engine is not engine:
             return  # other blocks are served, or will be
-        found = await measure(engine, room_bytes=0)
-        engine.set_token_budget(self.probe.token_budget)
-        if self.handler.engine is engine:
+        found = await self._measure(engine)
+        if found is not None and self.handler.engine is engine:
             self.probe = replace(
                 self.probe,
                 decode_s_per_block=min(found.decode_s_per_block, self.probe.decode_s_per_block),
@@ -245,6 +246,19 @@ class ServerPeer:
             self._offer()
             self.presence.changed()
 
+    async def _measure(self, engine: AnyEngine) -> Probe | None:
+        """None where this peer was paused meanwhile."""
+        measuring = asyncio.ensure_future(measure(engine, room_bytes=0))
+        pausing = asyncio.ensure_future(self._paused.wait())
+        try:
+            await asyncio.wait((measuring, pausing), return_when=asyncio.FIRST_COMPLETED)
+            return None if pausing.done() else measuring.result()
+        finally:
+            for task in (measuring, pausing):
+                task.cancel()
+            await asyncio.gather(measuring, pausing, return_exceptions=True)
+            engine.set_token_budget(self.probe.token_budget)
+
     def _wire(self, served: Served, ledger: Ledger[Delivery, Link], plan: Plan) -> None:
         """What stays for good, whichever blocks are served."""
         self.handler = Handler(
@@ -254,7 +268,9 @@ class ServerPeer:
             ledger=ledger,
             admission=Admission(
                 AdmissionLimits(
-                    max_bytes_in_flight=plan.in_flight_bytes, max_bytes_in_flight_per_peer=plan.in_flight_bytes // 2
+                    max_bytes_in_flight=plan.in_flight_bytes,
+                    max_bytes_in_flight_per_peer=plan.in_flight_bytes // 2,
+                    max_bytes_in_flight_per_link=plan.in_flight_bytes * 3 // 4,
                 )
             ),
             journal=self._journal(plan.journal_bytes),
@@ -306,6 +322,7 @@ class ServerPeer:
     def pause(self, paused: bool) -> None:
         """Step back for the owner, or return, and announce it at once. Steps that run finish; sessions go elsewhere.
         Before blocks are loaded there is nothing to step back from."""
+        (self._paused.set if paused else self._paused.clear)()
         if self._loaded:
             self.handler.pause(paused)
         if self.presence.state in (PeerState.ONLINE, PeerState.PAUSED):

@@ -38,7 +38,7 @@ from peers.runtime.pages import PagePool
 from peers.runtime.prefixes import PrefixIndex
 from peers.runtime.pressure import grow_or_preempt
 from peers.runtime.program import TOKENS_MAX
-from peers.runtime.scheduler import STEP_TOKENS, Item, Pace, Pick, Scheduler, Tempo
+from peers.runtime.scheduler import STEP_TOKENS, Item, Pace, Pick, Scheduler, Tempo, claim_of
 from peers.runtime.works import (
     BehindWindow,
     CacheTooSmall,
@@ -399,9 +399,10 @@ class Engine:
     def _submit(self, work: Work) -> _Ticket:
         if self._stopping:
             raise Unavailable("this peer is shutting down")
-        queued = self._scheduler.queued_tokens
-        if queued and queued + len(work.hidden) > self.config.max_queued_tokens:
-            raise Busy(f"{queued} positions are queued here", retry_after_s=self._retry_after_s())
+        claim, tokens = claim_of(work.owner, len(work.hidden), work.urgency), len(work.hidden)
+        if not self._scheduler.has_room(claim, tokens, self.config.max_queued_tokens):
+            retry_after_s = self._retry_after_s(self._scheduler.ahead(claim, tokens))
+            raise Busy(f"{self._scheduler.queued_tokens} positions are queued here", retry_after_s=retry_after_s)
         self.admit(work.session, work.owner, work.parent)
         session = self._sessions[work.session]
         number = self._next()
@@ -410,7 +411,7 @@ class Engine:
             work=number,
             session=session.number,
             owner=work.owner,
-            tokens=len(work.hidden),
+            tokens=tokens,
             group=(work.span, regime, None if self._cache.packs_sessions else session.number),
             urgency=work.urgency,
         )
@@ -517,12 +518,9 @@ class Engine:
 
     # On either side, under the lock
 
-    def _retry_after_s(self) -> float:
-        """About when today's queue will have been worked off."""
-        return min(
-            max((self._tempo.token_s or self._tempo.step_s) * self._scheduler.queued_tokens, RETRY_AFTER_S_MIN),
-            RETRY_AFTER_S_MAX,
-        )
+    def _retry_after_s(self, tokens: int) -> float:
+        """About when so many positions of today's queue will have been worked off."""
+        return min(max((self._tempo.token_s or self._tempo.step_s) * tokens, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
 
     def _retire(self, ticket: _Ticket) -> None:
         """Take a work off the books. Its session keeps the positions that were computed, and no pages beyond them."""
@@ -807,7 +805,9 @@ class Engine:
         self._fail_all(session, self._preemption())
 
     def _preemption(self) -> Preempted:
-        return Preempted("the session's cache was given to another", retry_after_s=self._retry_after_s())
+        return Preempted(
+            "the session's cache was given to another", retry_after_s=self._retry_after_s(self._scheduler.queued_tokens)
+        )
 
     def _forward(self, batch: _Batch, *, beside: bool) -> Tensor:
         chunks, inputs = [], []

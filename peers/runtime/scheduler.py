@@ -51,6 +51,15 @@ FORGETTING = 1.002
 """What was quickest counts for so much more with every step that follows: contexts grow, and machines change."""
 
 
+Claim = tuple[str, bool]
+"""An owner, with its steps or with its longer works."""
+
+
+def claim_of(owner: str, tokens: int, urgency: Urgency) -> Claim:
+    """Of a work of so many positions."""
+    return owner, tokens <= STEP_TOKENS and urgency == Urgency.INTERACTIVE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """A work as the scheduler sees it. `work` identifies it, and grows with every submission."""
@@ -67,8 +76,12 @@ class Item:
             raise ValueError("a work has at least one position")
 
     @property
+    def claim(self) -> Claim:
+        return claim_of(self.owner, self.tokens, self.urgency)
+
+    @property
     def is_step(self) -> bool:
-        return self.tokens <= STEP_TOKENS and self.urgency == Urgency.INTERACTIVE
+        return self.claim[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,14 +202,10 @@ def _smoothed(known_s: float, new_s: float) -> float:
     return known_s + 0.3 * (new_s - known_s) if known_s else new_s
 
 
-_Claim = tuple[str, bool]
-"""An owner, with its steps or with its longer works."""
-
-
 @dataclass(slots=True, eq=False)
 class _Entry:
     item: Item
-    claim: _Claim
+    claim: Claim
     waiting_since: int
     done: int = 0
 
@@ -209,19 +218,35 @@ class Scheduler:
             raise ValueError(f"a batch needs room for at least {MIN_TOKEN_BUDGET} positions, not {token_budget}")
         self.token_budget = token_budget
         self.queued_tokens = 0
+        self._queued: dict[Claim, int] = {}
+        """Of these, whose they are; nobody with none."""
         self._entries: dict[int, _Entry] = {}
         self._lines: dict[int, deque[_Entry]] = {}
         self._batches = 0
-        self._turns: dict[_Claim, int] = {}
+        self._turns: dict[Claim, int] = {}
         """When each chose last; who is new comes behind those who wait already."""
         self._turn = 0
         self._longer_alone = -1
         """The last batch of longer works alone."""
 
+    def has_room(self, claim: Claim, tokens: int, most: int) -> bool:
+        """Whether a claim may have so many positions more queued: `most` while it is the only one, and never more than
+        are then left of twice as many, of which n claims have the same part at most and leave that to the next.
+
+        As Choudhury and Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches" (1998), with α = 1.
+        """
+        left = 2 * most - self.queued_tokens - tokens
+        return not self.queued_tokens or self._queued.get(claim, 0) + tokens <= left
+
+    def ahead(self, claim: Claim, tokens: int) -> int:
+        """Positions that run before a claim, in turns with others, is done with what it has queued, or with so many."""
+        turns = max(self._queued.get(claim, 0), tokens)
+        return sum(min(queued, turns) for queued in self._queued.values())
+
     def submit(self, item: Item) -> None:
-        entry = self._entries[item.work] = _Entry(item, (item.owner, item.is_step), self._batches)
+        entry = self._entries[item.work] = _Entry(item, item.claim, self._batches)
         self._lines.setdefault(item.session, deque()).append(entry)
-        self.queued_tokens += item.tokens
+        self._count(entry.claim, item.tokens)
         self._turns.setdefault(entry.claim, self._turn)
         if len(self._turns) > CLAIMS_KEPT + len(self._entries):
             queued = {entry.claim for entry in self._entries.values()}
@@ -232,7 +257,7 @@ class Scheduler:
         entry = self._entries[work]
         entry.done += tokens
         entry.waiting_since = self._batches
-        self.queued_tokens -= tokens
+        self._count(entry.claim, -tokens)
         assert entry.done <= entry.item.tokens
         if entry.done < entry.item.tokens:
             return False
@@ -242,11 +267,18 @@ class Scheduler:
     def remove(self, work: int) -> None:
         """Forget a work that failed, was cancelled or is complete."""
         entry = self._entries.pop(work)
-        self.queued_tokens -= entry.item.tokens - entry.done
+        self._count(entry.claim, entry.done - entry.item.tokens)
         line = self._lines[entry.item.session]
         line.remove(entry)
         if not line:
             del self._lines[entry.item.session]
+
+    def _count(self, claim: Claim, tokens: int) -> None:
+        """So many positions more, or fewer, are queued."""
+        self.queued_tokens += tokens
+        self._queued[claim] = self._queued.get(claim, 0) + tokens
+        if not self._queued[claim]:
+            del self._queued[claim]
 
     def works_of(self, session: int) -> list[int]:
         """The session's works in order."""
@@ -322,7 +354,7 @@ class Scheduler:
             longer_first = next_turn < self._next_turn(with_steps[0] + with_steps[1])
         return without if longer_first and self._longer_alone < self._batches - 1 else with_steps
 
-    def _whole(self, steps: Iterable[_Entry], first: _Claim, room: int) -> list[Pick]:
+    def _whole(self, steps: Iterable[_Entry], first: Claim, room: int) -> list[Pick]:
         picks = []
         for entry in self._in_order(steps, first):
             if entry.item.tokens <= room:
@@ -330,7 +362,7 @@ class Scheduler:
                 room -= entry.item.tokens
         return picks
 
-    def _in_order(self, entries: Iterable[_Entry], first: _Claim) -> list[_Entry]:
+    def _in_order(self, entries: Iterable[_Entry], first: Claim) -> list[_Entry]:
         """By class; within each everybody's oldest work, then everybody's second; of equals those of `first`, and then
         whichever has waited longest."""
         ranks: Counter[tuple[int, str]] = Counter()
@@ -341,11 +373,11 @@ class Scheduler:
             ranks[line] += 1
         return [entry for _, entry in sorted(order, key=lambda ranked: ranked[0])]
 
-    def _whose_turn(self, entries: Iterable[_Entry]) -> _Claim:
+    def _whose_turn(self, entries: Iterable[_Entry]) -> Claim:
         """Who chooses the forward that takes from these works."""
         return min(entries, key=self._turn_of).claim
 
-    def _count_turn(self, claim: _Claim) -> None:
+    def _count_turn(self, claim: Claim) -> None:
         self._turn += 1
         self._turns[claim] = self._turn
 

@@ -72,7 +72,9 @@ class EngineConfig:
     """Positions that a session can go back at any time; layers that see no further than a window keep so many more, so
     that speculation never meets their end."""
     max_queued_tokens: int = 16384
-    """Bound of the queue: beyond it callers are told to come back, before their tensors pile up in memory."""
+    """Of one owner's steps, or of its longer works, while nothing else is queued; fewer beside others, and twice
+    so many at most (`scheduler.Scheduler.has_room`). Beyond it callers are told to come back, before their tensors pile
+    up in memory."""
     graph_bytes: int = GRAPH_BYTES
     """Of a GPU's memory, for CUDA graphs of steps."""
     share_prefixes: Sharing = "owner"

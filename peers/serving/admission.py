@@ -20,6 +20,10 @@ class AdmissionLimits:
 
     max_bytes_in_flight: int = 512 << 20
     max_bytes_in_flight_per_peer: int = 128 << 20
+    """Of one client."""
+    max_bytes_in_flight_per_link: int = 256 << 20
+    """Of all clients to which one peer is the hop before: more than one of them may have, so that there is room for
+    another, and less than there is in all."""
     max_accounts: int = 4096
     """At this number a new account replaces the one that was idle longest; those with bytes in flight stay."""
 
@@ -29,6 +33,8 @@ class Account:
     """What one remote peer used since this node first heard of it."""
 
     bytes_in_flight: int = 0
+    bytes_forwarded: int = 0
+    """Other clients' in flight, that came over its link."""
     steps: int = 0
     positions: int = 0
     trained: int = 0
@@ -36,6 +42,10 @@ class Account:
     bytes_received: int = 0
     compute_s: float = 0.0
     refused: int = 0
+
+    @property
+    def idle(self) -> bool:
+        return not (self.bytes_in_flight or self.bytes_forwarded)
 
 
 class Admission:
@@ -55,9 +65,19 @@ class Admission:
         self.accounts.move_to_end(peer)
         return account
 
-    def admit(self, peer: PeerId, payload_bytes: int) -> None:
-        """Take `payload_bytes` in, as `hold`."""
-        self.hold(peer, payload_bytes)
+    def admit(self, peer: PeerId, payload_bytes: int, via: PeerId | None = None) -> None:
+        """Take in what is the client `peer`'s until `finish` with the same; `via`: from whom it comes, if not from
+        itself. Raises Busy as `hold`, and where too much of what that one passed on waits here."""
+        if via not in (None, peer):
+            sender = self.account(via)
+            forwarded = sender.bytes_forwarded + payload_bytes
+            if forwarded > self.limits.max_bytes_in_flight_per_link:
+                sender.refused += 1
+                raise Busy(f"{forwarded >> 20} MiB that you pass on are waiting here", retry_after_s=0.5)
+            self.hold(peer, payload_bytes)
+            self.account(via).bytes_forwarded = forwarded
+        else:
+            self.hold(peer, payload_bytes)
         self.account(peer).bytes_received += payload_bytes
 
     def hold(self, peer: PeerId, payload_bytes: int) -> None:
@@ -71,8 +91,10 @@ class Admission:
         self._bytes_in_flight = total
         account.bytes_in_flight = mine
 
-    def finish(self, peer: PeerId, payload_bytes: int) -> None:
+    def finish(self, peer: PeerId, payload_bytes: int, via: PeerId | None = None) -> None:
         """What brought `payload_bytes`, or was held, has ended, whatever its outcome."""
+        if via not in (None, peer):
+            self.account(via).bytes_forwarded -= payload_bytes
         self.account(peer).bytes_in_flight -= payload_bytes
         self._bytes_in_flight -= payload_bytes
 
@@ -86,6 +108,6 @@ class Admission:
 
     def _forget_idle(self) -> None:
         if len(self.accounts) >= self.limits.max_accounts:
-            idle = next((peer for peer, account in self.accounts.items() if not account.bytes_in_flight), None)
+            idle = next((peer for peer, account in self.accounts.items() if account.idle), None)
             if idle is not None:
                 del self.accounts[idle]

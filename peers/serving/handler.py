@@ -290,11 +290,12 @@ class Handler:
             tensors.check(payload, dtype=message.dtype, count=message.count, hidden=message.hidden)
             if self.ledger.standbys:
                 self._make_room(standby=Place(SessionId(message.session), message.block) in self.ledger.standbys)
-            self.admission.admit(link.remote, payload_bytes)
+            owner = self.ledger.answerable(link.remote, message)
+            self.admission.admit(owner, payload_bytes, link.remote)
             try:
                 entry, verdict = self.ledger.step(link.remote, message, self._clock())
             except SwarmError:
-                self.admission.finish(link.remote, payload_bytes)
+                self.admission.finish(owner, payload_bytes, link.remote)
                 raise
         except (ProtocolError, Busy, Refused) as error:
             logger.info("step %s of %s from %s: %s", message.step, message.session.hex()[:12], link.remote, error)
@@ -308,7 +309,7 @@ class Handler:
                 work = self._compute(link, entry, message, verdict, payload)
                 self._steps.spawn(work, name=f"step {entry.place}")
             return None
-        self.admission.finish(link.remote, payload_bytes)
+        self.admission.finish(owner, payload_bytes, link.remote)
         if isinstance(verdict, Repeat) and not self.pusher.deliver_now(entry, verdict.answer):
             self._steps.spawn(self._repeat(entry, message, verdict.answer), name=f"repeat {entry.place}")
         return None
@@ -335,7 +336,7 @@ class Handler:
             rows = tensors.converted(payload, dtype=step.dtype, to=dtype, hidden=hidden)
             done = self._engine.at_once(entry.place, step.first, rows, entry.span, step.regime_length)
         except (PeerError, Unavailable) as error:
-            self.admission.finish(link.remote, len(payload))
+            self.admission.finish(entry.owner, len(payload), link.remote)
             if (failure := self._failed(entry, step, run, error)) is not None:
                 self._steps.spawn(_tell(entry.owner_link, failure), name=f"step {entry.place}")
             return True
@@ -345,7 +346,7 @@ class Handler:
         delivery = self._wanted(entry, step, run, output, took)
         left = delivery is None or self.pusher.deliver_now(entry, delivery)
         # the next hop has something to do by now: nobody waits for what else there is
-        self.admission.finish(link.remote, len(payload))
+        self.admission.finish(entry.owner, len(payload), link.remote)
         self._account(entry, step, took, None if delivery is None else output)
         if delivery is not None and not left:
             self._steps.spawn(self._send(entry, step, took, delivery), name=f"step {entry.place}")
@@ -378,7 +379,7 @@ class Handler:
                 await _tell(entry.owner_link, failure)
             return
         finally:
-            self.admission.finish(link.remote, len(payload))
+            self.admission.finish(entry.owner, len(payload), link.remote)
             if self.ledger.get(entry.place) is None:
                 self.release(entry.place)
         output, took = tensors.pack(done.hidden, step.dtype), (done.queue_s, done.compute_s)

@@ -271,6 +271,13 @@ class Ledger(Generic[Answer, OwnerLink]):
         entry.lease_expires_at_s = now_s + self.limits.lease_s
         return entry
 
+    def answerable(self, sender: PeerId, step: Step) -> PeerId:
+        """Who answers for a step that `sender` brings: its session's owner where it may bring it, else itself."""
+        entry = self._entries.get(Place(SessionId(step.session), step.block))
+        if entry is None and step.parent is not None:
+            entry = self._entries.get(Place(SessionId(step.parent), step.block))
+        return sender if entry is None or sender != entry.previous else entry.owner
+
     def step(self, sender: PeerId, step: Step, now_s: float) -> tuple[Entry[Answer, OwnerLink], Verdict[Answer]]:
         """Judge a step and, if it is to run, count its positions. Renews the lease.
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from peers.model.kernels import Pool, linear
 from swarm.models.head import Meeting, share_head
+from swarm.models.loading import HEAD_ROWS
 from swarm.session.callers import Callers
+from tests.helpers.local_remote import make_world
 
 WEIGHT = torch.arange(12.0).view(4, 3)
 DEADLINE_S = 30
@@ -24,10 +30,13 @@ class Head:
         self.began, self.go_on = threading.Event(), threading.Event()
         self.fails = False
 
-    def __call__(self, rows_MK: Tensor) -> Tensor:
+    def wait(self, rows_MK: Tensor) -> None:
         self.sizes.append(len(rows_MK))
         self.began.set()
         assert self.go_on.wait(DEADLINE_S)
+
+    def __call__(self, rows_MK: Tensor) -> Tensor:
+        self.wait(rows_MK)
         if self.fails:
             self.fails = False
             raise MemoryError("no room")
@@ -45,17 +54,21 @@ def crowd(meeting: Meeting, head: Head, count: int) -> tuple[list[Tensor | None]
         except MemoryError as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(count)]
+    meet(meeting, head, [threading.Thread(target=call, args=(index,)) for index in range(count)])
+    return outputs, errors
+
+
+def meet(meeting: Meeting, head: Head, threads: Sequence[threading.Thread]) -> None:
+    """Run these, all but the first of which come while its product runs."""
     threads[0].start()
     assert head.began.wait(DEADLINE_S)
     for thread in threads[1:]:
         thread.start()
-    while len(meeting._waiting) < count - 1:
+    while len(meeting._waiting) < len(threads) - 1:
         threading.Event().wait(0.001)
     head.go_on.set()
     for thread in threads:
         thread.join(DEADLINE_S)
-    return outputs, errors
 
 
 def test_rows_that_wait_share_one_product() -> None:
@@ -137,3 +150,30 @@ def test_gradients_flow_through_the_layers_own_product() -> None:
 def test_any_shape_comes_back(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     assert torch.equal(Meeting(lambda rows: rows @ WEIGHT.T)(x), x @ WEIGHT.T)
+
+
+def test_threads_that_generate_with_a_loaded_model_share_products_of_its_accelerated_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # as on a machine where the library wins
+    world, right, product = make_world("llama"), Pool.linear, Head()
+    head = world.model.get_output_embeddings()
+    assert isinstance(head, linear.FastLinear)
+    assert head.rows_max == HEAD_ROWS
+
+    def counted(pool: Pool, input_MK: Tensor, *others: Any) -> Tensor:
+        product.wait(input_MK)
+        return right(pool, input_MK, *others)
+
+    monkeypatch.setattr(Pool, "linear", counted)
+    prompts = [torch.tensor([[5, 6 + index, 7]]) for index in range(6)]
+    outputs: dict[int, Tensor] = {}
+
+    def generate(index: int) -> None:
+        outputs[index] = world.model.generate(prompts[index], max_new_tokens=1, do_sample=False)
+
+    threads = [threading.Thread(target=generate, args=(index,)) for index in range(6)]
+    meet(inspect.getclosurevars(head.forward).nonlocals["meeting"], product, threads)
+    assert product.sizes == [1, 5]
+    for index, prompt in enumerate(prompts):
+        assert torch.equal(outputs[index], world.local.generate(prompt, max_new_tokens=1, do_sample=False))

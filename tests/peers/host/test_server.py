@@ -12,6 +12,7 @@ import torch
 from peers.capacity import plan_capacity
 from peers.host import server
 from peers.model.loading import load_config
+from peers.runtime.works import Done, Work
 from peers.serving import announce
 from peers.transport import links
 from routing.ids import BlockSpan, BlockSpans
@@ -132,3 +133,40 @@ def test_a_peer_that_was_disturbed_measures_itself_again_when_it_serves_nobody_a
         said = peer.presence.describe()
         assert (said.prefill_s_per_token_block, peer.engine.config.token_budget) == (0.0, budget)
         assert 0 < said.decode_s_per_block == peer.probe.decode_s_per_block < 10.0
+
+
+def test_a_peer_does_not_measure_itself_while_its_owner_wants_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(FAMILIES["llama"], tmp_path / "tiny")
+    monkeypatch.setattr(server, "QUIET_LOOK_S", 0.01)
+    with MemorySwarm(tmp_path / "tiny", [(0, NUM_BLOCKS)], cache=tmp_path / "cache") as swarm:
+        (peer,) = swarm.peers
+        peer.probe = replace(peer.probe, decode_s_per_block=10.0, disturbed=True)
+        works: list[bool] = []
+        run = peer.engine.run
+
+        async def watched(work: Work) -> Done:
+            works.append(peer.handler.paused)
+            if len(works) == 3:
+                peer.pause(True)
+                await asyncio.Event().wait()
+            return await run(work)
+
+        async def measure() -> None:
+            monkeypatch.setattr(peer.engine, "run", watched)
+            peer.pause(True)
+            waiting = asyncio.create_task(peer.measure_again())
+            await peer.engine.prepared()
+            await asyncio.sleep(0.1)
+            assert not works, "it is paused"
+            peer.pause(False)
+            await waiting
+            assert works == [False, False, False], "it was paused again"
+            assert (peer.probe.decode_s_per_block, peer.probe.disturbed) == (10.0, True)
+            assert peer.engine.stats().sessions == 0
+            peer.pause(False)
+            await peer.measure_again()
+            assert peer.probe.decode_s_per_block < 10.0
+
+        swarm.thread.call(measure(), timeout_s=100)

@@ -309,6 +309,41 @@ async def test_a_full_queue_answers_busy(local: Local) -> None:
         await together(*accepted)
 
 
+async def test_a_full_queue_of_one_client_refuses_nobody_elses_step_or_prompt(local: Local) -> None:
+    async with running(local.cut(), max_queued_tokens=100) as engine:
+        gate, bob = Gate(engine), PeerId("bob")
+        gate.close()
+        accepted = [asyncio.ensure_future(engine.run(work(new_session(), 0, 50))) for _ in range(2)]
+        await gate.reached()
+        with pytest.raises(Busy):
+            await engine.run(work(new_session(), 0, 50))
+        for owner, tokens in ((ALICE, 1), (bob, 1), (bob, 33), (PeerId("carol"), 16)):
+            accepted.append(asyncio.ensure_future(engine.run(work(new_session(), 0, tokens, owner=owner))))
+        await asyncio.sleep(0)
+        with pytest.raises(Busy):
+            await engine.run(work(new_session(), 0, 33, owner=bob))
+        assert engine.stats().queued_tokens == 151
+        gate.open()
+        assert [len(done.hidden) for done in await together(*accepted)] == [50, 50, 1, 1, 33, 16]
+
+
+async def test_a_client_comes_back_when_its_own_turn_comes(local: Local) -> None:
+    async with running(local.cut(), max_queued_tokens=100) as engine:
+        gate, bob = Gate(engine), PeerId("bob")
+        gate.close()
+        accepted = [asyncio.ensure_future(engine.run(work(new_session(), 0, 50))) for _ in range(2)]
+        await gate.reached()
+        accepted.append(asyncio.ensure_future(engine.run(work(new_session(), 0, 20, owner=bob))))
+        await asyncio.sleep(0)
+        engine._tempo.token_s = 0.01
+        for owner, after_s in ((ALICE, 1.2), (bob, 0.6)):
+            with pytest.raises(Busy) as caught:
+                await engine.run(work(new_session(), 0, 40, owner=owner))
+            assert caught.value.retry_after_s == pytest.approx(after_s)
+        gate.open()
+        await together(*accepted)
+
+
 async def test_a_release_in_the_running_forward_takes_effect_after_it(local: Local) -> None:
     async with running(local.cut()) as engine:
         gate, session, other = Gate(engine), new_session(), new_session()

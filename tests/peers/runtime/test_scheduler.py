@@ -20,6 +20,7 @@ from peers.runtime.scheduler import (
     Pick,
     Scheduler,
     Tempo,
+    claim_of,
 )
 from peers.wire.messages import Urgency
 
@@ -421,3 +422,29 @@ def test_only_what_could_run_now_decides_whether_all_is_background() -> None:
     assert desk.scheduler.only_background
     desk.submit(1, 1, urgency=Urgency.TRAINING)
     assert not desk.scheduler.only_background
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 60), st.booleans()), max_size=60))
+def test_the_queue_is_never_full_whoever_sends_what(works: list[tuple[str, int, bool]]) -> None:
+    desk, most = Desk(), 100
+    for session, (owner, tokens, run) in enumerate(works):
+        if desk.scheduler.has_room(claim_of(owner, tokens, Urgency.INTERACTIVE), tokens, most):
+            desk.submit(session, tokens, owner=owner)
+        if run:
+            desk.run()
+        assert desk.scheduler.queued_tokens < 2 * most
+    while desk.run():
+        pass
+    assert desk.scheduler.queued_tokens == 0
+    assert not desk.scheduler._queued
+
+
+@pytest.mark.parametrize("owners", [1, 2, 3, 9])
+def test_owners_have_equal_parts_of_the_queue_and_leave_one_to_the_next(owners: int) -> None:
+    desk, most = Desk(), 1000
+    for session in range(100):
+        owner = str(session % owners)
+        if desk.scheduler.has_room((owner, False), 20, most):
+            desk.submit(session, 20, owner=owner)
+    assert desk.scheduler.queued_tokens == pytest.approx(2 * most * owners / (owners + 1), abs=20 * owners)
+    assert desk.scheduler.has_room(("next", False), 20, most)

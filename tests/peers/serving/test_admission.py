@@ -11,6 +11,10 @@ from peers.errors import Busy
 from peers.serving.admission import Admission, AdmissionLimits
 from routing.ids import PeerId
 
+LIMITS = AdmissionLimits(
+    max_bytes_in_flight=100, max_bytes_in_flight_per_peer=50, max_bytes_in_flight_per_link=75, max_accounts=3
+)
+
 
 def test_a_peer_above_its_share_is_told_to_come_back_and_others_are_not_disturbed() -> None:
     admission = Admission(AdmissionLimits(max_bytes_in_flight=100, max_bytes_in_flight_per_peer=60))
@@ -24,6 +28,21 @@ def test_a_peer_above_its_share_is_told_to_come_back_and_others_are_not_disturbe
     admission.finish(PeerId("greedy"), 60)
     admission.admit(PeerId("late"), 1)
     assert admission.accounts[PeerId("greedy")].refused == 1
+
+
+def test_one_client_leaves_room_to_others_behind_the_same_hop_and_that_hop_to_others() -> None:
+    admission, hop = Admission(LIMITS), PeerId("hop")
+    admission.admit(PeerId("greedy"), 50, hop)
+    with pytest.raises(Busy, match="of yours"):
+        admission.admit(PeerId("greedy"), 1, hop)
+    admission.admit(PeerId("modest"), 25, hop)
+    with pytest.raises(Busy, match="you pass on"):
+        admission.admit(PeerId("invented"), 1, hop)
+    assert admission.accounts[hop].refused == admission.accounts[PeerId("greedy")].refused == 1
+    admission.admit(hop, 15)
+    admission.admit(PeerId("other"), 10, PeerId("other hop"))
+    admission.finish(PeerId("greedy"), 50, hop)
+    admission.admit(PeerId("invented"), 50, hop)
 
 
 def test_a_new_peer_gets_an_account_also_while_all_others_have_bytes_in_flight() -> None:
@@ -50,22 +69,25 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.limits = AdmissionLimits(max_bytes_in_flight=100, max_bytes_in_flight_per_peer=50, max_accounts=3)
-        self.admission = Admission(self.limits)
-        self.in_flight: list[tuple[PeerId, int]] = []
+        self.admission = Admission(LIMITS)
+        self.in_flight: list[tuple[PeerId, int, PeerId | None]] = []
         self.most_busy = 0
 
     def held(self, peer: PeerId | None = None) -> int:
-        return sum(size for owner, size in self.in_flight if peer in (None, owner))
+        return sum(size for owner, size, _ in self.in_flight if peer in (None, owner))
 
-    @rule(peer=peers, size=st.sampled_from([0, 1, 10, 30, 50, 51]))
-    def admit(self, peer: PeerId, size: int) -> None:
-        if self.held() + size > 100 or self.held(peer) + size > 50:
+    def forwarded(self, via: PeerId | None) -> int:
+        return sum(size for owner, size, sender in self.in_flight if via == sender != owner)
+
+    @rule(peer=peers, size=st.sampled_from([0, 1, 10, 30, 50, 51]), via=st.none() | peers)
+    def admit(self, peer: PeerId, size: int, via: PeerId | None) -> None:
+        too_much_forwarded = via not in (None, peer) and self.forwarded(via) + size > 75
+        if self.held() + size > 100 or self.held(peer) + size > 50 or too_much_forwarded:
             with pytest.raises(Busy):
-                self.admission.admit(peer, size)
+                self.admission.admit(peer, size, via)
         else:
-            self.admission.admit(peer, size)
-            self.in_flight.append((peer, size))
+            self.admission.admit(peer, size, via)
+            self.in_flight.append((peer, size, via))
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
@@ -82,13 +104,15 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert sum(account.bytes_in_flight for account in accounts.values()) == self.held() <= 100
         for peer, account in accounts.items():
             assert account.bytes_in_flight == self.held(peer) <= 50
-        self.most_busy = max(self.most_busy, len({peer for peer, size in self.in_flight if size}))
-        assert len(accounts) <= max(self.limits.max_accounts, self.most_busy + 1)
+            assert account.bytes_forwarded == self.forwarded(peer) <= 75
+        busy = {peer for owner, size, via in self.in_flight if size for peer in (owner, via)}
+        self.most_busy = max(self.most_busy, len(busy - {None}))
+        assert len(accounts) <= max(LIMITS.max_accounts, self.most_busy + 1)
 
     def teardown(self) -> None:
-        for peer, size in self.in_flight:
-            self.admission.finish(peer, size)
-        assert all(account.bytes_in_flight == 0 for account in self.admission.accounts.values())
+        for entry in self.in_flight:
+            self.admission.finish(*entry)
+        assert all(account.idle for account in self.admission.accounts.values())
         self.admission.admit(PeerId("afterwards"), 50)
 
 

@@ -171,6 +171,38 @@ async def test_too_many_bytes_in_flight_are_busy_and_all_are_given_back() -> Non
         await client.result()
 
 
+async def test_what_a_client_has_in_flight_takes_nothing_from_others_behind_the_same_predecessor() -> None:
+    async with Route(2) as route:
+        client, other, (first, second) = route.client, route.another_client(), route.hops
+        await client.open(route.hops)
+        await other.open(route.hops, session=2)
+        second.engine.compute_s = 1.0
+        second.admission.limits = AdmissionLimits(max_bytes_in_flight_per_peer=2 * HIDDEN * 4)
+        for step in range(3):
+            await client.step(first, step, step)
+        failure, _ = await client.next(Failed)
+        assert (failure.peer, failure.code, failure.step) == (second.peer_id, Code.BUSY, 2)
+        await other.step(first, 1, 0, session=2)
+        assert torch.equal(await other.result(), expected(route.hops, 0, 1))
+        for step in range(2):
+            assert torch.equal(await client.result(), expected(route.hops, step, step + 1))
+        assert second.admission.account(first.peer_id).idle
+
+
+async def test_what_a_stranger_sends_for_a_session_counts_as_its_own() -> None:
+    async with Alone() as route:
+        client, stranger, hop = route.client, route.another_client(), route.hop
+        await client.open(route.hops)
+        hop.admission.limits = AdmissionLimits(max_bytes_in_flight_per_peer=2 * HIDDEN * 4)
+        await stranger.step(hop, 1, 0, 3)
+        assert await stranger.refusal() == Code.BUSY
+        await stranger.step(hop, 1, 0, 2)
+        assert await stranger.refusal() == Code.FORBIDDEN
+        accounts = hop.admission.accounts
+        assert accounts[stranger.transport.peer_id].refused == 1
+        assert client.transport.peer_id not in accounts
+
+
 # --- once and only once ---
 
 
