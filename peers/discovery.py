@@ -176,7 +176,8 @@ class Discovery:
     async def _look_again(self, model: ModelId, delay_s: float) -> None:
         """Returns once the records were read again, after `delay_s`, or a peer answers that did not before."""
         self._answered.clear()
-        for peer in self.router.silent(self._clock()):
+        silent = self.router.silent(self._clock())
+        for peer in sorted(silent, key=lambda peer: self._pinged_at_s.get(peer.peer_id, 0.0)):
             if peer.model == model and peer.peer_id not in self._asked and len(self._asked) < MAX_PINGS_PER_ROUND:
                 self._asked.add(peer.peer_id)
                 self._tasks.spawn(self._ask_again(peer), name=f"ping {peer.peer_id[-8:]} again")

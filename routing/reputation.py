@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from routing.ids import PeerId
 
 BACKOFF_S_MIN: Final = 2.0
-"""After the first failure: shorter than a client waits for missing blocks, so that one blip of an only holder heals."""
+"""After the first failure: shorter than a client waits for missing blocks, so that a blip of an only holder heals."""
 BACKOFF_S_MAX: Final = 300.0
 STRIKE_HALF_LIFE_S: Final = 300.0
 ANSWERING_BACKOFF_S_MAX: Final = 30.0
@@ -32,7 +32,7 @@ class Opinion(NamedTuple):
     peer_id: PeerId
     strikes: float
     backoff_s: float
-    """It is left alone for so long yet."""
+    """It is left alone for so long yet, and who is gone until something is heard of it."""
     age_s: float
     """Since it failed last."""
     reason: str
@@ -78,6 +78,7 @@ class Reputation:
         known = self._records.get(peer, _CLEAN)
         if known.backed_off_until_s > now_s:
             return
+        gone = unreachable and (known.unheard or not late)  # silence says nothing new of who was gone
         strikes = min(known.strikes_at(now_s) + 1, _STRIKES_MAX)
         backoff_s = min(BACKOFF_S_MIN * 2.0 ** (strikes - 1), BACKOFF_S_MAX)
         failed = replace(
@@ -86,8 +87,8 @@ class Reputation:
             updated_at_s=now_s,
             backed_off_until_s=now_s + backoff_s,
             unreachable=unreachable,
-            unheard=unreachable and not late,
-            late=late,
+            unheard=gone,
+            late=late and not gone,
             # It may quote the peer, and ends up on somebody's terminal.
             reason="".join(c if c.isprintable() else "?" for c in reason[:200]),
         )
@@ -108,7 +109,9 @@ class Reputation:
         return {peer for peer, known in self._records.items() if known.unheard}
 
     def on_record(self, peer: PeerId, made_at_s: float) -> None:
-        """The peer announced itself then: if that was later, it may be tried once its back-off is over."""
+        """The peer announced itself then, by its own clock: if later, it may be tried once its back-off is over. A
+        clock that is ahead costs a try of the dead, one that is behind a while.
+        """
         known = self._records.get(peer, _CLEAN)
         if known.unheard and made_at_s > known.updated_at_s:
             self._records[peer] = replace(known, unheard=False)

@@ -7,6 +7,7 @@ driver feeds it announcements and measurements and asks it for plans. Not for se
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable, Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Final
@@ -51,8 +52,9 @@ class Router:
         """Verified announcements arrived, in any order, repeated or not."""
         self._directory.fold(announcements, now_s)
         for peer in self._reputation.unheard:
-            if (record := self._directory.record_of(peer)) is not None:
-                self._reputation.on_record(peer, record.expires_at_s - RECORD_LIFETIME_S)
+            record = self._directory.record_of(peer)  # None: whoever has none any more comes back with a new one
+            made_at_s = math.inf if record is None else record.expires_at_s - RECORD_LIFETIME_S
+            self._reputation.on_record(peer, made_at_s)
 
     def on_rtt(self, peer: PeerId, rtt_s: float, now_s: float, *, needed: bool = False) -> None:
         """A small message went to the peer and back. `needed`: it was sent because there is no route without it."""

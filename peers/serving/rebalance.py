@@ -119,10 +119,11 @@ class Rebalance:
         try:
             while True:
                 done, _ = await asyncio.wait([fetching], timeout=LOOK_S)
+                if done:
+                    await fetching
                 if not await self._stands(move, ready=True, answered=await self._answered(move) if done else None):
                     return False
                 if done:
-                    await fetching
                     return True
         except SwarmError as error:
             self._failed(error)

@@ -120,9 +120,10 @@ class Collector:
 
     async def _reading(self, client: ClientNode) -> None:
         while True:
+            asked_at_s = self._clock()
             announcements = await client.discovery.read_index()
             if announcements or await self._hears_somebody(client):
-                self.core.read(announcements, self._clock())
+                self.core.read(announcements, asked_at_s)
             else:
                 self.core.failed("the network's index cannot be read, and nobody answers")
             self.core.advance(self._clock())  # so that who is new is called at once

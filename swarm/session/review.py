@@ -49,6 +49,8 @@ def hop_to_leave(
     things take time as well, with any peers, and what steps take says nothing of these.
     """
     assert request.previous is not None
+    if (total_s := sum(took_s.values())) > step_s:  # of one step, which took longer than they usually do
+        took_s = {peer: one_s * step_s / total_s for peer, one_s in took_s.items()}
     slowest = max(took_s, key=took_s.__getitem__)
     others_s = sum(took_s.values()) - took_s[slowest]
     if others_s * CLEAR_GAIN >= step_s:
@@ -65,7 +67,7 @@ def hop_to_leave(
         better = router.plan(replace(request, keep=others), now_s)
     except NoRoute:  # the records of the others ran out
         return None
-    expected_s = stays_s + better.cost_s - rest_s
+    expected_s = stays_s + max(0.0, better.cost_s - rest_s)
     if expected_s * CLEAR_GAIN >= step_s or any(hop.peer_id == slowest for hop in better.hops):
         return None
     return slowest

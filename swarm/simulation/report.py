@@ -21,6 +21,7 @@ class Sample:
 
     at_s: float
     tokens_per_s: float
+    """Whose steps were answered in this second."""
     bound_tokens_per_s: float
     users_bound_tokens_per_s: float
     covered: bool

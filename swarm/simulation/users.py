@@ -157,11 +157,12 @@ class User:
                 stage.sharing.left_U[self.number] = left
                 break
             self.works.popleft()
-            if work.step.replay or work.step.hop:
+            if work.step.replay:
                 stage.counts["again"] += work.step.count * sum(blocks for _, blocks in work.hops)
-            else:
-                stage.counts["written"] += work.step.count if work.tokens == 1 else 0
-                answered += work.step.count
+            else:  # all of it, also what hops held already because it was computed before a route was changed
+                count = next(step.count for step in self.core.pending if step.step == work.step.step)
+                stage.counts["written"] += count if work.tokens == 1 else 0
+                answered += count
             self._tell(stage, work)
             self._perform(stage, self.core.result(work.step.step, self.core.epoch))
             self._go_on(stage)

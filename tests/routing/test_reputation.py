@@ -178,3 +178,11 @@ def test_who_is_gone_is_not_tried_before_something_is_heard_of_it(heard: str) ->
     assert not reputation.unheard
     assert BAD in reputation.backed_off(NOW_S + 1), "it is backed off from all the same"
     assert not reputation.backed_off(NOW_S + BACKOFF_S_MIN)
+
+
+def test_silence_says_nothing_new_of_who_is_gone() -> None:
+    reputation = Reputation()
+    reputation.on_failure(BAD, NOW_S, "the connection ended", unreachable=True)
+    reputation.on_failure(BAD, NOW_S + BACKOFF_S_MIN, "did not answer", unreachable=True, late=True)
+    assert reputation.unheard == {BAD}
+    assert not reputation.late(NOW_S + BACKOFF_S_MIN)

@@ -66,7 +66,7 @@ def test_sessions_outlive_peers_that_come_and_go_half_of_them_without_a_word() -
     run(work)
 
 
-@pytest.mark.parametrize("holders", [1, 8])
+@pytest.mark.parametrize("holders", [1, 11])
 def test_a_gap_is_named_within_five_seconds_and_outlived_however_many_died_in_it(holders: int) -> None:
     """Each of the dead is tried once: their records outlive them, and a session has twelve attempts."""
 

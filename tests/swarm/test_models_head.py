@@ -64,7 +64,9 @@ def meet(meeting: Meeting, head: Head, threads: Sequence[threading.Thread]) -> N
     assert head.began.wait(DEADLINE_S)
     for thread in threads[1:]:
         thread.start()
-    while len(meeting._waiting) < len(threads) - 1:
+    for _ in range(int(DEADLINE_S * 1000)):
+        if len(meeting._waiting) >= len(threads) - 1:
+            break
         threading.Event().wait(0.001)
     head.go_on.set()
     for thread in threads:

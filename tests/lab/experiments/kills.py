@@ -251,6 +251,7 @@ def one_run(
     if again_after is not None:
         about["again"] = kill.again
     recomputed = [(hop, peer.computed_positions - computed[peer] - POSITIONS) for hop, peer in kill.survivors.items()]
+    serving = {peer.label for peer in swarm.serving(user)} if answer is not None else set()
     if again_after is not None:
         swarm.peers.pop(SPARE).close()
     if answer is None:
@@ -262,7 +263,7 @@ def one_run(
     if when != "prompt":
         healthy = [peer.label for peer in kill.survivors.values()]
         # all who hold anything of the session; others have their own to say, records above all, often in one burst
-        session = {"user", *healthy, *(peer.label for peer in swarm.serving(user))}
+        session = {"user", *healthy, *serving}
         carried["at_token"] = at_token
         carried["uplink"] = kill.uplink
         carried["uplink_packets"] = bytes_out_of(after.counts, "user") - bytes_out_of(before.counts, "user")
