@@ -36,22 +36,23 @@ def simulate(
     Nothing goes over the network. A model of 32 blocks; speeds, distances and memory are drawn from what volunteers
     have. Shows tokens per second against the most that these peers could carry, coverage, moves and fairness.
     """
-    with command(verbose=verbose, debug=debug), signals.interruptible():
+    with command(verbose=verbose, debug=debug):
         from swarm.cli import simulate as view
         from swarm.simulation.world import SimulationConfig
 
-        try:
-            config = SimulationConfig(
-                peers=peers,
-                users=users or max(clients, 6 * peers),
-                clients=clients,
-                minutes=minutes,
-                churn_per_hour=churn,
-                seed=seed,
-            )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
-        view.simulate(config, plot=plot, as_json=as_json)
+        with signals.interruptible():
+            try:
+                config = SimulationConfig(
+                    peers=peers,
+                    users=users or max(clients, 6 * peers),
+                    clients=clients,
+                    minutes=minutes,
+                    churn_per_hour=churn,
+                    seed=seed,
+                )
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from error
+            view.simulate(config, plot=plot, as_json=as_json)
 
 
 def demo(
@@ -64,8 +65,8 @@ def demo(
 
     The small built-in model is fetched first (93 MB, once). Everything stops at the end.
     """
-    with command(verbose=verbose, debug=debug), signals.interruptible():
+    with command(verbose=verbose, debug=debug):
         from swarm import demo as show
 
-        with Bars() as bars:
+        with signals.interruptible(), Bars() as bars:
             show.run(prompt, max_new_tokens=max_new_tokens, say=say, write=write, progress=bars)

@@ -87,40 +87,41 @@ def generate(
     Greedy, unless --temperature, --top-p, --top-k, --min-p or --seed asks for sampling. Peers can read what you send.
     With --json: one object with the text, its token ids, the route and timings.
     """
-    with command(verbose=verbose, debug=debug), signals.interruptible():
+    with command(verbose=verbose, debug=debug):
         entrance = entrance_of(initial_peers, invite, network)
         text = prompt_of(prompt)
         from swarm.answers import Sampling
         from swarm.cli import conversation
 
-        connection = conversation.Connection(
-            model=model,
-            entrance=entrance,
-            dtype=dtype,
-            token=token,
-            min_precision=min_precision,
-            adapter=adapter,
-            background=background,
-            resilience=resilience,
-        )
-        sampling = Sampling(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            num_beams=num_beams,
-            seed=seed,
-        )
-        conversation.generate(
-            connection,
-            text,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            chat_template=chat_template,
-            as_json=as_json,
-            trace=trace,
-        )
+        with signals.interruptible():
+            connection = conversation.Connection(
+                model=model,
+                entrance=entrance,
+                dtype=dtype,
+                token=token,
+                min_precision=min_precision,
+                adapter=adapter,
+                background=background,
+                resilience=resilience,
+            )
+            sampling = Sampling(
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                num_beams=num_beams,
+                seed=seed,
+            )
+            conversation.generate(
+                connection,
+                text,
+                sampling=sampling,
+                max_new_tokens=max_new_tokens,
+                chat_template=chat_template,
+                as_json=as_json,
+                trace=trace,
+            )
 
 
 def chat(
@@ -149,26 +150,27 @@ def chat(
     The peers keep the conversation between turns, so a new question costs only its own tokens. Ctrl-C stops an answer,
     Ctrl-D leaves; /reset begins anew, /help lists the rest. Peers can read what you send.
     """
-    with command(verbose=verbose, debug=debug), signals.interruptible():
+    with command(verbose=verbose, debug=debug):
         entrance = entrance_of(initial_peers, invite, network)
         from swarm.answers import Sampling
         from swarm.cli import conversation
 
-        connection = conversation.Connection(
-            model=model,
-            entrance=entrance,
-            dtype=dtype,
-            token=token,
-            min_precision=min_precision,
-            adapter=adapter,
-            resilience=resilience,
-        )
-        sampling = Sampling(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-        conversation.chat(connection, system=system, sampling=sampling, max_new_tokens=max_new_tokens)
+        with signals.interruptible():
+            connection = conversation.Connection(
+                model=model,
+                entrance=entrance,
+                dtype=dtype,
+                token=token,
+                min_precision=min_precision,
+                adapter=adapter,
+                resilience=resilience,
+            )
+            sampling = Sampling(
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+            )
+            conversation.chat(connection, system=system, sampling=sampling, max_new_tokens=max_new_tokens)

@@ -126,7 +126,7 @@ def finetune(
     checkpoint and ends; the same command goes on from there. Peers can read what you send. Needs:
     pip install 'hiveswarm[train]'.
     """
-    with command(verbose=verbose, debug=debug), signals.interruptible():
+    with command(verbose=verbose, debug=debug):
         entrance = entrance_of(initial_peers, invite, network)
         from swarm.extras import require_extra
 
@@ -136,27 +136,28 @@ def finetune(
         from swarm.session.training import TrainingConfig
         from swarm.training import FinetuneConfig
 
-        connection = Connection(
-            model=model,
-            entrance=entrance,
-            dtype=dtype,
-            token=token,
-            min_precision=min_precision,
-            training=TrainingConfig(dtype=wire_dtype),
-        )
-        config = FinetuneConfig(
-            method=method,
-            rank=rank,
-            alpha=alpha,
-            target_modules=tuple(target_modules or ()),
-            virtual_tokens=virtual_tokens,
-            prompt_text=prompt_text or None,
-            epochs=epochs,
-            steps=steps,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            learning_rate=learning_rate,
-            save_every=save_every,
-            seed=seed,
-        )
-        view.run(connection, data, validation, output, config, max_tokens=max_tokens, as_json=as_json)
+        with signals.interruptible():
+            connection = Connection(
+                model=model,
+                entrance=entrance,
+                dtype=dtype,
+                token=token,
+                min_precision=min_precision,
+                training=TrainingConfig(dtype=wire_dtype),
+            )
+            config = FinetuneConfig(
+                method=method,
+                rank=rank,
+                alpha=alpha,
+                target_modules=tuple(target_modules or ()),
+                virtual_tokens=virtual_tokens,
+                prompt_text=prompt_text or None,
+                epochs=epochs,
+                steps=steps,
+                batch_size=batch_size,
+                accumulate=accumulate,
+                learning_rate=learning_rate,
+                save_every=save_every,
+                seed=seed,
+            )
+            view.run(connection, data, validation, output, config, max_tokens=max_tokens, as_json=as_json)
