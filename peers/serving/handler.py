@@ -311,16 +311,16 @@ class Handler:
             return None
         self.admission.finish(owner, payload_bytes, link.remote)
         if isinstance(verdict, Repeat) and not self.pusher.deliver_now(entry, verdict.answer):
-            self._steps.spawn(self._repeat(entry, message, verdict.answer), name=f"repeat {entry.place}")
+            self._steps.spawn(self._repeat(entry, verdict.answer), name=f"repeat {entry.place}")
         return None
 
-    async def _repeat(self, entry: Entry[Delivery, Link], step: Step, answer: Delivery) -> None:
+    async def _repeat(self, entry: Entry[Delivery, Link], answer: Delivery) -> None:
         """Not in the lane in which it was asked for: that is everybody's, and who it is for may read nothing."""
-        repeat = (entry.place, step.step)
+        repeat = (entry.place, answer.message.step)
         if repeat not in self._repeating:  # else it is on its way
             self._repeating.add(repeat)
             try:
-                await self._deliver(entry, step, answer)
+                await self._deliver(entry, answer)
             finally:
                 self._repeating.discard(repeat)
 
@@ -420,19 +420,20 @@ class Handler:
     ) -> None:
         computed_s, send_s = self._clock(), 0.0
         if step.epoch == entry.epoch:  # else it is on another route by now, which asks for the output itself
-            await self._deliver(entry, step, delivery)
+            await self._deliver(entry, delivery)
             send_s = self._clock() - computed_s
         self.counts.steps.add(step.count, *took, send_s)
 
-    async def _deliver(self, entry: Entry[Delivery, Link], step: Step, delivery: Delivery) -> None:
+    async def _deliver(self, entry: Entry[Delivery, Link], delivery: Delivery) -> None:
         """While it waits for a slow reader, it counts among what its client has here."""
-        size = len(delivery.payload)
+        size, message = len(delivery.payload), delivery.message
         try:
             self.admission.hold(entry.owner, size)
         except Busy as error:  # the journal and the ledger keep it: its client asks for it again
-            logger.info("step %s of %s is not sent: %s", step.step, entry.place, error)
+            logger.info("step %s of %s is not sent: %s", message.step, entry.place, error)
             # who does not read this either asks when he has not been answered for too long
-            entry.owner_link.send_now(self._failure(error, step.session, step.block, step.epoch, step.step))
+            failure = self._failure(error, message.session, entry.place.block, message.epoch, message.step)
+            entry.owner_link.send_now(failure)
             return
         try:
             await self.pusher.deliver(entry, delivery)
@@ -539,6 +540,17 @@ class Handler:
         for place in self.ledger.link_lost(link):
             logger.info("session %s: its client went away", place)
             self.release(place)
+        for entry in self.ledger.before_peer(link.remote) if link.outbound and link.wanted else ():
+            # the last step may have been lost with it, and of a connection that is idle nobody learns that it is gone
+            if (last := self.ledger.last_answer(entry)) is not None:
+                self._steps.spawn(self._once_more(entry, last), name=f"once more {entry.place}")
+
+    async def _once_more(self, entry: Entry[Delivery, Link], last: Delivery) -> None:
+        """Over a new link, or by the client, who learns then that the successor is gone; who has the step repeats his
+        answer."""
+        known = self.ledger.get(entry.place) is entry and entry.epoch == last.message.epoch
+        if known and entry.relay_until_s <= self._clock():  # else it went through the client
+            await self._repeat(entry, last)
 
     # --- the rest ---
 

@@ -174,6 +174,18 @@ class Ledger(Generic[Answer, OwnerLink]):
         same = (entry for entry in self._entries.values() if entry.place.session == place.session)
         return next((entry for entry in same if entry.span.end == place.block), None)
 
+    def before_peer(self, peer: PeerId) -> list[Entry[Answer, OwnerLink]]:
+        """The entries whose outputs go to `peer`."""
+        return [entry for entry in self._entries.values() if entry.next == peer]
+
+    def last_answer(self, entry: Entry[Answer, OwnerLink]) -> Answer | None:
+        """Of the step with which the session ends at present. None while anything runs behind it, or where it was too
+        large to be kept."""
+        if entry.running or not entry.answers:
+            return None
+        last = next(reversed(entry.answers.values()))
+        return last.answer if last.end == entry.positions else None
+
     def entries(self) -> tuple[Entry[Answer, OwnerLink], ...]:
         return tuple(self._entries.values())
 

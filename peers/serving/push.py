@@ -86,9 +86,9 @@ class Pusher:
         except PeerError as error:
             if link.heard_at_s > heard_at_s and not link.closed:
                 return True  # it is late with this answer, no more
-            link.retire()  # who waits to send over it must not wait on
             if entry.next == link.remote:
                 self._relay_for_now(entry, error)
+            link.retire()  # who waits to send over it must not wait on
             return False
         return True
 

@@ -10,8 +10,6 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 
-from msgspec.structs import replace as replace_fields
-
 from peers.errors import Busy, Paused, PeerUnreachable, ProtocolError, Refused
 from peers.transport.links import Link
 from peers.wire import tensors
@@ -205,15 +203,14 @@ class Inbox:
             return
         route = session.core.route
         at = _hop_at(route, PeerId(message.next), message.step.block)
-        if at is None:
+        if at is None or not session.core.due(StepId(message.step.step), message.step.epoch):
             return
         following = route.hops[at]
         self._sessions.traffic.relays += 1
         session.renew_deadline()
         session.timed_step = None  # it takes other ways than its route's
-        step = replace_fields(message.step, epoch=session.core.epoch)
-        if step == message.step and session.core.uses(following.peer_id):
-            await self._sender.send_to(session, following.peer_id, following.addresses, step, payload)
+        if session.core.uses(following.peer_id):
+            await self._sender.send_to(session, following.peer_id, following.addresses, message.step, payload)
 
     def _link_lost(self, link: Link) -> None:
         error = PeerUnreachable(f"the connection to {link.remote} ended")

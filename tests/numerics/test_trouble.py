@@ -80,6 +80,29 @@ def test_a_hop_that_dies_is_replaced_and_the_ids_stay_the_same(
     assert used[dies] not in [hop.peer_id for hop in model._remote_layers.remote.route.hops]
 
 
+@pytest.mark.parametrize("token", [1, 5])
+def test_a_link_between_two_hops_that_ends_costs_no_route(
+    make_swarm: Callable[..., MemorySwarm], local: Any, token: int
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model = swarm.model()
+    ids = prompt()
+
+    def reset() -> None:
+        first, second = (hop.peer_id for hop in model._remote_layers.remote.route.hops)
+
+        async def abort() -> None:
+            for stream in swarm.network.streams_between(first, second):
+                stream.abort("the connection was reset")
+
+        swarm.thread.call(abort())
+
+    actual = generate(model, ids, stopping_criteria=[AtToken(token, reset)])
+    assert torch.equal(actual, generate(local, ids))
+    traffic = model._remote_layers.remote.traffic
+    assert (traffic.rebuilds, traffic.relays) == (0, 0)
+
+
 @pytest.mark.parametrize("code", [Code.DRAINING, Code.PAUSED, Code.INTERNAL, Code.UNKNOWN_SESSION])
 def test_a_hop_speaks_for_no_other_than_the_one_behind_it(
     make_swarm: Callable[..., MemorySwarm], local: Any, code: str

@@ -171,6 +171,59 @@ async def test_a_successor_that_dies_between_two_steps_is_noticed_at_once() -> N
         assert now_s() - started_s < 0.5
 
 
+@pytest.mark.parametrize("after_s", [0.017, 0.023, 0.026, 0.028, 0.036, 0.041, 0.047, 0.3])
+async def test_a_step_is_lost_with_no_link_to_the_successor(after_s: float) -> None:
+    """It is under way from the first hop at 0.015 to 0.025 s, then from the second."""
+    async with Route() as route:
+        client, (first, second, _) = route.client, route.hops
+        await client.open(route.hops)
+        started_s = now_s()
+        await client.step(first, 1, 0, 5)
+        await asyncio.sleep(after_s)
+        for stream in route.network.streams_between(first.peer_id, second.peer_id):
+            stream.abort("the connection was reset")
+        assert torch.equal(await client.result(), expected(route.hops, 0, 5))
+        assert now_s() - started_s < 0.5
+        await asyncio.sleep(1.0)
+        assert {type(message) for _, message, _ in client.inbox} <= {Result}
+        assert [len(hop.engine.ran) for hop in route.hops] == [1, 1, 1], "who has it repeats what he answered"
+        client.inbox.clear()
+        await client.step(first, 2, 5)
+        assert torch.equal(await client.result(), expected(route.hops, 5, 6))
+
+
+async def test_the_client_is_given_the_step_that_was_under_way_to_a_successor_that_is_gone() -> None:
+    """Its own connection to it may be idle, and then nothing tells it."""
+    async with Route() as route:
+        client, (first, second, _) = route.client, route.hops
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        await asyncio.sleep(0.02)
+        route.network.cut(second.peer_id)
+        started_s = now_s()
+        relay, payload = await client.next(Relay)
+        assert now_s() - started_s < 0.1
+        assert (relay.next, relay.step.step, len(payload)) == (second.peer_id, 1, 5 * 4 * 4)
+
+
+async def test_of_a_link_that_ends_nothing_is_sent_again_but_the_end_of_its_sessions() -> None:
+    async with Route() as route:
+        client, (first, second, _) = route.client, route.hops
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        await client.step(first, 2, 5, 3)
+        for _ in range(2):
+            await client.result()
+        await client.step(first, 3, 5, 3)  # in the place of the second one
+        await asyncio.sleep(0.012)
+        for stream in route.network.streams_between(first.peer_id, second.peer_id):
+            stream.abort("the connection was reset")  # while it is computed
+        assert torch.equal(await client.result(), expected(route.hops, 5, 8))
+        await asyncio.sleep(1.0)
+        assert client.inbox == []
+        assert first.handler.pusher.counts.pushed == 3
+
+
 @pytest.mark.parametrize(
     "changes",
     [
