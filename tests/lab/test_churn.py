@@ -90,7 +90,16 @@ def test_a_run_without_a_gap_that_was_seen_meets_none_of_its_bars(made: list[dic
     rows = [answer(10.5, 1.0), answer(12.0, 1.0)]
     found = bars(*rows, *outcomes(rows, made))
     about = [met for name, (_, met) in found.items() if "gap" in name]
-    assert about == [False] * 4
+    assert about == [False] * 5
+
+
+def test_nobody_need_be_told_of_a_gap_that_closes_at_once() -> None:
+    for waited_s, met in ((4.0, True), (8.0, False)):
+        rows = [answer(5.0, 30.0, user="user0"), answer(10.5, 4.0, gap=True), answer(15.0, 1.0)]
+        rows.append(answer(50.0, 30.0, user="user0") | {"longest_wait_s": waited_s})
+        found = bars(*rows, *outcomes(rows, [strike(10.0), strike(60.0)]))
+        assert found["gaps made of which a new request was told"] == (1, True)
+        assert found["… or that closed within 5 s, of all gaps made"] == (1 + met, met)
 
 
 def test_a_gap_that_was_seen_and_healed_meets_its_bars() -> None:
