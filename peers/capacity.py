@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from peers.errors import PeerTooSmall
 from peers.model.cutting import max_positions
 from peers.model.lora import AdapterFolder
+from peers.model.prequantized import form_loaded
 from peers.model.quantization import NONE, bytes_in
 from peers.model.quantization import check as check_quantization
 from peers.model.support import examine
@@ -145,13 +146,17 @@ def plan_capacity(
     quantization: str = NONE,
     training: bool = False,
     hosted: Iterable[AdapterFolder] = (),
+    kept_block_bytes: int | None = None,
 ) -> Plan:
-    """With the adapters `hosted` for everybody, which take their part of every block.
+    """With the adapters `hosted` for everybody, which take their part of every block, and blocks of `kept_block_bytes`
+    (`peers.model.loading`) where they keep the checkpoint's own form.
 
     Raises what `check_options` raises, InvalidSpan for blocks that the model does not have, CallerError for adapters
-    that are not of this model, PeerTooSmall when memory does not hold what is asked, or not even one block.
+    that are not of this model or weights that cannot be quantized so, PeerTooSmall when memory does not hold what is
+    asked, or not even one block.
     """
     check_options(dtype=dtype, device=device, cache_tokens=cache_tokens, quantization=quantization)
+    quantization = form_loaded(config, quantization)
     anatomy = examine(config)
     total_blocks = anatomy.num_blocks
     if blocks is not None and blocks.end > total_blocks:
@@ -169,6 +174,10 @@ def plan_capacity(
         )
         * scale
     )
+    packed = quantization != NONE and kept_block_bytes is None
+    block_bytes = kept_block_bytes
+    if block_bytes is None:
+        block_bytes = bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization)
     forwards = 1 if blocks is None else len(blocks.parts)
     limits_bytes = tuple(_limit_bytes(one, devices, max_memory_bytes) for one in devices)
     on_host = devices[0].type != "cuda"
@@ -183,12 +192,12 @@ def plan_capacity(
     request = Request(
         limits_bytes=limits_bytes,
         sizes=Sizes(
-            block_bytes=bytes_in(whole_block_bytes, chosen_dtype.itemsize, quantization) + hosted_bytes,
+            block_bytes=block_bytes + hosted_bytes,
             token_bytes=tuple(shape.elements * chosen_dtype.itemsize for shape in anatomy.kv_shapes),
-            # with quantization, each block stands here whole for a moment
+            # where they are packed here, each block stands here whole for a moment
             process_bytes=PROCESS_BYTES
             - FORWARD_BYTES
-            + (whole_block_bytes if quantization != NONE else 0)
+            + (whole_block_bytes if packed else 0)
             + ((journal_bytes + in_flight_bytes - IN_FLIGHT_BYTES_MIN) // len(devices) if on_host else 0)
             + training_bytes // len(devices)
             + (adapter_bytes // len(devices) if on_host else adapter_bytes)

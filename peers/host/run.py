@@ -22,7 +22,7 @@ from peers.host.events import Emit, Event
 from peers.host.node import start_node
 from peers.host.server import ServerPeer
 from peers.model.catalog import Checkpoint, resolve
-from peers.model.loading import check_folder, load_config
+from peers.model.loading import check_folder, kept_block_bytes, load_config
 from peers.model.lora import AdapterFolder, open_adapter
 from peers.model.progress import Progress
 from peers.model.storage import cache_folder
@@ -211,9 +211,10 @@ async def _plan(
     config: PeerConfig, checkpoint: Checkpoint, adapters: Iterable[AdapterFolder], threads: int
 ) -> tuple[Plan, Probe | None, Path]:
     """What this peer will be, how fast it is if that was measured before, and where that is kept. Raises SwarmError."""
+    model_config = await asyncio.to_thread(load_config, checkpoint)
     plan = await asyncio.to_thread(
         plan_capacity,
-        await asyncio.to_thread(load_config, checkpoint),
+        model_config,
         dtype=config.dtype,
         device=config.device,
         max_memory_bytes=config.max_memory_bytes,
@@ -223,6 +224,7 @@ async def _plan(
         num_blocks=config.num_blocks,
         training=config.training,
         hosted=adapters,
+        kept_block_bytes=await asyncio.to_thread(kept_block_bytes, checkpoint, model_config),
     )
     file = _probe_file(checkpoint, plan, threads)
     if (probe := recall(file, time.time())) is not None:

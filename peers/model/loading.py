@@ -22,7 +22,7 @@ from transformers.utils.logging import set_tqdm_hook
 from peers.errors import CorruptCheckpoint, UnsupportedModel
 from peers.model.cutting import SpanModel, hollow_meta, straighten
 from peers.model.grouped import check_apart
-from peers.model.prequantized import quantizer_of, settle
+from peers.model.prequantized import form_loaded, kept_form, quantizer_of, settle
 from peers.model.progress import Progress, Silent
 from peers.model.quantization import NONE, quantize
 from peers.model.quantization import check as check_quantization
@@ -43,6 +43,8 @@ class Weights(Protocol):
 
     def fetch(self, tensors: Iterable[str], progress: Progress | None = None) -> Path: ...
 
+    def num_bytes(self, tensors: Iterable[str]) -> int: ...
+
 
 def load_config(checkpoint: Weights, *, device: torch.device | str | None = None) -> PretrainedConfig:
     """The configuration of the checkpoint's language model, to be loaded on `device` (None: wherever this machine loads
@@ -59,6 +61,23 @@ def check_folder(folder: Path) -> None:
     check_supported(_config_in(folder, None))
 
 
+def kept_block_bytes(checkpoint: Weights, config: PretrainedConfig) -> int | None:
+    """What the largest block takes in the checkpoint's own form, where it is loaded in that; from headers alone, which
+    a hub has to send of weights that are not here. None where weights are plain or made whole.
+
+    Raises CorruptCheckpoint, HubUnreachable.
+    """
+    if kept_form(config) == NONE:
+        return None
+    model = build_on_meta(config)
+    layers = find_layers(model) + "."
+    blocks: dict[str, list[str]] = {}
+    for stored, name in _renamed(checkpoint, model, _device(None)).items():
+        if name.startswith(layers):
+            blocks.setdefault(name.removeprefix(layers).partition(".")[0], []).append(stored)
+    return max(map(checkpoint.num_bytes, blocks.values()), default=0)
+
+
 def _config_in(folder: Path, device: torch.device | str | None) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -70,8 +89,12 @@ def _config_in(folder: Path, device: torch.device | str | None) -> PretrainedCon
     config = language_config(config)
     if getattr(config, "quantization_config", None) is None:
         check_apart(folder)
-    settle(config, device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    settle(config, _device(device))
     return config
+
+
+def _device(wanted: torch.device | str | None) -> torch.device | str:
+    return wanted or torch.accelerator.current_accelerator(check_available=True) or "cpu"
 
 
 def span_tensors(
@@ -102,11 +125,14 @@ def load_span(
 ) -> SpanModel:
     """Download what is missing, read the blocks `span` and nothing else, and cut the rest of the model away.
 
-    `quantization` (see `peers.model.quantization`) changes the blocks after they were read. Raises UnsupportedModel
-    (before any weights are touched), InvalidSpan, CorruptCheckpoint, and what `fetch` raises.
+    `quantization` (see `peers.model.quantization`, or the form in which the checkpoint keeps its weights) changes the
+    blocks after they were read. Raises CallerError and UnsupportedModel (before any weights are touched), InvalidSpan,
+    CorruptCheckpoint, and what `fetch` raises.
     """
-    check_quantization(quantization)
     config = load_config(checkpoint, device=device)
+    if form_loaded(config, quantization) == kept_form(config):
+        quantization = NONE  # they come in it
+    check_quantization(quantization)
     anatomy = examine(config)
     if span.end > anatomy.num_blocks:
         raise InvalidSpan(f"blocks {span} are outside the model, which has {anatomy.num_blocks}")
@@ -170,6 +196,11 @@ def _needed(
     checkpoint: Weights, model: PreTrainedModel, device: torch.device | str, keep: Callable[[str], bool]
 ) -> list[str]:
     """Tensors of the checkpoint that end up, under the names that transformers gives them, where `keep` says yes."""
+    return [stored for stored, name in _renamed(checkpoint, model, device).items() if keep(name)]
+
+
+def _renamed(checkpoint: Weights, model: PreTrainedModel, device: torch.device | str) -> dict[str, str]:
+    """Every tensor of the checkpoint, and the name that transformers gives it."""
     conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer_of(model.config, device))
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -181,7 +212,7 @@ def _needed(
             return name
         return cast(str, new)
 
-    return [name for name in checkpoint.weight_map if keep(renamed(name))]
+    return {name: renamed(name) for name in checkpoint.weight_map}
 
 
 def _read(

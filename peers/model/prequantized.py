@@ -17,9 +17,12 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from peers.errors import MissingExtra, UnsupportedModel
 from peers.model import grouped
+from peers.model.quantization import NONE
 from peers.model.support import first_line
+from routing.errors import CallerError
 
-EXTRA = ("compressed-tensors", "bitsandbytes")
+BITSANDBYTES = "bitsandbytes"
+EXTRA = ("compressed-tensors", BITSANDBYTES)
 """Formats whose packages the extra `quant` installs; others need none, or one that is built for a GPU."""
 
 
@@ -32,7 +35,7 @@ def settle(config: PretrainedConfig, device: torch.device | str) -> None:
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return
-    name = stored.get("quant_method", "bitsandbytes")
+    name = stored.get("quant_method", BITSANDBYTES)
     try:
         if layout := grouped.layout_in(stored, config.model_type):
             config.quantization_config = {"quant_method": grouped.METHOD, "layout": layout}
@@ -51,6 +54,34 @@ def settle(config: PretrainedConfig, device: torch.device | str) -> None:
             f"the checkpoint's weights are in {name}, which cannot be loaded on this machine ({first_line(error)})",
             hint="choose a checkpoint of the same model in plain weights, GPTQ, AWQ, compressed-tensors or FP8",
         ) from error
+
+
+def kept_form(config: PretrainedConfig) -> str:
+    """The form that weights of a settled configuration keep in the format's own layers, as records name it: NONE where
+    they are plain or made whole; `nf4`, `fp4` and `int8` of bitsandbytes; else the name of the format."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or stored.get("dequantize"):
+        return NONE
+    name = str(stored.get("quant_method", BITSANDBYTES))
+    if name == BITSANDBYTES:
+        return "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
+    return NONE if name == grouped.METHOD else name
+
+
+def form_loaded(config: PretrainedConfig, quantization: str) -> str:
+    """What weights of a settled configuration are in where `quantization` is asked for: that, or the form they keep.
+
+    Raises CallerError where they cannot be changed to it.
+    """
+    kept = kept_form(config)
+    if kept == NONE:
+        return quantization
+    if quantization not in (NONE, kept):
+        raise CallerError(
+            f"weights cannot be changed to {quantization}: the checkpoint keeps them in {kept}, a format of its own",
+            hint="leave --quantize out",
+        )
+    return kept
 
 
 def quantizer_of(config: PretrainedConfig, device: torch.device | str) -> Any:

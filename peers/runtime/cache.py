@@ -50,6 +50,7 @@ from peers.runtime.attention import (
 )
 from peers.runtime.flex import Flex, compiled
 from peers.runtime.graphs import DIFFERENCE, GRAPH_BYTES, NOBODYS, Graphs, Record, fastest_s
+from peers.runtime.memory import give_back
 from peers.runtime.pages import PagePool, SlotCopy
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
 from peers.runtime.tape import Tapes
@@ -120,6 +121,9 @@ class SpanCache(Protocol):
     def truncate(self, session: int, length: int) -> None: ...
 
     def release(self, session: int) -> None: ...
+
+    def give_back(self) -> None:
+        """No session holds a page: memory that keys and values took is the machine's, until others are written."""
 
 
 class LayerShape(NamedTuple):
@@ -352,6 +356,9 @@ class PagedCache:
     def release(self, session: int) -> None:
         pass
 
+    def give_back(self) -> None:
+        give_back(chain.from_iterable(self._frames))
+
 
 class SoloCache:
     """A cache of its own for every session, as transformers would keep it.
@@ -426,6 +433,9 @@ class SoloCache:
 
     def release(self, session: int) -> None:
         self._caches.pop(session, None)
+
+    def give_back(self) -> None:
+        give_back(())
 
     def bytes_per_token(self, session: int) -> int:
         """What the session keeps per position. Raises UnsupportedModel when that is nothing or cannot be cut short."""

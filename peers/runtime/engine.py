@@ -154,6 +154,9 @@ class Engine:
         self._arriving = False
         """Whether the works of this turn of the event loop are not all there yet."""
         self._stopping = False
+        self._resting = False
+        self._touched = False
+        """Whether the cache took memory since it last gave it back."""
         self._wake = threading.Condition()  # guards everything above
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -334,6 +337,15 @@ class Engine:
                 state.released = True
                 self._fail_all(state, SessionReleased(f"session {session} was released"))
                 self._reap(state)
+                if self._resting:
+                    self._wake.notify()
+
+    def rest(self, resting: bool) -> None:
+        """While resting, the machine has back what keys and values took of its memory on the CPU, kept prefixes too,
+        whenever no session holds any."""
+        with self._wake:
+            self._resting = resting
+            self._wake.notify()
 
     def held(self, session: SessionKey) -> int:
         """Positions that this session holds here; 0 for an unknown one."""
@@ -599,9 +611,11 @@ class Engine:
         try:
             with torch.inference_mode():
                 preparing = self._preparation(library)
-                while (batch := self._wait_for_batch()) or not self._prepared or self._errands:
+                while (batch := self._wait_for_batch()) or not self._prepared or self._errands or self._spares:
                     if batch:
                         self._run_batch(batch)
+                    elif self._spares:
+                        self._give_back()
                     elif self._pause_s() == 0:
                         self._run_errand()
                     if self._prepared and not self._cache.prepared:
@@ -660,8 +674,8 @@ class Engine:
                 self._cores.measured(len(output_TH), alone=self._alone, seconds=compute_s)
 
     def _wait_for_batch(self) -> _Batch:
-        """The next forward's works; empty when there are none and the engine is stopping or not prepared yet, or when a
-        job's piece goes first."""
+        """The next forward's works; empty when there are none and the engine is stopping, not prepared yet or to give
+        memory back, or when a job's piece goes first."""
         with self._wake:
             while self._tickets or not self._stopping:
                 if self._arriving:
@@ -669,7 +683,7 @@ class Engine:
                         self._arriving = False  # the loop is late: what is there runs
                 elif self._errand_first() or not (picks := self._scheduler.next_batch(self._pace())):
                     pause_s = self._pause_s()
-                    if not self._prepared or pause_s == 0:
+                    if not self._prepared or pause_s == 0 or self._spares:
                         return []
                     self._wake.wait(pause_s)
                 elif batch := self._begin_all([(self._tickets[pick.work], pick) for pick in picks]):
@@ -677,6 +691,19 @@ class Engine:
                     self._running = {ticket.session.number for ticket, _ in batch}
                     return batch
             return []
+
+    @property
+    def _spares(self) -> bool:
+        """Whether the cache's memory is to be given back."""
+        return self._resting and self._touched and not self._pages.sessions
+
+    def _give_back(self) -> None:
+        with self._wake:
+            if not self._spares:
+                return
+            self._prefixes.clear()
+            self._touched = False
+        self._cache.give_back()  # only this thread takes pages
 
     def _errand_first(self) -> bool:
         """Whether a piece of a job goes before the forward that could be run, if any."""
@@ -766,7 +793,7 @@ class Engine:
             self._drop_pages(session)
         if session.number in self._pages.sessions and not self._pages.reaches(session.number, before + work.start):
             raise BehindWindow(work.start)
-        ticket.begun = True
+        ticket.begun = self._touched = True
         if session.span != work.span:
             self._prefixes.close(session.number)
         self._prefixes.begun(session.number, work.start, ticket.work.end)

@@ -142,6 +142,10 @@ class JoinedEngine:
         for engine in self._engines:
             engine.release(session)
 
+    def rest(self, resting: bool) -> None:
+        for engine in self._engines:
+            engine.rest(resting)
+
     def set_token_budget(self, tokens: int) -> None:
         for engine in self._engines:
             engine.set_token_budget(tokens)

@@ -121,6 +121,11 @@ class PrefixIndex:
                 self._let_go(key)
         return len(self._blocks) < before
 
+    def clear(self) -> None:
+        """Let go of every block."""
+        for key in list(self._blocks):
+            self._let_go(key)
+
     def _used(self, keys: Sequence[_Key]) -> None:
         """The last block first, so that no block is let go before those that are worthless without it."""
         for key in reversed(keys):

@@ -6,8 +6,8 @@ and is told what fits into a moment as a number of positions).
 - Works of one session run in the order in which they were submitted, one at a time.
 - A batch holds works of one `group` (same blocks, same rotary regime) and at most `token_budget` positions.
 - Steps, of up to `STEP_TOKENS` positions (a decoded token, a few drafted ones), are never cut and go first. All other
-  works fill what is left of a batch in pieces, prefills before training before background; who has been passed over for
-  `AGEING_BATCHES` counts as one class better.
+  works fill what is left of a batch in pieces, prefills before the background; who has been passed over for
+  `AGEING_BATCHES` counts as one class better, and again as long after that. Training is not among them: see `errands`.
 - While a longer work waits, a quarter of the budget is kept for it. Where it cannot be beside steps, being of another
   group or getting no room there, it has forwards of its own, of which no two follow each other while steps wait.
 - Steps that arrive while a long forward runs may be taken out of turn, beside it (`steps_beside`).
@@ -15,8 +15,7 @@ and is told what fits into a moment as a number of positions).
   longest. They take turns at forwards, too, each with its steps and with its longer works: who chose one least lately
   chooses the next, for what has waited longest of its own, however many sessions others have; what else that forward
   takes along counts for nobody's turn. So among n such claims each has every n-th forward, or every other one, and none
-  of its sessions is forgotten. Training and the background have one for each round of all steps, until they have waited
-  for long.
+  of its sessions is forgotten. The background has one for each round of all steps, until it has waited for long.
 """
 
 from __future__ import annotations

@@ -184,10 +184,18 @@ class Handler:
 
     def pause(self, paused: bool) -> None:
         """From now on finish what runs and take nothing else, or everything again. Sessions stay until their clients,
-        who are told, have gone elsewhere."""
+        who are told, have gone elsewhere; then the machine has their memory back, and that of prefixes."""
         self.paused = paused
         if paused:
             self._hand_over(self._paused())
+        self._spare_prefixes()
+        if not self._vacant:
+            self._engine.rest(paused)
+
+    def _spare_prefixes(self) -> None:
+        """The engine's go likewise."""
+        if self.paused and not len(self.ledger):
+            self.journal.forget_prefixes()
 
     def _hand_over(self, reason: Paused | Refused) -> None:
         """Tell the client of each session why it should go elsewhere."""
@@ -212,6 +220,7 @@ class Handler:
         self._engine, self.served, self.ledger = engine, served, ledger
         self.speeds = StepEstimates()
         self._draining = self._vacant = False
+        engine.rest(self.paused)
 
     @property
     def queue_s(self) -> float:
@@ -556,8 +565,9 @@ class Handler:
 
     def release(self, place: Place) -> None:
         """Forget what the ledger does not know any more: the session's positions, and what was sent for them."""
-        self._engine.release(place)
         self.journal.release(place)
+        self._spare_prefixes()
+        self._engine.release(place)
         self._released.set()
 
     def _failure(self, error: SwarmError, session: bytes, block: int, epoch: int, step: int | None = None) -> Failed:

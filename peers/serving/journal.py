@@ -176,6 +176,12 @@ class Journal:
         if record is not None:
             self._drop(record.parts)
 
+    def forget_prefixes(self) -> None:
+        """Those that hops keep for sessions to come; sessions that began with one go on."""
+        for _, parts in self._blocks.values():
+            self._drop(parts)
+        self._blocks.clear()
+
     # --- inside ---
 
     def _truncate(self, record: _Record, end: int) -> None:

@@ -198,8 +198,8 @@ class Urgency(enum.IntEnum):
 
     INTERACTIVE = 0
     """Somebody waits for it."""
-    TRAINING = 1
     BACKGROUND = 2
+    """Nobody does yet. Between the two stands training, which has messages of its own: see `peers.runtime.errands`."""
 
 
 class Step(Message, tag="step", frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ from peers.discovery import Discovery
 from peers.host import blocks
 from peers.host.server import ServerPeer
 from peers.model.catalog import Checkpoint, resolve
-from peers.model.loading import load_config
+from peers.model.loading import kept_block_bytes, load_config
 from peers.model.lora import AdapterFolder
 from peers.runtime.cost import ForwardCost
 from peers.runtime.probe import Probe
@@ -153,8 +153,9 @@ class MemorySwarm:
         key = new_key()
         node = MemoryNode(self.network, key)
         peer = ServerPeer(node.transport, node.store, key=key, network="test", lease_s=self._lease_s, adapters=adapters)
+        config = load_config(self.checkpoint)
         plan = plan_capacity(
-            load_config(self.checkpoint),
+            config,
             dtype=self._dtype,
             device=self._device,
             max_memory_bytes=8 << 30,
@@ -163,6 +164,7 @@ class MemorySwarm:
             quantization=quantization,
             training=self._training,
             hosted=adapters.values(),
+            kept_block_bytes=kept_block_bytes(self.checkpoint, config),
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks, "PREPARATION_S", 0.0)  # none of these is in a hurry later

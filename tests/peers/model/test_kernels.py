@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peers.model.kernels import FastLinear, accelerate, accelerating, build, experts, linear, pool_for
 from peers.model.kernels.build import NoLibrary
-from peers.model.kernels.packed import Format, packed, whole
+from peers.model.kernels.packed import Format, PackedLinear, packed, whole
 from peers.model.kernels.pool import Pool
 from tests.helpers.families import FAMILIES, random_model
 
@@ -227,17 +227,30 @@ def test_between_products_others_may_compute_and_where_one_takes_long_fewer_rows
     assert layers.first.rows_max == linear.UNLIMITED
 
 
-def test_an_output_is_checked_wherever_a_large_layer_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One lane of sixteen is wrong."""
-    right = Pool.linear
+@pytest.mark.parametrize("outputs", [3 * linear.OUTPUTS_CHECKED, 16 * linear.OUTPUTS_CHECKED + 5])
+@pytest.mark.parametrize("wrong", [*(slice(lane, None, 16) for lane in (0, 5, 15)), slice(-1, None)])
+@pytest.mark.parametrize("format_", [None, *Format])
+def test_an_output_is_checked_wherever_a_large_layer_has_it_and_not_all_of_them_at_once(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, wrong: slice, format_: Format | None
+) -> None:
+    """One lane of sixteen is wrong, or the last output."""
+    right, double, exact = Pool.linear, Tensor.double, list[int]()
 
-    def wrong(*arguments: Tensor) -> Tensor:
+    def product(*arguments: Tensor) -> Tensor:
         output_MN = right(*arguments)
-        output_MN[:, 5::16] *= 1.1
+        output_MN[:, wrong] *= 1.1
         return output_MN
 
-    monkeypatch.setattr(Pool, "linear", wrong)
-    assert accelerate(nn.Sequential(nn.Linear(8, 3 * linear.OUTPUTS_CHECKED)).requires_grad_(False), POOLS[1]) == 0
+    def noted(tensor: Tensor) -> Tensor:
+        exact.append(tensor.numel())
+        return double(tensor)
+
+    layer = nn.Linear(64, outputs).requires_grad_(False)
+    layers = nn.Sequential(layer if format_ is None else PackedLinear(layer, format_))
+    monkeypatch.setattr(Pool, "linear", product)
+    monkeypatch.setattr(Tensor, "double", noted)
+    assert accelerate(layers, POOLS[1]) == 0
+    assert 0 < max(exact) <= 64 * linear.OUTPUTS_CHECKED
 
 
 @pytest.mark.usefixtures("eager_library")

@@ -18,14 +18,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
+from peers.capacity import plan_capacity
 from peers.errors import MissingExtra, UnsupportedModel
 from peers.model.catalog import resolve
 from peers.model.kernels.packed import PackedLinear
-from peers.model.loading import check_folder, load_client, load_config, load_span, span_tensors
-from routing.errors import CallerError
+from peers.model.loading import check_folder, kept_block_bytes, load_client, load_config, load_span, span_tensors
+from routing.errors import CallerError, NoRoute
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, save_checkpoint
-from tests.helpers.memory_swarm import MemorySwarm
+from tests.helpers.memory_swarm import MemorySwarm, impatient
 
 SPAN = BlockSpan(1, 3)
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -96,13 +97,14 @@ def write_compressed_tensors(folder: Path, family: str) -> None:
     rewrite(folder, family, compressed, encode)
 
 
-def write_bitsandbytes(folder: Path, family: str) -> None:
+def write_bitsandbytes(folder: Path, family: str, form: str = "nf4") -> None:
     from transformers import BitsAndBytesConfig
 
     wide = {"hidden_size": 64, "intermediate_size": 128}  # its groups
     tiny = FAMILIES[family]
     save_checkpoint(replace(tiny, settings={**tiny.settings, **wide}), folder / "plain")
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    kind = {"load_in_8bit": True} if form == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": form}
+    config = BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(
         folder / "plain", quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
     )
@@ -152,6 +154,52 @@ def test_a_quantized_checkpoint_loads_cut(write: Callable[[Path, str], None], fa
         packed = load_span(checkpoint, SPAN, dtype=torch.float32, device="cpu", quantization="int8")
         assert any(isinstance(module, PackedLinear) for module in packed.module.modules())
         assert (packed.forward(enters, positions) - leaves).norm() <= 0.1 * leaves.norm()
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp4", "int8"])
+def test_what_keeps_its_own_form_is_planned_by_the_bytes_in_its_files_and_named_by_it(
+    form: str, tmp_path: Path
+) -> None:
+    write_bitsandbytes(tmp_path, "llama", form)
+    checkpoint = resolve(str(tmp_path), cache=tmp_path / "cache", accept=check_folder)
+    config, stored = load_config(checkpoint), load_file(tmp_path / WEIGHTS)
+    blocks_bytes = [
+        sum(tensor.nbytes for name, tensor in stored.items() if name.startswith(f"model.layers.{block}."))
+        for block in range(NUM_BLOCKS)
+    ]
+    room = {"device": "cpu", "dtype": "float32", "max_memory_bytes": 4 << 30}
+    plan = plan_capacity(config, **room, kept_block_bytes=kept_block_bytes(checkpoint, config))
+    assert (plan.quantization, plan.request.sizes.block_bytes) == (form, max(blocks_bytes))
+    whole = plan_capacity(load_config(resolve(str(tmp_path / "plain"), cache=tmp_path / "cache")), **room)
+    assert 2 * plan.request.sizes.block_bytes < whole.request.sizes.block_bytes
+    span = load_span(checkpoint, SPAN, dtype=plan.dtype, device="cpu", quantization=plan.quantization)
+    assert 0.75 * sum(blocks_bytes[SPAN.start : SPAN.end]) < span.weight_bytes <= len(SPAN) * max(blocks_bytes)
+    with pytest.raises(CallerError, match=f"in {form}, a format of its own"):
+        plan_capacity(config, **room, quantization="int4")
+
+
+@pytest.mark.parametrize("write", [write_fp8, write_compressed_tensors])
+def test_what_is_made_whole_is_planned_and_named_as_whole(write: Callable[[Path, str], None], tmp_path: Path) -> None:
+    write(tmp_path / "packed", "llama")
+    save_checkpoint(FAMILIES["llama"], tmp_path / "plain")
+    plans = []
+    for folder in (tmp_path / "packed", tmp_path / "plain"):
+        checkpoint = resolve(str(folder), cache=tmp_path / "cache", accept=check_folder)
+        config = load_config(checkpoint)
+        assert kept_block_bytes(checkpoint, config) is None
+        plans.append(plan_capacity(config, device="cpu", max_memory_bytes=4 << 30))
+    assert plans[0] == plans[1]
+
+
+def test_peers_announce_the_form_that_weights_keep_and_a_demanded_precision_goes_by_it(tmp_path: Path) -> None:
+    write_bitsandbytes(tmp_path, "llama")
+    with MemorySwarm(tmp_path, [(0, NUM_BLOCKS)], cache=tmp_path / "cache") as swarm:
+        assert swarm.peers[0].presence.describe().quantization == "nf4"
+        greedy = {"attention_mask": torch.ones_like(IDS), "do_sample": False, "max_new_tokens": 2, "pad_token_id": 0}
+        content = swarm.model(min_precision="nf4")
+        assert content.generate(IDS, **greedy).shape == (1, 7)
+        with impatient(), pytest.raises(NoRoute, match="below the demanded precision, int8"):
+            swarm.model(min_precision="int8", guest=True).generate(IDS, **greedy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -127,6 +127,11 @@ class PrefixMachine(RuleBasedStateMachine):
         self.pool.release(session)
         del self.held_texts[session]
 
+    @rule()
+    def clear(self) -> None:
+        self.index.clear()
+        assert len(self.index) == self.pool.idle_pages == 0
+
     @property
     def tables(self) -> range:
         return range(len(self.pool.windows))

@@ -123,9 +123,8 @@ def test_owners_take_turns() -> None:
 def test_classes_go_before_turns_and_whoever_was_passed_over_for_long_rises() -> None:
     desk = Desk()
     background = desk.submit(0, 1, urgency=Urgency.BACKGROUND)
-    training = desk.submit(1, BUDGET, urgency=Urgency.TRAINING)
     prompt = desk.submit(2, 2 * BUDGET)
-    assert [desk.works() for _ in range(4)] == [[prompt], [prompt], [training], [background]]
+    assert [desk.works() for _ in range(3)] == [[prompt], [prompt], [background]]
     background = desk.submit(0, 1, urgency=Urgency.BACKGROUND)
     served = 0
     while background in desk.scheduler.works_of(0):
@@ -366,10 +365,9 @@ def test_a_crowd_that_runs_alone_delays_another_ones_prompt_by_as_much_as_one_se
     assert [("single", False) in desk.claims() for _ in range(8)] == [False, True] * 4
 
 
-@pytest.mark.parametrize("urgency", [Urgency.TRAINING, Urgency.BACKGROUND])
-def test_what_can_wait_runs_once_for_each_round_of_steps(urgency: Urgency) -> None:
+def test_what_can_wait_runs_once_for_each_round_of_steps() -> None:
     desk = Desk()
-    patient = desk.submit(99, 10 * BUDGET, urgency=urgency, group="of its own")
+    patient = desk.submit(99, 10 * BUDGET, urgency=Urgency.BACKGROUND, group="of its own")
     order = []
     for _ in range(40):
         for session in range(10):
@@ -420,7 +418,7 @@ def test_only_what_could_run_now_decides_whether_all_is_background() -> None:
     desk.submit(0, 1, urgency=Urgency.BACKGROUND)
     desk.submit(0, 1)
     assert desk.scheduler.only_background
-    desk.submit(1, 1, urgency=Urgency.TRAINING)
+    desk.submit(1, 1)
     assert not desk.scheduler.only_background
 
 

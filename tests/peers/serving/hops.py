@@ -68,6 +68,7 @@ class ToyEngine:
         """Raised by the next works, one each."""
         self.momentary = False
         """Whether the next step of a session is computed in the call that asks for it."""
+        self.resting = False
         self._turn = asyncio.Lock()
         self._ended: dict[SessionKey, asyncio.Event] = {}
 
@@ -131,6 +132,9 @@ class ToyEngine:
         self.sessions.pop(session, None)
         if (ended := self._ended.pop(session, None)) is not None:
             ended.set()
+
+    def rest(self, resting: bool) -> None:
+        self.resting = resting
 
     def held(self, session: SessionKey) -> int:
         return len(self.sessions.get(session, ()))

@@ -18,7 +18,7 @@ from peers.transport import links
 from peers.transport.base import MAX_FRAME_BYTES
 from peers.transport.links import Link
 from peers.wire import codec
-from peers.wire.messages import MAX_HOPS, Code, Failed, Opened, Relay, Trace, Traced
+from peers.wire.messages import MAX_HOPS, PREFIX_POSITIONS, Code, Failed, Opened, Relay, Trace, Traced
 from routing.errors import PeerError, Unavailable
 from routing.ids import Place
 from tests.peers.serving.hops import HIDDEN, LATENCY_S, Client, Hop, Route, expected, rows, session_id, step_of
@@ -752,6 +752,26 @@ async def test_a_paused_peer_finishes_what_runs_refuses_everything_else_and_goes
         assert torch.equal(await client.result(), expected([hop], 0, 5))
         hop.handler.pause(False)
         await runs(client, hop, 2, 5)
+
+
+async def test_a_paused_peer_keeps_nothing_for_sessions_to_come_once_the_last_one_has_gone() -> None:
+    async with Route() as route:
+        client, hop = route.client, route.hops[0]
+        keys = (b"k" * 16,)
+        for session in (1, 2):
+            await client.open(route.hops, session=session, prefix=keys)
+        await runs_through(client, route.hops, 1, 0, PREFIX_POSITIONS)
+        kept_bytes = hop.handler.journal.memory_bytes.total()
+        hop.handler.pause(True)
+        assert hop.engine.resting
+        await client.close_session(route.hops, 1)
+        await asyncio.sleep(0.1)
+        assert hop.handler.journal.memory_bytes.total() == kept_bytes > 0
+        await client.close_session(route.hops, 2)
+        await asyncio.sleep(0.1)
+        assert hop.handler.journal.memory_bytes == {}
+        hop.handler.pause(False)
+        assert not hop.engine.resting
 
 
 async def test_a_pause_in_the_middle_of_a_route_is_told_to_the_client_by_the_hop_before() -> None:

@@ -123,6 +123,20 @@ def test_a_prefix_is_kept_for_sessions_to_come_as_far_as_it_was_sent_as_describe
     assert journal.start(place(4), PREFIX_POSITIONS) == PREFIX_POSITIONS, "another client's"
 
 
+def test_prefixes_that_are_forgotten_take_nothing_from_sessions_that_began_with_them() -> None:
+    journal, keys = Journal(UNBOUNDED), (b"a",)
+    opened(journal, 1, keys=keys)
+    append(journal, 1, 0, PREFIX_POSITIONS)
+    journal.release(place(1))
+    opened(journal, 2, keys=keys, held=PREFIX_POSITIONS)
+    journal.forget_prefixes()
+    assert read(journal, 2, 0, PREFIX_POSITIONS) == rows(0, PREFIX_POSITIONS)
+    opened(journal, 3, keys=keys, held=PREFIX_POSITIONS)
+    assert journal.start(place(3), PREFIX_POSITIONS) == PREFIX_POSITIONS
+    journal.release(place(2))
+    assert journal.memory_bytes == {}
+
+
 def test_a_prefix_that_all_may_use_is_paid_for_by_whoever_sent_it_for_as_long_as_somebody_does() -> None:
     block, keys = PREFIX_POSITIONS, (b"a",)
     journal = Journal(JournalLimits(max_bytes=4 * block * ROW, max_bytes_per_peer=2 * block * ROW))
@@ -351,7 +365,7 @@ class JournalMachine(RuleBasedStateMachine):
 
     @rule(session=numbers)
     def open(self, session: int) -> None:
-        opened(self.journal, session, owner=(ANN, BOB)[session % 2])
+        opened(self.journal, session, owner=(ANN, BOB)[session % 2], keys=(bytes([session, len(self.sent)]),))
         self.sent[session] = b""
 
     @precondition(lambda self: self.sent)
@@ -378,6 +392,10 @@ class JournalMachine(RuleBasedStateMachine):
         self.journal.release(place(session))
         self.sent.pop(session, None)
 
+    @rule()
+    def forget_prefixes(self) -> None:
+        self.journal.forget_prefixes()
+
     @precondition(lambda self: self.disk.waiting)
     @rule(lost=st.booleans())
     def settle(self, lost: bool) -> None:
@@ -399,6 +417,7 @@ class JournalMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for session in list(self.sent):
             self.release(session)
+        self.journal.forget_prefixes()
         assert self.journal.memory_bytes == {}
 
 
