@@ -18,12 +18,10 @@ import logging
 import math
 import random
 from collections.abc import Awaitable, Callable
-from itertools import chain
 
 from peers.discovery import Discovery
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, PeerId
-from routing.path import gaps
 from routing.placement import (
     LOOK_S,
     MAX_PARTS,
@@ -37,7 +35,7 @@ from routing.placement import (
     to_ask,
     usable,
 )
-from routing.records import Announcement, PeerState
+from routing.records import Announcement
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +72,6 @@ class Rebalance:
         self._rng = rng
         self._max_parts = max_parts
         self._arrivals = Arrivals()
-        self._gap_since_s: float | None = None
         self._moved_at_s = discovery.now_s()
         self._failed_at_s = -math.inf
 
@@ -87,7 +84,7 @@ class Rebalance:
         """Look once, and move if that is called for; True after a move."""
         now_s = self._discovery.now_s()
         alike = self._alike()
-        late, open_for_s = self._arrivals.late(alike, now_s), self._open_for_s(alike, now_s)
+        late, open_for_s = self._late(alike, now_s), self._arrivals.open_for_s(now_s)
         me, max_parts = alike[0].peer_id, self._max_parts
         move = choose_move(alike, me, now_s, open_for_s=open_for_s, late=late, max_parts=max_parts)
         if move is None or now_s - self._failed_at_s < AGAIN_S:
@@ -103,7 +100,6 @@ class Rebalance:
         except SwarmError as error:
             self._failed(error)
             return False
-        self._gap_since_s = None
         return True
 
     async def _prepared(self, move: Move) -> bool:
@@ -141,7 +137,7 @@ class Rebalance:
     async def _stands(self, move: Move, *, ready: bool, answered: set[PeerId] | None = None) -> bool:
         await self._discovery.refresh()
         alike = self._alike()
-        late = self._arrivals.late(alike, self._discovery.now_s())
+        late = self._late(alike, self._discovery.now_s())
         if stands(move, alike, alike[0].peer_id, late=late, ready=ready, answered=answered):
             return True
         logger.info("not going to blocks %s: another peer does, or this one is needed where it is", move.intent)
@@ -157,11 +153,5 @@ class Rebalance:
         known = self._discovery.router.snapshot(self._discovery.now_s()).of_model(mine.model)
         return [mine, *(a for a in known if a.peer_id != mine.peer_id)]
 
-    def _open_for_s(self, alike: list[Announcement], now_s: float) -> float:
-        online = (a.spans for a in usable(alike, alike[0]) if a.state is PeerState.ONLINE)
-        if not gaps(chain.from_iterable(online), alike[0].num_blocks):
-            self._gap_since_s = None
-            return 0.0
-        if self._gap_since_s is None:
-            self._gap_since_s = now_s
-        return now_s - self._gap_since_s
+    def _late(self, alike: list[Announcement], now_s: float) -> frozenset[PeerId]:
+        return self._arrivals.late(usable(alike, alike[0]), now_s)

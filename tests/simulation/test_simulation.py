@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
 import pytest
 
-from routing.ids import BlockSpan
+from routing.ids import BlockSpan, BlockSpans
 from routing.records import RECORD_LIFETIME_S
 from swarm.simulation import run
 from swarm.simulation.report import OF_BOUND_MIN
@@ -86,6 +87,38 @@ def test_a_gap_is_healed_within_a_minute_by_peers_that_can_be_spared_and_by_nobo
     assert report.samples[-1].covered
 
 
+class Hindered(Closed):
+    """From a second on, every few seconds somebody joins for a block and never gets there."""
+
+    def __init__(self, config: SimulationConfig, *, block: int, from_s: float, every_s: float) -> None:
+        super().__init__(config)
+        self._block, self._hinders_at_s, self._every_s = block, from_s, every_s
+
+    def _live(self) -> None:
+        if self.now_s >= self._hinders_at_s and self._rows:
+            self._hinders_at_s += self._every_s
+            before = set(self.peers)
+            Simulation._join(self)
+            (joiner,) = (self.peers[peer] for peer in self.peers.keys() - before)
+            joiner.spans, joiner.ready_at_s = BlockSpans.of(BlockSpan(self._block, self._block + 1)), math.inf
+            joiner.announce(self.config.blocks, self.now_s)
+        super()._live()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_gap_is_healed_within_a_minute_whoever_else_is_on_the_way_to_it_and_does_not_come(seed: int) -> None:
+    block, rng = 3, random.Random(seed)
+    config = replace(SMALL, users=3, churn_per_hour=0.0, minutes=3, seed=seed)
+    simulation = Hindered(config, block=block, from_s=rng.uniform(140, 160), every_s=rng.uniform(2, 30))
+    for peer in list(simulation.peers.values()):
+        if any(block in span for span in peer.spans):
+            peer.dies_at_s = 130.0
+    report = simulation.run()
+    assert 1 <= report.moves == report.heals <= 2
+    assert report.healed_s_max <= 60
+    assert report.samples[-1].covered
+
+
 def test_joins_and_moves_keep_a_sparse_swarm_whole_that_would_fall_apart_where_nobody_looked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -104,6 +137,7 @@ def test_joins_and_moves_keep_a_sparse_swarm_whole_that_would_fall_apart_where_n
     monkeypatch.setattr(run, "choose_span", anywhere)
     moving = simulate(replace(sparse, minutes=5))
     assert moving.heals >= 1
+    assert moving.met["moves_per_join"]
     monkeypatch.setattr(run, "choose_move", lambda *args, **options: None)
     rng = random.Random(0)
     still = simulate(replace(sparse, minutes=5))

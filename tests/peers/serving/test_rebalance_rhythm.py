@@ -127,7 +127,7 @@ async def test_of_two_peers_that_intend_the_same_at_the_same_time_exactly_one_go
     with living(*spare, Member(network, 3, "0:20")):
         await asyncio.sleep(1.0)
         for member in spare:
-            member.driver._gap_since_s = network.clock() - ESCALATE_S  # both are called
+            member.driver._arrivals.late(member.driver._alike(), network.clock() - ESCALATE_S)  # both are called
         outcome = await asyncio.gather(*(member.driver.look() for member in spare))
     assert sorted(outcome) == [False, True]
     assert all(member.intents[0] == BlockSpan(20, 30) for member in spare)
