@@ -4,7 +4,7 @@ Owns the rhythm and the announced intent. Whether and where to move, and whether
 `routing.placement`'s to decide, how to serve other blocks the host's.
 
     look ── a move? ── announce the intent ── SETTLE_S ── still right? ── fetch; still right? ── drain, load, announce
-                          └─ nobody hears it                └─ no            └─ fails, or no
+                          └─ nobody hears it                └─ no            └─ fails, nobody answers (rest), or no
                              └──────────────── take it back ┴────────────────┘
 
 The peer serves what it served until all that it needs is on its disk, and leaves blocks only to holders that answer it
@@ -43,6 +43,9 @@ ANSWER_TIMEOUT_S = 2.0
 """Of those to whom blocks are left; who says something else has more time (`Links.request`)."""
 AGAIN_S = 60.0
 """After a move that failed: what stood in its way, a full disk say, is not over at the next look."""
+UNANSWERED_S = 5.0
+"""After one for which nobody answered who would hold what it leaves; each further such rest is twice as long, up to
+AGAIN_S. All are up to half as long again, so that who rests for the same reason does not come back at the same time."""
 
 
 class Rebalance:
@@ -73,7 +76,8 @@ class Rebalance:
         self._max_parts = max_parts
         self._arrivals = Arrivals()
         self._moved_at_s = discovery.now_s()
-        self._failed_at_s = -math.inf
+        self._again_at_s = -math.inf
+        self._rest_s = UNANSWERED_S
 
     async def run(self) -> None:
         while True:
@@ -87,7 +91,7 @@ class Rebalance:
         late, open_for_s = self._late(alike, now_s), self._arrivals.open_for_s(now_s)
         me, max_parts = alike[0].peer_id, self._max_parts
         move = choose_move(alike, me, now_s, open_for_s=open_for_s, late=late, max_parts=max_parts)
-        if move is None or now_s - self._failed_at_s < AGAIN_S:
+        if move is None or now_s < self._again_at_s:
             return False
         if not move.heals and now_s - self._moved_at_s < REST_S:
             return False
@@ -138,14 +142,28 @@ class Rebalance:
         await self._discovery.refresh()
         alike = self._alike()
         late = self._late(alike, self._discovery.now_s())
-        if stands(move, alike, alike[0].peer_id, late=late, ready=ready, answered=answered):
+        me = alike[0].peer_id
+        if stands(move, alike, me, late=late, ready=ready, answered=answered):
             return True
+        if answered is not None and stands(move, alike, me, late=late, ready=ready):
+            self._unanswered(move)
+            return False
         logger.info("not going to blocks %s: another peer does, or this one is needed where it is", move.intent)
         return False
 
     def _failed(self, error: SwarmError) -> None:
         logger.warning("serving the blocks of before: %s", error)
-        self._failed_at_s = self._discovery.now_s()
+        self._rest(AGAIN_S)
+
+    def _unanswered(self, move: Move) -> None:
+        if self._discovery.now_s() - self._again_at_s > AGAIN_S:
+            self._rest_s = UNANSWERED_S  # what was before has nothing to do with it
+        logger.info("not going to blocks %s: nobody answers who holds what this peer would leave", move.intent)
+        self._rest(self._rest_s)
+        self._rest_s = min(AGAIN_S, 2 * self._rest_s)
+
+    def _rest(self, rest_s: float) -> None:
+        self._again_at_s = self._discovery.now_s() + rest_s * self._rng.uniform(1.0, 1.5)
 
     def _alike(self) -> list[Announcement]:
         """All announcements of this peer's model; first its own, as it is now, not as it was read."""
