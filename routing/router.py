@@ -18,7 +18,7 @@ from routing.crowd import Crowds
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
 from routing.estimates import Estimates, RoundTrip
-from routing.explanation import Explanation, Without, options
+from routing.explanation import Explanation, Without, options, parts
 from routing.ids import BlockSpan, ModelId, PeerId
 from routing.path import Candidate, Candidates, bridge, cheapest_path, gaps
 from routing.precision import is_at_least, precision
@@ -256,6 +256,7 @@ class Router:
             route=route,
             without=tuple(self._without(request, peer, now_s) for peer, _ in hops),
             options=options(view, hops),
+            parts=parts(view, hops),
             left_out=tuple((a.name or a.peer_id, a.spans, reason) for a, reason in left_out if reason),
         )
 
