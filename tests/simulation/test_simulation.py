@@ -48,9 +48,24 @@ def test_a_seed_decides_everything_and_the_swarm_stays_covered_within_its_bounds
     assert "http" not in page.replace("http://www.w3.org", "")
     assert report.as_plain()["of_bound"] == report.of_bound
     bars = [line.split()[-1] for line in report.lines() if "bar: " in line]
-    assert bars == ["met" if met else "missed" for met in report.met.values()]
+    assert bars == ["judged" if met is None else "met" if met else "missed" for met in report.met.values()]
     assert len(bars) == 4
     assert report.met["coverage"] is (report.coverage >= 0.999)
+
+
+def test_a_bar_is_missed_only_by_a_run_that_says_something_about_it() -> None:
+    report = replace(simulate(replace(SMALL, minutes=0.2)), tokens_per_s=1.0, slowest_to_mean=0.1, coverage=0.5)
+    assert {name: met for name, met in report.met.items() if name != "moves_per_join"} == {
+        "of_bound": None,
+        "slowest_to_mean": None,
+        "coverage": False,
+    }
+    judged = replace(report, config=replace(SMALL, users=10 * SMALL.peers, minutes=60))
+    assert not any(judged.met[name] for name in ("of_bound", "slowest_to_mean", "coverage"))
+    assert None not in judged.met.values()
+    good = replace(report, tokens_per_s=report.bound_tokens_per_s, slowest_to_mean=0.7)
+    assert good.met["of_bound"]
+    assert good.met["slowest_to_mean"], "what is met is met"
 
 
 def test_forty_peers_with_ten_users_each_meet_the_bars_of_a_thousand() -> None:
