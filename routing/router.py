@@ -36,9 +36,10 @@ _NAMED_MAX: Final = 3
 class Router:
     """Guards what is known about peers. Bounded: see MAX_PEERS in directory, estimates and reputation."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: float = 0.0) -> None:
+        """`turn`: in [0, 1), another one for each node, so that what they round they do not round alike (`dealing`)."""
         self._directory = Directory()
-        self._estimates = Estimates()
+        self._estimates = Estimates(turn=turn)
         self._reputation = Reputation()
         self._spreading = Spreading(self._estimates)
         self._crowds = Crowds()
