@@ -149,10 +149,20 @@ class Load:
     """From one token of a session to its next, where all sessions are shared out in proportion and nobody idles."""
 
 
+class Dealt(NamedTuple):
+    """What prices of peers have in common: see `dealing`."""
+
+    turn: float
+    part_per_s: float
+    turn_s: float
+    cycle_s: float
+
+
 class Estimates:
     """Guards the measurements of at most MAX_PEERS peers; the one measured longest ago is forgotten first."""
 
-    def __init__(self, max_peers: int = MAX_PEERS) -> None:
+    def __init__(self, max_peers: int = MAX_PEERS, *, turn: float = 0.0) -> None:
+        """`turn`: a `Dealing`'s."""
         self._max_peers = max_peers
         self._measured: dict[PeerId, _Measured] = {}
         self._planned: dict[PeerId, tuple[int, int]] = {}
@@ -164,7 +174,7 @@ class Estimates:
         """The best way out of here that was measured lately, and when."""
         self._uplink = Uplink()
         self.detours = Detours()
-        self._dealing = Dealing()
+        self._dealing = Dealing(turn)
         self._idle_s = Smoothed()
         self._load = Load()
         self.cycle_s = self.turn_s = CYCLE_S
@@ -269,8 +279,16 @@ class Estimates:
 
     def price_s_per_block(self, announcement: Announcement) -> float:
         """By how much a peer is made dearer, per block, for the sessions that this node has there (see `dealing`)."""
-        part = self._dealing.part(announcement.peer_id, self._load.tokens_per_s)
-        return price_s(part, self._load.turn_s, self.cycle_s) / announcement.num_blocks if part else 0.0
+        if not self._load.turn_s:
+            return 0.0
+        one_s = announcement.spans.num_blocks / _speed(announcement)
+        part = self._dealing.part(announcement.peer_id, one_s, self._load.tokens_per_s)
+        return price_s(part, self._load.turn_s, self.cycle_s) / announcement.num_blocks
+
+    @property
+    def dealt(self) -> Dealt:
+        """From which that of all peers follows that have none of them."""
+        return Dealt(self._dealing.turn, self._dealing.per_s(self._load.tokens_per_s), self._load.turn_s, self.cycle_s)
 
     def expected_queue_s(self, announcement: Announcement) -> float:
         """What a step waits there, the sessions included that this node sent since the peer counted."""

@@ -30,6 +30,8 @@ REST_S: Final = 600.0
 """Between moves that heal nothing: each costs sessions their cache, and this peer a load."""
 ARRIVE_S: Final = 60.0
 """So long who is on the way to blocks counts as if it were there; then others may go there too."""
+GAP_S: Final = 20.0
+"""The same where the blocks are missing, so that another one has time to fetch and load them within a minute."""
 MOVE_GAIN: Final = 1.3
 """A move without a gap must raise what the scarcest block carries by this factor. After it, the way back cannot."""
 TURN_S: Final = 60.0
@@ -216,21 +218,41 @@ def usable(announcements: Iterable[Announcement], mine: Announcement) -> list[An
 
 
 class Arrivals:
-    """Since when each peer is on its way to other blocks, as far as this one saw it."""
+    """Since when each block is missing, and each peer on its way to other blocks, as far as this one saw it."""
 
     def __init__(self) -> None:
+        self._missing_since_s: dict[int, float] = {}
         self._since_s: dict[PeerId, tuple[tuple[object, ...], float]] = {}
+        self._served: set[PeerId] = set()
+        """Seen online: if they join again, they move, with all that they need on their disks."""
 
-    def late(self, announcements: Iterable[Announcement], now_s: float) -> frozenset[PeerId]:
-        """Of those announced now, who has been on one and the same stretch of its way for ARRIVE_S."""
-        since_s = {}
+    def late(self, announcements: Sequence[Announcement], now_s: float) -> frozenset[PeerId]:
+        """Of those announced now, who counts no more: after ARRIVE_S on one and the same stretch of its way, or after
+        GAP_S where that leads to a missing block; and who joins, once it goes to one that is missing for GAP_S."""
+        online = [a for a in announcements if a.state is PeerState.ONLINE]
+        self._served = {a.peer_id for a in announcements if a.peer_id in self._served} | {a.peer_id for a in online}
+        spans = set(chain.from_iterable(a.spans for a in online))
+        missing = blocks_of(gaps(spans, announcements[0].num_blocks)) if announcements else set()
+        self._missing_since_s = {block: self._missing_since_s.get(block, now_s) for block in missing}
+        overdue = {block for block, at_s in self._missing_since_s.items() if now_s - at_s >= GAP_S}
+        since_s, late = {}, set()
         for a in announcements:
-            if a.state is PeerState.JOINING or a.intent is not None:
-                stretch = (a.state, a.spans, a.intent)
-                known = self._since_s.get(a.peer_id)
-                since_s[a.peer_id] = known if known is not None and known[0] == stretch else (stretch, now_s)
+            if a.state is not PeerState.JOINING and a.intent is None:
+                continue
+            stretch = (a.state, a.spans, a.intent)
+            known = self._since_s.get(a.peer_id)
+            since_s[a.peer_id] = known if known is not None and known[0] == stretch else (stretch, now_s)
+            goes_to = blocks_of(a.spans if a.intent is None else [a.intent])
+            patience_s = ARRIVE_S if goes_to.isdisjoint(missing) else GAP_S
+            joins = a.peer_id not in self._served
+            if now_s - since_s[a.peer_id][1] >= patience_s or (joins and not goes_to.isdisjoint(overdue)):
+                late.add(a.peer_id)
         self._since_s = since_s
-        return frozenset(peer for peer, (_, at_s) in since_s.items() if now_s - at_s >= ARRIVE_S)
+        return frozenset(late)
+
+    def open_for_s(self, now_s: float) -> float:
+        """For how long the block is missing that is missing for longest, by the last look at who is late; else 0."""
+        return now_s - min(self._missing_since_s.values(), default=now_s)
 
 
 def has_turn(announcements: Iterable[Announcement], mine: Announcement, now_s: float) -> bool:

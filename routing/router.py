@@ -18,7 +18,7 @@ from routing.crowd import Crowds
 from routing.directory import Directory, Snapshot
 from routing.errors import NoRoute
 from routing.estimates import Estimates, RoundTrip
-from routing.explanation import Explanation, Without, options
+from routing.explanation import Explanation, Without, options, parts
 from routing.ids import BlockSpan, ModelId, PeerId
 from routing.path import Candidate, Candidates, bridge, cheapest_path, gaps
 from routing.precision import is_at_least, precision
@@ -36,9 +36,10 @@ _NAMED_MAX: Final = 3
 class Router:
     """Guards what is known about peers. Bounded: see MAX_PEERS in directory, estimates and reputation."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: float = 0.0) -> None:
+        """`turn`: in [0, 1), another one for each node, so that what they round they do not round alike (`dealing`)."""
         self._directory = Directory()
-        self._estimates = Estimates()
+        self._estimates = Estimates(turn=turn)
         self._reputation = Reputation()
         self._spreading = Spreading(self._estimates)
         self._crowds = Crowds()
@@ -256,6 +257,7 @@ class Router:
             route=route,
             without=tuple(self._without(request, peer, now_s) for peer, _ in hops),
             options=options(view, hops),
+            parts=parts(view, hops),
             left_out=tuple((a.name or a.peer_id, a.spans, reason) for a, reason in left_out if reason),
         )
 

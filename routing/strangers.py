@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from routing.coordinates import CELL_S, MAX_COORDINATE_S, USABLE_ERROR, Coordinate
-from routing.estimates import BANDWIDTH_BYTES_PER_S, DEFAULT_RTT_S
-from routing.flow import BATCH
+from routing.dealing import GAIN, PHASE_CHARS, ROOMY
+from routing.estimates import BANDWIDTH_BYTES_PER_S, DEFAULT_RTT_S, Dealt
+from routing.flow import BATCH, GOLDEN
 from routing.ids import PeerId
 from routing.path import Floats, Ints
 from routing.records import NUMBERS, Announcement
@@ -47,6 +48,8 @@ class Columns:
         self._decode_s, self._prefill_s, self._queue_s, self._sessions, self._max, self._uplink, *others = numbers
         self.free_tokens, self._x_s, self._y_s, self._height_s, error = others
         self._takes_s = blocks / (BATCH / np.maximum(self._decode_s + (BATCH - 1) * self._prefill_s, 1e-9))
+        last = np.array([peer[-PHASE_CHARS:] for peer in ids], dtype=f"S{PHASE_CHARS}").view(f">u{PHASE_CHARS}")
+        self._phase: Floats = last[self.at] * GOLDEN % 1.0
         self._placed = error <= USABLE_ERROR
         x, y, height = (np.floor_divide(axis_s, CELL_S) for axis_s in (self._x_s, self._y_s, self._height_s))
         self.cells: Floats = np.where(self._placed, (x * _CELLS + y) * _CELLS + height, _NO_CELL)
@@ -86,6 +89,13 @@ class Columns:
             half_s - beyond_s + back_bytes / out_bytes_per_s,
         )
 
+    def prices_s_per_block(self, dealt: Dealt, *, num_blocks: int, tokens: int) -> Floats:
+        """By how much a step of so many positions gets dearer where this node has no session, as `estimates` has it."""
+        part = (self._phase + dealt.turn) % 1.0 * self._takes_s * dealt.part_per_s
+        excess = np.maximum(0.0, part * dealt.turn_s / dealt.cycle_s - ROOMY)
+        prices_s: Floats = GAIN * dealt.cycle_s * excess / num_blocks * self._longer(tokens)
+        return prices_s
+
     def _rtt_s(self, here: Coordinate) -> Floats:
         if not here.usable:
             return np.full(len(self.at), DEFAULT_RTT_S)
@@ -98,7 +108,10 @@ class Columns:
         excess_s = (self._sessions + 1) * takes_s - turn_s
         response_s = (excess_s + np.sqrt(excess_s * excess_s + 4 * takes_s * turn_s)) / 2
         queue_s = np.where(self._sessions > 0, np.maximum(self._queue_s, response_s - takes_s), self._queue_s)
+        waits_s: Floats = queue_s * self._longer(tokens)
+        return waits_s
+
+    def _longer(self, tokens: int) -> Floats:
         instant = self._decode_s == 0
         longer = 1 + (tokens - 1) * self._prefill_s / np.where(instant, 1.0, self._decode_s)
-        waits_s: Floats = queue_s * np.where(instant, 1.0, longer)
-        return waits_s
+        return np.where(instant, 1.0, longer)

@@ -95,6 +95,10 @@ class View:
             step_bytes=step_bytes,
             back_bytes=back_bytes,
         )
+        if request.spread is not None:
+            per_block_s += columns.prices_s_per_block(
+                estimates.dealt, num_blocks=request.num_blocks, tokens=request.tokens
+            )
         full, short = (columns.free_tokens < room for room in (request.cache_tokens, request.expected_tokens))
         enter_s += np.where(full, _LAST_RESORT_S, np.where(short, _SHORT_S, 0.0))
         kept = (hop.peer_id for hop in request.keep)

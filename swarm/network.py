@@ -21,6 +21,7 @@ from peers.transport.links import Links
 from peers.transport.loop import new_event_loop
 from peers.transport.tasks import Tasks
 from routing.addresses import validate_multiaddr
+from routing.dealing import phase
 from routing.errors import InvalidAddress
 from routing.identity import SigningKey
 from routing.invites import parse
@@ -85,7 +86,7 @@ class ClientNode:
     def __init__(self, node: Node, *, network: str, router: Router | None = None) -> None:
         """`router`: one that knows something already."""
         self.node = node
-        self.router = router or Router()
+        self.router = router or Router(turn=phase(node.transport.peer_id))
         self.links = Links(node.transport, network=network, software=SOFTWARE)
         self.discovery = Discovery(store=node.store, router=self.router, links=self.links, network=network)
         self.tasks = Tasks()

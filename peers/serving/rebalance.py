@@ -4,7 +4,7 @@ Owns the rhythm and the announced intent. Whether and where to move, and whether
 `routing.placement`'s to decide, how to serve other blocks the host's.
 
     look ── a move? ── announce the intent ── SETTLE_S ── still right? ── fetch; still right? ── drain, load, announce
-                          └─ nobody hears it                └─ no            └─ fails, or no
+                          └─ nobody hears it                └─ no            └─ fails, nobody answers (rest), or no
                              └──────────────── take it back ┴────────────────┘
 
 The peer serves what it served until all that it needs is on its disk, and leaves blocks only to holders that answer it
@@ -18,12 +18,10 @@ import logging
 import math
 import random
 from collections.abc import Awaitable, Callable
-from itertools import chain
 
 from peers.discovery import Discovery
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, PeerId
-from routing.path import gaps
 from routing.placement import (
     LOOK_S,
     MAX_PARTS,
@@ -37,7 +35,7 @@ from routing.placement import (
     to_ask,
     usable,
 )
-from routing.records import Announcement, PeerState
+from routing.records import Announcement
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +43,9 @@ ANSWER_TIMEOUT_S = 2.0
 """Of those to whom blocks are left; who says something else has more time (`Links.request`)."""
 AGAIN_S = 60.0
 """After a move that failed: what stood in its way, a full disk say, is not over at the next look."""
+UNANSWERED_S = 5.0
+"""After one for which nobody answered who would hold what it leaves; each further such rest is twice as long, up to
+AGAIN_S. All are up to half as long again, so that who rests for the same reason does not come back at the same time."""
 
 
 class Rebalance:
@@ -74,9 +75,9 @@ class Rebalance:
         self._rng = rng
         self._max_parts = max_parts
         self._arrivals = Arrivals()
-        self._gap_since_s: float | None = None
         self._moved_at_s = discovery.now_s()
-        self._failed_at_s = -math.inf
+        self._again_at_s = -math.inf
+        self._rest_s = UNANSWERED_S
 
     async def run(self) -> None:
         while True:
@@ -87,10 +88,10 @@ class Rebalance:
         """Look once, and move if that is called for; True after a move."""
         now_s = self._discovery.now_s()
         alike = self._alike()
-        late, open_for_s = self._arrivals.late(alike, now_s), self._open_for_s(alike, now_s)
+        late, open_for_s = self._late(alike, now_s), self._arrivals.open_for_s(now_s)
         me, max_parts = alike[0].peer_id, self._max_parts
         move = choose_move(alike, me, now_s, open_for_s=open_for_s, late=late, max_parts=max_parts)
-        if move is None or now_s - self._failed_at_s < AGAIN_S:
+        if move is None or now_s < self._again_at_s:
             return False
         if not move.heals and now_s - self._moved_at_s < REST_S:
             return False
@@ -103,7 +104,6 @@ class Rebalance:
         except SwarmError as error:
             self._failed(error)
             return False
-        self._gap_since_s = None
         return True
 
     async def _prepared(self, move: Move) -> bool:
@@ -141,15 +141,29 @@ class Rebalance:
     async def _stands(self, move: Move, *, ready: bool, answered: set[PeerId] | None = None) -> bool:
         await self._discovery.refresh()
         alike = self._alike()
-        late = self._arrivals.late(alike, self._discovery.now_s())
-        if stands(move, alike, alike[0].peer_id, late=late, ready=ready, answered=answered):
+        late = self._late(alike, self._discovery.now_s())
+        me = alike[0].peer_id
+        if stands(move, alike, me, late=late, ready=ready, answered=answered):
             return True
+        if answered is not None and stands(move, alike, me, late=late, ready=ready):
+            self._unanswered(move)
+            return False
         logger.info("not going to blocks %s: another peer does, or this one is needed where it is", move.intent)
         return False
 
     def _failed(self, error: SwarmError) -> None:
         logger.warning("serving the blocks of before: %s", error)
-        self._failed_at_s = self._discovery.now_s()
+        self._rest(AGAIN_S)
+
+    def _unanswered(self, move: Move) -> None:
+        if self._discovery.now_s() - self._again_at_s > AGAIN_S:
+            self._rest_s = UNANSWERED_S  # what was before has nothing to do with it
+        logger.info("not going to blocks %s: nobody answers who holds what this peer would leave", move.intent)
+        self._rest(self._rest_s)
+        self._rest_s = min(AGAIN_S, 2 * self._rest_s)
+
+    def _rest(self, rest_s: float) -> None:
+        self._again_at_s = self._discovery.now_s() + rest_s * self._rng.uniform(1.0, 1.5)
 
     def _alike(self) -> list[Announcement]:
         """All announcements of this peer's model; first its own, as it is now, not as it was read."""
@@ -157,11 +171,5 @@ class Rebalance:
         known = self._discovery.router.snapshot(self._discovery.now_s()).of_model(mine.model)
         return [mine, *(a for a in known if a.peer_id != mine.peer_id)]
 
-    def _open_for_s(self, alike: list[Announcement], now_s: float) -> float:
-        online = (a.spans for a in usable(alike, alike[0]) if a.state is PeerState.ONLINE)
-        if not gaps(chain.from_iterable(online), alike[0].num_blocks):
-            self._gap_since_s = None
-            return 0.0
-        if self._gap_since_s is None:
-            self._gap_since_s = now_s
-        return now_s - self._gap_since_s
+    def _late(self, alike: list[Announcement], now_s: float) -> frozenset[PeerId]:
+        return self._arrivals.late(usable(alike, alike[0]), now_s)

@@ -13,7 +13,7 @@ from rich.text import Text
 from peers.wire.messages import PROTOCOL_VERSION
 from routing.cost import BYTES_PER_TOKEN
 from routing.errors import CallerError
-from routing.explanation import Explanation, Option, Without
+from routing.explanation import Explanation, Option, Part, Without
 from routing.ids import PeerId
 from routing.routes import RouteRequest
 from swarm.cli import signals
@@ -21,7 +21,7 @@ from swarm.health import look
 from swarm.network import Entrance, enter
 
 MAX_OPTIONS = 8
-"""Shown to people, per hop; --json holds all."""
+"""Shown to people, per hop, and as many who hold some of its blocks; --json holds all."""
 
 
 def route(
@@ -69,6 +69,7 @@ def as_plain(said: Explanation, *, explain: bool) -> dict[str, Any]:
     }
     if explain:
         plain["candidates"] = [[_plain(option) for option in options] for options in said.options]
+        plain["parts"] = [[_plain_part(part) for part in parts] for parts in said.parts]
         plain["without"] = [
             other
             and {
@@ -99,6 +100,18 @@ def _plain(option: Option) -> dict[str, Any]:
     }
 
 
+def _plain_part(part: Part) -> dict[str, Any]:
+    return {
+        "peer_id": part.peer_id,
+        "name": part.name,
+        "spans": str(part.spans),
+        "covers": str(part.covers),
+        "route_ms": _ms(part.route_s),
+        "measured": part.measured,
+        "note": part.note,
+    }
+
+
 def show(said: Explanation, *, explain: bool) -> None:
     """Print for people, to stdout."""
     console = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
@@ -108,7 +121,7 @@ def show(said: Explanation, *, explain: bool) -> None:
     console.print(f"you → {hops} → you · {_ms(said.route.cost_s):.1f} ms per step expected", markup=False)
     if not explain:
         return
-    for hop, options, other in zip(said.route.hops, said.options, said.without, strict=True):
+    for hop, options, parts, other in zip(said.route.hops, said.options, said.parts, said.without, strict=True):
         console.print(f"\nblocks {hop.span}: {len(options)} can serve them", markup=False)
         table = Table(
             "",
@@ -139,6 +152,10 @@ def show(said: Explanation, *, explain: bool) -> None:
                 _why(option, best),
             )
         console.print(table)
+        if parts:
+            more = f", and {len(parts) - MAX_OPTIONS} more" if len(parts) > MAX_OPTIONS else ""
+            some = ", ".join(_some(part, said.route.cost_s) for part in parts[:MAX_OPTIONS])
+            console.print(f"or some of them by {some}{more}", markup=False)
         console.print(f"without {_named(options)}: {_other(other, said)}", markup=False)
     for who, spans, reason in said.left_out:
         console.print(f"left out: {who} ({spans}): {reason}", markup=False)
@@ -170,6 +187,12 @@ def _why(option: Option, best: Option) -> str:
     worst = max(parts, key=lambda part: parts[part])
     slower_ms = _ms(option.route_s - best.route_s)
     return f"{slower_ms:+.1f} ms: {worst}" if parts[worst] > 0 else f"{slower_ms:+.1f} ms: far from the other hops"
+
+
+def _some(part: Part, cost_s: float) -> str:
+    slower = f"{part.note}: a last resort" if part.note else f"{_ms(part.route_s - cost_s):+.1f} ms"
+    serves = "" if str(part.spans) == str(part.covers) else f" of {part.spans}"
+    return f"{_name(part.peer_id, part.name)} [{part.covers}{serves}] ({slower})"
 
 
 def _named(options: tuple[Option, ...]) -> str:

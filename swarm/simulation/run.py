@@ -246,8 +246,8 @@ class Simulation:
             self._open_since_s = None
         elif self._open_since_s is None:
             self._open_since_s = now_s
-        open_for_s = 0.0 if self._open_since_s is None else now_s - self._open_since_s
         late = self._arrivals.late(records, now_s)
+        open_for_s = self._arrivals.open_for_s(now_s)
         of_span = defaultdict[BlockSpans, list[Announcement]](list)
         if not missing:
             for a in online:

@@ -67,11 +67,14 @@ class Client:
     where: Coordinate
     bytes_per_s: float
     reads_at_s: float
-    router: Router = field(default_factory=Router)
-    turn: float = 0.0
+    turn: float
     seen: dict[PeerId, int] = field(default_factory=dict)
     met: dict[Peer, None] = field(default_factory=dict)
     """Peers that it sent something to since it read last, in that order."""
+    router: Router = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.router = Router(self.turn)
 
 
 @dataclass(slots=True)

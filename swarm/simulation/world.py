@@ -32,6 +32,9 @@ LINK_BYTES_PER_S: Final = 25e6
 LOAD_S_PER_BLOCK: Final = 0.5
 """From disk, of blocks that were downloaded before."""
 BYTES_PER_TOKEN: Final = 16_384
+USERS_PER_PEER: Final = 10
+"""So many ask for enough to fill the peers over the routes that they get. A user who waits for each token has one under
+way, and half of its time passes on the way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ class SimulationConfig:
     """Raises ValueError when a number is out of range."""
 
     peers: int = 1000
-    users: int = 6000
+    users: int = USERS_PER_PEER * 1000
     """Each asks again as soon as it was answered."""
     clients: int = 10
     """Nodes through which users come; each has a router of its own."""

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.dealing import ROOMY, SESSIONS_MIN, Dealing, price_s
+from routing.dealing import ROOMY, SESSIONS_MIN, Dealing, phase, price_s
+from routing.flow import GOLDEN
 from routing.ids import PeerId
 from routing.router import Router
 from routing.routes import RouteRequest
@@ -32,7 +33,8 @@ def test_what_is_counted_is_what_the_sessions_that_were_dealt_last_need(deals: l
         dealing.deal(session, [(peer(n), 0.5) for n in peers])
     for n in range(4):
         held = sum(peers.count(n) for peers in live.values())
-        assert dealing.part(peer(n), 2.0) == pytest.approx(held / SESSIONS_MIN)
+        assert dealing.part(peer(n), 0.0, 2.0) == pytest.approx(held / SESSIONS_MIN)
+        assert held / SESSIONS_MIN <= dealing.part(peer(n), 0.5, 2.0) < (held + 1) / SESSIONS_MIN
     assert all((session in dealing) == (session in live) for session in range(6))
 
 
@@ -57,6 +59,30 @@ def test_in_a_crowded_swarm_a_node_shares_its_sessions_out_by_what_peers_can_car
         route = router.plan(replace(REQUEST, tokens=prompt, spread=session / 120, session=session), NOW_S)
         uses[route.hops[0].peer_id] += 1
     assert [uses[peer(n)] for n in range(3)] == pytest.approx([48, 48, 24], abs=4)
+
+
+def test_many_nodes_with_few_sessions_give_small_peers_their_part_all_together_though_none_can_by_itself() -> None:
+    """A third of a session of each node, to everyone of the small ones: where each rounds alike, it is one, or none."""
+    nodes, sessions, small = 40, 36, range(10, 20)
+    swarm = [
+        announcement(peer(n), 0, 30, decode_s_per_block=d, prefill_s_per_token_block=d / 4, sessions=200)
+        for n, d in [*((n, 0.002) for n in range(10)), *((n, 0.018) for n in small)]
+    ]
+    uses = Counter[PeerId]()
+    for node in range(nodes):
+        router = Router(turn=phase(peer(1000 + node)))
+        router.on_announcements(swarm, NOW_S)
+        for session in range(sessions):
+            request = replace(REQUEST, spread=(node + session * GOLDEN) % 1.0, session=session)
+            uses[router.plan(request, NOW_S).hops[0].peer_id] += 1
+    fair = nodes * sessions / (10 * 9 + 10)
+    assert sum(uses[peer(n)] for n in small) == pytest.approx(10 * fair, rel=0.25)
+    assert max(uses[peer(n)] for n in small) <= 1.6 * fair
+
+
+def test_phases_lie_evenly() -> None:
+    counts = Counter(int(10 * phase(peer(n))) for n in range(5000))
+    assert [counts[tenth] for tenth in range(10)] == pytest.approx([500] * 10, rel=0.15)
 
 
 def test_sessions_that_lost_one_peer_are_shared_out_to_those_that_can_take_its_place() -> None:
@@ -90,7 +116,7 @@ def test_a_session_that_stays_where_another_was_is_counted_once() -> None:
     first = router.plan(replace(REQUEST, spread=0.1, session="a"), NOW_S)
     for _ in range(3):
         router.plan(replace(REQUEST, spread=0.2, session="b", previous=first), NOW_S)
-    counted = router._estimates._dealing.part(peer(0), 1.0)
+    counted = router._estimates._dealing.part(peer(0), 0.0, 1.0)
     router.on_ended("b")
     router.on_ended("b")
-    assert router._estimates._dealing.part(peer(0), 1.0) == pytest.approx(counted / 2)
+    assert router._estimates._dealing.part(peer(0), 0.0, 1.0) == pytest.approx(counted / 2)

@@ -14,6 +14,7 @@ from routing.ids import BlockSpan, BlockSpans
 from routing.path import gaps
 from routing.placement import (
     ARRIVE_S,
+    GAP_S,
     MAX_PARTS,
     MOVE_GAIN,
     SETTLE_S,
@@ -198,16 +199,30 @@ def test_who_is_on_the_way_for_too_long_hides_a_gap_no_more() -> None:
     fetching = announcement(peer(4), 0, 10, intent=BlockSpan(20, 30))
     for slow in (loading, fetching):
         peers, arrivals = [rest, spare, slow], Arrivals()
-        for waited_s in (0.0, ARRIVE_S - 1):
+        for waited_s in (0.0, GAP_S - 1):
             assert arrivals.late(peers, NOW_S + waited_s) == set()
+            assert arrivals.open_for_s(NOW_S + waited_s) == waited_s
         assert moved(peers, 2) is None
-        late = arrivals.late([replace(a, sequence=2) for a in peers], NOW_S + ARRIVE_S)
+        late = arrivals.late([replace(a, sequence=2) for a in peers], NOW_S + GAP_S)
         assert late == {slow.peer_id}
         assert choose_move(peers, peer(2), NOW_S, late=late) == healing("20:30", "20:30")
         assert stands(healing("20:30", "20:30"), peers, peer(2), late=late)
         assert not stands(healing("20:30", "20:30"), peers, peer(2)) or slow is fetching
     further = replace(fetching, state=PeerState.JOINING, intent=None, spans=BlockSpans.parse("20:30"))
-    assert arrivals.late([rest, spare, further], NOW_S + ARRIVE_S) == set(), "it gets on"
+    assert arrivals.late([rest, spare, further], NOW_S + GAP_S) == set(), "it gets on"
+    another = announcement(peer(5), 25, 30, state=PeerState.JOINING)
+    assert arrivals.late([rest, spare, another], NOW_S + GAP_S) == {another.peer_id}, (
+        "one after the other would hide it"
+    )
+    there = announcement(peer(6), 20, 30)
+    assert arrivals.late([rest, spare, there, another], NOW_S + GAP_S) == set()
+    assert arrivals.open_for_s(NOW_S + GAP_S) == 0.0
+
+
+def test_where_nothing_is_missing_who_is_on_the_way_counts_for_longer() -> None:
+    peers, arrivals = [announcement(peer(1), 0, 30), announcement(peer(2), 0, 10, intent=BlockSpan(20, 30))], Arrivals()
+    for waited_s, late in ((0.0, set()), (ARRIVE_S - 1, set()), (ARRIVE_S, {peer(2)})):
+        assert arrivals.late(peers, NOW_S + waited_s) == late
 
 
 def healing(spans: str, intent: str) -> Move:

@@ -631,6 +631,23 @@ def test_a_route_is_explained_with_the_uplinks_that_peers_announce(capsys: pytes
     assert "100 assumed, 8.4 out" in capsys.readouterr().out
 
 
+def test_a_route_is_explained_with_those_who_hold_a_part_of_a_hop(capsys: pytest.CaptureFixture[str]) -> None:
+    router = Router()
+    holders = [announcement(n, BlockSpan(0, 4), name=f"part-{n}") for n in range(2, 12)]
+    said = [announcement(1, BlockSpan(0, 6)), *holders]
+    router.on_announcements(said, 100.0)
+    found = router.explain(RouteRequest(model=said[0].model, num_blocks=6, bytes_per_token=1000), 100.0)
+    (parts,) = json.loads(json.dumps(route.as_plain(found, explain=True)))["parts"]
+    assert len(parts) == 10
+    assert all((part["covers"], part["spans"]) == ("0:4", "0:4") for part in parts)
+    assert parts[0]["route_ms"] >= route.as_plain(found, explain=True)["cost_ms"]
+    route.show(found, explain=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "or some of them by part-" in printed
+    assert printed.count(" [0:4] (") == route.MAX_OPTIONS
+    assert ", and 2 more" in printed
+
+
 def test_a_model_is_named_by_its_name_or_the_beginning_of_its_id(view: View) -> None:
     (health,) = view.models
     assert is_named(health, "tiny")

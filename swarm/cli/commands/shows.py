@@ -14,7 +14,7 @@ from swarm.cli.output import Bars, command, say, write
 
 def simulate(
     peers: Annotated[int, typer.Option("--peers", min=1, max=20_000, help="So many peers.")] = 1000,
-    users: Annotated[int | None, typer.Option("--users", min=1, help="Default: six for each peer.")] = None,
+    users: Annotated[int | None, typer.Option("--users", min=1, help="Default: ten for each peer.")] = None,
     clients: Annotated[int, typer.Option("--clients", min=1, help="Nodes through which the users come.")] = 10,
     minutes: Annotated[
         float, typer.Option("--minutes", min=0.1, callback=finite, help="Of virtual time, after two of warm-up.")
@@ -38,13 +38,13 @@ def simulate(
     """
     with command(verbose=verbose, debug=debug):
         from swarm.cli import simulate as view
-        from swarm.simulation.world import SimulationConfig
+        from swarm.simulation.world import USERS_PER_PEER, SimulationConfig
 
         with signals.interruptible():
             try:
                 config = SimulationConfig(
                     peers=peers,
-                    users=users or max(clients, 6 * peers),
+                    users=users or max(clients, USERS_PER_PEER * peers),
                     clients=clients,
                     minutes=minutes,
                     churn_per_hour=churn,

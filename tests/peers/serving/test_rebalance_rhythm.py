@@ -12,7 +12,7 @@ import pytest
 
 from peers.discovery import Discovery
 from peers.errors import NotEnoughDisk
-from peers.serving.rebalance import AGAIN_S, Rebalance
+from peers.serving.rebalance import AGAIN_S, ANSWER_TIMEOUT_S, UNANSWERED_S, Rebalance
 from peers.transport.links import Links
 from peers.transport.memory import MemoryNetwork
 from routing.ids import BlockSpan, BlockSpans
@@ -45,6 +45,7 @@ class Member:
             max_blocks=max_blocks,
             decode_s_per_block=decode_s,
         )
+        self.fetch_s = FETCH_S
         self.heard, self.disk_full, self.saying = True, False, asyncio.Lock()
         self.intents: list[BlockSpan | None] = []
         self.fetched: list[str] = []
@@ -84,7 +85,7 @@ class Member:
     async def fetch(self, move: Move) -> None:
         assert self.said.state is PeerState.ONLINE, "it serves meanwhile"
         self.fetched.append(str(move.spans))
-        await asyncio.sleep(FETCH_S)
+        await asyncio.sleep(self.fetch_s)
         if self.disk_full:
             raise NotEnoughDisk("full")
 
@@ -127,7 +128,7 @@ async def test_of_two_peers_that_intend_the_same_at_the_same_time_exactly_one_go
     with living(*spare, Member(network, 3, "0:20")):
         await asyncio.sleep(1.0)
         for member in spare:
-            member.driver._gap_since_s = network.clock() - ESCALATE_S  # both are called
+            member.driver._arrivals.late(member.driver._alike(), network.clock() - ESCALATE_S)  # both are called
         outcome = await asyncio.gather(*(member.driver.look() for member in spare))
     assert sorted(outcome) == [False, True]
     assert all(member.intents[0] == BlockSpan(20, 30) for member in spare)
@@ -211,8 +212,28 @@ async def test_who_is_the_last_holder_beside_one_that_died_and_is_still_announce
         assert (mover.moves, mover.said.state, mover.said.intent) == ([], PeerState.ONLINE, None)
         third = Member(network, 4, "0:10")
         with living(third):
-            await asyncio.sleep(5.0)
+            await asyncio.sleep(UNANSWERED_S * 1.5)
             assert await mover.driver.look(), "beside one that is there"
+
+
+async def test_while_nobody_answers_who_would_hold_what_a_peer_leaves_it_tries_ever_more_seldom(
+    network: MemoryNetwork,
+) -> None:
+    mover, other = (Member(network, n, "0:10", max_blocks=10 * (n == 1)) for n in (1, 2))
+    mover.fetch_s = 0.0
+    with living(mover, other, Member(network, 3, "10:20"), moving=(mover,)):
+        network.partition([mover.key.peer_id], [other.key.peer_id])  # its records arrive all the same
+        attempt_s = 1.5 * LOOK_S + SETTLE_S + ANSWER_TIMEOUT_S + 1
+        await asyncio.sleep(attempt_s + 1.5 * UNANSWERED_S + attempt_s)
+        assert len(mover.fetched) >= 2, "soon again at first"
+        await asyncio.sleep(5 * AGAIN_S)
+        tried = len(mover.fetched)
+        await asyncio.sleep(10 * AGAIN_S)
+        assert 6 <= len(mover.fetched) - tried <= 10
+        assert mover.moves == []
+        network.partition()
+        await asyncio.sleep(1.5 * AGAIN_S + attempt_s)
+        assert [spans for _, spans in mover.moves] == ["20:30"]
 
 
 async def test_between_moves_that_heal_nothing_a_peer_rests_and_before_the_first_too(network: MemoryNetwork) -> None:
@@ -237,5 +258,5 @@ async def test_what_failed_is_not_tried_again_at_once_and_costs_nobody_anything(
         assert spare.fetched == ["20:30"]
         assert (spare.moves, spare.said.state, spare.said.intent) == ([], PeerState.ONLINE, None)
         spare.disk_full = False
-        await asyncio.sleep(AGAIN_S / 2 + 2 * LOOK_S + SETTLE_S + FETCH_S)
+        await asyncio.sleep(AGAIN_S + 2 * LOOK_S + SETTLE_S + FETCH_S)
         assert [spans for _, spans in spare.moves] == ["20:30"]
