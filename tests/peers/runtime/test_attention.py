@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers.masking_utils import (
 from peers.model.kernels import Pool
 from peers.runtime import attention, flex
 from peers.runtime.attention import (
+    SHORT_TOKENS,
     LayerPool,
     NotPluggable,
     Pattern,
@@ -77,6 +79,27 @@ def slots_of(session_runs: list[tuple[int, int]]) -> list[int]:
     return [slot for first, count in session_runs for slot in range(first, first + count)]
 
 
+@st.composite
+def gone(draw: st.DrawFn, extents: list[tuple[int, int]], sees: Sees) -> list[int]:
+    """For each session, of those positions that no query sees any more, how many are there no longer."""
+    return [draw(st.integers(0, next(key for key in itertools.count() if sees(start, key)))) for start, _ in extents]
+
+
+def held(extents: list[tuple[int, int]], firsts: list[int]) -> list[int]:
+    return [start + tokens - first for (start, tokens), first in zip(extents, firsts, strict=True)]
+
+
+def surely(whole: Whole) -> Whole:
+    """Else sessions would attend one by one where it cannot, and nobody would notice."""
+
+    def attend(*given: Any) -> Tensor:
+        output = whole(*given)
+        assert output is not None
+        return output
+
+    return attend
+
+
 def by_definition(
     q_H: Tensor, keys_LJ: Tensor, values_LJ: Tensor, seen: list[int], scale: float, softcap: float | None, sinks: Tensor
 ) -> Tensor:
@@ -109,7 +132,8 @@ def assert_attends_as_each_alone(
     fixed: bool = False,
 ) -> None:
     """Some ragged batch, against the definition. Slots that are nobody's to read are NaN, and the last ones are zero;
-    so is what lies beside the layer's keys and values in the memory that it shares with other layers.
+    so is what lies beside the layer's keys and values in the memory that it shares with other layers. Of what sessions
+    do not see any more some is gone, and its slots are others'.
 
     `error`: the largest scores are about 10, which float32 knows to 1e-6, sums of 72 products to a few times that; and
     values of either sign, up to about 4, are weighed by their exponentials. 4.2e-6 was seen.
@@ -118,8 +142,9 @@ def assert_attends_as_each_alone(
     J, G, K, V = data.draw(shapes)
     tokens = st.just(1) if fixed else st.one_of(st.just(1), st.integers(1, 20))
     extents = data.draw(st.lists(st.tuples(st.integers(0, 40), tokens), min_size=1, max_size=6))
-    segment_runs = data.draw(runs([start + tokens for start, tokens in extents]))
     function, sees = data.draw(patterns())
+    firsts = data.draw(gone(extents, sees))
+    segment_runs = data.draw(runs(held(extents, firsts)))
     softcap = data.draw(st.sampled_from([None, None, 2.0]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
 
@@ -127,7 +152,7 @@ def assert_attends_as_each_alone(
         return torch.randn(shape, generator=generator)
 
     sinks = random(J * G) if data.draw(st.booleans()) else random(0)
-    slots = sum(start + tokens for start, tokens in extents)
+    slots = sum(held(extents, firsts))
     beside = data.draw(st.sampled_from([0, 0, 1, 5]))
 
     def room(width: int) -> Tensor:
@@ -137,12 +162,12 @@ def assert_attends_as_each_alone(
 
     pool = LayerPool(keys_1JSK=room(K), values_1JSV=room(V))
     segments, queries, keys, values, expected = [], [], [], [], []
-    for (start, tokens), session_runs in zip(extents, segment_runs, strict=True):
+    for (start, tokens), first, session_runs in zip(extents, firsts, segment_runs, strict=True):
         q, k, v = random(tokens, J * G, K), random(start + tokens, J, K), random(start + tokens, J, V)
-        past = slots_of(session_runs)[:start]
-        pool.keys_1JSK[0, :, past] = k[:start].transpose(0, 1).to(device)
-        pool.values_1JSV[0, :, past] = v[:start].transpose(0, 1).to(device)
-        segments.append(Segment(start=start, tokens=tokens, runs=session_runs))
+        past = slots_of(session_runs)[: start - first]
+        pool.keys_1JSK[0, :, past] = k[first:start].transpose(0, 1).to(device)
+        pool.values_1JSV[0, :, past] = v[first:start].transpose(0, 1).to(device)
+        segments.append(Segment(start=start, tokens=tokens, runs=session_runs, first=first))
         queries.append(q)
         keys.append(k[start:])
         values.append(v[start:])
@@ -158,11 +183,16 @@ def assert_attends_as_each_alone(
     if fixed:
         output = by_rows(segments, pool, given, pattern, softcap, sinks if len(sinks) else None)
     else:
-        batch = RaggedBatch([segments], [pool], torch.device(device), library, whole)
+        batch = RaggedBatch([segments], [pool], torch.device(device), library, whole and surely(whole))
         output = batch.attend(*given, pattern, 0.3, softcap, sinks.to(device) if len(sinks) else None)
+        if library is not None:
+            short = [n == 1 or (n <= SHORT_TOKENS and function is causal_mask_function) for _, n in extents]
+            assert [index for index, _ in pattern.plans[0].others] == [
+                i for i, is_short in enumerate(short) if not is_short
+            ]
     torch.testing.assert_close(output[0].double().cpu(), torch.stack(expected), atol=error, rtol=2.5 * error)
-    for (start, _), session_runs, k in zip(extents, segment_runs, keys, strict=True):
-        assert torch.equal(pool.keys_1JSK[0, :, slots_of(session_runs)[start:]].cpu(), k.transpose(0, 1))
+    for (start, _), first, session_runs, k in zip(extents, firsts, segment_runs, keys, strict=True):
+        assert torch.equal(pool.keys_1JSK[0, :, slots_of(session_runs)[start - first :]].cpu(), k.transpose(0, 1))
     if isinstance(layout := pattern.layouts.get(0), Layout):
         assert_blocks_hold_all_that_is_seen(layout)
 
@@ -229,6 +259,7 @@ def test_a_ragged_batch_attends_as_each_of_its_sessions_would_alone(backend: str
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_ragged_batch_at_once_attends_as_each_of_its_sessions_would_alone(data: st.DataObject) -> None:
+    """By what a compiler is given; what it makes of that, where there is a device for it, is in `tests/gpu`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # no compiler: its definition
         patch.setattr(flex, "BLOCK", 8)
@@ -239,16 +270,18 @@ def test_a_ragged_batch_at_once_attends_as_each_of_its_sessions_would_alone(data
 @given(data=st.data())
 def test_a_layout_has_each_session_in_blocks_of_its_own(data: st.DataObject) -> None:
     extents = data.draw(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=5))
-    all_runs = data.draw(runs([start + tokens for start, tokens in extents]))
     function, sees = data.draw(patterns())
+    firsts = data.draw(gone(extents, sees))
+    all_runs = data.draw(runs(held(extents, firsts)))
     rows: list[int] = []
     slots: list[int] = []
     seen: set[tuple[int, int]] = set()
     segments, queries, nobodys = [], 0, 999
-    for (start, tokens), session_runs in zip(extents, all_runs, strict=True):
-        segments.append(Segment(start=start, tokens=tokens, runs=session_runs))
+    for (start, tokens), first, session_runs in zip(extents, firsts, all_runs, strict=True):
+        segments.append(Segment(start=start, tokens=tokens, runs=session_runs, first=first))
         for row in range(tokens):
-            seen |= {(queries + row, len(slots) + key) for key in range(start + tokens) if sees(start + row, key)}
+            keys = [key for key in range(first, start + tokens) if sees(start + row, key)]
+            seen |= {(queries + row, len(slots) + key - first) for key in keys}
         rows += range(queries, queries + tokens)
         queries += -(-tokens // 8) * 8
         slots += slots_of(session_runs)
@@ -309,6 +342,15 @@ def test_a_window_reads_no_key_before_it() -> None:
     segment = Segment(start=20, tokens=1, runs=[(40, 16), (0, 5)])
     sight = look(segment, sliding_window_causal_mask_function(7), torch.empty(0))
     assert (sight.skipped, sight.mask_nL) == (14, None)
+
+
+@pytest.mark.parametrize("function", [causal_mask_function, sliding_window_causal_mask_function(5)])
+def test_a_mask_that_sees_what_is_gone_is_refused(function: attention.MaskFunction) -> None:
+    segment = Segment(start=20, tokens=2, runs=[(0, 5)], first=17)
+    with pytest.raises(NotPluggable, match="before 17"):
+        look(segment, function, torch.empty(0))
+    with pytest.raises(NotPluggable, match="before 17"):
+        lay_out([segment], function, 99, torch.device("cpu"))
 
 
 def test_what_it_does_not_understand_it_refuses() -> None:
