@@ -328,7 +328,7 @@ class SessionCore:
         known = {(hop.peer_id, hop.span) for hop in self._installed}
         spans = {hop.span for hop in route.hops}
         for hop in route.hops:
-            if (standby := self._standbys.take(hop)) is not None and not standby.misled:
+            if (standby := self._standbys.take(hop)) is not None:
                 known.add((hop.peer_id, hop.span))
                 self._reaches[hop.peer_id, hop.span.start] = standby.reach
         unused = [standby.hop for standby in self._standbys if standby.hop.span not in spans]
@@ -343,9 +343,7 @@ class SessionCore:
         )
         self._opening = Opening(route.hops, offer, keep)
         actions.append(OpenHops(route, self.epoch, offer, keep, self._forgot))
-        return actions + [
-            self._open_standby(standby, 0 if standby.misled else min(sure, standby.reach)) for standby in self._standbys
-        ]
+        return actions + [self._open_standby(standby, min(sure, standby.reach)) for standby in self._standbys]
 
     def no_route(self, error: SwarmError) -> list[Action]:
         return self._fail(error) if self.state is State.ROUTING else []
@@ -594,9 +592,7 @@ class SessionCore:
             actions.append(NeedStandbys(lacking, frozenset(self._avoid)))
         answered = self._steps.answered_until()
         lagging = [s for s in self._standbys if s.open and s.feed is None and answered - s.held >= self._standby_lag]
-        for s in lagging:
-            actions += self._lose_standbys(s.hop.peer_id) if s.misled else [self._feed(s, answered)]
-        return actions
+        return actions + [self._feed(standby, answered) for standby in lagging]
 
     def _feed(self, standby: Standby, answered: int) -> Feed:
         assert self.route is not None
@@ -612,9 +608,8 @@ class SessionCore:
         return Feed(standby.hop, step, self.epoch)
 
     def _open_standby(self, standby: Standby, keep: int) -> OpenStandby:
-        offer = 0 if keep or self._standbys.goes_back or not self._offers else self._steps.answered_until()
-        self._standbys.opens(standby, offer, keep)
-        return OpenStandby(standby.hop, self.epoch, offer, keep)
+        self._standbys.opens(standby, keep)
+        return OpenStandby(standby.hop, self.epoch, keep)
 
     def _lose_standbys(self, peer: PeerId) -> list[Action]:
         gone = [standby.hop for standby in self._standbys if standby.hop.peer_id == peer]

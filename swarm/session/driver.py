@@ -106,7 +106,7 @@ class SwarmRemote:
         self._sessions = Sessions(model=model, client=network.client, uploads=self.uploads)
         self._prompts = Prompts(self._sessions)
         self._planner = Planner(self._sessions, self._prompts, turn=self._rng.random())
-        self._installer = Installer(self._sessions, self._prompts, self)
+        self._installer = Installer(self._sessions, self)
         self._config = config or SessionConfig()
         self._owns_network = owns_network
         self._prefix_secret = prefix_secret or secrets.token_bytes(32)

@@ -12,17 +12,17 @@ standby hears what its hop heard, in the background, from the hop before it, and
     filling   the hop before it is busy        filling    the same again, with the next answer
     filling   a step rolls back                filling    what lies behind counts no more
     filling   another epoch                    opening    OpenStandby: it keeps what counts
-    filling   it is misled                     lacking    Release; rests, twice as long each time
-    any       lost, busy, leaves, refuses      lacking    the same
+    any       lost, busy, leaves, refuses      lacking    Release; rests, twice as long each time
     any       its hop is lost, leaves          on route   NeedRoute keeps it in that hop's place
     any       the session lets go of its route lacking    Release
 
-So a standby never holds anything up: whatever goes wrong with it, it is let go of.
+So a standby never holds anything up: whatever goes wrong with it, it is let go of. It is told no keys of what it will
+hear: the hop before it sends what the session is by then, which may have gone back meanwhile, and it would keep that
+under keys of what was undone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
@@ -43,8 +43,8 @@ class Standby:
     """Positions that it is known to hold."""
     reach: int = 0
     """Up to here, what it holds, if it does, is what the session's history says."""
-    offered: int = 0
-    """What it was asked for and told to keep when it was opened."""
+    keep: int = 0
+    """What it was told to keep when it was opened, without what was undone since then."""
     feed: StepId | None = None
     """What it hears now."""
     feed_end: int = 0
@@ -52,19 +52,6 @@ class Standby:
     """Nothing was undone since it was asked to hear that."""
     undone: bool = False
     """Past `reach` it may hold what the session has undone: so until it says that it heard what came after."""
-    described: int = 0
-    """Up to here it was told what the session will send, by keys under which it keeps that for others."""
-    undone_from: float = math.inf
-    """That is so no more from here on. It learns that from what it is sent, if it heard of positions behind."""
-    heard: int = 0
-    """Where what it says it heard last ended."""
-    feed_last: int = 0
-    """Where what it hears now does, undone or not."""
-
-    @property
-    def misled(self) -> bool:
-        """It would keep what it is sent under keys that stand for something else."""
-        return self.heard <= self.undone_from < self.described
 
 
 class Standbys:
@@ -78,8 +65,6 @@ class Standbys:
         self._by_start: dict[int, Standby] = {}
         self._rest = 0
         self._losses = 0
-        self.goes_back = False
-        """The session undid something: nobody can be told what it will send."""
 
     def __iter__(self) -> Iterator[Standby]:
         return iter(self._by_start.values())
@@ -122,34 +107,29 @@ class Standbys:
         self._rest = max(0, self._rest - 1)
 
     def rolled_back(self, position: int) -> None:
-        self.goes_back = True
         for standby in self:
-            standby.undone_from = min(standby.undone_from, position)
-            if position < max(standby.reach, standby.feed_end, standby.offered):
+            if position < max(standby.reach, standby.feed_end, standby.keep):
                 standby.undone, standby.steady = True, False
             standby.held, standby.reach = min(standby.held, position), min(standby.reach, position)
-            standby.feed_end, standby.offered = min(standby.feed_end, position), min(standby.offered, position)
+            standby.feed_end, standby.keep = min(standby.feed_end, position), min(standby.keep, position)
 
-    def opens(self, standby: Standby, offer: int, keep: int) -> None:
-        """It begins anew, with so many positions of the session as it now is at most; unless it is to `keep` some of
-        them, also with keys for those that it is offered."""
+    def opens(self, standby: Standby, keep: int) -> None:
+        """It begins anew, with so many positions of the session as it now is at most."""
         standby.open, standby.feed, standby.feed_end = False, None, 0
-        standby.offered, standby.undone = max(offer, keep), False
-        if not keep:
-            standby.described, standby.undone_from, standby.heard = offer, math.inf, 0
+        standby.keep, standby.undone = keep, False
 
     def opened(self, standby: Standby, held: int) -> None:
         standby.open = True
-        standby.held = min(held, standby.offered)
+        standby.held = min(held, standby.keep)
         standby.reach = max(standby.reach, standby.held)
 
     def feeds(self, standby: Standby, step: StepId, end: int) -> None:
-        standby.feed, standby.feed_end, standby.feed_last, standby.steady = step, end, end, True
+        standby.feed, standby.feed_end, standby.steady = step, end, True
         if not standby.undone:
             standby.reach = max(standby.reach, end)
 
     def fed(self, standby: Standby) -> None:
-        standby.feed, standby.heard = None, standby.feed_last
+        standby.feed = None
         if standby.steady:
             standby.undone, standby.reach = False, max(standby.reach, standby.feed_end)
         standby.held = min(standby.feed_end, standby.reach)

@@ -1099,6 +1099,8 @@ class World:
             assert owner.core.state in (State.IDLE, State.READY, State.FAILED, State.CLOSED)
             self._perform(owner, owner.core.close())
         self.settle(choose)
+        kept = [(said, sent) for peer in PEERS for said, sent in self.kept[peer].items()]
+        assert all(list(said) == sent for said, sent in kept), "hops keep for others what they were told, and no more"
         left = {session for hop in self.hops.values() for session in hop}
         assert left <= self.resurrected, "opened and never closed"
 
@@ -1135,13 +1137,12 @@ class World:
                 case NeedStandbys(hops, _):
                     owner.lacking = (core.epoch, hops)
                     self.deferred.append(("standbys", core.session, None))
-                case OpenStandby(hop, epoch, offer, keep):
+                case OpenStandby(hop, epoch, keep):
                     assert core.route is not None
                     following = core.route.hops[hop.span.end].peer_id if hop.span.end < 3 else None
                     if hop.peer_id in self.dead:
                         self.deferred.append(("lost", core.session, hop.peer_id))
-                    offered = tuple(owner.history[:offer])
-                    message = Message("open", core.session, epoch, CLIENT, tokens=offered, next=following, held=keep)
+                    message = Message("open", core.session, epoch, CLIENT, next=following, held=keep)
                     self._post(CLIENT, hop.peer_id, message, "control")
                 case Feed(to, step, epoch):
                     assert core.route is not None

@@ -24,7 +24,7 @@ def standing(*, positions: int = 6, fed: bool = True) -> SessionCore:
     core.route_ready(route(P, Q))
     opened(core)
     assert kinds(core.result(StepId(1), 1))[-1] is NeedStandbys
-    assert core.standbys_found(1, [SECOND]) == [OpenStandby(SECOND, 1, offer=positions, keep=0)]
+    assert core.standbys_found(1, [SECOND]) == [OpenStandby(SECOND, 1, keep=0)]
     (feed,) = core.opened(R, 1, 1)
     assert isinstance(feed, Feed)
     assert (feed.to, feed.step.first, feed.step.count, feed.step.hop, feed.step.until) == (SECOND, 0, positions, 1, 2)
@@ -104,7 +104,7 @@ def test_what_is_undone_while_a_standby_opens_is_not_believed_of_it() -> None:
     core.submit(6, 1, 0)
     core.stalled(LOST)
     opening, again = core.route_ready(route(P, Q))
-    assert again == OpenStandby(SECOND, 2, offer=0, keep=6)
+    assert again == OpenStandby(SECOND, 2, keep=6)
     core.opened(P, 0, 2, 7, 0)
     core.opened(Q, 1, 2, 7, 0)
     core.result(core.pending[0].step, 2)
@@ -115,32 +115,6 @@ def test_what_is_undone_while_a_standby_opens_is_not_believed_of_it() -> None:
     core.hop_lost(Q, LOST)
     (opening,) = (a for a in core.route_ready(route(P, R)) if isinstance(a, OpenHops))
     assert opening.keep == (6, 3)
-
-
-@pytest.mark.parametrize("heard", [False, True])
-def test_a_standby_that_heard_nothing_of_what_was_undone_would_keep_the_rest_under_wrong_keys(heard: bool) -> None:
-    core = standing(fed=heard)
-    if not heard:
-        core.feed_failed(StepId(2), 1, busy=True)
-    back, _ = core.submit(2, 5, 0)
-    assert kinds(core.result(back, 1))[1:] == ([Feed] if heard else [Release])
-    if not heard:
-        assert [step(core, 7 + at) for at in range(4)] == [[], [], [], [NeedStandbys]]
-        assert core.standbys_found(1, [SECOND]) == [OpenStandby(SECOND, 1, offer=0, keep=0)], "it may go back again"
-
-
-def test_a_standby_with_wrong_keys_begins_anew_in_the_place_of_its_hop_and_under_another_epoch() -> None:
-    core = standing(fed=False)
-    core.feed_failed(StepId(2), 1, busy=True)
-    core.submit(2, 5, 0)
-    core.stalled(LOST)
-    assert core.route_ready(route(P, Q))[-1] == OpenStandby(SECOND, 2, offer=0, keep=0)
-    core = standing(fed=False)
-    core.feed_failed(StepId(2), 1, busy=True)
-    core.submit(2, 5, 0)
-    core.hop_lost(Q, LOST)
-    (opening,) = (a for a in core.route_ready(route(P, R)) if isinstance(a, OpenHops))
-    assert opening.keep == (2, 0)
 
 
 def test_a_standby_that_fails_is_let_go_of_and_looked_for_again_later_and_later() -> None:
@@ -165,7 +139,7 @@ def test_standbys_go_with_the_route_and_stay_with_the_span() -> None:
     core.hop_lost(P, LOST)
     actions = core.route_ready(route(PeerId("T"), Q))
     assert kinds(actions) == [OpenHops, OpenStandby]
-    assert actions[1] == OpenStandby(SECOND, 2, offer=0, keep=6)
+    assert actions[1] == OpenStandby(SECOND, 2, keep=6)
     core = standing()
     core.submit(6, 1, 0)
     core.hop_lost(P, LOST)
