@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from routing.ids import BlockSpan, ModelId, PeerId
@@ -77,3 +77,14 @@ class RouteRequest:
     session: Hashable | None = None
     """Whose route it is, until `Router.on_ended`: with it the sessions of this node share peers in proportion once a
     swarm is in demand, each new one going where the fewest are."""
+
+
+def machines(hops: Sequence[Hop]) -> int:
+    """How many of these peers have cores of their own, by their addresses: those of one host gain nothing by pieces so
+    small that each has one, and products of 128 rows take a fifth more CPU than those of 512."""
+    return len({frozenset(filter(None, map(_host, hop.addresses))) or hop.peer_id for hop in hops})
+
+
+def _host(address: str) -> str:
+    """Of a multiaddr; none behind a relay, whose host it names."""
+    return "" if "/p2p-circuit" in address else "/".join(address.split("/")[1:3])

@@ -37,7 +37,7 @@ import msgspec
 
 from peers.errors import Busy, Refused
 from peers.serving.promises import Expectations
-from peers.wire.messages import Code, Open, Replay, Step
+from peers.wire.messages import MAX_UNDER_WAY, Code, Open, Replay, Step
 from routing.ids import BlockSpan, PeerId, Place, SessionId, StepId
 
 MAX_TURNED_AWAY = 64
@@ -74,8 +74,8 @@ class LedgerLimits:
     """For so long who found no room counts as waiting for it: as long as clients wait between two attempts."""
     max_sessions: int = 4096
     max_sessions_per_owner: int = 512
-    answers_per_session: int = 4
-    """As many steps as a client has outstanding: after a pause it repeats them all."""
+    answers_per_session: int = MAX_UNDER_WAY
+    """As many steps as a client has outstanding, at most: after a pause it repeats them all."""
     max_answer_bytes: int = 1 << 20
     """Larger answers are recomputed when asked for again: positions are absolute, so that is exact."""
     max_answers_bytes: int = 64 << 20

@@ -59,6 +59,8 @@ from routing.ids import MAX_SPANS
 PROTOCOL_VERSION = 7
 MAX_POSITIONS = 1 << 24
 MAX_HOPS = 64
+MAX_UNDER_WAY = 16
+"""Steps of a session that are sent and not answered: peers keep so many answers."""
 MAX_CLOSED_SESSIONS = 512
 MAX_STATUS_ENTRIES = 32
 """Round trips, and opinions of others, in one status."""

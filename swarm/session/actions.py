@@ -94,11 +94,10 @@ class NeedStandbys:
 @dataclass(frozen=True, slots=True)
 class OpenStandby:
     """Install `hop` under `epoch` between the neighbours of the hop with the same blocks; answer with `opened` or
-    `standby_lost`. `offer` and `keep` as in `OpenHops`."""
+    `standby_lost`. `keep` as in `OpenHops`."""
 
     hop: Hop
     epoch: int
-    offer: int
     keep: int
 
 

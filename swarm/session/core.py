@@ -14,7 +14,8 @@ stalls or forgets. The driver performs the actions and reports what happened.
                                                            their own ids, each from where it is known furthest down
     ready     submit                             ready     SendStep
     ready     result                             ready     StepDone, SendStep (window moves)
-    ready     busy                               pausing   Wait; what is not answered is sent again afterwards
+    ready     busy                               pausing   Wait; what is not answered is sent again afterwards, and
+                                                           over this route no more than `window` at a time
     pausing   submit                             pausing
     pausing   result                             pausing   StepDone
     pausing   timer                              ready     SendStep
@@ -60,10 +61,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 
+from peers.wire.messages import MAX_UNDER_WAY
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
-from routing.routes import Hop, Route
+from routing.routes import Hop, Route, machines
 from swarm.session.actions import (
     Action,
     Fail,
@@ -120,7 +123,7 @@ class SessionConfig:
     max_wait_s: float = 30.0
     """Of one wait, whatever the hop asked for: by then another may have room."""
     window: int = 4
-    """Steps sent and not yet answered: enough to keep every hop of a short route at work during a long prompt."""
+    """Steps sent and not yet answered that may always be, however short the route is and whoever else sends."""
     chunk_positions: int = 256
     """Positions per step of a replay, and of a prompt, at most."""
     standby: bool = False
@@ -132,11 +135,19 @@ class SessionConfig:
     max_busy_repeats: int = 4
     """How often a busy step is repeated in place, before its session lets go of its pages and starts over."""
 
-    def chunk(self, count: int) -> int:
-        """Positions per step where `count` are to be sent: pieces that are under way together, so that the hops of a
-        route work at the same time, and none so small that a hop's time goes into reading its weights."""
-        pieces = max(1, min(self.window, count // PIECE_POSITIONS_MIN))
-        return max(1, min(self.chunk_positions, -(-count // pieces)))
+    def under_way(self, hops: Sequence[Hop], crowd: int = 1) -> int:
+        """Steps sent and not yet answered, at most, where `crowd` sessions send much at the same time: all together two
+        for each machine, one that it computes and one that is on its way there."""
+        return max(self.window, min(2 * machines(hops), MAX_UNDER_WAY) // crowd)
+
+    def chunk(self, count: int, hops: Callable[[], Sequence[Hop]] = tuple, crowd: int = 1) -> int:
+        """Positions per step where `count` are to be sent over `hops`, which are asked for where they matter: pieces
+        that are under way together, so that the hops work at the same time, and none so small that a hop's time goes
+        into reading its weights."""
+        pieces = count // PIECE_POSITIONS_MIN
+        if pieces > self.window:
+            pieces = min(pieces, self.under_way(hops(), crowd))
+        return max(1, min(self.chunk_positions, -(-count // max(1, pieces))))
 
 
 class SessionCore:
@@ -154,6 +165,10 @@ class SessionCore:
         self.route: Route | None = None
         """The one that was installed last, also while another one is looked for."""
         self.attempts = 0
+        self.crowd = 1
+        """Sessions of the same client that send much, this one with them: others keep the hops at work, too."""
+        self._window = config.window
+        """Steps that may be under way on the present route, were this session alone."""
         self._steps = Steps()
         self._installed: tuple[Hop, ...] = ()
         """Hops that were opened and not released."""
@@ -211,6 +226,11 @@ class SessionCore:
         return self._steps.crowded
 
     @property
+    def sends_much(self) -> bool:
+        """Several steps are not answered, or may have to be sent again."""
+        return self.crowded or len(self._steps.pending) > 1 or self.state in (State.ROUTING, State.OPENING)
+
+    @property
     def unborn(self) -> bool:
         """True for a fork whose first step is not answered: its parent must not be released yet."""
         return self._parent is not None
@@ -259,6 +279,7 @@ class SessionCore:
         core._avoid = set(self._avoid)
         if self.state is State.READY and not self._steps.sent and not self.unborn:
             core.state, core.route, core.epoch = State.READY, self.route, self.epoch
+            core._window = self._window
             core._installed = self._installed
             core._parent = self.session
         return core
@@ -300,6 +321,7 @@ class SessionCore:
             return [Wait(delay_s)]
         self.epoch += 1
         self.route = route
+        self._window = self.config.under_way(route.hops)
         self.state = State.OPENING
         self._steps.sent.clear()
         peers = {hop.peer_id for hop in route.hops}
@@ -343,7 +365,8 @@ class SessionCore:
         self._forgot = False
         held, steps = self._steps.skip(self._opening.held)
         self._opening.held = held
-        again = self._opening.steps(self._steps.pending, self._cuts, self.config.chunk, self._steps.new_id)
+        chunk = partial(self.config.chunk, crowd=self.crowd)
+        again = self._opening.steps(self._steps.pending, self._cuts, chunk, self._steps.new_id)
         self._steps.to_send(*again)
         return ([Skip(held, steps)] if held else []) + self._send()
 
@@ -448,6 +471,7 @@ class SessionCore:
             return []
         delay_s = min(max(0.05, retry_after_s) * 2 ** min(5, self._busy_repeats), self.config.max_wait_s)
         self._busy_repeats += 1
+        self._window = self.config.window  # on this route, the others want to be computed as well
         self._behind_busy.update(self._steps.sent)
         self._waited_s += delay_s
         if self._waited_s > self.config.busy_patience_s:
@@ -533,7 +557,15 @@ class SessionCore:
         return [] if self._steps.sent else self._rebuild(self._farewell)
 
     def _send(self) -> list[Action]:
-        return [SendStep(step, self.epoch) for step in self._steps.send(self.config.window, self._parent)]
+        return [SendStep(step, self.epoch) for step in self._steps.send(self._most, self._parent)]
+
+    def _most(self, step: PendingStep) -> int:
+        """With how many steps, itself included, this one may be under way."""
+        assert self.route is not None
+        window = self._window
+        if step.hop or step.until is not None:
+            window = min(window, self.config.under_way(self.route.hops[step.hop : step.until]))
+        return max(self.config.window, window // self.crowd)
 
     def _release(self) -> list[Action]:
         """Let go of everything."""
@@ -576,9 +608,8 @@ class SessionCore:
         return Feed(standby.hop, step, self.epoch)
 
     def _open_standby(self, standby: Standby, keep: int) -> OpenStandby:
-        offer = 0 if keep or not self._offers else self._steps.answered_until()
-        self._standbys.opens(standby, max(keep, offer))
-        return OpenStandby(standby.hop, self.epoch, offer, keep)
+        self._standbys.opens(standby, keep)
+        return OpenStandby(standby.hop, self.epoch, keep)
 
     def _lose_standbys(self, peer: PeerId) -> list[Action]:
         gone = [standby.hop for standby in self._standbys if standby.hop.peer_id == peer]

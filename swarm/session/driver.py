@@ -50,7 +50,7 @@ from swarm.session.actions import (
 )
 from swarm.session.callers import Callers
 from swarm.session.calls import Call
-from swarm.session.core import SessionConfig, SessionCore
+from swarm.session.core import PIECE_POSITIONS_MIN, SessionConfig, SessionCore
 from swarm.session.departures import Departures
 from swarm.session.history import Segment
 from swarm.session.inbox import Inbox
@@ -106,7 +106,7 @@ class SwarmRemote:
         self._sessions = Sessions(model=model, client=network.client, uploads=self.uploads)
         self._prompts = Prompts(self._sessions)
         self._planner = Planner(self._sessions, self._prompts, turn=self._rng.random())
-        self._installer = Installer(self._sessions, self._prompts, self)
+        self._installer = Installer(self._sessions, self)
         self._config = config or SessionConfig()
         self._owns_network = owns_network
         self._prefix_secret = prefix_secret or secrets.token_bytes(32)
@@ -358,7 +358,9 @@ class SwarmRemote:
         session.dtype, session.expects = tensors.NAMES[hidden_TD.dtype], step.expects
         count, want_from = hidden_TD.shape[0], step.want_from
         session.timings.clear()
-        chunk = self._config.chunk(count)
+        if count > PIECE_POSITIONS_MIN:
+            session.core.crowd = self._sessions.crowd(session)
+        chunk = self._config.chunk(count, functools.partial(self._planner.expected, session), session.core.crowd)
         segments = []
         for at in range(0, count, chunk):
             rows_TD, ids_T, size = hidden_TD, token_ids_T, min(chunk, count - at)
@@ -434,6 +436,7 @@ class SwarmRemote:
                     self.traffic.switches += _switches(session.route, action)
                     self.traffic.rebuilds += action.epoch > 1 and action.route is not session.route
                     self._sessions.last_route = action.route
+                    core.crowd = self._sessions.crowd(session)
                     session.begin(action.route, review_in_s=REVIEW_S_MIN)
                     for index, prefix in enumerate(self._prompts.offer(session, action)):
                         work = self._installer.open_hop(session, action, index, prefix)

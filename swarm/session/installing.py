@@ -17,7 +17,6 @@ from routing.ids import PeerId, SessionId
 from routing.routes import Hop, Route
 from swarm.session.actions import OpenHops, OpenStandby
 from swarm.session.live import Driver, LiveSession, Sessions
-from swarm.session.prompts import Prompts
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +28,8 @@ _NOTHING = memoryview(b"")
 class Installer:
     """For the sessions of one model; used in the network's loop."""
 
-    def __init__(self, sessions: Sessions, prompts: Prompts, driver: Driver) -> None:
+    def __init__(self, sessions: Sessions, driver: Driver) -> None:
         self._sessions = sessions
-        self._prompts = prompts
         self._driver = driver
         self._goodbyes = Tasks()
 
@@ -62,9 +60,8 @@ class Installer:
         if route is None or core.epoch != action.epoch:
             return
         index = next(at for at, other in enumerate(route.hops) if other.span == hop.span)
-        prefix = self._prompts.offer_standby(session, route.hops[:index], action.offer)
         standing = replace(route, hops=(*route.hops[:index], hop, *route.hops[index + 1 :]))
-        message = self._opening(session, standing, index, action.epoch, prefix=prefix, keep=action.keep, standby=True)
+        message = self._opening(session, standing, index, action.epoch, prefix=(), keep=action.keep, standby=True)
         await self.to_standby(session, hop, hop, action.epoch, message)
 
     async def to_standby(

@@ -277,6 +277,11 @@ class Sessions:
     trials: dict[SessionId, tuple[PeerId, asyncio.Queue[Opened | Result | Failed]]] = field(default_factory=dict)
     """Of no user: who is tried, and where its answers go."""
 
+    def crowd(self, session: LiveSession) -> int:
+        """Those that send much now, with this one."""
+        cores = (other.core for other in self.by_id.values() if other is not session)
+        return 1 + sum(core is not None and core.sends_much for core in cores)
+
     def adapter_of(self, session: LiveSession) -> bytes | None:
         """The name of that which is added to the model in this session, wherever it stands."""
         if self.hosted is not None:

@@ -21,6 +21,7 @@ class Opening:
         self.keep = keep
         self.held = 0
         """Positions that every hop holds, once it is `complete`; fewer where some of them are not gone by."""
+        self._hops = hops
         self._offer = offer
         self._at = {(hop.peer_id, hop.span.start): index for index, hop in enumerate(hops)}
         self._missing = set(self._at)
@@ -56,16 +57,16 @@ class Opening:
         self,
         pending: Sequence[PendingStep],
         cuts: Callable[[int], Sequence[int]],
-        chunk: Callable[[int], int],
+        chunk: Callable[[int, Callable[[], Sequence[Hop]]], int],
         new_id: Callable[[], StepId],
     ) -> Iterator[PendingStep]:
         """The pending steps without what every hop holds, and before each of them a replay of what some hop lacks by
-        then: in pieces of `chunk(count)` positions that begin anew at `cuts(end)`."""
+        then: in pieces of `chunk(count, hops)` positions, for those that run them, which begin anew at `cuts(end)`."""
         steps = [step.beyond(self.held) for step in pending]
         begin = repair.begin_at(self._holds, self._journals, [(step.first, step.first + step.count) for step in steps])
 
         def replay(leg: repair.Leg) -> Iterator[PendingStep]:
-            size = chunk(leg.end - leg.first)
+            size = chunk(leg.end - leg.first, lambda: self._hops[leg.hop : leg.until])
             until = None if leg.until == len(begin) else leg.until
             for first in range(leg.first, leg.end, size):
                 count = min(size, leg.end - first)

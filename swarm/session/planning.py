@@ -6,7 +6,8 @@ Owns how the sessions of one model share the swarm's peers, and which of the ada
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Set
+from collections.abc import Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 
 from peers.wire.messages import PROTOCOL_VERSION
@@ -56,6 +57,15 @@ class Planner:
             session=core.session,
         )
         return await self._sessions.client.discovery.route(request, patience_s=need.patience_s)
+
+    def expected(self, session: LiveSession) -> Sequence[Hop]:
+        """The hops that its next steps will probably go over; none where nobody is known."""
+        route = session.route or self._sessions.last_route
+        if route is None:
+            client = self._sessions.client
+            with suppress(NoRoute):
+                route = client.router.plan(self._request(session, None, 1), client.discovery.now_s())
+        return () if route is None else route.hops
 
     def standbys(self, session: LiveSession, route: Route, need: NeedStandbys) -> list[Hop]:
         """Second peers for the hops that lack one, as far as there are any."""

@@ -31,10 +31,6 @@ class Prompts:
             for index, keep in enumerate(action.keep)
         ]
 
-    def offer_standby(self, session: LiveSession, upstream: Sequence[Hop], positions: int) -> tuple[bytes, ...]:
-        """The keys to offer to a standby behind these hops."""
-        return self._keys(session, upstream, self._blocks(session, positions)) if positions else ()
-
     def kept(self, session: LiveSession, pending: Sequence[PendingStep], length: int) -> Kept | None:
         """Where a session before this one had the longest part of its prompt."""
         session.prompt_keys = self._keys(session, (), self._blocks(session, length))

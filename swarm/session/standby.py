@@ -16,7 +16,9 @@ standby hears what its hop heard, in the background, from the hop before it, and
     any       its hop is lost, leaves          on route   NeedRoute keeps it in that hop's place
     any       the session lets go of its route lacking    Release
 
-So a standby never holds anything up: whatever goes wrong with it, it is let go of.
+So a standby never holds anything up: whatever goes wrong with it, it is let go of. It is told no keys of what it will
+hear: the hop before it sends what the session is by then, which may have gone back meanwhile, and it would keep that
+under keys of what was undone.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ class Standby:
     """Positions that it is known to hold."""
     reach: int = 0
     """Up to here, what it holds, if it does, is what the session's history says."""
-    offered: int = 0
-    """What it was asked for and told to keep when it was opened."""
+    keep: int = 0
+    """What it was told to keep when it was opened, without what was undone since then."""
     feed: StepId | None = None
     """What it hears now."""
     feed_end: int = 0
@@ -106,19 +108,19 @@ class Standbys:
 
     def rolled_back(self, position: int) -> None:
         for standby in self:
-            if position < max(standby.reach, standby.feed_end, standby.offered):
+            if position < max(standby.reach, standby.feed_end, standby.keep):
                 standby.undone, standby.steady = True, False
             standby.held, standby.reach = min(standby.held, position), min(standby.reach, position)
-            standby.feed_end, standby.offered = min(standby.feed_end, position), min(standby.offered, position)
+            standby.feed_end, standby.keep = min(standby.feed_end, position), min(standby.keep, position)
 
-    def opens(self, standby: Standby, offered: int) -> None:
+    def opens(self, standby: Standby, keep: int) -> None:
         """It begins anew, with so many positions of the session as it now is at most."""
         standby.open, standby.feed, standby.feed_end = False, None, 0
-        standby.offered, standby.undone = offered, False
+        standby.keep, standby.undone = keep, False
 
     def opened(self, standby: Standby, held: int) -> None:
         standby.open = True
-        standby.held = min(held, standby.offered)
+        standby.held = min(held, standby.keep)
         standby.reach = max(standby.reach, standby.held)
 
     def feeds(self, standby: Standby, step: StepId, end: int) -> None:

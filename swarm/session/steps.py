@@ -6,6 +6,7 @@ Owns that order, and up to where it leaves the history as it is. To whom steps g
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 from msgspec.structs import replace
@@ -104,11 +105,10 @@ class Steps:
         """These, behind what waits already."""
         self._unsent.extend(steps)
 
-    def send(self, window: int, parent: SessionId | None) -> list[PendingStep]:
-        """Those that may be under way now, at most `window` with those that are; each as it is to be sent."""
+    def send(self, most: Callable[[PendingStep], int], parent: SessionId | None) -> list[PendingStep]:
+        """Those that may be under way now, each with those before it at most `most` of it; as they are to be sent."""
         sending: list[PendingStep] = []
-        while self._unsent and len(self.sent) < window:
-            step = self._unsent[0]
+        while self._unsent and len(self.sent) < most(step := self._unsent[0]):
             if parent is not None:
                 step = replace(step, parent=parent, alone=True)
             if any(step.alone or other.alone or step.clashes(other) for other in self.sent.values()):

@@ -61,7 +61,7 @@ from peers.wire.messages import (
 )
 from routing.errors import CallerError, NoRoute, PeerError, SwarmError, Unavailable
 from routing.ids import BlockSpan, PeerId
-from routing.routes import Hop, Route, RouteRequest
+from routing.routes import Hop, Route, RouteRequest, machines
 from swarm.network import ClientNode, NetworkThread
 from swarm.session.exchange import Exchange, MicroBatch, Owed, Stretch, Sum, TrainingTraffic
 from swarm.session.live import RemoteModel
@@ -504,17 +504,6 @@ class _Trouble:
         """Raises `error` when it is too late to try again."""
         if asyncio.get_running_loop().time() > self._deadline_s:
             raise error
-
-
-def machines(hops: Sequence[Hop]) -> int:
-    """How many of these peers have cores of their own, by their addresses: those of one host gain nothing by pieces so
-    small that each has one, and products of 128 rows take a fifth more CPU than those of 512."""
-    return len({frozenset(filter(None, map(_host, hop.addresses))) or hop.peer_id for hop in hops})
-
-
-def _host(address: str) -> str:
-    """Of a multiaddr; none behind a relay, whose host it names."""
-    return "" if "/p2p-circuit" in address else "/".join(address.split("/")[1:3])
 
 
 def micro_batches(lengths: Sequence[int], tokens: int) -> list[tuple[int, ...]]:

@@ -248,19 +248,25 @@ class User:
 
 
 class Twin:
-    """`async with Twin(copies=2) as twin`: so many peers for each third of the model."""
+    """`async with Twin(copies=2) as twin`: so many peers for each third of the model, or for each of `spans`."""
 
     def __init__(
-        self, *, copies: int = 2, latency_s: float = 0.005, compute_s: Sequence[float] = (0.005,), seed: int = 0
+        self,
+        *,
+        copies: int = 2,
+        spans: Sequence[BlockSpan] = THIRDS,
+        latency_s: float = 0.005,
+        compute_s: Sequence[float] = (0.005,),
+        seed: int = 0,
     ) -> None:
-        """`compute_s`: of each copy, for its third."""
+        """`compute_s`: of each copy, for its span."""
         self.network = MemoryNetwork(latency_s=latency_s, rng=random.Random(seed), clock=self.now_s)
         self.rng = random.Random(seed)
         self._numbers = iter(range(1000))
         self.peers: list[Peer] = []
         self.users: list[User] = []
         for copy in range(copies):
-            for span in THIRDS:
+            for span in spans:
                 self._make(span, compute_s[copy % len(compute_s)])
 
     @staticmethod
@@ -303,12 +309,12 @@ def following(output_1D: Tensor) -> Tensor:
     return output_1D % ROWS
 
 
-def local(prompt: Tensor, count: int) -> Tensor:
+def local(prompt: Tensor, count: int, spans: Sequence[BlockSpan] = THIRDS) -> Tensor:
     """What `User.generate` must say."""
     rows = prompt
     for _ in range(count):
         hidden = rows
-        for span in THIRDS:
+        for span in spans:
             hidden = through(span, hidden)
         rows = torch.cat([rows, following(hidden[-1:])])
     return rows[len(prompt) :]

@@ -36,14 +36,12 @@ from peers.serving import training as serving
 from peers.serving.shelves import TrainingLimits
 from peers.wire.messages import AdapterGradient, AdapterTarget, Train, Trained
 from routing.errors import CallerError, NoRoute
-from routing.ids import BlockSpan, PeerId
-from routing.routes import Hop
 from swarm import SwarmModelForSequenceClassification
 from swarm.errors import SessionClosed, UnsupportedCache, UnsupportedGradient, UnsupportedMask
 from swarm.models.classification import with_class_head
 from swarm.session import exchange as client
 from swarm.session import training
-from swarm.session.training import TrainingConfig, TrainingRoute, machines, micro_batches
+from swarm.session.training import TrainingConfig, TrainingRoute, micro_batches
 from tests.helpers.families import FAMILIES, NUM_BLOCKS, VOCABULARY, save_checkpoint
 from tests.helpers.memory_swarm import MemorySwarm
 
@@ -773,18 +771,6 @@ def test_where_nobody_trains_the_blocks_are_named(swarm: MemorySwarm, model: Any
     route_of(model).config = TrainingConfig(patience_s=0.01)
     with pytest.raises((NoRoute, Refused)):
         gradient_of_inputs(model, batch())
-
-
-def test_peers_of_one_host_count_as_one_machine_and_those_behind_a_relay_as_many() -> None:
-    def hop(number: int, *hosts: str, relayed: bool = False) -> Hop:
-        path = "tcp/1/p2p/RELAY/p2p-circuit" if relayed else f"tcp/{number}/p2p/{number}"
-        addresses = tuple(f"/ip4/{host}/{path}" for host in hosts)
-        return Hop(peer_id=PeerId(str(number)), span=BlockSpan(number, number + 1), addresses=addresses)
-
-    assert machines([hop(0, "127.0.0.1"), hop(1, "127.0.0.1"), hop(2, "127.0.0.1")]) == 1
-    assert machines([hop(0, "10.0.0.1", "1.2.3.4"), hop(1, "10.0.0.2", "1.2.3.4"), hop(2, "1.2.3.4", "10.0.0.1")]) == 2
-    assert machines([hop(0, "9.9.9.9", relayed=True), hop(1, "9.9.9.9", relayed=True), hop(2, "9.9.9.9")]) == 3
-    assert machines([hop(0), hop(1)]) == 2
 
 
 def test_micro_batches_are_whole_sequences_in_order() -> None:

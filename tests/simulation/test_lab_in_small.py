@@ -4,13 +4,18 @@ wires in memory. What is here of seconds is virtual, and the same on every machi
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 
 import pytest
 import torch
 
+from peers.errors import Busy
+from peers.runtime.works import Done, Work
+from peers.wire.messages import MAX_UNDER_WAY
 from routing.errors import NoRoute
-from routing.ids import PeerId
+from routing.ids import BlockSpan, PeerId
+from swarm.session.core import PIECE_POSITIONS_MIN, SessionConfig
 from tests.helpers.twin import THIRDS, Twin, User, local, run
 from tests.lab.links import PROFILES
 
@@ -132,6 +137,99 @@ def test_a_token_takes_four_trips_and_what_three_hops_compute(latency_s: float) 
             assert torch.equal(await user.generate(prompt, 32), local(prompt, 32))
             took_s = (user.times_s[-1] - user.times_s[0]) / 31
             assert took_s == pytest.approx(4 * latency_s + 3 * 0.02, rel=0.1)
+
+    run(work)
+
+
+def cut_into(hops: int) -> list[BlockSpan]:
+    ends = [THIRDS[-1].end * at // hops for at in range(hops + 1)]
+    return [BlockSpan(*pair) for pair in itertools.pairwise(ends)]
+
+
+@pytest.mark.parametrize(
+    ("hops", "chunk", "most"), [(3, 32, 1.0), (6, 256, 0.7), (6, 32, 0.75), (8, 256, 0.65), (8, 32, 0.65)]
+)
+def test_every_hop_of_a_long_route_works_on_a_prompt(
+    hops: int, chunk: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the time that it takes with four steps under way, whatever the route; a piece takes as long as 10 positions
+    and its own. It is the client's first, for which only the records tell how many hops there will be."""
+    length, latency_s, step_s, position_s = 960, 0.001, 0.01, 0.001
+    spans = cut_into(hops)
+
+    async def takes_s() -> float:
+        async with Twin(copies=1, spans=spans, latency_s=latency_s, compute_s=(step_s,)) as twin:
+            for peer in twin.peers:
+                peer.engine.position_s = position_s
+            user, prompt = twin.user(SessionConfig(chunk_positions=chunk)), twin.prompt(length)
+            await asyncio.sleep(5.0)  # these were read by then
+            began_s = asyncio.get_running_loop().time()
+            assert torch.equal(await user.generate(prompt, 1), local(prompt, 1, spans))
+            return user.times_s[0] - began_s
+
+    took_s = run(takes_s)
+    pieces = max(-(-length // chunk), min(2 * hops, length // PIECE_POSITIONS_MIN))
+    least_s = (hops + pieces - 1) * (step_s + position_s * length / pieces) + (hops + 1) * latency_s
+    assert took_s == pytest.approx(least_s, rel=0.05)
+    monkeypatch.setattr(SessionConfig, "under_way", lambda self, hops, crowd=1: self.window)
+    assert took_s <= most * run(takes_s)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_hop_that_dies_or_is_full_under_a_prompt_over_many_hops_changes_nothing(at_once: bool) -> None:
+    """Several users, each with a client of his own or all with one."""
+    spans = cut_into(6)
+
+    async def work() -> None:
+        async with Twin(copies=2, spans=spans, latency_s=0.001, compute_s=(0.01,)) as twin:
+            await asyncio.sleep(5.0)  # everybody is known by then
+            users = [twin.user()] * 3 if at_once else [twin.user() for _ in range(3)]
+            prompts = [twin.prompt(900) for _ in users]
+
+            async def disturb() -> None:
+                await asyncio.sleep(0.1)
+                route = users[0].route
+                twin.peer(route[3]).engine.errors.append(Busy("full", retry_after_s=0.1))
+                await asyncio.sleep(0.05)
+                twin.network.cut(route[2])
+
+            *answers, _ = await asyncio.gather(
+                *(user.generate(prompt, 4) for user, prompt in zip(users, prompts, strict=True)), disturb()
+            )
+            assert all(
+                torch.equal(answer, local(prompt, 4, spans)) for answer, prompt in zip(answers, prompts, strict=True)
+            )
+            traffic = [user.remote.traffic for user in users]
+            assert sum(one.failures["busy"] for one in traffic) > 0 < sum(one.rebuilds for one in traffic)
+
+    run(work)
+
+
+def test_prompts_of_one_client_share_what_is_under_way() -> None:
+    """So that a gateway's users do not fill the queues for each other."""
+    spans, users = cut_into(8), 8
+
+    async def work() -> None:
+        async with Twin(copies=1, spans=spans, compute_s=(0.01,)) as twin:
+            user, under_way, most = twin.user(SessionConfig(chunk_positions=16)), 0, 0
+            await asyncio.sleep(5.0)
+            run_first = twin.peers[0].engine.run
+
+            async def counted(work: Work) -> Done:
+                nonlocal under_way, most
+                under_way, most = under_way + 1, max(most, under_way + 1)
+                try:
+                    return await run_first(work)
+                finally:
+                    under_way -= 1
+
+            twin.peers[0].engine.run = counted  # type: ignore[method-assign]
+            prompts = [twin.prompt(480) for _ in range(users)]
+            answers = await asyncio.gather(*(user.generate(prompt, 1) for prompt in prompts))
+            assert all(
+                torch.equal(answer, local(prompt, 1, spans)) for answer, prompt in zip(answers, prompts, strict=True)
+            )
+            assert MAX_UNDER_WAY < most <= 2 * MAX_UNDER_WAY + SessionConfig().window * users
 
     run(work)
 

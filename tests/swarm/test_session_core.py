@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from peers.errors import Busy, PeerUnreachable, Refused
-from peers.wire.messages import Code
+from peers.wire.messages import MAX_UNDER_WAY, Code
 from routing.errors import NoRoute, SwarmError
 from routing.ids import BlockSpan, PeerId, SessionId, StepId
 from routing.routes import Hop, Route
@@ -42,7 +42,7 @@ from swarm.session.actions import (
     Wait,
 )
 from swarm.session.calls import Call, Piece
-from swarm.session.core import SessionConfig, SessionCore, State
+from swarm.session.core import PIECE_POSITIONS_MIN, SessionConfig, SessionCore, State
 from swarm.session.pace import SILENCE_S_MIN, Pace
 from swarm.session.remote import RemoteSession, RowStep
 from swarm.session.steps import PendingStep
@@ -143,11 +143,86 @@ def test_missing_blocks_are_waited_for_longer_once_outputs_would_be_lost() -> No
 
 
 def test_a_ready_session_sends_at_once_within_its_window() -> None:
-    core = ready(SessionConfig(window=2))
-    steps = [core.submit(first, 1, 0) for first in (1, 2, 3)]
-    assert [len(actions) for _, actions in steps] == [1, 1, 0]
+    core = ready()
+    steps = [core.submit(first, 1, 0) for first in (1, 2, 3, 4, 5)]
+    assert [len(actions) for _, actions in steps] == [1, 1, 1, 1, 0]
     assert kinds(core.result(steps[0][0], 1)) == [StepDone, SendStep]
     assert kinds(core.result(steps[1][0], 1)) == [StepDone]
+
+
+LONG = tuple(PeerId(name) for name in "ABCDEFGH")
+
+
+def on_route(*peers: PeerId, crowd: int = 1, host: str = "") -> SessionCore:
+    """Asked for 40 steps of one position, of which it sent as many as it may over these, opened."""
+    core = SessionCore(SESSION, SessionConfig())
+    core.crowd = crowd
+    for first in range(40):
+        core.submit(first, 1, 1)
+    hops = [replace(hop, addresses=(host,) if host else ()) for hop in route(*peers).hops]
+    core.route_ready(replace(route(), hops=tuple(hops)))
+    opened(core)
+    return core
+
+
+@pytest.mark.parametrize(("hops", "steps"), [(1, 4), (2, 4), (3, 6), (6, 12), (8, 16), (60, MAX_UNDER_WAY)])
+def test_every_machine_of_a_route_has_a_step_and_the_next_one_comes_to_it(hops: int, steps: int) -> None:
+    peers = [PeerId(str(number)) for number in range(hops)]
+    assert len(on_route(*peers)._steps.sent) == steps
+    assert len(on_route(*peers, host="/ip4/10.0.0.1/tcp/1")._steps.sent) == 4, "one machine"
+
+
+@pytest.mark.parametrize(("crowd", "steps"), [(1, 16), (2, 8), (3, 5), (4, 4), (99, 4)])
+def test_several_sessions_of_one_client_keep_the_hops_at_work_together(crowd: int, steps: int) -> None:
+    assert len(on_route(*LONG, crowd=crowd)._steps.sent) == steps
+
+
+def test_a_hop_with_a_full_queue_is_sent_no_more_than_over_a_short_route_until_there_is_another_one() -> None:
+    core = on_route(*LONG)
+    core.busy(LONG[3], 1, 0.5, FULL, preempted=False)
+    again = sent(core.timer())
+    assert [step.first for step in again] == [0, 1, 2, 3]
+    assert [step.first for step in sent(core.result(again[0].step, 1))] == [4]
+    core.hop_lost(LONG[3], LOST)
+    core.route_ready(route(*LONG[:3], P, *LONG[4:]))
+    assert len(sent(opened(core))) == 16
+
+
+@pytest.mark.parametrize(
+    ("dead", "pieces", "hop", "under_way"),
+    [("D", [128] * 4, 3, 4), ("CDE", [86] * 5 + [82], 2, 6), ("CDEFGH", [43] * 11 + [39], 2, 12)],
+)
+def test_a_replay_is_cut_and_sent_for_the_hops_that_run_it(
+    dead: str, pieces: list[int], hop: int, under_way: int
+) -> None:
+    core = SessionCore(SESSION, SessionConfig())
+    step, _ = core.submit(0, 512, 511)
+    core.route_ready(route(*LONG))
+    opened(core)
+    core.result(step, 1)
+    core.submit(512, 1, 0)
+    for peer in dead:
+        core.hop_lost(PeerId(peer), LOST)
+    core.route_ready(route(*(PeerId(peer.lower() if peer in dead else peer) for peer in LONG)))
+    again = sent(opened(core, *(0 if peer in dead else 512 for peer in LONG)))
+    assert len(again) == under_way
+    again += [step for piece in again for step in sent(core.result(piece.step, 2))]
+    assert [(piece.count, piece.hop) for piece in again if piece.replay] == [(count, hop) for count in pieces]
+
+
+@given(st.integers(1, 5000), st.integers(0, 70), st.integers(1, 9), st.integers(1, 300), st.integers(1, 20))
+def test_pieces_of_a_prompt_are_no_more_than_are_under_way_and_none_is_needlessly_small(
+    count: int, hops: int, window: int, chunk_positions: int, crowd: int
+) -> None:
+    config, over = SessionConfig(window=window, chunk_positions=chunk_positions), route(*LONG * 10).hops[:hops]
+    over = tuple(replace(hop, peer_id=PeerId(str(at))) for at, hop in enumerate(over))
+    size = config.chunk(count, lambda: over, crowd)
+    assert 1 <= size <= min(count, chunk_positions)
+    assert size >= min(count, PIECE_POSITIONS_MIN, chunk_positions)
+    most = config.under_way(over, crowd)
+    assert window <= most <= max(window, MAX_UNDER_WAY)
+    assert size == chunk_positions or -(-count // size) <= most
+    assert config.chunk(count, lambda: over, crowd) <= config.chunk(count), "long routes have smaller ones"
 
 
 def test_a_result_counts_once_and_under_its_epoch_only() -> None:
@@ -696,7 +771,8 @@ CLIENT = PeerId("client")
 PEERS = tuple(PeerId(f"{span}{copy}") for span in "ABC" for copy in "123")
 CONFIG = SessionConfig(max_attempts=6, busy_patience_s=60.0, window=3, chunk_positions=4, max_busy_repeats=2)
 STANDBY = replace(CONFIG, standby=True, standby_lag=2, standby_rest=2)
-KEEP_ANSWERS = 3
+KEEP_ANSWERS = 6
+"""As many as are under way over three hops."""
 SLACK = 2
 """How far steps may go back at hops whose layers slide: the third of each span."""
 
@@ -1023,6 +1099,8 @@ class World:
             assert owner.core.state in (State.IDLE, State.READY, State.FAILED, State.CLOSED)
             self._perform(owner, owner.core.close())
         self.settle(choose)
+        kept = [(said, sent) for peer in PEERS for said, sent in self.kept[peer].items()]
+        assert all(list(said) == sent for said, sent in kept), "hops keep for others what they were told, and no more"
         left = {session for hop in self.hops.values() for session in hop}
         assert left <= self.resurrected, "opened and never closed"
 
@@ -1059,13 +1137,12 @@ class World:
                 case NeedStandbys(hops, _):
                     owner.lacking = (core.epoch, hops)
                     self.deferred.append(("standbys", core.session, None))
-                case OpenStandby(hop, epoch, offer, keep):
+                case OpenStandby(hop, epoch, keep):
                     assert core.route is not None
                     following = core.route.hops[hop.span.end].peer_id if hop.span.end < 3 else None
                     if hop.peer_id in self.dead:
                         self.deferred.append(("lost", core.session, hop.peer_id))
-                    offered = tuple(owner.history[:offer])
-                    message = Message("open", core.session, epoch, CLIENT, tokens=offered, next=following, held=keep)
+                    message = Message("open", core.session, epoch, CLIENT, next=following, held=keep)
                     self._post(CLIENT, hop.peer_id, message, "control")
                 case Feed(to, step, epoch):
                     assert core.route is not None
@@ -1111,7 +1188,7 @@ class World:
                     assert epoch == core.epoch
                     assert step.step not in owner.flying, "sent twice without a pause"
                     owner.flying.add(step.step)
-                    assert len(owner.flying) <= CONFIG.window
+                    assert len(owner.flying) <= CONFIG.under_way(core.route.hops[step.hop : step.until])
                     if step.parent is not None:
                         assert (step.parent, len(owner.flying)) == (owner.parent and owner.parent.core.session, 1)
                     tokens = owner.rows.get(step.step) or tuple(owner.history[step.first : step.first + step.count])

@@ -24,7 +24,7 @@ def standing(*, positions: int = 6, fed: bool = True) -> SessionCore:
     core.route_ready(route(P, Q))
     opened(core)
     assert kinds(core.result(StepId(1), 1))[-1] is NeedStandbys
-    assert core.standbys_found(1, [SECOND]) == [OpenStandby(SECOND, 1, offer=positions, keep=0)]
+    assert core.standbys_found(1, [SECOND]) == [OpenStandby(SECOND, 1, keep=0)]
     (feed,) = core.opened(R, 1, 1)
     assert isinstance(feed, Feed)
     assert (feed.to, feed.step.first, feed.step.count, feed.step.hop, feed.step.until) == (SECOND, 0, positions, 1, 2)
@@ -104,7 +104,7 @@ def test_what_is_undone_while_a_standby_opens_is_not_believed_of_it() -> None:
     core.submit(6, 1, 0)
     core.stalled(LOST)
     opening, again = core.route_ready(route(P, Q))
-    assert again == OpenStandby(SECOND, 2, offer=0, keep=6)
+    assert again == OpenStandby(SECOND, 2, keep=6)
     core.opened(P, 0, 2, 7, 0)
     core.opened(Q, 1, 2, 7, 0)
     core.result(core.pending[0].step, 2)
@@ -139,7 +139,7 @@ def test_standbys_go_with_the_route_and_stay_with_the_span() -> None:
     core.hop_lost(P, LOST)
     actions = core.route_ready(route(PeerId("T"), Q))
     assert kinds(actions) == [OpenHops, OpenStandby]
-    assert actions[1] == OpenStandby(SECOND, 2, offer=0, keep=6)
+    assert actions[1] == OpenStandby(SECOND, 2, keep=6)
     core = standing()
     core.submit(6, 1, 0)
     core.hop_lost(P, LOST)

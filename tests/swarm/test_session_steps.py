@@ -11,6 +11,10 @@ from swarm.session.steps import PendingStep, Steps
 PARENT = SessionId(b"p" * 16)
 
 
+def nine(step: PendingStep) -> int:
+    return 9
+
+
 def asked(*counts: int, want_from: int = 0) -> Steps:
     """One step behind the other, all waiting to be sent."""
     steps = Steps()
@@ -26,15 +30,15 @@ def test_a_step_that_goes_back_travels_alone_and_settles_less_of_the_history() -
     steps.to_send(back)
     assert back.alone
     assert (steps.settled_until(), steps.sure_until(), steps.end) == (0, 0, 7)
-    first, second = steps.send(9, None)
+    first, second = steps.send(nine, None)
     steps.sent.clear()
     assert (first.first, second.first) == (0, 4)
-    assert steps.send(9, None) == [back]
+    assert steps.send(nine, None) == [back]
     assert steps.crowded is False
 
 
 def test_the_first_step_of_a_fork_names_its_parent_and_travels_alone() -> None:
-    (first,) = asked(1, 1).send(9, PARENT)
+    (first,) = asked(1, 1).send(nine, PARENT)
     assert (first.parent, first.alone) == (PARENT, True)
 
 
@@ -44,7 +48,7 @@ def test_all_steps_are_sent_in_order_within_the_window_however_often_they_are_se
 ) -> None:
     steps, answered, again = asked(*counts), list[PendingStep](), 0
     while steps.pending:
-        steps.send(window, None)
+        steps.send(lambda step: window, None)
         assert 0 < len(steps.sent) <= window
         if again < 5 and data.draw(st.booleans()):
             again += 1

@@ -64,6 +64,8 @@ class ToyEngine:
         """With how many positions the next sessions begin."""
         self.free_tokens = 42
         self.compute_s = 0.005
+        self.position_s = 0.0
+        """And for each of its positions."""
         self.errors: list[Exception] = []
         """Raised by the next works, one each."""
         self.momentary = False
@@ -113,7 +115,7 @@ class ToyEngine:
             assert work.session not in self.sessions, "only a new session can be forked from another"
         held = self.sessions.setdefault(work.session, torch.empty(0, HIDDEN))
         async with self._turn:
-            await asyncio.sleep(self.compute_s)
+            await asyncio.sleep(self._takes_s(work))
             if ended.is_set():
                 raise SessionReleased(f"session {work.session} was released")
             held = self.sessions[work.session]
@@ -123,10 +125,13 @@ class ToyEngine:
                 raise PositionGap(work.start, len(held))
             return self._done(work, held)
 
+    def _takes_s(self, work: Work) -> float:
+        return self.compute_s + self.position_s * len(work.hidden)
+
     def _done(self, work: Work, held: Tensor) -> Done:
         self.ran.append(work)
         held = self.sessions[work.session] = torch.cat([held[: work.start], work.hidden.float()])
-        return Done(hidden=through(work.span, held)[work.start :], queue_s=0.0, compute_s=self.compute_s)
+        return Done(hidden=through(work.span, held)[work.start :], queue_s=0.0, compute_s=self._takes_s(work))
 
     def release(self, session: SessionKey) -> None:
         self.sessions.pop(session, None)

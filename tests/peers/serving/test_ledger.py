@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from peers.errors import Busy, Refused
 from peers.serving.ledger import AlreadyRunning, Entry, Ledger, LedgerLimits, Repeat, Run
-from peers.wire.messages import Code, Open, Step
+from peers.wire.messages import MAX_UNDER_WAY, Code, Open, Step
 from routing.ids import BlockSpan, PeerId, Place, SessionId, StepId
 
 CLIENT, OTHER, BEFORE, AFTER = (PeerId(name) for name in ("client", "other", "before", "after"))
@@ -174,6 +174,14 @@ def test_a_window_repeated_after_a_pause_leaves_no_gap_behind_it() -> None:
             if isinstance(verdict, Run):
                 table.completed(entry, verdict, f"answer {step}", 10, 0.0)
         table.run(4, 40, 1)
+
+
+def test_whatever_a_client_may_have_under_way_is_not_computed_twice_after_a_pause() -> None:
+    table = Table()
+    for step in range(MAX_UNDER_WAY):
+        table.do(step, 3 * step, 3)
+    for step in range(MAX_UNDER_WAY):
+        assert table.step(CLIENT, step_message(step, 3 * step, 3), 0.0)[1] == Repeat(f"answer {step}")
 
 
 def test_a_step_undone_by_a_rollback_runs_again_when_repeated() -> None:
