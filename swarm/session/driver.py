@@ -402,6 +402,7 @@ class SwarmRemote:
         self._sessions.by_id.pop(session.core.session, None)
         self._client.router.on_ended(session.core.session)
         session.outbox.clear()
+        session.relays.clear()
         session.rows.clear()
         pieces, session.pieces = session.pieces, {}
         for piece in pieces.values():

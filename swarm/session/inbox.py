@@ -205,12 +205,11 @@ class Inbox:
         at = _hop_at(route, PeerId(message.next), message.step.block)
         if at is None or not session.core.due(StepId(message.step.step), message.step.epoch):
             return
-        following = route.hops[at]
         self._sessions.traffic.relays += 1
         session.renew_deadline()
         session.timed_step = None  # it takes other ways than its route's
-        if session.core.uses(following.peer_id):
-            await self._sender.send_to(session, following.peer_id, following.addresses, message.step, payload)
+        if session.core.uses(route.hops[at].peer_id):
+            self._sender.relay(session, route.hops[at], message.step, payload)
 
     def _link_lost(self, link: Link) -> None:
         error = PeerUnreachable(f"the connection to {link.remote} ended")

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from peers.model.adapters import Adapter
 from peers.tally import StepTimes
 from peers.wire import tensors
-from peers.wire.messages import MAX_POSITIONS, Failed, Opened, Result
+from peers.wire.messages import MAX_POSITIONS, Failed, Opened, Result, Step
 from routing.errors import SwarmError
 from routing.ids import BlockSpan, ModelId, PeerId, SessionId, StepId
 from routing.records import HostedAdapter
@@ -122,6 +122,9 @@ class LiveSession(RemoteSession):
         "prompt_keys",
         "pumping",
         "reconsider_at_s",
+        "relayed_to",
+        "relaying",
+        "relays",
         "review_at_s",
         "room",
         "route",
@@ -164,6 +167,11 @@ class LiveSession(RemoteSession):
         """And as the hops of the present route were told, MAX_POSITIONS where nobody knew."""
         self.outbox: deque[SendStep] = deque()
         self.pumping = False
+        self.relays: deque[tuple[Hop, Step, memoryview]] = deque()
+        """To be carried from one hop to the next."""
+        self.relaying = False
+        self.relayed_to: tuple[int, PeerId] | None = None
+        """On which route, and to whom, that was begun."""
         self.route: Route | None = None
         """The last one that was planned for this session."""
         self.dtype = ""

@@ -6,17 +6,19 @@ Owns what a step looks like on the wire, and that steps leave in order. What is 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 import torch
 from msgspec.structs import replace as replace_fields
 
+from peers.errors import PeerSilent
 from peers.transport.links import BULK_BYTES
 from peers.transport.tasks import Tasks
 from peers.wire import tensors
 from peers.wire.messages import Replay, Step, Urgency
 from routing.errors import PeerError, Unavailable
-from routing.ids import PeerId
+from routing.ids import PeerId, StepId
 from routing.routes import Hop, Route
 from swarm.session.actions import Feed, SendStep
 from swarm.session.core import SessionCore
@@ -25,6 +27,11 @@ from swarm.session.installing import Installer
 from swarm.session.live import Driver, LiveSession, Sessions
 from swarm.session.remote import Embed
 from swarm.session.steps import PendingStep
+
+logger = logging.getLogger(__name__)
+
+RELAY_PATIENCE_S = 1.0
+"""With a peer's answer to whether it is there."""
 
 
 class Sender:
@@ -178,6 +185,41 @@ class Sender:
             self._driver.perform(session, session.core.give_up(error))
         else:
             self._sent(session, message, payload)
+
+    def relay(self, session: LiveSession, hop: Hop, step: Step, payload: memoryview) -> None:
+        """Carry to `hop` what the one before it could not bring there, in order."""
+        if all((known.epoch, known.step) != (step.epoch, step.step) for _, known, _ in session.relays):
+            session.relays.append((hop, step, payload))
+            if not session.relaying:
+                session.relaying = True
+                self._tasks.spawn(self._relay(session), name="relay")
+
+    async def _relay(self, session: LiveSession) -> None:
+        try:
+            while session.relays:
+                hop, step, payload = session.relays.popleft()
+                if await self._may_relay(session, hop, step):
+                    await self.send_to(session, hop.peer_id, hop.addresses, step, payload)
+        finally:
+            session.relaying = False
+
+    async def _may_relay(self, session: LiveSession, hop: Hop, step: Step) -> bool:
+        """Whether the step is wanted still, by a peer that is there: asked once on each route, as it may be gone, and
+        this client not know it yet."""
+        core = session.core
+        assert core is not None
+        if core.due(StepId(step.step), step.epoch) and session.relayed_to != (step.epoch, hop.peer_id):
+            session.relayed_to = step.epoch, hop.peer_id
+            try:
+                await self._sessions.client.links.ping(hop.peer_id, hop.addresses, timeout_s=RELAY_PATIENCE_S)
+            except PeerSilent as error:
+                logger.info("relaying to %s all the same: %s", hop.peer_id, error)  # the watch will tell
+            except PeerError as error:
+                if core.epoch == step.epoch:
+                    self._driver.lose(session, hop.peer_id, error)
+            except Unavailable as error:
+                self._driver.perform(session, core.give_up(error))
+        return core.due(StepId(step.step), step.epoch) and core.uses(hop.peer_id)
 
     def _sent(self, session: LiveSession, message: Step | Replay, payload: memoryview) -> None:
         if isinstance(message, Step):

@@ -45,7 +45,7 @@ def test_no_run_begins_once_time_is_up_but_the_first() -> None:
 
 def test_bars_follow_from_the_rows_of_several_parts() -> None:
     book = notebook()
-    kill = {"identical": True, "hops": [1], "uplink": 10, "into_healthy": 0, "anyway": 0}
+    kill = {"identical": True, "hops": [1], "rebuilds": 1, "uplink": 10, "into_healthy": 0, "anyway": 0}
     book.row(run=0, when="token", stall_s=1.0, **kill)
     book.row(run=1, when="token", stall_s=3.0, **kill)
     report = EXPERIMENTS["kill"].report

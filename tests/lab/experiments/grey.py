@@ -165,7 +165,8 @@ def report(notebook: Notebook) -> None:
     notebook.all_identical()
     for name in (*TROUBLES, "swizzled"):
         rows = [row for row in notebook.rows if row["trouble"] == name]
-        excess_s = max(row["stall_s"] - max(3 * row["step_s"], SILENCE_S) for row in rows)
+        # where one of those that serve is cut off after the other, each is given up after its own time
+        excess_s = max(row["stall_s"] - row.get("hits", 1) * max(3 * row["step_s"], SILENCE_S) for row in rows)
         notebook.at_most(f"{name}: stall beyond max(3 × step, 2 s), worst, s", excess_s, RECOVERY_S)
         if name != "swizzled":
             if name not in (SLOWED, FLAPS):

@@ -62,7 +62,8 @@ class Kill:
     user: User
     hops: tuple[int, ...]
     again_after: int | None
-    """Kill the first that takes their place, too, once so many steps were answered over the route with it; None: no."""
+    """Kill the first that takes the place of the first of them, too, once so many steps were answered over the route
+    with it; None: no."""
     looks: list[Look] = field(default_factory=list)
     survivors: dict[int, LabPeer] = field(default_factory=dict)
     """By hop."""
@@ -108,7 +109,9 @@ class Kill:
         if isinstance(action, OpenHops):
             self._opened = len(self.looks)
             if self._route and self._next is None:
-                self._next = next((hop.peer_id for hop in action.route.hops if hop.peer_id not in self._route), None)
+                start = SPANS[self.hops[0]][0]
+                new = (hop for hop in action.route.hops if hop.peer_id not in self._route and hop.span.start == start)
+                self._next = next((hop.peer_id for hop in new), None)
         elif isinstance(action, SendStep):
             self._chase()
 
@@ -181,8 +184,8 @@ def report(notebook: Notebook) -> None:
     notebook.at_most("worst stall, s", max(stalls), 5.0)
     during = [row for row in notebook.rows if "uplink" in row]
     fed = notebook.resilience == "standby"  # then the client goes on feeding the first hop's
-    if uplinks := [row["uplink"] for row in during if 0 not in row["hops"] and not fed]:
-        notebook.at_most("client's uplink beyond the steps themselves, worst, bytes", max(uplinks), 2048)
+    if uplinks := [row["uplink"] / row["rebuilds"] for row in during if 0 not in row["hops"] and not fed]:
+        notebook.at_most("client's uplink for a rebuild, beyond the steps themselves, worst, bytes", max(uplinks), 2048)
     if during and not fed:
         resent = max(row["into_healthy"] - row["anyway"] for row in during) / (PROMPT * HIDDEN_BYTES)
         notebook.at_most("sent to healthy hops for a stall's sake / the whole prompt, worst", resent, 0.1)
