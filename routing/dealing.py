@@ -21,8 +21,8 @@ from routing.flow import GOLDEN
 from routing.ids import PeerId
 
 MAX_SESSIONS: Final = 20_000
-SESSIONS_MIN: Final = 32
-"""With fewer of its own, a node counts as if it had so many: one session more or less says nothing then."""
+SESSIONS_MIN: Final = 8
+"""With fewer of its own, a node counts as if it had so many: where one session goes, others' parts decide little."""
 ROOMY: Final = 0.8
 """Up to this part of what it can carry a peer has room: nobody is asked to take a slower way for others."""
 PHASE_CHARS: Final = 4
