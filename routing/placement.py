@@ -223,19 +223,25 @@ class Arrivals:
     def __init__(self) -> None:
         self._missing_since_s: dict[int, float] = {}
         self._since_s: dict[PeerId, tuple[tuple[object, ...], float]] = {}
+        self._toward_s: dict[PeerId, float] = {}
+        """The same to missing ones, by whatever stretches."""
         self._served: set[PeerId] = set()
         """Seen online: if they join again, they move, with all that they need on their disks."""
 
     def late(self, announcements: Sequence[Announcement], now_s: float) -> frozenset[PeerId]:
-        """Of those announced now, who counts no more: after ARRIVE_S on one and the same stretch of its way, or after
-        GAP_S where that leads to a missing block; and who joins, once it goes to one that is missing for GAP_S."""
+        """Of those announced now, who counts no more: after ARRIVE_S on one and the same stretch of its way.
+
+        On the way to a missing block after GAP_S or, so that few fetch at once what takes long to fetch, half of the
+        time for which it is missing; by whatever stretches, after ARRIVE_S or as long. Who joins, once a block to which
+        it goes is missing for GAP_S.
+        """
         online = [a for a in announcements if a.state is PeerState.ONLINE]
         self._served = {a.peer_id for a in announcements if a.peer_id in self._served} | {a.peer_id for a in online}
         spans = set(chain.from_iterable(a.spans for a in online))
         missing = blocks_of(gaps(spans, announcements[0].num_blocks)) if announcements else set()
         self._missing_since_s = {block: self._missing_since_s.get(block, now_s) for block in missing}
         overdue = {block for block, at_s in self._missing_since_s.items() if now_s - at_s >= GAP_S}
-        since_s, late = {}, set()
+        since_s, toward_s, late = {}, {}, set()
         for a in announcements:
             if a.state is not PeerState.JOINING and a.intent is None:
                 continue
@@ -243,11 +249,17 @@ class Arrivals:
             known = self._since_s.get(a.peer_id)
             since_s[a.peer_id] = known if known is not None and known[0] == stretch else (stretch, now_s)
             goes_to = blocks_of(a.spans if a.intent is None else [a.intent])
-            patience_s = ARRIVE_S if goes_to.isdisjoint(missing) else GAP_S
-            joins = a.peer_id not in self._served
-            if now_s - since_s[a.peer_id][1] >= patience_s or (joins and not goes_to.isdisjoint(overdue)):
+            patience_s = ARRIVE_S
+            if closes := goes_to & missing:
+                half_s = max(now_s - self._missing_since_s[block] for block in closes) / 2
+                patience_s = max(GAP_S, half_s)
+                toward_s[a.peer_id] = self._toward_s.get(a.peer_id, now_s)
+                joins = a.peer_id not in self._served and not goes_to.isdisjoint(overdue)
+                if joins or now_s - toward_s[a.peer_id] >= max(ARRIVE_S, half_s):
+                    late.add(a.peer_id)
+            if now_s - since_s[a.peer_id][1] >= patience_s:
                 late.add(a.peer_id)
-        self._since_s = since_s
+        self._since_s, self._toward_s = since_s, toward_s
         return frozenset(late)
 
     def open_for_s(self, now_s: float) -> float:
