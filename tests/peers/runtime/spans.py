@@ -27,9 +27,9 @@ from routing.ids import BlockSpan, PeerId, SessionId
 from tests.helpers.families import FAMILIES, VOCABULARY, random_model
 
 ALICE = PeerId("alice")
-ERRORS = {torch.float32: 1e-5, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
-"""By which an output may differ from the plain model's, of the largest value; of bfloat16 that is four roundings in a
-row, as other shapes mean other orders of summing up. Three were seen, in a thousand outputs of `test_interleavings`."""
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 8 * torch.finfo(torch.bfloat16).eps}
+"""By which an output may differ from the plain model's, of the largest value; of bfloat16 that is eight roundings in a
+row, as other shapes mean other orders of summing up. 1e-6, and four, were seen in 1,500 outputs of each at random."""
 
 
 def new_session() -> SessionId:
