@@ -288,10 +288,13 @@ class Interleavings(RuleBasedStateMachine):
 
         self.run(both())
 
-    @rule(place=PLACES, back=BACK)
-    def roll_back(self, place: int, back: int) -> None:
-        sequence = self.at(place)
+    @rule(place=PLACES, back=BACK, tokens=st.integers(0, 3))
+    def roll_back(self, place: int, back: int, tokens: int) -> None:
+        """And go on at once, or whenever it is asked to."""
+        sequence = self.at(place, 3)
         sequence.roll_back(max(0, sequence.length - back))
+        if tokens:
+            self.run(send(sequence, tokens))
 
     @rule(place=PLACES, further=FURTHER, back=BACK)
     def fork(self, place: int, further: int, back: int) -> None:
