@@ -48,6 +48,7 @@ LONG_TOKENS = 24
 PLACES = st.integers(0, 5)
 FURTHER = st.integers(1, 5)
 """From one place to another."""
+BACK = st.one_of(st.integers(1, SLACK), st.integers(1, LENGTH_MAX))
 BOB = PeerId("bob")
 TEXT = random_ids(LENGTH_MAX, 7)
 KEYS = [b"0" * 16, b"1" * 16]
@@ -287,12 +288,15 @@ class Interleavings(RuleBasedStateMachine):
 
         self.run(both())
 
-    @rule(place=PLACES, back=st.integers(1, LENGTH_MAX))
-    def roll_back(self, place: int, back: int) -> None:
-        sequence = self.at(place)
+    @rule(place=PLACES, back=BACK, tokens=st.integers(0, 3))
+    def roll_back(self, place: int, back: int, tokens: int) -> None:
+        """And go on at once, or whenever it is asked to."""
+        sequence = self.at(place, 3)
         sequence.roll_back(max(0, sequence.length - back))
+        if tokens:
+            self.run(send(sequence, tokens))
 
-    @rule(place=PLACES, further=FURTHER, back=st.integers(0, LENGTH_MAX))
+    @rule(place=PLACES, further=FURTHER, back=BACK)
     def fork(self, place: int, further: int, back: int) -> None:
         parent, into = self.at(place), (place + further) % 6
         if held := min(parent.length, self.engine.held(parent.session)):

@@ -156,3 +156,15 @@ async def test_drafts_within_the_slack_are_rolled_back_for_ever(hybrid: Local) -
             sequence.roll_back(sequence.length - SLACK + accepted)
         await sequence.step(1)
         assert sequence.replays == 0
+
+
+async def test_after_single_tokens_a_session_goes_back_by_the_slack_too(hybrid: Local) -> None:
+    async with running(hybrid.cut(), slack=SLACK) as engine:
+        sequence = Sequence(hybrid, engine)
+        await sequence.step(40)
+        for back in range(SLACK - PAGE, SLACK + 1):
+            for _ in range(SLACK):
+                await sequence.step(1)
+            sequence.roll_back(sequence.length - back)
+            await sequence.step(1)
+        assert sequence.replays == 0
