@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
-from peers.errors import Busy, Paused, Preempted, ProtocolError, Refused
+from peers.errors import Busy, Paused, PeerUnreachable, Preempted, ProtocolError, Refused
 from peers.model.adapters import prefix_length
 from peers.runtime.joined import AnyEngine
 from peers.runtime.scheduler import STEP_TOKENS
@@ -57,7 +57,7 @@ from peers.wire.messages import (
 )
 from routing.errors import CallerError, PeerError, SwarmError, Unavailable
 from routing.estimates import StepEstimates
-from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId, Place, SessionId
+from routing.ids import BlockSpan, BlockSpans, ModelId, PeerId, Place, SessionId, StepId
 from routing.records import RECORD_RENEW_S
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ MAX_TELLING = 16
 """Failures of a successor that wait for one session's client; it learns of more from its own deadlines."""
 MAX_PATIENCE_S = 10.0
 """A successor is asked for no longer whether it is there."""
+LOST_S = 10.0
+"""What was sent longer ago when the link ends has arrived, or its client has asked for it."""
 MAX_BACKLOG_S = 5.0
 """Where bandwidth is bounded: a peer with more than this waiting in memory to go out takes no further steps; with more
 than this waiting to be read, no further sessions."""
@@ -549,17 +551,40 @@ class Handler:
         for place in self.ledger.link_lost(link):
             logger.info("session %s: its client went away", place)
             self.release(place)
-        for entry in self.ledger.before_peer(link.remote) if link.outbound and link.wanted else ():
-            # the last step may have been lost with it, and of a connection that is idle nobody learns that it is gone
-            if (last := self.ledger.last_answer(entry)) is not None:
-                self._steps.spawn(self._once_more(entry, last), name=f"once more {entry.place}")
+        lost: dict[PeerId, list[tuple[Entry[Delivery, Link], Delivery]]] = {}
+        if link.outbound and link.wanted:
+            for entry, last in self.ledger.last_answers(link.remote, self._clock() - LOST_S):
+                lost.setdefault(entry.owner, []).append((entry, last))
+        for owner, outputs in lost.items():  # perhaps; and of a connection that is idle nobody learns that it is gone
+            self._steps.spawn(self._once_more(outputs), name=f"once more for {owner[-8:]}")
 
-    async def _once_more(self, entry: Entry[Delivery, Link], last: Delivery) -> None:
+    async def _once_more(self, lost: Sequence[tuple[Entry[Delivery, Link], Delivery]]) -> None:
         """Over a new link, or by the client, who learns then that the successor is gone; who has the step repeats his
-        answer."""
-        known = self.ledger.get(entry.place) is entry and entry.epoch == last.message.epoch
-        if known and entry.relay_until_s <= self._clock():  # else it went through the client
-            await self._repeat(entry, last)
+        answer. Each step once: where that link ends as well, its client carries it."""
+        error: SwarmError | None = None
+        for entry, last in lost:
+            message, known = last.message, self.ledger.get(entry.place) is entry
+            if not (known and isinstance(message, Step) and message.epoch == entry.epoch):
+                continue
+            if entry.relay_until_s > self._clock():
+                continue  # it went through the client
+            if error is None and entry.once_more == message.step:
+                error = PeerUnreachable(f"{entry.next} ends every link")
+            if error is not None:
+                self.pusher.relay_for_now(entry, error)
+            entry.once_more = StepId(message.step)
+            size = len(last.payload)
+            try:
+                self.admission.hold(entry.owner, size)
+            except Busy as busy:  # its client asks for it when it has not been answered for too long
+                logger.info("step %s of %s is not sent once more: %s", message.step, entry.place, busy)
+                continue
+            try:
+                await self.pusher.deliver(entry, Delivery(replace(message, again=True), last.payload, last.bulk))
+            finally:
+                self.admission.finish(entry.owner, size)
+            if error is None and entry.relay_until_s > self._clock():
+                error = PeerUnreachable(f"{entry.next} could not be reached a moment ago")
 
     # --- the rest ---
 

@@ -19,6 +19,7 @@ A session passes through these states; every other event in a state is refused w
     installed the same with `keep`, for the same blocks  installed, and goes on with the positions that it keeps
     installed Replay by its owner, this epoch            installed stale_epoch / forbidden
     installed Step, this epoch, allowed sender, no gap   installed stale_epoch / forbidden / gap
+    installed Step sent once more that others overtook    installed nothing is done
     installed its first step fails, where it was a fork  (none): the repeated step forks again
     installed Close by its owner, lease expiry, owner's link lost → (none)
 
@@ -118,6 +119,10 @@ class Entry(Generic[Answer, OwnerLink]):
     next: PeerId | None
     next_addresses: tuple[str, ...]
     lease_expires_at_s: float
+    newest: int = 0
+    """Of the ids of steps that were accepted."""
+    once_more: StepId | None = None
+    """The last output that was sent to `next` again, as the link to it had ended."""
     relay_until_s: float = 0.0
     """Until then outputs go through the client without trying `next` again."""
     adapter: bytes | None = None
@@ -149,6 +154,10 @@ class AlreadyRunning(msgspec.Struct, frozen=True):
     """The same step is being computed; its answer will come."""
 
 
+class Overtaken(msgspec.Struct, frozen=True):
+    """The step came again, behind others that may have undone it: nothing is to be done."""
+
+
 class Ledger(Generic[Answer, OwnerLink]):
     """See the module. All times are seconds of one monotonic clock."""
 
@@ -174,17 +183,16 @@ class Ledger(Generic[Answer, OwnerLink]):
         same = (entry for entry in self._entries.values() if entry.place.session == place.session)
         return next((entry for entry in same if entry.span.end == place.block), None)
 
-    def before_peer(self, peer: PeerId) -> list[Entry[Answer, OwnerLink]]:
-        """The entries whose outputs go to `peer`."""
-        return [entry for entry in self._entries.values() if entry.next == peer]
-
-    def last_answer(self, entry: Entry[Answer, OwnerLink]) -> Answer | None:
-        """Of the step with which the session ends at present. None while anything runs behind it, or where it was too
-        large to be kept."""
-        if entry.running or not entry.answers:
-            return None
-        last = next(reversed(entry.answers.values()))
-        return last.answer if last.end == entry.positions else None
+    def last_answers(self, to: PeerId, since_s: float) -> list[tuple[Entry[Answer, OwnerLink], Answer]]:
+        """What went to `to` since then and is the end of its session, as far as it was not too large to be kept; but
+        for sessions of which something runs, that finds out by itself whether `to` is there."""
+        found = []
+        for entry in self._entries.values():
+            if entry.next == to and entry.answers and not entry.running:
+                last = next(reversed(entry.answers.values()))
+                if last.end == entry.positions and entry.lease_expires_at_s - self.limits.lease_s >= since_s:
+                    found.append((entry, last.answer))
+        return found
 
     def entries(self) -> tuple[Entry[Answer, OwnerLink], ...]:
         return tuple(self._entries.values())
@@ -298,9 +306,10 @@ class Ledger(Generic[Answer, OwnerLink]):
         place = Place(SessionId(step.session), step.block)
         step_id = StepId(step.step)
         entry = self._entries.get(place)
-        forked = entry is None and step.parent is not None
+        parent = None if step.parent is None or step.again else Place(SessionId(step.parent), step.block)
+        forked = entry is None and parent is not None
         if entry is None:
-            entry = None if step.parent is None else self._fork(Place(SessionId(step.parent), step.block), place)
+            entry = None if parent is None else self._fork(parent, place)
         if entry is None:
             raise Refused(f"session {place} is not installed here", code=Code.UNKNOWN_SESSION)
         if sender not in (entry.owner, entry.previous):
@@ -319,6 +328,8 @@ class Ledger(Generic[Answer, OwnerLink]):
         if step_id in entry.answers:
             entry.lease_expires_at_s = now_s + self.limits.lease_s
             return entry, Repeat(entry.answers[step_id].answer)
+        if step.again and step.first != entry.positions and step_id <= entry.newest:
+            return entry, Overtaken()
         if step.first > entry.positions:
             raise Refused(f"step at {step.first}, this hop holds {entry.positions} positions", code=Code.GAP)
         if forked:
@@ -328,6 +339,7 @@ class Ledger(Generic[Answer, OwnerLink]):
         self._tell(entry, step.expects, now_s)
         entry.lease_expires_at_s = now_s + self.limits.lease_s
         entry.positions = step.first + step.count
+        entry.newest = max(entry.newest, step_id)
         run = Run(step=step_id, epoch=entry.epoch, first=step.first, end=entry.positions, forks=forked)
         entry.running[step_id] = run
         return entry, run
@@ -525,4 +537,4 @@ class Ledger(Generic[Answer, OwnerLink]):
         return True
 
 
-Verdict = Run | Repeat[Answer] | AlreadyRunning
+Verdict = Run | Repeat[Answer] | AlreadyRunning | Overtaken

@@ -70,7 +70,7 @@ class Pusher:
             logger.debug("session %s: %s", entry.place, error)  # the first push dials too
         except (PeerError, Unavailable) as error:
             if entry.next == following:  # else that is about a successor of before
-                self._relay_for_now(entry, error)
+                self.relay_for_now(entry, error)
 
     async def reaches(self, entry: Entry[Delivery, Link], *, timeout_s: float) -> bool:
         """Whether the successor answers over the link that outputs take; from a silent one on they go through the
@@ -87,7 +87,7 @@ class Pusher:
             if link.heard_at_s > heard_at_s and not link.closed:
                 return True  # it is late with this answer, no more
             if entry.next == link.remote:
-                self._relay_for_now(entry, error)
+                self.relay_for_now(entry, error)
             link.retire()  # who waits to send over it must not wait on
             return False
         return True
@@ -113,7 +113,7 @@ class Pusher:
             except (PeerError, Unavailable) as error:  # Unavailable: out of descriptors, for example
                 if message.epoch != entry.epoch:  # the route was replaced meanwhile: the new successor is another one
                     return
-                self._relay_for_now(entry, error)
+                self.relay_for_now(entry, error)
             else:
                 self.counts.pushed += 1
                 return
@@ -170,7 +170,8 @@ class Pusher:
             return tuple(filter(is_public, addresses))
         return addresses
 
-    def _relay_for_now(self, entry: Entry[Delivery, Link], error: SwarmError) -> None:
+    def relay_for_now(self, entry: Entry[Delivery, Link], error: SwarmError) -> None:
+        """Do not try the successor for a while."""
         entry.relay_until_s = self._clock() + RETRY_PUSH_S
         logger.warning("session %s: relaying through the client, %s: %s", entry.place, entry.next, error)
 

@@ -233,6 +233,8 @@ class Step(Message, tag="step", frozen=True, kw_only=True):
     """The hop whose blocks end here answers the client; the hops behind it hold these positions. 0: the last hop."""
     expects: Count = 0
     """The session goes on, and may come to hold so many, more than was said before: promised where there is room."""
+    again: bool = False
+    """Sent once more behind what came after it, maybe: such a step undoes nothing that did, and begins no fork."""
 
 
 class Replay(Message, tag="replay", frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from peers.errors import Busy, Refused
-from peers.serving.ledger import AlreadyRunning, Entry, Ledger, LedgerLimits, Repeat, Run
+from peers.serving.ledger import AlreadyRunning, Entry, Ledger, LedgerLimits, Overtaken, Repeat, Run
 from peers.wire.messages import MAX_UNDER_WAY, Code, Open, Step
 from routing.ids import BlockSpan, PeerId, Place, SessionId, StepId
 
@@ -195,6 +195,25 @@ def test_a_step_undone_by_a_rollback_runs_again_when_repeated() -> None:
     assert table.completed(entry, late, "of an undone step", 10, 0.0), "its client may still wait for it"
     assert refusal(lambda: table.step(CLIENT, step_message(3, 15, 4), 0.0)) == Code.GAP
     assert entry.positions == 14
+
+
+def test_a_step_that_comes_once_more_undoes_nothing_and_begins_no_fork() -> None:
+    table = Table()
+    for step, first, count in ((1, 0, 5), (2, 5, 4), (3, 5, 1)):
+        table.do(step, first, count)
+    entry, verdict = table.step(CLIENT, step_message(2, 5, 4, again=True), 0.0)
+    assert (verdict, entry.positions) == (Overtaken(), 6)
+    _, verdict = table.step(CLIENT, step_message(3, 5, again=True), 0.0)
+    assert verdict == Repeat("answer 3")
+    _, verdict = table.step(CLIENT, step_message(1, 8, again=True), 0.0)
+    assert verdict == Repeat("answer 1"), "by its id"
+    table.do(4, 4, 2, again=True)
+    entry, _ = table.run(2, 6, 1, again=True)
+    assert entry.positions == 7, "the end of its session, it may have been lost"
+    assert refusal(lambda: table.step(CLIENT, step_message(5, 3, session=B, parent=A, again=True), 0.0)) == (
+        Code.UNKNOWN_SESSION
+    )
+    assert table.get(Place(B, 0)) is None
 
 
 def test_a_failed_step_takes_back_its_positions_and_those_behind_it() -> None:
