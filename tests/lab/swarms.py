@@ -33,8 +33,9 @@ from tests.lab import namespaces
 from tests.lab.network import ROOT, Host, Network
 
 HOOKS: Final = Path(__file__).parent / "hooks"
-PACE_S: Final = 0.05
-"""One turn of running and standing still."""
+PACE_S: Final = 0.02
+"""One turn of running and standing still: short, or a fast machine computes a whole step while it runs, and what the
+peer says it took is what it takes otherwise."""
 METRICS_PORT: Final = 9100
 METRICS: Final = ("--metrics-port", str(METRICS_PORT))
 """What a peer is started with that is to be asked what it computed."""
