@@ -107,7 +107,7 @@ class HubRepository:
             with _translated(name, endpoint):
                 listing = _within(HUB_DEADLINE_S, lambda: _list(name, endpoint, token))
         except HubUnreachable as error:
-            remembered = _recall(note)
+            remembered = _recall(note, Listing)
             if remembered is None:
                 raise
             logger.warning("%s; continuing with %s as it was on the last visit", error, name)
@@ -142,10 +142,13 @@ class HubRepository:
         return file.sha256 or sha256_of(self.fetch([name], progress)[name], cache=self.cache)
 
     def header(self, name: str) -> dict[str, TensorInfo]:
-        """The tensors of a weight file; two ranges are read from the hub when it is not here yet."""
+        """The tensors of a weight file; two ranges are read from the hub when it is not here yet, and never again."""
         file = self.files[name]
         if local := self._local(file):
             return read_file_header(local)
+        note = self.cache / "headers" / f"{self._blob(file).name}.json"
+        if (remembered := _recall(note, dict[str, TensorInfo])) is not None:
+            return remembered
 
         def read(offset: int, count: int) -> bytes:
             with self._get(file, offset, offset + count - 1, HUB_DEADLINE_S) as response:
@@ -158,7 +161,10 @@ class HubRepository:
                         raise HubUnreachable(f"{self.endpoint} sent more of {name} than it was asked for")
                 return bytes(answer)
 
-        return read_header(read, file.size, name)
+        header = read_header(read, file.size, name)
+        with contextlib.suppress(OSError):  # the disk is full: the next start asks again
+            write_atomically(note, msgspec.json.encode(header))
+        return header
 
     def _blob(self, file: HubFile) -> Path:
         return self.cache / "blobs" / (file.sha256 or f"git-{file.git_oid}")
@@ -235,9 +241,9 @@ def _list(name: str, endpoint: str, token: str | None) -> Listing:
     return msgspec.convert({"commit": info.sha, "files": files}, Listing)
 
 
-def _recall(note: Path) -> Listing | None:
+def _recall(note: Path, kind: type[T]) -> T | None:
     try:
-        return msgspec.json.decode(note.read_bytes(), type=Listing)
+        return msgspec.json.decode(note.read_bytes(), type=kind)
     except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         return None  # never visited, or the note is damaged: nothing to go on with
 

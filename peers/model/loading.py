@@ -63,7 +63,7 @@ def check_folder(folder: Path) -> None:
 
 def kept_block_bytes(checkpoint: Weights, config: PretrainedConfig) -> int | None:
     """What the largest block takes in the checkpoint's own form, where it is loaded in that; from headers alone, which
-    a hub has to send of weights that are not here. None where weights are plain or made whole.
+    a hub has to send once of weights that are not here. None where weights are plain or made whole.
 
     Raises CorruptCheckpoint, HubUnreachable.
     """

@@ -611,7 +611,7 @@ class Engine:
         try:
             with torch.inference_mode():
                 preparing = self._preparation(library)
-                while (batch := self._wait_for_batch()) or not self._prepared or self._errands or self._spares:
+                while (batch := self._wait_for_batch()) is not None:
                     if batch:
                         self._run_batch(batch)
                     elif self._spares:
@@ -673,11 +673,11 @@ class Engine:
             elif len(output_TH) > TOKENS_MAX:
                 self._cores.measured(len(output_TH), alone=self._alone, seconds=compute_s)
 
-    def _wait_for_batch(self) -> _Batch:
-        """The next forward's works; empty when there are none and the engine is stopping, not prepared yet or to give
-        memory back, or when a job's piece goes first."""
+    def _wait_for_batch(self) -> _Batch | None:
+        """The next forward's works; empty when there are none and the engine is not prepared yet or to give memory
+        back, or when a job's piece goes first; None when it is stopping and nothing is left to do."""
         with self._wake:
-            while self._tickets or not self._stopping:
+            while self._tickets or self._errands or self._spares or not self._stopping:
                 if self._arriving:
                     if not self._wake.wait(MOMENT_S):
                         self._arriving = False  # the loop is late: what is there runs
@@ -690,7 +690,7 @@ class Engine:
                     self._errands.passed_over()
                     self._running = {ticket.session.number for ticket, _ in batch}
                     return batch
-            return []
+            return None
 
     @property
     def _spares(self) -> bool:

@@ -24,9 +24,12 @@ from peers.errors import CorruptCheckpoint, GatedModel, HubUnreachable, NotEnoug
 from peers.model import download, hub, lora
 from peers.model.adapters import same
 from peers.model.catalog import resolve
+from peers.model.loading import check_folder, kept_block_bytes, load_config, load_span
 from peers.model.lora import CONFIG, WEIGHTS, open_adapter
 from routing.errors import CallerError
+from routing.ids import BlockSpan
 from tests.peers.model.test_builtin import write_gguf
+from tests.peers.model.test_prequantized import write_bitsandbytes
 
 REPO = "somebody/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -439,6 +442,39 @@ def test_a_peer_starts_again_while_the_hub_is_away(server: Hub, cache: Path) -> 
     again.fetch(["layer.1.weight"])
     with pytest.raises(HubUnreachable):
         again.fetch(["layer.2.weight"])
+
+
+def test_what_was_inspected_once_is_asked_for_again_only_where_the_note_of_it_is_damaged(
+    server: Hub, cache: Path
+) -> None:
+    tensors = [f"layer.{number}.weight" for number in (1, 2, 3)]
+    sizes = resolve(REPO, cache=cache).num_bytes(tensors)
+    server.requests.clear()
+    assert resolve(REPO, cache=cache).num_bytes(tensors) == sizes
+    assert server.requests == []
+    first, *_ = (cache / "headers").iterdir()
+    first.write_bytes(first.read_bytes()[:-1])
+    assert resolve(REPO, cache=cache).num_bytes(tensors) == sizes
+    assert len(server.requests) == 1
+
+
+def test_a_peer_that_plans_by_all_headers_starts_again_while_the_hub_is_away(
+    server: Hub, cache: Path, tmp_path: Path
+) -> None:
+    write_bitsandbytes(tmp_path / "model", "llama", max_shard_size="30KB")
+    server.files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir() if path.is_file()}
+
+    def started() -> int | None:
+        checkpoint = resolve(REPO, cache=cache, accept=check_folder)
+        block_bytes = kept_block_bytes(checkpoint, load_config(checkpoint))
+        load_span(checkpoint, BlockSpan(0, 1), dtype="auto", device="cpu")
+        return block_bytes
+
+    block_bytes = started()
+    held = {path.name for path in (cache / "blobs").iterdir() if not path.name.startswith(".")}
+    assert 0 < len(held) < sum(name.endswith(".safetensors") for name in server.files)
+    server.status = 503
+    assert started() == block_bytes
 
 
 def test_too_little_disk_is_named_before_the_first_byte(

@@ -97,7 +97,7 @@ def write_compressed_tensors(folder: Path, family: str) -> None:
     rewrite(folder, family, compressed, encode)
 
 
-def write_bitsandbytes(folder: Path, family: str, form: str = "nf4") -> None:
+def write_bitsandbytes(folder: Path, family: str, form: str = "nf4", max_shard_size: str = "1GB") -> None:
     from transformers import BitsAndBytesConfig
 
     wide = {"hidden_size": 64, "intermediate_size": 128}  # its groups
@@ -108,7 +108,7 @@ def write_bitsandbytes(folder: Path, family: str, form: str = "nf4") -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder / "plain", quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
     )
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def seen_by(model: Any) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import gc
 import sys
 from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import psutil
 import pytest
@@ -100,6 +101,31 @@ async def test_an_engine_that_does_not_rest_keeps_prefixes(local: Local) -> None
         await sequence.step(PREFIX_POSITIONS + 3)
         engine.release(sequence.session)
         await Sequence(local, engine, seed=2).step(1)
+        assert engine.stats().kept_tokens == PREFIX_POSITIONS
+
+
+async def test_an_engine_that_is_to_rest_no_more_just_as_it_would_give_memory_back_goes_on(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for_batch = Engine._wait_for_batch
+
+    def overtaken(engine: Engine) -> Any:
+        batch = wait_for_batch(engine)
+        if engine._spares:
+            engine.rest(False)
+        return batch
+
+    monkeypatch.setattr(Engine, "_wait_for_batch", overtaken)
+    async with running(local.cut()) as engine:
+        await engine.prepared()
+        sequence = Sequence(local, engine, seed=1)
+        engine.open(sequence.session, ALICE, SPAN, KEYS)
+        await sequence.step(PREFIX_POSITIONS + 3)
+        engine.release(sequence.session)
+        engine.rest(True)
+        await eventually(lambda: not engine._resting)
+        async with asyncio.timeout(60):
+            await Sequence(local, engine, seed=2).step(1)
         assert engine.stats().kept_tokens == PREFIX_POSITIONS
 
 
