@@ -802,7 +802,14 @@ def test_states_change_as_the_table_says_whatever_comes_whenever_and_every_row_i
 
 CLIENT = PeerId("client")
 PEERS = tuple(PeerId(f"{span}{copy}") for span in "ABC" for copy in "123")
-CONFIG = SessionConfig(max_attempts=6, busy_patience_s=60.0, window=3, chunk_positions=4, max_busy_repeats=2)
+CONFIG = SessionConfig(
+    max_attempts=6,
+    busy_patience_s=60.0,
+    window=3,
+    chunk_positions=4,
+    position_bytes=UNDER_WAY_BYTES // 20,
+    max_busy_repeats=2,
+)
 STANDBY = replace(CONFIG, standby=True, standby_lag=2, standby_rest=2)
 KEEP_ANSWERS = 6
 """As many as are under way over three hops."""
@@ -1222,6 +1229,8 @@ class World:
                     assert step.step not in owner.flying, "sent twice without a pause"
                     owner.flying.add(step.step)
                     assert len(owner.flying) <= CONFIG.under_way(core.route.hops[step.hop : step.until])
+                    positions = sum(sent.count for sent in core._steps.sent.values())
+                    assert len(core._steps.sent) <= CONFIG.window or positions <= CONFIG.under_way_positions()
                     if step.parent is not None:
                         assert (step.parent, len(owner.flying)) == (owner.parent and owner.parent.core.session, 1)
                     tokens = owner.rows.get(step.step) or tuple(owner.history[step.first : step.first + step.count])
