@@ -24,6 +24,7 @@ from peers.model.quantization import check as check_quantization
 from peers.model.support import examine
 from peers.runtime.sizing import Request, Share, Sizes, divide
 from peers.runtime.works import EngineConfig
+from peers.wire.messages import UNDER_WAY_BYTES
 from peers.wire.tensors import DTYPES, NAMES
 from routing.errors import CallerError, InvalidSpan
 from routing.ids import BlockSpan, BlockSpans
@@ -45,7 +46,8 @@ IN_FLIGHT_SHARE = 1 / 32
 """Likewise for what came and was not computed yet (`serving.admission`), works of training above all; but never less
 than IN_FLIGHT_BYTES_MIN, which are among PROCESS_BYTES."""
 IN_FLIGHT_BYTES = 512 << 20
-IN_FLIGHT_BYTES_MIN = 32 << 20
+IN_FLIGHT_BYTES_MIN = 2 * UNDER_WAY_BYTES
+"""Of which one client may have half."""
 GRAPHS_SHARE = 1 / 32
 """Of what a peer may use of a GPU, for CUDA graphs of steps (`runtime.graphs`), of all of its engines together."""
 MEMORY_SHARE = 0.8

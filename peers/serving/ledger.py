@@ -76,7 +76,8 @@ class LedgerLimits:
     max_sessions: int = 4096
     max_sessions_per_owner: int = 512
     answers_per_session: int = MAX_UNDER_WAY
-    """As many steps as a client has outstanding, at most: after a pause it repeats them all."""
+    """Of at most `max_answer_bytes` each. As many steps as a client has outstanding, at most: after a pause it repeats
+    them all."""
     max_answer_bytes: int = 1 << 20
     """Larger answers are recomputed when asked for again: positions are absolute, so that is exact."""
     max_answers_bytes: int = 64 << 20

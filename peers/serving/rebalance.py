@@ -44,8 +44,9 @@ ANSWER_TIMEOUT_S = 2.0
 AGAIN_S = 60.0
 """After a move that failed: what stood in its way, a full disk say, is not over at the next look."""
 UNANSWERED_S = 5.0
-"""After one for which nobody answered who would hold what it leaves; each further such rest is twice as long, up to
-AGAIN_S. All are up to half as long again, so that who rests for the same reason does not come back at the same time."""
+"""After one for which nobody answered who would hold what it leaves, before another that leaves blocks; each further
+such rest is twice as long, up to AGAIN_S. All are up to half as long again, so that who rests for the same reason does
+not come back at the same time."""
 
 
 class Rebalance:
@@ -76,7 +77,7 @@ class Rebalance:
         self._max_parts = max_parts
         self._arrivals = Arrivals()
         self._moved_at_s = discovery.now_s()
-        self._again_at_s = -math.inf
+        self._again_at_s = self._leave_at_s = -math.inf
         self._rest_s = UNANSWERED_S
 
     async def run(self) -> None:
@@ -91,7 +92,7 @@ class Rebalance:
         late, open_for_s = self._late(alike, now_s), self._arrivals.open_for_s(now_s)
         me, max_parts = alike[0].peer_id, self._max_parts
         move = choose_move(alike, me, now_s, open_for_s=open_for_s, late=late, max_parts=max_parts)
-        if move is None or now_s < self._again_at_s:
+        if move is None or now_s < self._again_at_s or (now_s < self._leave_at_s and self._left(move)):
             return False
         if not move.heals and now_s - self._moved_at_s < REST_S:
             return False
@@ -108,8 +109,7 @@ class Rebalance:
 
     async def _prepared(self, move: Move) -> bool:
         """Whether all heard of the move, all that it needs is here, and it is still right."""
-        heard = await self._intend(move.intent)
-        if not (heard or blocks_of(self._describe().spans) <= blocks_of(move.spans)):
+        if not await self._intend(move.intent) and self._left(move):
             return False  # who gives up nothing does no harm, and may be the last who takes records
         await asyncio.sleep(SETTLE_S)
         if not await self._stands(move, ready=False):
@@ -134,6 +134,9 @@ class Rebalance:
             if not fetching.cancelled():
                 fetching.exception()  # marked as seen: it may have failed when nobody wanted it any more
 
+    def _left(self, move: Move) -> set[int]:
+        return blocks_of(self._describe().spans) - blocks_of(move.spans)
+
     async def _answered(self, move: Move) -> set[PeerId]:
         alike = self._alike()
         return await self._discovery.answering(to_ask(move, alike, alike[0].peer_id), timeout_s=ANSWER_TIMEOUT_S)
@@ -153,17 +156,17 @@ class Rebalance:
 
     def _failed(self, error: SwarmError) -> None:
         logger.warning("serving the blocks of before: %s", error)
-        self._rest(AGAIN_S)
+        self._again_at_s = self._rested_at_s(AGAIN_S)
 
     def _unanswered(self, move: Move) -> None:
-        if self._discovery.now_s() - self._again_at_s > AGAIN_S:
+        if self._discovery.now_s() - self._leave_at_s > AGAIN_S:
             self._rest_s = UNANSWERED_S  # what was before has nothing to do with it
         logger.info("not going to blocks %s: nobody answers who holds what this peer would leave", move.intent)
-        self._rest(self._rest_s)
+        self._leave_at_s = self._rested_at_s(self._rest_s)
         self._rest_s = min(AGAIN_S, 2 * self._rest_s)
 
-    def _rest(self, rest_s: float) -> None:
-        self._again_at_s = self._discovery.now_s() + rest_s * self._rng.uniform(1.0, 1.5)
+    def _rested_at_s(self, rest_s: float) -> float:
+        return self._discovery.now_s() + rest_s * self._rng.uniform(1.0, 1.5)
 
     def _alike(self) -> list[Announcement]:
         """All announcements of this peer's model; first its own, as it is now, not as it was read."""

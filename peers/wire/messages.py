@@ -60,7 +60,9 @@ PROTOCOL_VERSION = 7
 MAX_POSITIONS = 1 << 24
 MAX_HOPS = 64
 MAX_UNDER_WAY = 16
-"""Steps of a session that are sent and not answered: peers keep so many answers."""
+"""Steps of a session that are sent and not answered: peers keep so many answers, of at most 1 MiB each."""
+UNDER_WAY_BYTES = 16 << 20
+"""Of the hidden states in these, where they are more than a few steps: so much of one client any peer takes in."""
 MAX_CLOSED_SESSIONS = 512
 MAX_STATUS_ENTRIES = 32
 """Round trips, and opinions of others, in one status."""

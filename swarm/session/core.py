@@ -63,7 +63,7 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
-from peers.wire.messages import MAX_UNDER_WAY
+from peers.wire.messages import MAX_UNDER_WAY, UNDER_WAY_BYTES
 from routing.errors import SwarmError
 from routing.ids import PeerId, SessionId, StepId
 from routing.routes import Hop, Route, machines
@@ -126,6 +126,8 @@ class SessionConfig:
     """Steps sent and not yet answered that may always be, however short the route is and whoever else sends."""
     chunk_positions: int = 256
     """Positions per step of a replay, and of a prompt, at most."""
+    position_bytes: int = 1
+    """Of the hidden state of one position, as it travels."""
     standby: bool = False
     """Keep a second peer filled for every hop."""
     standby_lag: int = 32
@@ -140,14 +142,20 @@ class SessionConfig:
         for each machine, one that it computes and one that is on its way there."""
         return max(self.window, min(2 * machines(hops), MAX_UNDER_WAY) // crowd)
 
+    def under_way_positions(self, crowd: int = 1) -> int:
+        """In these steps, where they are more than `window`; all sessions of the crowd have the bytes together."""
+        return UNDER_WAY_BYTES // (self.position_bytes * crowd)
+
     def chunk(self, count: int, hops: Callable[[], Sequence[Hop]] = tuple, crowd: int = 1) -> int:
         """Positions per step where `count` are to be sent over `hops`, which are asked for where they matter: pieces
         that are under way together, so that the hops work at the same time, and none so small that a hop's time goes
         into reading its weights."""
-        pieces = count // PIECE_POSITIONS_MIN
+        size, pieces = self.chunk_positions, count // PIECE_POSITIONS_MIN
         if pieces > self.window:
-            pieces = min(pieces, self.under_way(hops(), crowd))
-        return max(1, min(self.chunk_positions, -(-count // max(1, pieces))))
+            under_way = self.under_way(hops(), crowd)
+            pieces = min(pieces, under_way)
+            size = min(size, max(PIECE_POSITIONS_MIN, self.under_way_positions(crowd) // under_way))
+        return max(1, min(size, -(-count // max(1, pieces))))
 
 
 class SessionCore:
@@ -565,6 +573,9 @@ class SessionCore:
         window = self._window
         if step.hop or step.until is not None:
             window = min(window, self.config.under_way(self.route.hops[step.hop : step.until]))
+        positions = step.count + sum(other.count for other in self._steps.sent.values())
+        if positions > self.config.under_way_positions(self.crowd):
+            return self.config.window
         return max(self.config.window, window // self.crowd)
 
     def _release(self) -> list[Action]:

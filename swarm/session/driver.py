@@ -348,7 +348,9 @@ class SwarmRemote:
             if source.core is not None and source.core.alive and step.start == position:
                 session.core = source.core.fork(session_id, cuts)
         if session.core is None or not session.core.alive:
-            session.core = SessionCore(session_id, replace(self._config, standby=session.standby), cuts)
+            row_bytes = step.hidden_TD[:1].nbytes
+            config = replace(self._config, standby=session.standby, position_bytes=row_bytes)
+            session.core = SessionCore(session_id, config, cuts)
         self._sessions.by_id[session_id] = session
 
     def _submit(self, call: Call, row: int, step: RowStep) -> None:
@@ -360,7 +362,8 @@ class SwarmRemote:
         session.timings.clear()
         if count > PIECE_POSITIONS_MIN:
             session.core.crowd = self._sessions.crowd(session)
-        chunk = self._config.chunk(count, functools.partial(self._planner.expected, session), session.core.crowd)
+        hops = functools.partial(self._planner.expected, session)
+        chunk = session.core.config.chunk(count, hops, session.core.crowd)
         segments = []
         for at in range(0, count, chunk):
             rows_TD, ids_T, size = hidden_TD, token_ids_T, min(chunk, count - at)

@@ -219,6 +219,29 @@ def test_who_is_on_the_way_for_too_long_hides_a_gap_no_more() -> None:
     assert arrivals.open_for_s(NOW_S + GAP_S) == 0.0
 
 
+def test_to_a_block_that_is_missing_for_long_each_further_one_goes_after_twice_the_time() -> None:
+    """As who is on the way counts for half of that: where fetching takes minutes, few fetch at once."""
+    peers, arrivals, went = [announcement(peer(1), 0, 20)], Arrivals(), []
+    for waited_s in range(641):
+        if len(arrivals.late(peers, NOW_S + waited_s)) == len(went):
+            went.append(waited_s)
+            peers.append(announcement(peer(1 + len(went)), 0, 10, intent=BlockSpan(20, 30)))
+            assert peers[-1].peer_id not in arrivals.late(peers, NOW_S + waited_s)
+    assert went == [0, *(GAP_S * 2**n for n in range(6))]
+
+
+def test_who_changes_what_it_says_and_never_arrives_hides_a_gap_for_no_longer_than_any_other() -> None:
+    rest, spare = announcement(peer(1), 0, 20), announcement(peer(2), 0, 10, max_blocks=20)
+    says = [announcement(peer(3), 0, end, intent=BlockSpan(20, 30)) for end in (9, 10)]
+    arrivals, hidden = Arrivals(), []
+    for waited_s in range(1200):
+        peers = [rest, spare, says[waited_s // 15 % 2]]
+        late = arrivals.late(peers, NOW_S + waited_s)
+        if choose_move(peers, peer(2), NOW_S, open_for_s=waited_s, late=late) is None:
+            hidden.append(waited_s)
+    assert hidden == [*range(int(ARRIVE_S))]
+
+
 def test_where_nothing_is_missing_who_is_on_the_way_counts_for_longer() -> None:
     peers, arrivals = [announcement(peer(1), 0, 30), announcement(peer(2), 0, 10, intent=BlockSpan(20, 30))], Arrivals()
     for waited_s, late in ((0.0, set()), (ARRIVE_S - 1, set()), (ARRIVE_S, {peer(2)})):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from routing.ids import BlockSpan, PeerId
 from swarm.session.core import PIECE_POSITIONS_MIN, SessionConfig
 from tests.helpers.twin import THIRDS, Twin, User, local, run
 from tests.lab.links import PROFILES
+from tests.peers.serving.hops import HIDDEN
 
 RETRANSMISSION_S_MIN = 0.2
 """Linux; RFC 6298 would have a second. What a lost packet costs beside a round trip."""
@@ -173,6 +175,33 @@ def test_every_hop_of_a_long_route_works_on_a_prompt(
     assert took_s == pytest.approx(least_s, rel=0.05)
     monkeypatch.setattr(SessionConfig, "under_way", lambda self, hops, crowd=1: self.window)
     assert took_s <= most * run(takes_s)
+
+
+@pytest.mark.parametrize(("hops", "taken_in", "most"), [(3, 256, 0.4), (8, 256, 0.65), (8, 512, 0.75)])
+def test_a_prompt_whose_states_are_large_is_sent_no_faster_than_peers_take_it_in(
+    hops: int, taken_in: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many of its positions each, and no more. Of the time of one whose client only counts its steps."""
+    length, spans, bound_bytes = 960, cut_into(hops), taken_in * HIDDEN * torch.float32.itemsize
+    monkeypatch.setattr("swarm.session.core.UNDER_WAY_BYTES", bound_bytes)
+
+    async def takes_s() -> tuple[float, int]:
+        async with Twin(copies=1, spans=spans, latency_s=0.001, compute_s=(0.01,)) as twin:
+            for peer in twin.peers:
+                peer.engine.position_s, admission = 0.001, peer.handler.admission
+                admission.limits = replace(admission.limits, max_bytes_in_flight_per_peer=bound_bytes)
+            user, prompt = twin.user(), twin.prompt(length)
+            await asyncio.sleep(5.0)
+            began_s = asyncio.get_running_loop().time()
+            assert torch.equal(await user.generate(prompt, 1), local(prompt, 1, spans))
+            return user.times_s[0] - began_s, user.remote.traffic.failures["busy"]
+
+    took_s, busy = run(takes_s)
+    assert busy == 0
+    monkeypatch.setattr(SessionConfig, "under_way_positions", lambda self, crowd=1: length)
+    counted_s, busy = run(takes_s)
+    assert busy > 0
+    assert took_s <= most * counted_s
 
 
 @pytest.mark.parametrize("at_once", [False, True])

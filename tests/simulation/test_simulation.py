@@ -10,7 +10,7 @@ import pytest
 
 from routing.ids import BlockSpan, BlockSpans
 from routing.records import RECORD_LIFETIME_S
-from swarm.simulation import run
+from swarm.simulation import run, world
 from swarm.simulation.report import OF_BOUND_MIN
 from swarm.simulation.run import Simulation, simulate
 from swarm.simulation.users import trips
@@ -100,6 +100,20 @@ def test_a_gap_is_healed_within_a_minute_by_peers_that_can_be_spared_and_by_nobo
     assert report.moves == report.heals >= 1
     assert report.healed_s_max <= (10 if cached else 60 - RECORD_LIFETIME_S), "a minute, from the deaths on"
     assert report.samples[-1].covered
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_where_a_block_takes_minutes_to_fetch_few_fetch_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 blocks were fetched for a gap of two where whoever was on the way counted for GAP_S only."""
+    monkeypatch.setattr(world, "DOWNLOAD_BYTES_PER_S", world.BLOCK_BYTES / 120)
+    simulation = Closed(replace(SMALL, users=3, churn_per_hour=0.0, minutes=9, seed=seed))
+    for peer in list(simulation.peers.values()):
+        if any(3 in span for span in peer.spans):
+            peer.dies_at_s = 130.0
+    report = simulation.run()
+    assert report.moves == report.heals == 1
+    assert report.samples[-1].covered
+    assert simulation.counts["downloaded"] <= 16 * world.BLOCK_BYTES
 
 
 class Hindered(Closed):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from peers.errors import Busy, PeerUnreachable, Refused
-from peers.wire.messages import MAX_UNDER_WAY, Code
+from peers.wire.messages import MAX_UNDER_WAY, UNDER_WAY_BYTES, Code
 from routing.errors import NoRoute, SwarmError
 from routing.ids import BlockSpan, PeerId, SessionId, StepId
 from routing.routes import Hop, Route
@@ -208,6 +208,39 @@ def test_a_replay_is_cut_and_sent_for_the_hops_that_run_it(
     assert len(again) == under_way
     again += [step for piece in again for step in sent(core.result(piece.step, 2))]
     assert [(piece.count, piece.hop) for piece in again if piece.replay] == [(count, hop) for count in pieces]
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=5, max_size=40),
+    st.sampled_from([1 << 10, 1 << 14, 1 << 16, 1 << 20]),
+    st.integers(1, 5),
+    st.data(),
+)
+def test_more_steps_than_may_always_be_under_way_have_no_more_bytes_than_peers_take_in(
+    counts: list[int], position_bytes: int, crowd: int, data: st.DataObject
+) -> None:
+    core = SessionCore(SESSION, SessionConfig(position_bytes=position_bytes))
+    core.crowd = crowd
+    for first, count in zip(itertools.accumulate(counts, initial=0), counts, strict=False):
+        core.submit(first, count, count)
+    core.route_ready(route(*LONG))
+    opened(core)
+    while core.pending:
+        under_way = [step.count for step in core._steps.sent.values()]
+        assert len(under_way) >= min(core.config.window, len(core.pending))
+        assert len(under_way) <= core.config.window or sum(under_way) * position_bytes * crowd <= UNDER_WAY_BYTES
+        core.result(data.draw(st.sampled_from([*core._steps.sent])), 1)
+
+
+@given(st.integers(1, 5000), st.integers(5, 60), st.sampled_from([1 << 12, 1 << 14, 1 << 15]), st.integers(1, 4))
+def test_all_pieces_of_a_prompt_that_are_meant_to_be_under_way_fit_in_what_peers_take_in(
+    count: int, hops: int, position_bytes: int, crowd: int
+) -> None:
+    over = route(*(PeerId(str(number)) for number in range(hops))).hops
+    config = SessionConfig(position_bytes=position_bytes)
+    size = config.chunk(count, lambda: over, crowd)
+    together = min(config.under_way(over, crowd), -(-count // size))
+    assert together * size * position_bytes * crowd <= UNDER_WAY_BYTES or size < 2 * PIECE_POSITIONS_MIN
 
 
 @given(st.integers(1, 5000), st.integers(0, 70), st.integers(1, 9), st.integers(1, 300), st.integers(1, 20))
@@ -769,7 +802,14 @@ def test_states_change_as_the_table_says_whatever_comes_whenever_and_every_row_i
 
 CLIENT = PeerId("client")
 PEERS = tuple(PeerId(f"{span}{copy}") for span in "ABC" for copy in "123")
-CONFIG = SessionConfig(max_attempts=6, busy_patience_s=60.0, window=3, chunk_positions=4, max_busy_repeats=2)
+CONFIG = SessionConfig(
+    max_attempts=6,
+    busy_patience_s=60.0,
+    window=3,
+    chunk_positions=4,
+    position_bytes=UNDER_WAY_BYTES // 20,
+    max_busy_repeats=2,
+)
 STANDBY = replace(CONFIG, standby=True, standby_lag=2, standby_rest=2)
 KEEP_ANSWERS = 6
 """As many as are under way over three hops."""
@@ -1189,6 +1229,8 @@ class World:
                     assert step.step not in owner.flying, "sent twice without a pause"
                     owner.flying.add(step.step)
                     assert len(owner.flying) <= CONFIG.under_way(core.route.hops[step.hop : step.until])
+                    positions = sum(sent.count for sent in core._steps.sent.values())
+                    assert len(core._steps.sent) <= CONFIG.window or positions <= CONFIG.under_way_positions()
                     if step.parent is not None:
                         assert (step.parent, len(owner.flying)) == (owner.parent and owner.parent.core.session, 1)
                     tokens = owner.rows.get(step.step) or tuple(owner.history[step.first : step.first + step.count])

@@ -236,6 +236,25 @@ async def test_while_nobody_answers_who_would_hold_what_a_peer_leaves_it_tries_e
         assert [spans for _, spans in mover.moves] == ["20:30"]
 
 
+async def test_who_rests_since_nobody_answered_closes_a_gap_all_the_same_where_it_leaves_nothing(
+    network: MemoryNetwork,
+) -> None:
+    mover, other = Member(network, 1, "0:10", max_blocks=15), Member(network, 2, "0:10")
+    rest, third = Member(network, 3, "10:20"), Member(network, 4, "25:30")
+    mover.fetch_s = 0.0
+    with living(mover, other, rest):
+        await asyncio.sleep(1.0)
+        network.partition([mover.key.peer_id], [other.key.peer_id])  # its records arrive all the same
+        assert not await mover.driver.look()
+        assert not await mover.driver.look()
+        assert len(mover.fetched) == 1, "it rests"
+        with living(third):
+            await asyncio.sleep(1.0)
+            await mover.discovery.refresh()
+            assert await mover.driver.look()
+    assert [spans for _, spans in mover.moves] == ["0:10,20:25"]
+
+
 async def test_between_moves_that_heal_nothing_a_peer_rests_and_before_the_first_too(network: MemoryNetwork) -> None:
     mover = Member(network, 1, "0:10", max_blocks=20)
     with living(mover, Member(network, 2, "0:10"), Member(network, 3, "10:30", decode_s=0.01), moving=(mover,)):
