@@ -321,8 +321,10 @@ class Handler:
                 self._steps.spawn(work, name=f"step {entry.place}")
             return None
         self.admission.finish(owner, payload_bytes, link.remote)
-        if isinstance(verdict, Repeat) and not self.pusher.deliver_now(entry, verdict.answer):
-            self._steps.spawn(self._repeat(entry, verdict.answer), name=f"repeat {entry.place}")
+        if isinstance(verdict, Repeat):
+            answer = _marked(verdict.answer, again=message.again)
+            if not self.pusher.deliver_now(entry, answer):
+                self._steps.spawn(self._repeat(entry, answer), name=f"repeat {entry.place}")
         return None
 
     async def _repeat(self, entry: Entry[Delivery, Link], answer: Delivery) -> None:
@@ -580,7 +582,7 @@ class Handler:
                 logger.info("step %s of %s is not sent once more: %s", message.step, entry.place, busy)
                 continue
             try:
-                await self.pusher.deliver(entry, Delivery(replace(message, again=True), last.payload, last.bulk))
+                await self.pusher.deliver(entry, _marked(last, again=True))
             finally:
                 self.admission.finish(entry.owner, size)
             if error is None and entry.relay_until_s > self._clock():
@@ -753,6 +755,14 @@ def _delivery(
         hops=hops,
     )
     return Delivery(result, output, step.bulk)
+
+
+def _marked(delivery: Delivery, *, again: bool) -> Delivery:
+    """As the step is for which it is sent now: what comes again does so at all hops that follow."""
+    message = delivery.message
+    if isinstance(message, Result) or message.again == again:
+        return delivery
+    return Delivery(replace(message, again=again), delivery.payload, delivery.bulk)
 
 
 def code_of(error: SwarmError) -> str:

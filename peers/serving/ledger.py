@@ -156,7 +156,8 @@ class AlreadyRunning(msgspec.Struct, frozen=True):
 
 
 class Overtaken(msgspec.Struct, frozen=True):
-    """The step came again, behind others that may have undone it: nothing is to be done."""
+    """The step came again, behind others that may have undone it: nothing is to be done. If it lacks what was lost
+    before it, its client finds that out by itself."""
 
 
 class Ledger(Generic[Answer, OwnerLink]):

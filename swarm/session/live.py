@@ -170,8 +170,8 @@ class LiveSession(RemoteSession):
         self.relays: deque[tuple[Hop, Step, memoryview]] = deque()
         """To be carried from one hop to the next."""
         self.relaying = False
-        self.relayed_to: tuple[int, PeerId] | None = None
-        """On which route, and to whom, that was begun."""
+        self.relayed_to: set[PeerId] = set()
+        """To whom that was begun on the present route."""
         self.route: Route | None = None
         """The last one that was planned for this session."""
         self.dtype = ""
@@ -218,6 +218,7 @@ class LiveSession(RemoteSession):
         """Another route: how fast it is, its answers will tell."""
         self.route, self.pace, self.looks = route, Pace(), 0
         self.trips_s.clear()
+        self.relayed_to.clear()
         self.renew_deadline()
         self.began_s = self.reconsider_at_s = self.heard_at_s
         self.review_at_s = self.began_s + review_in_s

@@ -188,7 +188,8 @@ class Sender:
 
     def relay(self, session: LiveSession, hop: Hop, step: Step, payload: memoryview) -> None:
         """Carry to `hop` what the one before it could not bring there, in order."""
-        if all((known.epoch, known.step) != (step.epoch, step.step) for _, known, _ in session.relays):
+        which = step.epoch, step.step, step.block
+        if all((known.epoch, known.step, known.block) != which for _, known, _ in session.relays):
             session.relays.append((hop, step, payload))
             if not session.relaying:
                 session.relaying = True
@@ -208,8 +209,8 @@ class Sender:
         this client not know it yet."""
         core = session.core
         assert core is not None
-        if core.due(StepId(step.step), step.epoch) and session.relayed_to != (step.epoch, hop.peer_id):
-            session.relayed_to = step.epoch, hop.peer_id
+        if core.due(StepId(step.step), step.epoch) and hop.peer_id not in session.relayed_to:
+            session.relayed_to.add(hop.peer_id)
             try:
                 await self._sessions.client.links.ping(hop.peer_id, hop.addresses, timeout_s=RELAY_PATIENCE_S)
             except PeerSilent as error:

@@ -230,6 +230,32 @@ async def test_a_step_that_is_sent_once_more_undoes_nothing_that_came_after_it(a
         assert torch.equal(await client.result(), expected(route.hops, 6, 7))
 
 
+@pytest.mark.parametrize("then_s", [0.01, 0.02, 0.03, 0.04])
+@pytest.mark.parametrize("cut_s", [0.03, 0.05, 0.07])
+async def test_what_is_repeated_for_a_step_that_came_once_more_undoes_nothing_further_down(
+    cut_s: float, then_s: float
+) -> None:
+    """The links of the hop in the middle end one after the other."""
+    async with Route() as route:
+        client, (first, second, last) = route.client, route.hops
+        await client.open(route.hops)
+        await client.step(first, 1, 0, 5)
+        await client.result()
+        await client.step(first, 2, 5, 4, rows=torch.full((4, 4), 7.0), bulk=True)
+        await client.result()
+        for stream in route.network.streams_between(first.peer_id, second.peer_id):
+            stream.abort("the connection was reset")
+        await asyncio.sleep(cut_s)
+        for stream in route.network.streams_between(second.peer_id, last.peer_id):
+            stream.abort("the connection was reset")
+        await asyncio.sleep(then_s)
+        await client.step(first, 3, 5)
+        await asyncio.sleep(1.0)
+        client.inbox.clear()
+        await client.step(first, 4, 6)
+        assert torch.equal(await client.result(), expected(route.hops, 6, 7))
+
+
 @pytest.mark.parametrize("sessions", [1, 20])
 async def test_a_successor_that_ends_every_link_is_sent_a_step_twice_and_then_the_client_carries_it(
     sessions: int,
