@@ -437,16 +437,18 @@ class Handler:
             send_s = self._clock() - computed_s
         self.counts.steps.add(step.count, *took, send_s)
 
-    async def _deliver(self, entry: Entry[Delivery, Link], delivery: Delivery) -> None:
-        """While it waits for a slow reader, it counts among what its client has here."""
+    async def _deliver(self, entry: Entry[Delivery, Link], delivery: Delivery, *, asked: bool = True) -> None:
+        """While it waits for a slow reader, it counts among what its client has here; who has too much here is told so
+        where he `asked` for it."""
         size, message = len(delivery.payload), delivery.message
         try:
             self.admission.hold(entry.owner, size)
         except Busy as error:  # the journal and the ledger keep it: its client asks for it again
             logger.info("step %s of %s is not sent: %s", message.step, entry.place, error)
             # who does not read this either asks when he has not been answered for too long
-            failure = self._failure(error, message.session, entry.place.block, message.epoch, message.step)
-            entry.owner_link.send_now(failure)
+            if asked:
+                failure = self._failure(error, message.session, entry.place.block, message.epoch, message.step)
+                entry.owner_link.send_now(failure)
             return
         try:
             await self.pusher.deliver(entry, delivery)
@@ -575,16 +577,7 @@ class Handler:
             if error is not None:
                 self.pusher.relay_for_now(entry, error)
             entry.once_more = StepId(message.step)
-            size = len(last.payload)
-            try:
-                self.admission.hold(entry.owner, size)
-            except Busy as busy:  # its client asks for it when it has not been answered for too long
-                logger.info("step %s of %s is not sent once more: %s", message.step, entry.place, busy)
-                continue
-            try:
-                await self.pusher.deliver(entry, _marked(last, again=True))
-            finally:
-                self.admission.finish(entry.owner, size)
+            await self._deliver(entry, _marked(last, again=True), asked=False)
             if error is None and entry.relay_until_s > self._clock():
                 error = PeerUnreachable(f"{entry.next} could not be reached a moment ago")
 

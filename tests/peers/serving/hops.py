@@ -319,6 +319,11 @@ class Route:
         self.others.append(Client(self.network, 2 + len(self.others)))
         return self.others[-1]
 
+    def reset(self, sender: Hop, receiver: Hop) -> None:
+        """End the connections that one hop has dialled to another, with what is under way on them."""
+        for stream in self.network.streams_between(sender.peer_id, receiver.peer_id):
+            stream.abort("the connection was reset")
+
     async def __aenter__(self) -> Route:
         for hop in self.hops:
             await hop.start()

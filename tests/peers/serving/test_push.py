@@ -183,8 +183,7 @@ async def test_a_step_is_lost_with_no_link_to_the_successor(after_s: float) -> N
         started_s = now_s()
         await client.step(first, 1, 0, 5)
         await asyncio.sleep(after_s)
-        for stream in route.network.streams_between(first.peer_id, second.peer_id):
-            stream.abort("the connection was reset")
+        route.reset(first, second)
         assert torch.equal(await client.result(), expected(route.hops, 0, 5))
         assert now_s() - started_s < 0.5
         await asyncio.sleep(1.0)
@@ -209,25 +208,32 @@ async def test_the_client_is_given_the_step_that_was_under_way_to_a_successor_th
         assert (relay.next, relay.step.step, len(payload)) == (second.peer_id, 1, 5 * 4 * 4)
 
 
+async def drafts(route: Route, *, bulk: bool) -> None:
+    """Of which all but the first are wrong."""
+    await route.client.open(route.hops)
+    await route.client.step(route.hops[0], 1, 0, 5)
+    await route.client.result()
+    await route.client.step(route.hops[0], 2, 5, 4, rows=torch.full((4, 4), 7.0), bulk=bulk)
+    await route.client.result()
+
+
+async def goes_on_behind_the_first_draft(route: Route) -> None:
+    await route.client.step(route.hops[0], 3, 5)
+    await asyncio.sleep(1.0)
+    route.client.inbox.clear()
+    await route.client.step(route.hops[0], 4, 6)
+    assert torch.equal(await route.client.result(), expected(route.hops, 6, 7))
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.02, 0.03, 0.04, 0.05])
 @pytest.mark.parametrize("bulk", [False, True])
 async def test_a_step_that_is_sent_once_more_undoes_nothing_that_came_after_it(after_s: float, bulk: bool) -> None:
-    """Drafts of which all but the first are wrong: what is large comes later, over a lane that has to be opened."""
+    """What is large comes later, over a lane that has to be opened."""
     async with Route() as route:
-        client, (first, second, _) = route.client, route.hops
-        await client.open(route.hops)
-        await client.step(first, 1, 0, 5)
-        await client.result()
-        await client.step(first, 2, 5, 4, rows=torch.full((4, 4), 7.0), bulk=bulk)
-        await client.result()
-        for stream in route.network.streams_between(first.peer_id, second.peer_id):
-            stream.abort("the connection was reset")
+        await drafts(route, bulk=bulk)
+        route.reset(*route.hops[:2])
         await asyncio.sleep(after_s)
-        await client.step(first, 3, 5)
-        await asyncio.sleep(1.0)
-        client.inbox.clear()
-        await client.step(first, 4, 6)
-        assert torch.equal(await client.result(), expected(route.hops, 6, 7))
+        await goes_on_behind_the_first_draft(route)
 
 
 @pytest.mark.parametrize("then_s", [0.01, 0.02, 0.03, 0.04])
@@ -237,23 +243,12 @@ async def test_what_is_repeated_for_a_step_that_came_once_more_undoes_nothing_fu
 ) -> None:
     """The links of the hop in the middle end one after the other."""
     async with Route() as route:
-        client, (first, second, last) = route.client, route.hops
-        await client.open(route.hops)
-        await client.step(first, 1, 0, 5)
-        await client.result()
-        await client.step(first, 2, 5, 4, rows=torch.full((4, 4), 7.0), bulk=True)
-        await client.result()
-        for stream in route.network.streams_between(first.peer_id, second.peer_id):
-            stream.abort("the connection was reset")
+        await drafts(route, bulk=True)
+        route.reset(*route.hops[:2])
         await asyncio.sleep(cut_s)
-        for stream in route.network.streams_between(second.peer_id, last.peer_id):
-            stream.abort("the connection was reset")
+        route.reset(*route.hops[1:])
         await asyncio.sleep(then_s)
-        await client.step(first, 3, 5)
-        await asyncio.sleep(1.0)
-        client.inbox.clear()
-        await client.step(first, 4, 6)
-        assert torch.equal(await client.result(), expected(route.hops, 6, 7))
+        await goes_on_behind_the_first_draft(route)
 
 
 @pytest.mark.parametrize("sessions", [1, 20])
@@ -291,14 +286,12 @@ async def test_what_is_sent_once_more_is_no_failure_of_steps_that_were_answered_
             await client.result()
         limits = first.admission.limits
         first.admission.limits = replace_fields(limits, max_bytes_in_flight_per_peer=10_000)
-        for stream in route.network.streams_between(first.peer_id, second.peer_id):
-            stream.abort("the connection was reset")
+        route.reset(first, second)
         await asyncio.sleep(5.0)
         assert all(isinstance(message, Result) for _, message, _ in client.inbox)
         await asyncio.sleep(LOST_S)
         client.inbox.clear()
-        for stream in route.network.streams_between(first.peer_id, second.peer_id):
-            stream.abort("the connection was reset")
+        route.reset(first, second)
         await asyncio.sleep(5.0)
         assert client.inbox == [], "all of them have arrived long ago"
         first.admission.limits = limits
@@ -314,8 +307,7 @@ async def test_of_a_link_that_ends_nothing_is_sent_again_but_the_end_of_its_sess
             await client.result()
         await client.step(first, 3, 5, 3)  # in the place of the second one
         await asyncio.sleep(0.012)
-        for stream in route.network.streams_between(first.peer_id, second.peer_id):
-            stream.abort("the connection was reset")  # while it is computed
+        route.reset(first, second)  # while it is computed
         assert torch.equal(await client.result(), expected(route.hops, 5, 8))
         await asyncio.sleep(1.0)
         assert client.inbox == []
