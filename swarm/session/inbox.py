@@ -102,14 +102,14 @@ class Inbox:
             return
         self._sessions.traffic.results += 1
         self._sessions.traffic.bytes_received += len(payload)
+        timings: tuple[HopTiming, ...] = ()
         if len(message.hops) == len(hops):  # a route with a relay in it may have lost count; nothing depends on it
             self._sessions.last_hops = timings = tuple(
                 HopTiming(peer=hop.peer_id, span=hop.span, queue_s=queue_s, compute_s=compute_s)
                 for hop, (queue_s, compute_s) in zip(hops, message.hops, strict=True)
             )
-            session.timed(timings)
             self._time_trips(session, message)
-        elapsed_s = session.answered(step.count)
+        elapsed_s = session.answered(step.count, timings)
         core.paced(session.pace.usual_s(1))
         if self._sessions.observer is not None:
             self._sessions.observer.answered(core.session, step, hops, message.hops)

@@ -223,20 +223,18 @@ class LiveSession(RemoteSession):
         self.began_s = self.reconsider_at_s = self.heard_at_s
         self.review_at_s = self.began_s + review_in_s
 
-    def answered(self, positions: int) -> float:
-        """A step over so many positions was; returns the seconds since the last sign of life."""
+    def answered(self, positions: int, timings: Sequence[HopTiming]) -> float:
+        """A step over so many positions was, and hops reported so of it; returns the seconds since the last sign of
+        life."""
         elapsed_s = asyncio.get_running_loop().time() - self.heard_at_s
-        self.pace.answered(positions, elapsed_s)
+        self.pace.answered(positions, elapsed_s, ((hop.peer, hop.queue_s + hop.compute_s) for hop in timings))
         self.renew_deadline()
-        return elapsed_s
-
-    def timed(self, timings: Sequence[HopTiming]) -> None:
-        """The hops reported so of a step."""
         for hop in timings:
             before = self.timings.get((hop.peer, hop.span))
             if before is not None:
                 hop = replace(hop, queue_s=before.queue_s + hop.queue_s, compute_s=before.compute_s + hop.compute_s)
             self.timings[hop.peer, hop.span] = hop
+        return elapsed_s
 
     def note_waiting(self) -> None:
         """Somebody should be heard from now on, or nobody."""

@@ -7,20 +7,23 @@ next, because so is silence.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterable
 from statistics import median_low
 
 from peers.tally import STEP_POSITIONS
-from routing.ids import SessionId
+from routing.ids import PeerId, SessionId
 
 SILENCE_S_MIN = 2.0
 PATIENCE = 3.0
 """Times the usual time."""
 HUNG = 20.0
 """Times the usual, after which a hop that only says that it computes is taken for hung where others have its blocks."""
-SLOW = 3.0
+SLOW = 2.0
 """Times the best that steps took, from which on another route is thought of."""
 _SMOOTHING = 0.3
+LATELY = 3
+"""Steps: one that takes long is a pause of somebody's, most of these are a habit."""
 _REMEMBERED = 9
 """Steps; silence is measured by their median, so that one which took long does not let a dead peer be waited for."""
 
@@ -33,11 +36,15 @@ class Pace:
         self._step_s = 0.0
         self._best_step_s = math.inf
         self._position_s = 0.0
+        self._hops_s: deque[tuple[tuple[PeerId, float], ...]] = deque(maxlen=LATELY)
 
-    def answered(self, positions: int, seconds: float) -> None:
-        """A step over so many positions was answered, so long after the last sign of life."""
+    def answered(self, positions: int, seconds: float, hops_s: Iterable[tuple[PeerId, float]] = ()) -> None:
+        """A step over so many positions was answered, so long after the last sign of life; of that it waited and was
+        computed so long at each hop, where they all say so."""
         if positions <= STEP_POSITIONS:
             self._steps_s.append(seconds)
+            if hops_s := tuple(hops_s):
+                self._hops_s.append(hops_s)
             self._step_s = _smoothed(self._step_s, seconds)
             self._best_step_s = min(self._best_step_s, self._step_s)
         else:
@@ -48,9 +55,17 @@ class Pace:
         return self._step_s if positions <= STEP_POSITIONS else max(self._step_s, positions * self._position_s)
 
     @property
+    def hops_s(self) -> dict[PeerId, float]:
+        """What of a step passed at each hop, on average of the last ones; empty while nothing is known."""
+        means_s: defaultdict[PeerId, float] = defaultdict(float)
+        for peer, hop_s in (hop for hops_s in self._hops_s for hop in hops_s):
+            means_s[peer] += hop_s / len(self._hops_s)
+        return dict(means_s)
+
+    @property
     def slowed(self) -> bool:
-        """Steps have come to take much longer than they did: one is a pause of somebody's, two of three are a habit."""
-        lately_s = median_low(tuple(self._steps_s)[-3:] or (0.0,))
+        """Steps have come to take much longer than they did."""
+        lately_s = median_low(tuple(self._steps_s)[-LATELY:] or (0.0,))
         return min(self._step_s, lately_s) > SLOW * self._best_step_s
 
     def silence_s(self, positions: int) -> float:

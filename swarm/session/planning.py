@@ -77,21 +77,17 @@ class Planner:
 
     def to_leave(self, session: LiveSession, core: SessionCore) -> PeerId | None:
         """The hop that took longest, where a route without it is clearly faster and it is time to look for one."""
-        loop_s, timings, client = asyncio.get_running_loop().time(), self._sessions.last_hops, self._sessions.client
-        if core.route is None or core.state is not State.READY or not timings:
+        loop_s, client, pace = asyncio.get_running_loop().time(), self._sessions.client, session.pace
+        if core.route is None or core.state is not State.READY:
             return None
-        if loop_s < (session.reconsider_at_s if session.pace.slowed else session.review_at_s):
+        if loop_s < (session.reconsider_at_s if pace.slowed else session.review_at_s) or not pace.hops_s:
             return None
-        if session.pace.slowed:
+        if pace.slowed:
             session.reconsider_at_s = loop_s + min(RECONSIDER_S, RECONSIDER_S_MIN * 2.0 ** min(session.looks, 9))
             session.looks += 1
         session.review_at_s = loop_s + next_review_s(loop_s - session.began_s)
-        took_s: dict[PeerId, float] = {}
-        for hop in timings:
-            took_s[hop.peer] = took_s.get(hop.peer, 0.0) + hop.queue_s + hop.compute_s
         request, now_s = self._request(session, core.route, session.length), client.discovery.now_s()
-        pace = session.pace
-        return hop_to_leave(client.router, request, took_s, now_s, step_s=pace.usual_s(1), slowed=pace.slowed)
+        return hop_to_leave(client.router, request, pace.hops_s, now_s, step_s=pace.usual_s(1), slowed=pace.slowed)
 
     def usual_s(self, session: LiveSession, core: SessionCore) -> float | None:
         """What a step like the longest under way takes over the present route: as measured or, where that is more, as

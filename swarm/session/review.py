@@ -16,7 +16,9 @@ REVIEW_S_MIN: Final = 5.0
 REVIEW_S_MAX: Final = 60.0
 """Between two looks at a session, which may have been slow from the start."""
 CLEAR_GAIN: Final = 2.0
-"""How much faster another route promises to be than the present one is, to be worth a replay."""
+"""How much faster another route promises to be than the present one is, to be worth a replay,"""
+SLOWED_GAIN: Final = 1.5
+"""and where steps took less before, so that most of what they will take is known."""
 ANSWER_STEPS: Final = 128
 """Of one position, that are expected to follow whatever is to be sent now."""
 
@@ -41,19 +43,20 @@ def next_review_s(age_s: float) -> float:
 def hop_to_leave(
     router: Router, request: RouteRequest, took_s: Mapping[PeerId, float], now_s: float, *, step_s: float, slowed: bool
 ) -> PeerId | None:
-    """The slowest hop of `request.previous`, if a step would take less than half with another peer in its place; steps
+    """The slowest hop of `request.previous`, if a step would take clearly less with another peer in its place; steps
     take `step_s`, of that `took_s` waits and computation at each peer.
 
-    `slowed`: steps took much less before, so what they take now beside the slowest hop is known, estimates of ways and
-    all, and stays; of the other peer only what it adds is estimated. Else estimates are compared with estimates: other
-    things take time as well, with any peers, and what steps take says nothing of these.
+    `slowed`: steps took half or less before, so what they take now beside the slowest hop is known, estimates of ways
+    and all, and stays; of the other peer only what it adds is estimated. Else estimates are compared with estimates:
+    other things take time as well, with any peers, and what steps take says nothing of these.
     """
     assert request.previous is not None
+    gain = SLOWED_GAIN if slowed else CLEAR_GAIN
     if (total_s := sum(took_s.values())) > step_s:  # of one step, which took longer than they usually do
         took_s = {peer: one_s * step_s / total_s for peer, one_s in took_s.items()}
     slowest = max(took_s, key=took_s.__getitem__)
     others_s = sum(took_s.values()) - took_s[slowest]
-    if others_s * CLEAR_GAIN >= step_s:
+    if others_s * gain >= step_s:
         return None
     others = tuple(hop for hop in request.previous.hops if hop.peer_id != slowest)
     rest_s = router.route_s(replace(request, previous=replace(request.previous, hops=others)), now_s) or 0.0
@@ -61,13 +64,13 @@ def hop_to_leave(
         stays_s = max(others_s, step_s - took_s[slowest])
     else:
         stays_s, step_s = rest_s, min(step_s, router.route_s(request, now_s) or math.inf)
-    if stays_s * CLEAR_GAIN >= step_s:
+    if stays_s * gain >= step_s:
         return None  # most routes: they need no plan to know it
     try:
         better = router.plan(replace(request, keep=others), now_s)
     except NoRoute:  # the records of the others ran out
         return None
     expected_s = stays_s + max(0.0, better.cost_s - rest_s)
-    if expected_s * CLEAR_GAIN >= step_s or any(hop.peer_id == slowest for hop in better.hops):
+    if expected_s * gain >= step_s or any(hop.peer_id == slowest for hop in better.hops):
         return None
     return slowest

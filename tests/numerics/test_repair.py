@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -400,8 +400,8 @@ def test_a_hop_that_becomes_slow_is_left_between_two_steps_for_a_faster_one_and_
     slow: set[PeerId] = set()
     answered = Pace.answered
 
-    def virtually(pace: Pace, positions: int, seconds: float) -> None:
-        answered(pace, positions, 1000.0 if slow & set(scene.route) else 1.0)
+    def virtually(pace: Pace, positions: int, seconds: float, hops_s: Iterable[tuple[PeerId, float]]) -> None:
+        answered(pace, positions, 1000.0 if slow & set(scene.route) else 1.0, hops_s)
 
     monkeypatch.setattr(Pace, "answered", virtually)
     for peer in scene.swarm.peers:
