@@ -10,7 +10,8 @@ import http.client
 import itertools
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from swarm import SwarmModelForCausalLM, nursery
 from swarm.session.driver import SwarmRemote
 from swarm.session.remote import Resilience
 from swarm.testing import LocalNode, LocalPeer, model_folder
-from tests.lab import namespaces
+from tests.lab import namespaces, pacer
 from tests.lab.network import ROOT, Host, Network
 
 HOOKS: Final = Path(__file__).parent / "hooks"
@@ -67,22 +68,9 @@ class LabNode(LocalNode):
     @contextmanager
     def slowed(self, share: float) -> Iterator[None]:
         """Let the node (not its daemon) run for this share of the time only."""
-        ended = threading.Event()
-
-        def pace() -> None:
-            with contextlib.suppress(ProcessLookupError):
-                while not ended.wait(share * PACE_S) and self.running:
-                    os.kill(self.pid, signal.SIGSTOP)
-                    time.sleep((1 - share) * PACE_S)
-                    os.kill(self.pid, signal.SIGCONT)
-
-        pacer = threading.Thread(target=pace, name=f"pace {self.label}", daemon=True)
-        pacer.start()
-        try:
+        command = [sys.executable, "-m", pacer.__name__, str(self.pid), str(share), str(PACE_S)]
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE):  # leaving it ends the pacer's input, and waits
             yield
-        finally:
-            ended.set()
-            pacer.join()
 
     def _family(self) -> list[psutil.Process]:
         if self.running:  # else its process id may be somebody else's by now
