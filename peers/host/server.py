@@ -188,7 +188,8 @@ class ServerPeer:
         return plan.beside(self.probe.forward_bytes, blocks=spans)
 
     async def _reload(self, spans: BlockSpans) -> None:
-        await self._run_blocks(spans, self._fitting(spans), probe=self.probe)
+        part = spans.num_blocks / self.handler.served.spans.num_blocks
+        await self._run_blocks(spans, self._fitting(spans), probe=replace(self.probe, cost=self.probe.cost.part(part)))
 
     async def _run_blocks(
         self, spans: BlockSpans, plan: Plan, *, probe: Probe | None, progress: Progress | None = None
@@ -223,10 +224,15 @@ class ServerPeer:
         said = self._static(self._blocks.checkpoint, self.handler.served.spans, self._plan, *speeds)
         self.presence.offer(replace(said, max_blocks=self._max_blocks))
 
+    @property
+    def slower(self) -> float:
+        """How many times as long as was measured forwards take lately; 1 where that is not clear."""
+        return self.engine.slower_than(self.probe.cost) if self._loaded else 1.0
+
     async def measure_again(self) -> None:
         """Once the engine is prepared and serves nobody, find out whether it is faster than was measured when other
-        programs were busy, or it was not prepared yet; and announce that. Not while the owner wants the machine: who
-        comes back meanwhile ends it. Raises SwarmError."""
+        programs were busy, or it was not prepared yet, or than its last forwards; and announce that. Not while the
+        owner wants the machine: who comes back meanwhile ends it. Raises SwarmError."""
         engine = self.engine
         await engine.prepared()
         while len(self.handler.ledger) or self._paused.is_set():  # noqa: ASYNC110  # nobody tells of the former
@@ -239,7 +245,7 @@ class ServerPeer:
                 self.probe,
                 decode_s_per_block=min(found.decode_s_per_block, self.probe.decode_s_per_block),
                 prefill_s_per_token_block=min(found.prefill_s_per_token_block, self.probe.prefill_s_per_token_block),
-                cost=found.cost,
+                cost=min(found, self.probe, key=lambda probe: probe.decode_s_per_block).cost,
                 forward_bytes=max(found.forward_bytes, self.probe.forward_bytes),
                 disturbed=found.disturbed,
             )
@@ -446,9 +452,11 @@ class ServerPeer:
     def _momentary(self, announcement: Announcement) -> Announcement:
         """With what is another number at every moment."""
         addresses = tuple(address for address in self._transport.addresses if address not in self._withdrawn)
-        serving = self._loaded and self.presence.state is not PeerState.JOINING
+        serving, slower = self._loaded and self.presence.state is not PeerState.JOINING, self.slower
         return replace(
             announcement,
+            decode_s_per_block=slower * announcement.decode_s_per_block,
+            prefill_s_per_token_block=slower * announcement.prefill_s_per_token_block,
             addresses=addresses[:4],
             free_tokens=self.handler.room_tokens if serving else 0,
             queue_s=self.handler.queue_s if self._loaded else 0.0,

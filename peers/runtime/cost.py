@@ -1,17 +1,28 @@
 """How long a forward takes: a plane through what was measured. Pure arithmetic.
 
 Owns the shape (a part that every forward pays, a part for each token, a part for each position that a token looks back
-at) and its fit. The parts are never negative, so more work never seems to take less time.
+at), its fit, and how far forwards are from it later. The parts are never negative, so more work never seems to take
+less time.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Final
 
 import numpy as np
+
+LATELY: Final = 32
+"""Forwards."""
+CLEARLY: Final = 2.0
+"""Times the cost, from which on it is not what a fit may be wrong by, and neighbours on the same cores take."""
+_STEP: Final = 1.25
+"""Of what is said of it, so that it is said anew only when it is something else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +44,38 @@ class ForwardCost:
         """Of one forward; `token_pasts` is the sum of `token_pasts()` over its chunks."""
         return self.base_s + self.per_token_s * tokens + self.per_token_past_s * token_pasts
 
+    def part(self, part: float) -> ForwardCost:
+        """Of such a part of the blocks."""
+        return ForwardCost(
+            base_s=part * self.base_s,
+            per_token_s=part * self.per_token_s,
+            per_token_past_s=part * self.per_token_past_s,
+        )
+
     def tokens_within(self, seconds: float, *, start: int = 0, most: int) -> int:
         """How many positions of one session, from `start` on, a forward takes in that time; 0 to `most`."""
         return bisect_right(
             range(1, most + 1), seconds, key=lambda tokens: self.seconds(tokens, token_pasts(start, tokens))
         )
+
+
+class Lately:
+    """The last forwards, held against a cost. Whatever else a machine does only adds: what the quickest of them still
+    takes longer is no disturbance, but how fast the machine is now."""
+
+    def __init__(self) -> None:
+        self._forwards: deque[Sample] = deque(maxlen=LATELY)
+
+    def add(self, forward: Sample) -> None:
+        """One more of the blocks that the cost is of."""
+        self._forwards.append(forward)
+
+    def slower_than(self, cost: ForwardCost) -> float:
+        """How many times as long they take; 1 while that is not clear, and never less."""
+        if len(self._forwards) < LATELY:
+            return 1.0
+        times = min(one.seconds / (cost.seconds(one.tokens, one.token_pasts) or math.inf) for one in self._forwards)
+        return float(_STEP ** round(math.log(times, _STEP))) if times >= CLEARLY else 1.0
 
 
 def token_pasts(start: int, tokens: int) -> int:

@@ -32,6 +32,7 @@ from peers.model.kernels import Pool, accelerate_by_torch, accelerating, acceler
 from peers.model.support import one_line
 from peers.runtime.cache import Chunk, SpanCache, open_cache
 from peers.runtime.cores import Cores
+from peers.runtime.cost import ForwardCost, Lately, Sample, token_pasts
 from peers.runtime.errands import Errand, Errands, Job
 from peers.runtime.graphs import recorder_for
 from peers.runtime.pages import PagePool
@@ -140,6 +141,7 @@ class Engine:
         # on an accelerator blocks are queued, not run, by the time that the next one begins
         slices = len(model.span) if model.device.type == "cpu" else 1
         self._tempo = Tempo(slices, len(model.span) / model.num_blocks)
+        self._lately = Lately()
         self._last_step_s = -DECODING_S
         self._paused_s = 0.0
         """What the running forward has left to others so far."""
@@ -359,6 +361,11 @@ class Engine:
             self.config = replace(self.config, token_budget=tokens)
             self._scheduler.token_budget = tokens
 
+    def slower_than(self, cost: ForwardCost) -> float:
+        """How many times as long as by this cost of the whole span forwards take lately; see `Lately.slower_than`."""
+        with self._wake:
+            return self._lately.slower_than(cost)
+
     def weight(self, length: int) -> int:
         """What a session of that length takes of `EngineStats.total_tokens`: less than that where layers slide."""
         return self._pages.weight(length, self.config.work_tokens)
@@ -509,7 +516,8 @@ class Engine:
             self._shorten(session)
             return None
         ended_s = time.perf_counter()
-        self._loop.call_soon(self._note_moment, session, tokens, began_s, ended_s)  # when the output has left
+        # when the output has left
+        self._loop.call_soon(self._note_moment, session, chunk, session.span, began_s, ended_s)
         self._prefixes.begun(number, start, end)
         if not finite_in(output, self.dtype):
             self._shorten(session)
@@ -519,9 +527,9 @@ class Engine:
         self._prefixes.computed(number, end)
         return output, ended_s - began_s
 
-    def _note_moment(self, session: _Session, tokens: int, began_s: float, ended_s: float) -> None:
+    def _note_moment(self, session: _Session, chunk: Chunk, span: BlockSpan, began_s: float, ended_s: float) -> None:
         with self._wake:
-            self._note_forward(1, tokens, ended_s - began_s, steps=tokens)
+            self._note_forward([(chunk.start, chunk.tokens)], span, ended_s - began_s, steps=chunk.tokens)
             self._note_steps([(session, began_s)], ended_s)
 
     def _next(self) -> int:
@@ -876,7 +884,8 @@ class Engine:
             self._leave(batch)
             self._last_session = batch[0][0].session.number if len(batch) == 1 else None
             steps = sum(pick.tokens for ticket, pick in batch if ticket.item.is_step)
-            self._note_forward(len(batch), len(output_TH), compute_s, steps=steps)
+            chunks = [(ticket.before + ticket.work.start + pick.offset, pick.tokens) for ticket, pick in batch]
+            self._note_forward(chunks, batch[0][0].work.span, compute_s, steps=steps)
             now_s = time.perf_counter()
             if steps:
                 self._note_steps([(t.session, t.submitted_s) for t, _ in batch if t.item.is_step], now_s)
@@ -900,11 +909,17 @@ class Engine:
         if answers:
             self._loop.call_soon_threadsafe(_answer_all, answers)
 
-    def _note_forward(self, works: int, tokens: int, compute_s: float, *, steps: int) -> None:
-        """`steps`: how many of the tokens are of steps."""
-        self._batch_works.add(works)
+    def _note_forward(
+        self, chunks: Sequence[tuple[int, int]], span: BlockSpan, compute_s: float, *, steps: int
+    ) -> None:
+        """`chunks`: where in their sessions they start, and of how many tokens; `steps`: how many of these are of
+        steps."""
+        tokens = sum(count for _, count in chunks)
+        self._batch_works.add(len(chunks))
         self._batch_tokens.add(tokens)
         self._tempo.measured(compute_s, steps=steps, longer=tokens - steps)
+        pasts, whole_s = sum(token_pasts(*chunk) for chunk in chunks), compute_s * self.num_blocks / len(span)
+        self._lately.add(Sample(tokens=tokens, token_pasts=pasts, seconds=whole_s))
 
     def _note_steps(self, steps: Sequence[tuple[_Session, float]], now_s: float) -> None:
         """These steps are done: of whom, and when they had come."""

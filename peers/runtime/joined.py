@@ -18,6 +18,7 @@ from itertools import pairwise
 
 import torch
 
+from peers.runtime.cost import ForwardCost
 from peers.runtime.engine import Engine
 from peers.runtime.works import Done, EngineConfig, EngineCounts, EngineStats, SessionKey, SessionReleased, Work
 from peers.tally import Tally
@@ -149,6 +150,11 @@ class JoinedEngine:
     def set_token_budget(self, tokens: int) -> None:
         for engine in self._engines:
             engine.set_token_budget(tokens)
+
+    def slower_than(self, cost: ForwardCost) -> float:
+        """As `Engine.slower_than`: each of them should take a part of it, by its blocks."""
+        parts = [(engine.num_blocks / self.num_blocks, engine) for engine in self._engines]
+        return sum(part * engine.slower_than(cost.part(part)) for part, engine in parts)
 
     def weight(self, length: int) -> int:
         """On whichever device it is most."""

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from peers.runtime.cost import ForwardCost, Sample, fit, token_pasts
+from peers.runtime.cost import CLEARLY, LATELY, ForwardCost, Lately, Sample, fit, token_pasts
 
 PARTS = st.floats(1e-4, 1e-1) | st.just(0.0)
 COSTS = st.builds(ForwardCost, base_s=PARTS, per_token_s=PARTS, per_token_past_s=PARTS)
@@ -71,3 +73,29 @@ def test_the_longest_chunk_within_a_time_is_just_that(
 @given(st.integers(0, 100), st.integers(1, 100))
 def test_pasts_are_what_lies_before_each_token(start: int, tokens: int) -> None:
     assert token_pasts(start, tokens) == sum(range(start, start + tokens))
+
+
+TIMES = st.floats(0.01, 100.0)
+
+
+@given(COSTS, st.lists(TIMES, min_size=LATELY, max_size=3 * LATELY), st.sampled_from(CHUNKS))
+def test_a_peer_is_slower_by_what_the_quickest_of_its_last_forwards_takes_longer(
+    cost: ForwardCost, times: list[float], chunk: tuple[int, int]
+) -> None:
+    assume(cost.seconds(1) > 0 and sample(cost, *chunk).seconds > 0)
+    lately = Lately()
+    for number, one in enumerate(times):
+        if number < LATELY:
+            assert lately.slower_than(cost) == 1.0, "too few to tell"
+        lately.add(replace(sample(cost, *chunk), seconds=one * sample(cost, *chunk).seconds))
+    quickest = min(times[-LATELY:])
+    slower = lately.slower_than(cost)
+    assert slower == 1.0 if quickest < 0.999 * CLEARLY else slower == pytest.approx(quickest, rel=0.13)
+    assert lately.slower_than(cost.part(0.5)) >= slower
+
+
+def test_a_peer_of_which_no_cost_is_known_is_not_slower() -> None:
+    lately = Lately()
+    for _ in range(LATELY):
+        lately.add(Sample(tokens=1, token_pasts=0, seconds=1.0))
+    assert lately.slower_than(ForwardCost(base_s=0.0, per_token_s=0.0, per_token_past_s=0.0)) == 1.0
