@@ -146,7 +146,8 @@ class Peer(Hop):
         return replace(done, queue_s=waited_s)
 
     def _describe(self, sequence: int, expires_at_s: float) -> Announcement:
-        decode_s = self.engine.compute_s / len(self.span)
+        engine = self.engine
+        decode_s = (engine.compute_s + engine.position_s) / len(self.span)
         return Announcement(
             peer_id=self.peer_id,
             model=MODEL,
@@ -159,7 +160,7 @@ class Peer(Hop):
             protocol=PROTOCOL_VERSION,
             addresses=self.transport.addresses,
             decode_s_per_block=decode_s,
-            prefill_s_per_token_block=decode_s,  # sessions share no forward
+            prefill_s_per_token_block=engine.position_s / len(self.span) if engine.batches else decode_s,
             cache_tokens=100_000,
             free_tokens=100_000,
             queue_s=self.queue_s if self.twin.now_s() - EPOCH_S < self.ran_at_s + RECORD_RENEW_S else 0.0,

@@ -4,8 +4,10 @@ wires in memory. What is here of seconds is virtual, and the same on every machi
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,8 @@ from peers.runtime.works import Done, Work
 from peers.wire.messages import MAX_UNDER_WAY
 from routing.errors import NoRoute
 from routing.ids import BlockSpan, PeerId
+from routing.records import RECORD_RENEW_S
+from routing.routes import Route, RouteRequest
 from swarm.session.core import PIECE_POSITIONS_MIN, SessionConfig
 from tests.helpers.twin import THIRDS, Twin, User, local, run
 from tests.lab.links import PROFILES
@@ -107,28 +111,58 @@ def test_users_share_six_uneven_peers_fairly_and_nearly_all_that_these_can_do(
 ) -> None:
     """Of the maximum flow; through one node, or each through one of his own. Eight users, each of whom is at one peer
     at a time, leave some of six peers idle that share no forwards."""
-    fast_s, slow_s, seconds = 0.02, 0.04, 60.0
+    fast_s, slow_s = 0.02, 0.04
 
-    async def tokens_per_s() -> list[float]:
+    async def work() -> list[float]:
         async with Twin(copies=2, latency_s=0.001, compute_s=(fast_s, slow_s)) as twin:
-            loop, counts = asyncio.get_running_loop(), [0] * users
             nodes = [twin.user() for _ in range(1 if together else users)]
-            until_s = loop.time() + seconds
+            return await talking(twin, nodes, users, 60.0)
 
-            async def talk(number: int) -> None:
-                def count(_: int) -> None:
-                    counts[number] += loop.time() < until_s
-
-                while loop.time() < until_s:
-                    answer = twin.rng.randint(20, 60)
-                    await nodes[number % len(nodes)].generate(twin.prompt(), answer, on_step=count)
-
-            await asyncio.gather(*map(talk, range(users)))
-            return [count / seconds for count in counts]
-
-    each = run(tokens_per_s)
+    each = run(work)
     assert sum(each) >= least * (1 / fast_s + 1 / slow_s)
     assert min(each) >= 0.6 * statistics.fmean(each)
+
+
+@pytest.mark.parametrize("users", [3, 8, 16])
+def test_users_of_peers_that_batch_get_what_they_would_if_all_were_kept_to_the_best_routes(users: int) -> None:
+    """A forward takes little longer for what else is in it, so few users do best at the faster peers, all of them; see
+    `test_few_users`."""
+    fast_s, slow_s = 0.04, 0.08
+
+    async def work(*, kept: bool) -> list[float]:
+        async with Twin(copies=2, latency_s=0.001, compute_s=(fast_s, slow_s)) as twin:
+            for peer in twin.peers:
+                peer.engine.batches, peer.engine.position_s = True, peer.engine.compute_s / 8
+            await asyncio.sleep(2 * RECORD_RENEW_S)  # they have said so
+            nodes = [twin.user() for _ in range(users)]
+            slow = frozenset(peer.peer_id for peer in twin.peers if peer.engine.compute_s == slow_s)
+            for plan in [node.client.router.plan for node in nodes] if kept else ():
+                plan.__self__.plan = functools.partial(without, plan, slow)  # type: ignore[attr-defined]
+            return await talking(twin, nodes, users, 30.0)
+
+    def without(plan: Callable[..., Route], peers: frozenset[PeerId], request: RouteRequest, now_s: float) -> Route:
+        return plan(replace(request, avoid=request.avoid | peers), now_s)
+
+    best, each = run(lambda: work(kept=True)), run(lambda: work(kept=False))
+    assert sum(each) >= 0.95 * sum(best)
+    assert min(each) >= 0.6 * statistics.fmean(each)
+
+
+async def talking(twin: Twin, nodes: Sequence[User], users: int, seconds: float) -> list[float]:
+    """Tokens per second of each of so many users, who have one answer after another through these nodes."""
+    loop, counts = asyncio.get_running_loop(), [0] * users
+    until_s = loop.time() + seconds
+
+    async def talk(number: int) -> None:
+        def count(_: int) -> None:
+            counts[number] += loop.time() < until_s
+
+        while loop.time() < until_s:
+            answer = twin.rng.randint(20, 60)
+            await nodes[number % len(nodes)].generate(twin.prompt(), answer, on_step=count)
+
+    await asyncio.gather(*map(talk, range(users)))
+    return [count / seconds for count in counts]
 
 
 @pytest.mark.parametrize("latency_s", [0.0, 0.05])

@@ -66,12 +66,17 @@ class ToyEngine:
         self.compute_s = 0.005
         self.position_s = 0.0
         """And for each of its positions."""
+        self.batches = False
+        """Whether what waits shares a forward."""
         self.errors: list[Exception] = []
         """Raised by the next works, one each."""
         self.momentary = False
         """Whether the next step of a session is computed in the call that asks for it."""
         self.resting = False
         self._turn = asyncio.Lock()
+        self._waiting: list[Work] = []
+        self._took_s = 0.0
+        """The forward that ran last."""
         self._ended: dict[SessionKey, asyncio.Event] = {}
 
     def open(
@@ -104,7 +109,9 @@ class ToyEngine:
         if self.errors:
             raise self.errors.pop(0)
         hidden = tensors.rows_in(rows, dtype=self.dtype, count=len(rows) // (HIDDEN * 4), hidden=HIDDEN)
-        done = self._done(Work(session=session, owner=PeerId(""), start=start, hidden=hidden, span=span), held)
+        work = Work(session=session, owner=PeerId(""), start=start, hidden=hidden, span=span)
+        self._took_s = self._takes_s([work])
+        done = self._done(work, held)
         return tensors.pack(done.hidden, self.dtype), done.compute_s
 
     async def run(self, work: Work) -> Done:
@@ -114,8 +121,13 @@ class ToyEngine:
         if work.parent is not None:
             assert work.session not in self.sessions, "only a new session can be forked from another"
         held = self.sessions.setdefault(work.session, torch.empty(0, HIDDEN))
+        self._waiting.append(work)
         async with self._turn:
-            await asyncio.sleep(self._takes_s(work))
+            if any(work is other for other in self._waiting):  # else it was in the forward that just ended
+                batch = self._waiting if self.batches else [work]
+                self._waiting = [other for other in self._waiting if all(other is not one for one in batch)]
+                self._took_s = self._takes_s(batch)
+                await asyncio.sleep(self._took_s)
             if ended.is_set():
                 raise SessionReleased(f"session {work.session} was released")
             held = self.sessions[work.session]
@@ -125,13 +137,13 @@ class ToyEngine:
                 raise PositionGap(work.start, len(held))
             return self._done(work, held)
 
-    def _takes_s(self, work: Work) -> float:
-        return self.compute_s + self.position_s * len(work.hidden)
+    def _takes_s(self, works: Sequence[Work]) -> float:
+        return self.compute_s + self.position_s * sum(len(work.hidden) for work in works)
 
     def _done(self, work: Work, held: Tensor) -> Done:
         self.ran.append(work)
         held = self.sessions[work.session] = torch.cat([held[: work.start], work.hidden.float()])
-        return Done(hidden=through(work.span, held)[work.start :], queue_s=0.0, compute_s=self._takes_s(work))
+        return Done(hidden=through(work.span, held)[work.start :], queue_s=0.0, compute_s=self._took_s)
 
     def release(self, session: SessionKey) -> None:
         self.sessions.pop(session, None)
