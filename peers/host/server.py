@@ -227,7 +227,9 @@ class ServerPeer:
     @property
     def slower(self) -> float:
         """How many times as long as was measured forwards take lately; 1 where that is not clear."""
-        return self.engine.slower_than(self.probe.cost) if self._loaded else 1.0
+        if not self._loaded or self.handler.engine is None:
+            return 1.0  # other blocks are loaded now
+        return self.engine.slower_than(self.probe.cost)
 
     async def measure_again(self) -> None:
         """Once the engine is prepared and serves nobody, find out whether it is faster than was measured when other
