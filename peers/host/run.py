@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 20.0
-MEASURE_AGAIN_S = 15.0
+MEASURE_AGAIN_S, MEASURE_AGAIN_S_MAX = 15.0, 600.0
 """The first time at once, when the engine is prepared; then after this time, and twice as long each time."""
 
 
@@ -243,13 +243,13 @@ async def _measure_again(peer: ServerPeer, probed_in: Path) -> None:
         if not peer.probe.disturbed and peer.slower == 1:
             wait_s = MEASURE_AGAIN_S
             continue
-        wait_s = max(MEASURE_AGAIN_S, 2 * wait_s)
+        wait_s = min(max(MEASURE_AGAIN_S, 2 * wait_s), MEASURE_AGAIN_S_MAX)
         try:
             await peer.measure_again()
         except SwarmError as error:
             logger.info("this peer could not measure itself again: %s", error)
         else:
-            if peer.handler.served.spans == spans:
+            if peer.handler.served.spans == spans and peer.slower == 1:
                 remember(probed_in, peer.probe, time.time())
 
 

@@ -23,6 +23,7 @@ from peers.model.catalog import Checkpoint
 from peers.model.lora import AdapterFolder
 from peers.model.progress import Progress
 from peers.model.storage import cache_folder
+from peers.runtime.cost import CLEARLY, slower
 from peers.runtime.joined import AnyEngine
 from peers.runtime.probe import Probe, measure
 from peers.runtime.rough import Speed
@@ -188,8 +189,7 @@ class ServerPeer:
         return plan.beside(self.probe.forward_bytes, blocks=spans)
 
     async def _reload(self, spans: BlockSpans) -> None:
-        part = spans.num_blocks / self.handler.served.spans.num_blocks
-        await self._run_blocks(spans, self._fitting(spans), probe=replace(self.probe, cost=self.probe.cost.part(part)))
+        await self._run_blocks(spans, self._fitting(spans), probe=self.probe)
 
     async def _run_blocks(
         self, spans: BlockSpans, plan: Plan, *, probe: Probe | None, progress: Progress | None = None
@@ -227,15 +227,16 @@ class ServerPeer:
     @property
     def slower(self) -> float:
         """How many times as long as was measured forwards take lately; 1 where that is not clear."""
-        if not self._loaded or self.handler.engine is None:
-            return 1.0  # other blocks are loaded now
-        return self.engine.slower_than(self.probe.cost)
+        engine = self.handler.engine if self._loaded else None
+        return 1.0 if engine is None else slower(engine.times(self.probe.block_cost))  # None: others are loaded now
 
     async def measure_again(self) -> None:
         """Once the engine is prepared and serves nobody, find out whether it is faster than was measured when other
         programs were busy, or it was not prepared yet, or than its last forwards; and announce that. Not while the
         owner wants the machine: who comes back meanwhile ends it. Raises SwarmError."""
-        engine = self.engine
+        engine = self.handler.engine
+        if engine is None:
+            return  # other blocks are being loaded
         await engine.prepared()
         while len(self.handler.ledger) or self._paused.is_set():  # noqa: ASYNC110  # nobody tells of the former
             await asyncio.sleep(QUIET_LOOK_S)
@@ -247,10 +248,12 @@ class ServerPeer:
                 self.probe,
                 decode_s_per_block=min(found.decode_s_per_block, self.probe.decode_s_per_block),
                 prefill_s_per_token_block=min(found.prefill_s_per_token_block, self.probe.prefill_s_per_token_block),
-                cost=min(found, self.probe, key=lambda probe: probe.decode_s_per_block).cost,
+                block_cost=min(found, self.probe, key=lambda probe: probe.decode_s_per_block).block_cost,
                 forward_bytes=max(found.forward_bytes, self.probe.forward_bytes),
                 disturbed=found.disturbed,
             )
+            if found.decode_s_per_block < CLEARLY * self.probe.decode_s_per_block:
+                engine.forget_lately()
             self._offer()
             self.presence.changed()
 

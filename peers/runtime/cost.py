@@ -18,9 +18,14 @@ from typing import Final
 import numpy as np
 
 LATELY: Final = 32
-"""Forwards."""
+"""Forwards, of which"""
+SPACING_S: Final = 1.0
+"""passes between one and the next: together they are of half a minute, which no burst fills."""
+PASTS_MAX: Final = 1024
+"""Positions behind a token, on average: of more, what a probe saw says little."""
 CLEARLY: Final = 2.0
 """Times the cost, from which on it is not what a fit may be wrong by, and neighbours on the same cores take."""
+SLOWER_MAX: Final = 100.0
 _STEP: Final = 1.25
 """Of what is said of it, so that it is said anew only when it is something else."""
 
@@ -60,22 +65,35 @@ class ForwardCost:
 
 
 class Lately:
-    """The last forwards, held against a cost. Whatever else a machine does only adds: what the quickest of them still
-    takes longer is no disturbance, but how fast the machine is now."""
+    """Some of the last forwards, held against a cost. Whatever else a machine does only adds: what the quickest of them
+    still takes longer is how fast the machine is now."""
 
     def __init__(self) -> None:
         self._forwards: deque[Sample] = deque(maxlen=LATELY)
+        self._next_s = -math.inf
 
-    def add(self, forward: Sample) -> None:
-        """One more of the blocks that the cost is of."""
-        self._forwards.append(forward)
+    def add(self, forward: Sample, now_s: float) -> None:
+        """It ended now."""
+        if now_s >= self._next_s and forward.token_pasts <= PASTS_MAX * forward.tokens:
+            self._forwards.append(forward)
+            self._next_s = now_s + SPACING_S
 
-    def slower_than(self, cost: ForwardCost) -> float:
-        """How many times as long they take; 1 while that is not clear, and never less."""
+    def times(self, cost: ForwardCost) -> float | None:
+        """How many times as long the quickest of them took; None while there are too few."""
         if len(self._forwards) < LATELY:
-            return 1.0
-        times = min(one.seconds / (cost.seconds(one.tokens, one.token_pasts) or math.inf) for one in self._forwards)
-        return float(_STEP ** round(math.log(times, _STEP))) if times >= CLEARLY else 1.0
+            return None
+        return min(one.seconds / (cost.seconds(one.tokens, one.token_pasts) or math.inf) for one in self._forwards)
+
+    def forget(self) -> None:
+        """The machine is another one now."""
+        self._forwards.clear()
+
+
+def slower(times: float | None) -> float:
+    """What of `Lately.times` is worth telling others: 1 while it is not clear, and never less."""
+    if times is None or times < CLEARLY:
+        return 1.0
+    return min(SLOWER_MAX, float(_STEP ** round(math.log(times, _STEP))))
 
 
 def token_pasts(start: int, tokens: int) -> int:

@@ -201,6 +201,7 @@ class Engine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, deadline_s)
+            _settle(self._faster)  # they will never be
 
     def open(
         self,
@@ -361,10 +362,15 @@ class Engine:
             self.config = replace(self.config, token_budget=tokens)
             self._scheduler.token_budget = tokens
 
-    def slower_than(self, cost: ForwardCost) -> float:
-        """How many times as long as by this cost of the whole span forwards take lately; see `Lately.slower_than`."""
+    def times(self, block_cost: ForwardCost) -> float | None:
+        """How many times as long as by this cost of a block forwards take lately; see `Lately.times`."""
         with self._wake:
-            return self._lately.slower_than(cost)
+            return self._lately.times(block_cost)
+
+    def forget_lately(self) -> None:
+        """What forwards took says nothing of what they take now."""
+        with self._wake:
+            self._lately.forget()
 
     def weight(self, length: int) -> int:
         """What a session of that length takes of `EngineStats.total_tokens`: less than that where layers slide."""
@@ -918,8 +924,8 @@ class Engine:
         self._batch_works.add(len(chunks))
         self._batch_tokens.add(tokens)
         self._tempo.measured(compute_s, steps=steps, longer=tokens - steps)
-        pasts, whole_s = sum(token_pasts(*chunk) for chunk in chunks), compute_s * self.num_blocks / len(span)
-        self._lately.add(Sample(tokens=tokens, token_pasts=pasts, seconds=whole_s))
+        pasts = sum(token_pasts(*chunk) for chunk in chunks)
+        self._lately.add(Sample(tokens=tokens, token_pasts=pasts, seconds=compute_s / len(span)), time.perf_counter())
 
     def _note_steps(self, steps: Sequence[tuple[_Session, float]], now_s: float) -> None:
         """These steps are done: of whom, and when they had come."""

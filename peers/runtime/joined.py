@@ -151,10 +151,15 @@ class JoinedEngine:
         for engine in self._engines:
             engine.set_token_budget(tokens)
 
-    def slower_than(self, cost: ForwardCost) -> float:
-        """As `Engine.slower_than`: each of them should take a part of it, by its blocks."""
-        parts = [(engine.num_blocks / self.num_blocks, engine) for engine in self._engines]
-        return sum(part * engine.slower_than(cost.part(part)) for part, engine in parts)
+    def times(self, block_cost: ForwardCost) -> float | None:
+        """As `Engine.times`, on average over blocks: a fast device makes up for a slow one, as in what was measured."""
+        times = [(engine.times(block_cost), engine.num_blocks) for engine in self._engines]
+        known = [one * blocks for one, blocks in times if one is not None]
+        return sum(known) / self.num_blocks if len(known) == len(times) else None
+
+    def forget_lately(self) -> None:
+        for engine in self._engines:
+            engine.forget_lately()
 
     def weight(self, length: int) -> int:
         """On whichever device it is most."""

@@ -48,8 +48,8 @@ class Probe:
     """One position of one session through one block."""
     prefill_s_per_token_block: float
     """One position of a long prompt through one block."""
-    cost: ForwardCost
-    """Of a forward through the whole span."""
+    block_cost: ForwardCost
+    """Of a forward through one block."""
     token_budget: int
     """Positions of the largest forward: of those sizes that are quick enough, and fit into what is set aside."""
     forward_bytes: int
@@ -117,7 +117,7 @@ class _Bench:
         return Probe(
             decode_s_per_block=decode_s / blocks,
             prefill_s_per_token_block=min(more_s / (long - 1), decode_s) / blocks,
-            cost=cost,
+            block_cost=cost.part(1 / blocks),
             token_budget=budget,
             forward_bytes=forward_bytes,
         )

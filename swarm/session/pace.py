@@ -22,6 +22,8 @@ HUNG = 20.0
 SLOW = 2.0
 """Times the best that steps took, from which on another route is thought of."""
 _SMOOTHING = 0.3
+_FORGETS = 1 + 1 / 256
+"""Times what the best was, after each step: a session whose context grows takes longer with any peer."""
 LATELY = 3
 """Steps: one that takes long is a pause of somebody's, most of these are a habit."""
 _REMEMBERED = 9
@@ -46,7 +48,7 @@ class Pace:
             if hops_s := tuple(hops_s):
                 self._hops_s.append(hops_s)
             self._step_s = _smoothed(self._step_s, seconds)
-            self._best_step_s = min(self._best_step_s, self._step_s)
+            self._best_step_s = min(_FORGETS * self._best_step_s, self._step_s)
         else:
             self._position_s = _smoothed(self._position_s, seconds / positions)
 

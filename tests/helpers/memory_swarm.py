@@ -44,7 +44,7 @@ from swarm.session.training import TrainingConfig
 PROBE = Probe(
     decode_s_per_block=1e-3,
     prefill_s_per_token_block=1e-4,
-    cost=ForwardCost(base_s=1e-3, per_token_s=1e-4, per_token_past_s=0.0),
+    block_cost=ForwardCost(base_s=1e-3, per_token_s=1e-4, per_token_past_s=0.0),
     token_budget=256,
     forward_bytes=1 << 20,
 )

@@ -69,8 +69,11 @@ class LabNode(LocalNode):
     def slowed(self, share: float) -> Iterator[None]:
         """Let the node (not its daemon) run for this share of the time only."""
         command = [sys.executable, "-m", pacer.__name__, str(self.pid), str(share), str(PACE_S)]
-        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE):  # leaving it ends the pacer's input, and waits
-            yield
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe) as pacing:
+            assert pacing.stdout is not None
+            pacing.stdout.readline()
+            yield  # leaving it ends the pacer's input, and waits for its end
 
     def _family(self) -> list[psutil.Process]:
         if self.running:  # else its process id may be somebody else's by now

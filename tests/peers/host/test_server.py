@@ -12,7 +12,7 @@ import torch
 from peers.capacity import plan_capacity
 from peers.host import server
 from peers.model.loading import load_config
-from peers.runtime.cost import LATELY, ForwardCost
+from peers.runtime import cost
 from peers.runtime.works import Done, Work
 from peers.serving import announce
 from peers.transport import links
@@ -138,27 +138,44 @@ def test_a_peer_that_was_disturbed_measures_itself_again_when_it_serves_nobody_a
 
 
 def test_a_peer_announces_what_its_forwards_take_lately_where_that_is_clearly_more_than_was_measured(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(FAMILIES["llama"], tmp_path / "tiny")
+    monkeypatch.setattr(cost, "SPACING_S", 0.0)
     with MemorySwarm(tmp_path / "tiny", [(0, NUM_BLOCKS)], cache=tmp_path / "cache") as swarm:
         (peer,) = swarm.peers
-        before, quick = peer.probe, 1e-9
-        peer.probe = replace(before, cost=ForwardCost(base_s=quick, per_token_s=0.0, per_token_past_s=0.0))
+        before = peer.probe
+        quick = cost.ForwardCost(base_s=1e-9, per_token_s=0.0, per_token_past_s=0.0)
+        peer.probe = replace(before, block_cost=quick)
         ids = torch.ones(1, 5, dtype=torch.long)
-        swarm.model().generate(ids, max_new_tokens=LATELY, pad_token_id=0)
-        assert peer.slower > 100, "no forward takes a nanosecond"
+        swarm.model().generate(ids, max_new_tokens=cost.LATELY + 2, pad_token_id=0)
+        assert peer.slower == cost.SLOWER_MAX, "no block takes a nanosecond"
         said = peer.presence.describe()
-        assert said.decode_s_per_block == peer.slower * before.decode_s_per_block
-        assert said.prefill_s_per_token_block == peer.slower * before.prefill_s_per_token_block
+        assert said.decode_s_per_block == cost.SLOWER_MAX * before.decode_s_per_block
+        assert said.prefill_s_per_token_block == cost.SLOWER_MAX * before.prefill_s_per_token_block
 
         async def measure() -> None:
             await peer.measure_again()
 
         peer.probe = replace(peer.probe, decode_s_per_block=10.0)
         swarm.thread.call(measure(), timeout_s=100)
-        assert peer.probe.cost.seconds(1) > quick, "the faster probe's"
-        assert peer.presence.describe().decode_s_per_block < 10.0
+        assert peer.probe.block_cost != quick, "the faster probe's"
+        assert peer.slower == 1.0, "what was before is forgotten"
+        assert peer.presence.describe().decode_s_per_block == peer.probe.decode_s_per_block < 10.0
+
+
+def test_a_peer_that_loads_other_blocks_neither_is_slower_nor_measures_itself(tmp_path: Path) -> None:
+    save_checkpoint(FAMILIES["llama"], tmp_path / "tiny")
+    with MemorySwarm(tmp_path / "tiny", [(0, NUM_BLOCKS)], cache=tmp_path / "cache") as swarm:
+        (peer,) = swarm.peers
+
+        async def measure() -> None:
+            peer.handler.vacate()
+            peer.handler.leave_engine()
+            assert peer.slower == 1.0
+            await peer.measure_again()
+
+        swarm.thread.call(measure(), timeout_s=100)
 
 
 def test_a_peer_does_not_measure_itself_while_its_owner_wants_the_machine(

@@ -6,7 +6,19 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from peers.runtime.cost import CLEARLY, LATELY, ForwardCost, Lately, Sample, fit, token_pasts
+from peers.runtime.cost import (
+    CLEARLY,
+    LATELY,
+    PASTS_MAX,
+    SLOWER_MAX,
+    SPACING_S,
+    ForwardCost,
+    Lately,
+    Sample,
+    fit,
+    slower,
+    token_pasts,
+)
 
 PARTS = st.floats(1e-4, 1e-1) | st.just(0.0)
 COSTS = st.builds(ForwardCost, base_s=PARTS, per_token_s=PARTS, per_token_past_s=PARTS)
@@ -75,27 +87,44 @@ def test_pasts_are_what_lies_before_each_token(start: int, tokens: int) -> None:
     assert token_pasts(start, tokens) == sum(range(start, start + tokens))
 
 
-TIMES = st.floats(0.01, 100.0)
+TIMES = st.floats(0.01, 1000.0)
 
 
 @given(COSTS, st.lists(TIMES, min_size=LATELY, max_size=3 * LATELY), st.sampled_from(CHUNKS))
 def test_a_peer_is_slower_by_what_the_quickest_of_its_last_forwards_takes_longer(
     cost: ForwardCost, times: list[float], chunk: tuple[int, int]
 ) -> None:
-    assume(cost.seconds(1) > 0 and sample(cost, *chunk).seconds > 0)
-    lately = Lately()
+    assume(cost.seconds(1) > 0)
+    lately, usual = Lately(), sample(cost, *chunk)
     for number, one in enumerate(times):
-        if number < LATELY:
-            assert lately.slower_than(cost) == 1.0, "too few to tell"
-        lately.add(replace(sample(cost, *chunk), seconds=one * sample(cost, *chunk).seconds))
-    quickest = min(times[-LATELY:])
-    slower = lately.slower_than(cost)
-    assert slower == 1.0 if quickest < 0.999 * CLEARLY else slower == pytest.approx(quickest, rel=0.13)
-    assert lately.slower_than(cost.part(0.5)) >= slower
+        assert (lately.times(cost) is None) == (number < LATELY), "too few to tell"
+        forward = replace(usual, seconds=one * usual.seconds)
+        lately.add(forward, SPACING_S * number)
+        lately.add(replace(forward, seconds=0.0), SPACING_S * (number + 0.5))  # within a burst
+    found = lately.times(cost)
+    assert found == pytest.approx(min(times[-LATELY:]))
+    lately.forget()
+    assert lately.times(cost) is None
+
+
+@given(st.none() | TIMES)
+def test_only_what_is_clear_is_told_and_only_so_much(times: float | None) -> None:
+    if times is None or times < CLEARLY:
+        assert slower(times) == 1.0
+    else:
+        assert slower(times) == pytest.approx(min(times, SLOWER_MAX), rel=0.13)
+
+
+def test_forwards_behind_more_than_was_measured_say_nothing() -> None:
+    lately = Lately()
+    for number in range(2 * LATELY):
+        forward = Sample(tokens=2, token_pasts=2 * (PASTS_MAX + 1), seconds=1.0)
+        lately.add(forward, SPACING_S * number)
+    assert lately.times(ForwardCost(base_s=1.0, per_token_s=0.0, per_token_past_s=0.0)) is None
 
 
 def test_a_peer_of_which_no_cost_is_known_is_not_slower() -> None:
     lately = Lately()
-    for _ in range(LATELY):
-        lately.add(Sample(tokens=1, token_pasts=0, seconds=1.0))
-    assert lately.slower_than(ForwardCost(base_s=0.0, per_token_s=0.0, per_token_past_s=0.0)) == 1.0
+    for number in range(LATELY):
+        lately.add(Sample(tokens=1, token_pasts=0, seconds=1.0), SPACING_S * number)
+    assert slower(lately.times(ForwardCost(base_s=0.0, per_token_s=0.0, per_token_past_s=0.0))) == 1.0

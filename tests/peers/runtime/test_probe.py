@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ ROOM_BYTES = 200_000_000
 PROBE = Probe(
     decode_s_per_block=0.5,
     prefill_s_per_token_block=0.25,
-    cost=ForwardCost(base_s=0.5, per_token_s=0.25, per_token_past_s=1e-6),
+    block_cost=ForwardCost(base_s=0.5, per_token_s=0.25, per_token_past_s=1e-6),
     token_budget=256,
     forward_bytes=1 << 20,
 )
@@ -46,7 +47,7 @@ async def test_a_peer_is_measured_whatever_its_cache_and_nothing_is_left_behind(
         found = await measure(engine, room_bytes=ROOM_BYTES)
         assert 0 <= found.prefill_s_per_token_block <= found.decode_s_per_block
         assert found.decode_s_per_block > 0
-        assert found.cost.seconds(256) >= found.cost.seconds(1) > 0
+        assert found.block_cost.seconds(256) >= found.block_cost.seconds(1) > 0
         assert found.forward_bytes >= 0
         assert found.token_budget == 256, "on a CPU"
         assert engine.stats().free_tokens == engine.stats().total_tokens
@@ -176,9 +177,9 @@ async def test_prompts_are_measured_whole_also_where_steps_would_have_them_come_
     sizes: list[int] = []
     note = Engine._note_forward
 
-    def noting(self: Engine, works: int, tokens: int, *rest: Any, **more: Any) -> None:
-        sizes.append(tokens)
-        note(self, works, tokens, *rest, **more)
+    def noting(self: Engine, chunks: Sequence[tuple[int, int]], *rest: Any, **more: Any) -> None:
+        sizes.append(sum(tokens for _, tokens in chunks))
+        note(self, chunks, *rest, **more)
 
     monkeypatch.setattr(Engine, "_note_forward", noting)
     monkeypatch.setattr(probe._Bench, "_left_s", lambda _: probe.PROBE_S)  # however long this machine takes
