@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -150,7 +150,9 @@ class RaggedBatch:
         device: torch.device,
         library: Pool | None = None,
         whole: Whole | None = None,
+        between: Callable[[], None] | None = None,
     ) -> None:
+        """`between` is called behind the attention of every layer, and may run a forward of others."""
         self.positions = array("q", [p for s in tables[0] for p in range(s.start, s.end)])
         """Absolute, of the packed rows."""
         self._tables = tables
@@ -160,6 +162,7 @@ class RaggedBatch:
         self._pools = iter(pools)
         self._library = library
         self._whole = whole
+        self._between = between
 
     @functools.cached_property
     def positions_T(self) -> Tensor:  # noqa: N802  # a tensor, named by its shape
@@ -172,6 +175,21 @@ class RaggedBatch:
         return [torch.frombuffer(slots, dtype=torch.long).to(self._device) for slots in self._slots]
 
     def attend(
+        self,
+        q_1HTK: Tensor,
+        k_1JTK: Tensor,
+        v_1JTV: Tensor,
+        pattern: Pattern,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        out_1THV = self._attend(q_1HTK, k_1JTK, v_1JTV, pattern, scale, softcap, sinks_H)
+        if self._between is not None:
+            self._between()
+        return out_1THV
+
+    def _attend(
         self,
         q_1HTK: Tensor,
         k_1JTK: Tensor,

@@ -94,7 +94,8 @@ class SpanCache(Protocol):
     ) -> Tensor:
         """Run the chunks, packed in order, through `span`. [T, H] on the model's device in and out.
 
-        `between` is called between blocks, and may run a forward of other sessions.
+        `between` is called between blocks, and behind attention that is not the model's own; it may run a forward of
+        other sessions.
         """
 
     def at_once(self, chunk: Chunk, rows: memoryview, span: BlockSpan, regime_length: int) -> memoryview | None:
@@ -195,7 +196,9 @@ class PagedCache:
         pools = self._pools[span.start - self._model.span.start :]
         by_tape = programs is not None and self._tapes is not None
         library = self._library if by_tape else self._attending_library
-        batch = RaggedBatch(tables, pools, self._model.device, library, self._whole)
+        if adapting is not None:
+            between = adapting.around(between)
+        batch = RaggedBatch(tables, pools, self._model.device, library, self._whole, between)
         if programs is not None:
             output_TH = None if self._tapes is None else self._tapes(hidden_TH, batch, adapting)
             if output_TH is None and adapting is None:
@@ -209,7 +212,7 @@ class PagedCache:
                 span=span,
                 past_key_values=cache,
                 regime_length=regime_length,
-                between=between if adapting is None else adapting.around(between),
+                between=between,
             )[0]
 
     def at_once(self, chunk: Chunk, rows: memoryview, span: BlockSpan, regime_length: int) -> memoryview | None:

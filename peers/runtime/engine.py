@@ -764,7 +764,7 @@ class Engine:
                 self._loop.call_soon_threadsafe(_answer_errand, errand)
 
     def _let_steps_in(self) -> None:
-        """Between two blocks of a long forward: run the steps that came meanwhile and need nobody's pages."""
+        """In a pause of a long forward: run the steps that came meanwhile and need nobody's pages."""
         with self._wake:
             picks = self._scheduler.steps_beside(self._running, lambda work: self._finds_room(self._tickets[work]))
             batch = self._begin_all([(self._tickets[pick.work], pick) for pick in picks], beside=True)

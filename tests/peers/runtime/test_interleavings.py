@@ -44,7 +44,7 @@ LENGTH_MAX = 140
 TOKENS_MAX = 90
 SLACK = 10
 LONG_TOKENS = 24
-"""A forward of more pauses between blocks."""
+"""A forward of more pauses between blocks, and in them."""
 PLACES = st.integers(0, 5)
 FURTHER = st.integers(1, 5)
 """From one place to another."""
