@@ -77,11 +77,6 @@ void vectors(const float *x, float *y, int64_t count, Function function) {
         std::memcpy(y + at, &value, (count - at) * sizeof(float));
     }
 }
-inline Floats sigmoid(Floats x) {
-    Floats e = exponential(x < 0 ? x : -x), one = Floats{} + 1.0f;
-    return (x < 0 ? e : one) / (one + e);
-}
-inline Floats tanh_of(Floats x) { return sigmoid(x + x) * 2.0f - 1.0f; }
 
 float sum(const float *x, int64_t count) {
     Floats total[4] = {};
