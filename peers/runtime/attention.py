@@ -36,8 +36,6 @@ from peers.model.kernels import Pool, Visits
 from peers.model.support import MaskFunction
 
 RAGGED = "swarm_ragged"
-SHORT_TOKENS = 16
-"""New positions of a session up to which the library attends: a decoded token, or a few drafted ones."""
 SCORES_LIMIT = 1 << 24
 """Scores held at once where they are written out (soft-capping, sinks, keys wider than values): 64 MiB in float32."""
 
@@ -95,7 +93,7 @@ class View(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Short segments go through the library together, the others through torch one by one."""
+    """Segments that see all that came before go through the library together, the others through torch one by one."""
 
     visits: Visits | None
     others: Sequence[tuple[int, View]]
@@ -227,15 +225,15 @@ class RaggedBatch:
         segments, runs, positions = array("q"), array("q"), 0
         causal = pattern.function is causal_mask_function
         for index, segment in enumerate(self._tables[table]):
-            short = self._library is not None and segment.tokens <= SHORT_TOKENS and (causal or segment.tokens == 1)
+            by_library = self._library is not None and (causal or segment.tokens == 1)
             view = View(segment.runs, None)
-            if not (short and causal and segment.first == 0):
+            if not (by_library and causal and segment.first == 0):
                 sight = pattern.sights.get(index)
                 if sight is None:
                     sight = pattern.sights[index] = look(segment, pattern.function, like)
                 view = View(skip(segment.runs, sight.skipped), sight.mask_nL)
-                short = short and view.mask_nL is None
-            if not short:
+                by_library = by_library and view.mask_nL is None
+            if not by_library:
                 others.append((index, view))
                 continue
             segments.extend((self._rows[index], segment.tokens, len(runs) // 2, len(view.runs)))
