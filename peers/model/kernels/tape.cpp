@@ -54,7 +54,10 @@ const float *row_of(const Operand &operand, const char *at, int64_t count, float
         for (int64_t index = 0; index < count; ++index) room[index] = from[index * step];
     } else if (operand.dtype == BFLOAT16) {
         const Bfloat *from = (const Bfloat *)at;
-        for (int64_t index = 0; index < count; ++index) room[index] = number(from[index * step]);
+        int64_t index = 0;
+        if (step == 1)
+            for (; index + LANES <= count; index += LANES) store(room + index, floats(from + index));
+        for (; index < count; ++index) room[index] = number(from[index * step]);
     } else {
         const int64_t *from = (const int64_t *)at;
         for (int64_t index = 0; index < count; ++index) room[index] = float(from[index * step]);
@@ -157,9 +160,13 @@ void by_rows(const Instruction &code, char *const *bases, std::vector<float> &ro
                 if (mean) *y = sum(rows[0], count) / count;
                 else compute(code, rows[0], rows[1], rows[2], y, count);
                 if (direct) continue;
-                for (int64_t x = 0; x < (mean ? 1 : count); ++x)
-                    if (code.out.dtype == BFLOAT16) store((Bfloat *)to + x * code.out.stride[3], y[x]);
-                    else store((float *)to + x * code.out.stride[3], y[x]);
+                const int64_t step = code.out.stride[3], values = mean ? 1 : count;
+                int64_t x = 0;
+                if (code.out.dtype == BFLOAT16 && step == 1)
+                    for (; x + LANES <= values; x += LANES) store((Bfloat *)to + x, floats(y + x));
+                for (; x < values; ++x)
+                    if (code.out.dtype == BFLOAT16) store((Bfloat *)to + x * step, y[x]);
+                    else store((float *)to + x * step, y[x]);
             }
 }
 
