@@ -331,9 +331,10 @@ void tiled_share(const void *what, size_t part, size_t parts) {
 
 // Many rows: w is walked in runs that stay, as the panels need them, in the first-level cache for all panels of a slice;
 // sums of a run are added up, lest they grow far above what is added to them.
-// Faster from 12 rows on, but sums are added up in another order then: a token's should not depend on how many others,
-// of sessions or of an expert, are computed with it. So this is for pieces of prompts.
-constexpr size_t PANELLED_ROWS = 64;
+// In float32 faster from 12 rows on, but sums are added up in another order then: a token's should not depend on how many
+// others, of sessions or of an expert, are computed with it. So this is for pieces of prompts. In bfloat16, where torch is
+// as fast from there on, it is worth that.
+constexpr size_t PANELLED_ROWS[2] = {64, NUMBERS<Panelled<Bfloat>> == 2 ? 28 : 64};
 constexpr size_t RUN = 320;  // words
 constexpr size_t SLICE_PANELS_MIN = 4;
 
@@ -483,7 +484,7 @@ void hive_linear(void *pool, int inputs, int weights, const void *x, const void 
     }
 #endif
     static thread_local Aligned wide;
-    if (M >= PANELLED_ROWS) {
+    if (M >= PANELLED_ROWS[inputs]) {
         static constexpr hive::Work PANELS[2] = {panel_share<float>, panel_share<Bfloat>};
         static constexpr hive::Work PANELLED[2][4] = {
             {panelled_share<float, float>, panelled_share<int8_t, float>, panelled_share<Even, float>,
