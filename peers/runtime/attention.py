@@ -34,6 +34,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from peers.model.kernels import Pool, Visits
 from peers.model.support import MaskFunction
+from peers.wire.messages import MAX_POSITIONS
 
 RAGGED = "swarm_ragged"
 SCORES_LIMIT = 1 << 24
@@ -148,7 +149,9 @@ class RaggedBatch:
         device: torch.device,
         library: Pool | None = None,
         whole: Whole | None = None,
+        attends: int = MAX_POSITIONS,
     ) -> None:
+        """`attends`: up to how many new positions of a session `library` does, where they see all that came before."""
         self.positions = array("q", [p for s in tables[0] for p in range(s.start, s.end)])
         """Absolute, of the packed rows."""
         self._tables = tables
@@ -157,6 +160,7 @@ class RaggedBatch:
         self._device = device
         self._pools = iter(pools)
         self._library = library
+        self._attends = attends
         self._whole = whole
 
     @functools.cached_property
@@ -225,7 +229,8 @@ class RaggedBatch:
         segments, runs, positions = array("q"), array("q"), 0
         causal = pattern.function is causal_mask_function
         for index, segment in enumerate(self._tables[table]):
-            by_library = self._library is not None and (causal or segment.tokens == 1)
+            most = 0 if self._library is None else self._attends
+            by_library = segment.tokens <= (most if causal else min(1, most))
             view = View(segment.runs, None)
             if not (by_library and causal and segment.first == 0):
                 sight = pattern.sights.get(index)
