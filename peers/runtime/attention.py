@@ -218,19 +218,27 @@ class RaggedBatch:
         """What every segment attends to under each pattern in each table; None where not all are the library's."""
         found = []
         for pattern, table in uses:
+            most = self._most(pattern)
+            if any(segment.tokens > most for segment in self._tables[table]):
+                return None
             plan = self._plan(pattern, table, like)
             if plan.visits is None or plan.others:
                 return None
             found.append(plan.visits)
         return found
 
+    def _most(self, pattern: Pattern) -> int:
+        """New positions of a session for which the library may attend."""
+        if self._library is None:
+            return 0
+        return self._attends if pattern.function is causal_mask_function else min(1, self._attends)
+
     def _plan(self, pattern: Pattern, table: int, like: Tensor) -> Plan:
         others: list[tuple[int, View]] = []
         segments, runs, positions = array("q"), array("q"), 0
-        causal = pattern.function is causal_mask_function
+        causal, most = pattern.function is causal_mask_function, self._most(pattern)
         for index, segment in enumerate(self._tables[table]):
-            most = 0 if self._library is None else self._attends
-            by_library = segment.tokens <= (most if causal else min(1, most))
+            by_library = segment.tokens <= most
             view = View(segment.runs, None)
             if not (by_library and causal and segment.first == 0):
                 sight = pattern.sights.get(index)

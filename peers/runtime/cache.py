@@ -190,22 +190,21 @@ class PagedCache:
     ) -> Tensor:
         tables = self._segments(chunks)
         adapting = _adapting(self._model, span, chunks, self._fittings)
-        short = between is None and self._is_recorded(len(hidden_TH), span, regime_length)
-        programs = self._programs if short else None
+        recorded = self._is_recorded(span, regime_length)
+        programs = self._programs if recorded and between is None and len(hidden_TH) <= TOKENS_MAX else None
+        tapes = self._tapes if recorded else None
         if programs is not None and self._graphs is not None and adapting is None:
             output_1TH = self._graphs(hidden_TH[None], tables)
             if output_1TH is not None:
                 return output_1TH[0]
         pools = self._pools[span.start - self._model.span.start :]
-        by_tape = programs is not None and self._tapes is not None
-        attends = MAX_POSITIONS if by_tape else self._attends
+        attends = MAX_POSITIONS if programs is not None and tapes is not None else self._attends
         batch = RaggedBatch(tables, pools, self._model.device, self._library, self._whole, attends)
-        if programs is not None:
-            output_TH = None if self._tapes is None else self._tapes(hidden_TH, batch, adapting)
-            if output_TH is None and adapting is None:
-                output_TH = programs(hidden_TH[None], batch.positions_T[None], batch)[0]
-            if output_TH is not None:
-                return output_TH
+        output_TH = None if tapes is None else tapes(hidden_TH, batch, adapting, between)
+        if output_TH is None and programs is not None and adapting is None:
+            output_TH = programs(hidden_TH[None], batch.positions_T[None], batch)[0]
+        if output_TH is not None:
+            return output_TH
         with attending(batch) as cache, adapting or nullcontext():
             return self._model.forward(
                 hidden_TH[None],
@@ -218,7 +217,7 @@ class PagedCache:
 
     def at_once(self, chunk: Chunk, rows: memoryview, span: BlockSpan, regime_length: int) -> memoryview | None:
         tapes = self._tapes
-        if tapes is None or not (tapes.is_plain(chunk.tokens) and self._is_recorded(chunk.tokens, span, regime_length)):
+        if tapes is None or not (tapes.is_plain(chunk.tokens) and self._is_recorded(span, regime_length)):
             return None
         batch = RaggedBatch(self._segments([chunk]), (), self._model.device, self._library)
         return tapes.at_once(rows, chunk.tokens, batch)
@@ -238,10 +237,10 @@ class PagedCache:
             for table in range(len(self._pages.windows))
         ]
 
-    def _is_recorded(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
+    def _is_recorded(self, span: BlockSpan, regime_length: int) -> bool:
         """Whether a program, where there is one, says the same as the model for such a forward."""
         regime = self._model.regime
-        return tokens <= TOKENS_MAX and span == self._model.span and regime.key(regime_length) == regime.key(1)
+        return span == self._model.span and regime.key(regime_length) == regime.key(1)
 
     def prepare(self) -> Iterator[None]:
         """Afterwards short forwards of the whole span go by a program, where there is one, by tape or by graph."""
@@ -260,6 +259,8 @@ class PagedCache:
             logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
         else:
             self._tapes = self._checked_tapes(self._programs)
+            if self._tapes is not None:
+                yield from self._tapes.prepare()
             if self._recorder is not None:
                 like_H = _random_hidden(model, 1)[0]
                 self._graphs = Graphs(self._programs, self._pools, like_H, self._recorder, self._graph_bytes)

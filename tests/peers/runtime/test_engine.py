@@ -21,6 +21,7 @@ from peers.runtime import engine as engine_module
 from peers.runtime.cache import PagedCache
 from peers.runtime.engine import Engine
 from peers.runtime.program import TOKENS_MAX
+from peers.runtime.tape import Tapes
 from peers.runtime.works import (
     CacheTooSmall,
     ComputeFailed,
@@ -621,6 +622,7 @@ async def test_prepared_forwards_run_on_the_layers_that_were_chosen(
     monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
     monkeypatch.setattr(Pool, "linear", counted)
     monkeypatch.setattr(Pool, "run", counted_run)
+    monkeypatch.setattr(Tapes, "prepare", lambda _: iter(()))  # else all forwards are tapes
     async with running(local.cut(), token_budget=2 * TOKENS_MAX) as engine:
         await engine.run(work(new_session(), 0, 1))  # before, while or after they are chosen
         await engine.prepared()
