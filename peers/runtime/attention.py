@@ -34,10 +34,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from peers.model.kernels import Pool, Visits
 from peers.model.support import MaskFunction
+from peers.wire.messages import MAX_POSITIONS
 
 RAGGED = "swarm_ragged"
-SHORT_TOKENS = 16
-"""New positions of a session up to which the library attends: a decoded token, or a few drafted ones."""
 SCORES_LIMIT = 1 << 24
 """Scores held at once where they are written out (soft-capping, sinks, keys wider than values): 64 MiB in float32."""
 
@@ -95,7 +94,7 @@ class View(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Short segments go through the library together, the others through torch one by one."""
+    """Segments that see all that came before go through the library together, the others through torch one by one."""
 
     visits: Visits | None
     others: Sequence[tuple[int, View]]
@@ -150,9 +149,9 @@ class RaggedBatch:
         device: torch.device,
         library: Pool | None = None,
         whole: Whole | None = None,
-        between: Callable[[], None] | None = None,
+        attends: int = MAX_POSITIONS,
     ) -> None:
-        """`between` is called behind the attention of every layer, and may run a forward of others."""
+        """`attends`: up to how many new positions of a session `library` does, where they see all that came before."""
         self.positions = array("q", [p for s in tables[0] for p in range(s.start, s.end)])
         """Absolute, of the packed rows."""
         self._tables = tables
@@ -161,8 +160,10 @@ class RaggedBatch:
         self._device = device
         self._pools = iter(pools)
         self._library = library
+        self._attends = attends
         self._whole = whole
-        self._between = between
+        self.between: Callable[[], None] | None = None
+        """Called behind the attention of every layer; it may run a forward of others."""
 
     @functools.cached_property
     def positions_T(self) -> Tensor:  # noqa: N802  # a tensor, named by its shape
@@ -185,8 +186,8 @@ class RaggedBatch:
         sinks_H: Tensor | None,
     ) -> Tensor:
         out_1THV = self._attend(q_1HTK, k_1JTK, v_1JTV, pattern, scale, softcap, sinks_H)
-        if self._between is not None:
-            self._between()
+        if self.between is not None:
+            self.between()
         return out_1THV
 
     def _attend(
@@ -234,26 +235,35 @@ class RaggedBatch:
         """What every segment attends to under each pattern in each table; None where not all are the library's."""
         found = []
         for pattern, table in uses:
+            most = self._most(pattern)
+            if any(segment.tokens > most for segment in self._tables[table]):
+                return None
             plan = self._plan(pattern, table, like)
             if plan.visits is None or plan.others:
                 return None
             found.append(plan.visits)
         return found
 
+    def _most(self, pattern: Pattern) -> int:
+        """New positions of a session for which the library may attend."""
+        if self._library is None:
+            return 0
+        return self._attends if pattern.function is causal_mask_function else min(1, self._attends)
+
     def _plan(self, pattern: Pattern, table: int, like: Tensor) -> Plan:
         others: list[tuple[int, View]] = []
         segments, runs, positions = array("q"), array("q"), 0
-        causal = pattern.function is causal_mask_function
+        causal, most = pattern.function is causal_mask_function, self._most(pattern)
         for index, segment in enumerate(self._tables[table]):
-            short = self._library is not None and segment.tokens <= SHORT_TOKENS and (causal or segment.tokens == 1)
+            by_library = segment.tokens <= most
             view = View(segment.runs, None)
-            if not (short and causal and segment.first == 0):
+            if not (by_library and causal and segment.first == 0):
                 sight = pattern.sights.get(index)
                 if sight is None:
                     sight = pattern.sights[index] = look(segment, pattern.function, like)
                 view = View(skip(segment.runs, sight.skipped), sight.mask_nL)
-                short = short and view.mask_nL is None
-            if not short:
+                by_library = by_library and view.mask_nL is None
+            if not by_library:
                 others.append((index, view))
                 continue
             segments.extend((self._rows[index], segment.tokens, len(runs) // 2, len(view.runs)))

@@ -53,15 +53,19 @@ from peers.runtime.graphs import DIFFERENCE, GRAPH_BYTES, NOBODYS, Graphs, Recor
 from peers.runtime.memory import give_back
 from peers.runtime.pages import PagePool, SlotCopy
 from peers.runtime.program import TOKENS_MAX, NotFlat, Programs, record
+from peers.runtime.scheduler import STEP_TOKENS
 from peers.runtime.tape import Tapes
+from peers.wire.messages import MAX_POSITIONS
 from routing.ids import BlockSpan
 
 logger = logging.getLogger(__name__)
 
-STEPS = ((500, 1), (40, 1), (260, 4), (100, 1))
-"""Likewise, of steps alone."""
 SAMPLE = ((500, 1), (40, 1), (0, 150), (260, 1), (100, 50))
 """Positions that sessions hold, and those that are new, of a forward in which ways to attend are compared."""
+STEPS = ((500, 1), (40, 1), (260, 4), (100, 1))
+"""Likewise, of steps alone."""
+PIECES = ((0, 64), (256, 64))
+"""Likewise, of pieces of prompts."""
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,16 +157,16 @@ class PagedCache:
         adaptable: frozenset[Place] = frozenset(),
         graph_bytes: int = GRAPH_BYTES,
         *,
-        attends: bool = True,
+        attends: int = MAX_POSITIONS,
     ) -> None:
-        """`dtypes`: of what is kept, in each frame of `arrangement`. `attends`: whether `library` does so in forwards
-        that are not a tape."""
+        """`dtypes`: of what is kept, in each frame of `arrangement`. `attends`: up to how many new positions of a
+        session `library` does so in forwards that are not a tape."""
         self.adaptable = adaptable
         self._fittings = Fittings(model.device)
         self._model = model
         self._pages = pages
         self._library = library
-        self._attending_library = library if attends else None
+        self._attends = attends
         self._programs: Programs | None = None
         self._tapes: Tapes | None = None
         self._recorder = recorder
@@ -187,24 +191,22 @@ class PagedCache:
     ) -> Tensor:
         tables = self._segments(chunks)
         adapting = _adapting(self._model, span, chunks, self._fittings)
-        short = between is None and self._is_recorded(len(hidden_TH), span, regime_length)
-        programs = self._programs if short else None
+        recorded = self._is_recorded(span, regime_length)
+        programs = self._programs if recorded and between is None and len(hidden_TH) <= TOKENS_MAX else None
+        tapes = self._tapes if recorded else None
         if programs is not None and self._graphs is not None and adapting is None:
             output_1TH = self._graphs(hidden_TH[None], tables)
             if output_1TH is not None:
                 return output_1TH[0]
         pools = self._pools[span.start - self._model.span.start :]
-        by_tape = programs is not None and self._tapes is not None
-        library = self._library if by_tape else self._attending_library
-        if adapting is not None:
-            between = adapting.around(between)
-        batch = RaggedBatch(tables, pools, self._model.device, library, self._whole, between)
-        if programs is not None:
-            output_TH = None if self._tapes is None else self._tapes(hidden_TH, batch, adapting)
-            if output_TH is None and adapting is None:
-                output_TH = programs(hidden_TH[None], batch.positions_T[None], batch)[0]
-            if output_TH is not None:
-                return output_TH
+        attends = MAX_POSITIONS if programs is not None and tapes is not None else self._attends
+        batch = RaggedBatch(tables, pools, self._model.device, self._library, self._whole, attends)
+        output_TH = None if tapes is None else tapes(hidden_TH, batch, adapting, between)
+        if output_TH is None and programs is not None and adapting is None:
+            output_TH = programs(hidden_TH[None], batch.positions_T[None], batch)[0]
+        if output_TH is not None:
+            return output_TH
+        batch.between = between if adapting is None else adapting.around(between)
         with attending(batch) as cache, adapting or nullcontext():
             return self._model.forward(
                 hidden_TH[None],
@@ -212,12 +214,12 @@ class PagedCache:
                 span=span,
                 past_key_values=cache,
                 regime_length=regime_length,
-                between=between,
+                between=batch.between,
             )[0]
 
     def at_once(self, chunk: Chunk, rows: memoryview, span: BlockSpan, regime_length: int) -> memoryview | None:
         tapes = self._tapes
-        if tapes is None or not (tapes.is_plain(chunk.tokens) and self._is_recorded(chunk.tokens, span, regime_length)):
+        if tapes is None or not (tapes.is_plain(chunk.tokens) and self._is_recorded(span, regime_length)):
             return None
         batch = RaggedBatch(self._segments([chunk]), (), self._model.device, self._library)
         return tapes.at_once(rows, chunk.tokens, batch)
@@ -237,10 +239,10 @@ class PagedCache:
             for table in range(len(self._pages.windows))
         ]
 
-    def _is_recorded(self, tokens: int, span: BlockSpan, regime_length: int) -> bool:
+    def _is_recorded(self, span: BlockSpan, regime_length: int) -> bool:
         """Whether a program, where there is one, says the same as the model for such a forward."""
         regime = self._model.regime
-        return tokens <= TOKENS_MAX and span == self._model.span and regime.key(regime_length) == regime.key(1)
+        return span == self._model.span and regime.key(regime_length) == regime.key(1)
 
     def prepare(self) -> Iterator[None]:
         """Afterwards short forwards of the whole span go by a program, where there is one, by tape or by graph."""
@@ -259,6 +261,8 @@ class PagedCache:
             logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
         else:
             self._tapes = self._checked_tapes(self._programs)
+            if self._tapes is not None:
+                yield from self._tapes.prepare()
             if self._recorder is not None:
                 like_H = _random_hidden(model, 1)[0]
                 self._graphs = Graphs(self._programs, self._pools, like_H, self._recorder, self._graph_bytes)
@@ -287,7 +291,7 @@ class PagedCache:
 
         def run(backend: Whole | None) -> Tensor:
             tables = [segments] * len(self._pages.windows)
-            batch = RaggedBatch(tables, pools, model.device, self._attending_library, backend)
+            batch = RaggedBatch(tables, pools, model.device, self._library, backend, self._attends)
             positions_1T, longest = batch.positions_T[None], max(segment.end for segment in segments)
             with attending(batch) as cache:
                 return model.forward(hidden_TH[None], positions_1T, past_key_values=cache, regime_length=longest)[0]
@@ -470,7 +474,7 @@ def open_cache(
     """The cache that this model can have, and its books; selects the attention to go with it.
 
     It takes the memory of `num_pages` pages of all layers, which layers that slide leave to others (see `arrangement`;
-    `slack` is of a `PagePool`). With `library`, short segments attend through it where that was found to say the same
+    `slack` is of a `PagePool`). With `library`, sessions attend through it where that was found to say the same
     and is no slower; with `recorder`, steps of single positions run as graphs (`graphs`) where these do, in
     `graph_bytes`.
 
@@ -487,9 +491,10 @@ def open_cache(
             if _agrees(model, arrangement, dtypes, backend):
                 pages = PagePool(arrangement.pages(num_pages), page_size, arrangement.windows, slack)
                 own = model, arrangement, dtypes, pages, backend, recorder, adaptable, graph_bytes
-                attends = backend is not None and _pays(backend, layers[0])
-                if backend is not None and not attends:
-                    logger.info("steps of %s attend by torch, which is faster here", model.config.model_type)
+                attends = 0 if backend is None else _attends(backend, layers[0])
+                if backend is not None and attends < MAX_POSITIONS:
+                    what = "pieces of prompts" if attends else "steps and pieces of prompts"
+                    logger.info("%s of %s attend by torch, which is faster here", what, model.config.model_type)
                 return PagedCache(*own, attends=attends), pages
         logger.warning("ragged attention changes what %s computes: sessions run alone", model.config.model_type)
         model.set_attention(None)
@@ -599,10 +604,17 @@ def _agrees(model: SpanModel, arrangement: Arrangement, dtypes: Sequence[torch.d
 
 
 @torch.inference_mode()
-def _pays(library: Pool, layer: LayerShape) -> bool:
-    """Whether `library` attends for some steps in a layer in no more time than torch."""
+def _attends(library: Pool, layer: LayerShape) -> int:
+    """Up to how many new positions of a session `library` attends in a layer as torch does, in no more time: none,
+    those of steps, or any."""
+    if not _pays(library, layer, STEPS):
+        return 0
+    return MAX_POSITIONS if _pays(library, layer, PIECES) else STEP_TOKENS
+
+
+def _pays(library: Pool, layer: LayerShape, sample: Sequence[tuple[int, int]]) -> bool:
     segments, slots = [], 0
-    for start, tokens in STEPS:
+    for start, tokens in sample:
         segments.append(Segment(start=start, tokens=tokens, runs=[(slots, start + tokens)]))
         slots += start + tokens
     (J, K, V), tokens = layer.shape, sum(segment.tokens for segment in segments)
@@ -617,6 +629,10 @@ def _pays(library: Pool, layer: LayerShape) -> bool:
         batch = RaggedBatch([segments], [pool], torch.device("cpu"), backend)
         return batch.attend(*given, Pattern(causal_mask_function), K**-0.5, None, None)
 
+    right = attend(None).float()
+    if (attend(library).float() - right).norm() > DIFFERENCE * right.norm():
+        logger.error("the compiled attention is wrong on this machine; torch's is used")
+        return False
     library_s, torch_s = (fastest_s(functools.partial(attend, each), torch.device("cpu")) for each in (library, None))
     return library_s <= torch_s
 

@@ -1,9 +1,10 @@
 """Recorded forwards as one call of the library: the operations of a `program` without Python and torch between them.
 
-Owns the translation of a recording into the instructions of `kernels/tape.cpp` for a given number of positions: where
-every tensor lies in one arena, what is a view of what, and which operations the library knows. One that it does not
-know (the choice of experts, and the experts) is called where its turn comes, on the arena's tensors; then there are
-several calls of the library instead of one. No architecture is named here.
+Owns the translation of a recording into the instructions of `kernels/tape.cpp` for a given number of positions, and
+from some of these into those for any: where every tensor lies in one arena, what is a view of what, and which
+operations the library knows. One that it does not know (the choice of experts, and the experts) is called where its
+turn comes, on the arena's tensors; then there are several calls of the library instead of one. No architecture is
+named here.
 
 Shapes and strides are asked of torch itself, on its `meta` device. Integers that depend on the number of positions are
 linear in it, as in `program`.
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +32,8 @@ from peers.model.kernels.pool import INPUTS, WEIGHTS, Visits
 from peers.model.support import one_line
 from peers.runtime.adapting import Adapting, Place
 from peers.runtime.attention import LayerPool, Pattern, RaggedBatch
-from peers.runtime.program import Attention, NotFlat, Programs, Recording, constant_of
+from peers.runtime.program import TOKENS_MAX, Attention, NotFlat, Programs, Recording, constant_of
+from peers.wire.messages import MAX_POSITIONS
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -58,6 +60,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2}
 HIDDEN, POSITIONS, ARENA, OUTPUT, ABSOLUTE = 0, 1, 2, 3, -1
 """What the offset of an operand counts from."""
 ALIGNMENT = 64
+ALIKE = 32
+"""Positions of which tensors of any width are a multiple of ALIGNMENT, so that their places are linear in them."""
 ERROR_MAX = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative distance from the program; measured: 3e-7, and in bfloat16 4e-3 (roundings that fall to the other side)."""
 _OPERAND, _HEAD = 11, 17
@@ -171,6 +175,7 @@ class _Writer:
         self.uses: list[tuple[int, int]] = []
         """Patterns of attention, by number, and the tables in which they are used."""
         self.arena_bytes = 0
+        self.tokens_max = MAX_POSITIONS
         self._first, self._second = recordings
         self._tokens = tokens
         self._pools = iter(pools)
@@ -292,6 +297,7 @@ class _Writer:
         M = given.like.numel() // K
         if owner.rows_max < M or given.like.dtype is not owner.dtype:
             raise NotFlat(f"torch makes the products of {M} rows")
+        self.tokens_max = min(self.tokens_max, owner.rows_max * self._tokens // M)
         format_name, weight, scales, bias = owner.operands()
         place = self._region(node, torch.empty((*given.like.shape[:-1], N), dtype=owner.dtype, device="meta"))
         addresses = map(self._address, (weight, scales, bias))
@@ -419,6 +425,8 @@ class _Writer:
 class _Tape:
     parts: Sequence[Tensor | _Outside | _Adding]
     """Instructions for one call of the library each, and what is called between them."""
+    slices: Sequence[Tensor | _Outside | _Adding | None]
+    """Likewise, with None in each block, where others may run."""
     uses: list[tuple[int, int]]
     """The pattern and the table of each visit that the instructions name."""
     kept: list[Tensor]
@@ -427,6 +435,9 @@ class _Tape:
     """Layers to which adapters can add."""
     code: Tensor | None
     """The instructions, where one call of the library is all there is."""
+    arena_bytes: int
+    tokens_max: int
+    """Up to so many positions the library makes the products."""
 
 
 class Tapes:
@@ -446,19 +457,34 @@ class Tapes:
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._room, self._room_at = memoryview(b""), 0
         """What goes in and comes out `at_once`, and its address."""
+        self._line: tuple[_Tape, Tensor, Tensor, Sequence[int]] | None = None
+        """A tape without instructions; those for ALIKE positions, and what each word grows by with each position; and
+        the bytes of the arena for ALIKE positions and for twice as many."""
         self._tapes: dict[int, _Tape | None] = {}
         """By the number of positions."""
         self._stopping: dict[int, _Tape | None] = {}
         """Likewise those that stop behind linear layers, for what adapters add."""
 
-    def __call__(self, hidden_xTH: Tensor, batch: RaggedBatch, adapting: Adapting | None = None) -> Tensor | None:
+    def __call__(
+        self,
+        hidden_xTH: Tensor,
+        batch: RaggedBatch,
+        adapting: Adapting | None = None,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor | None:
         """What the program makes of [T, H] or [1, T, H], with what `adapting` adds, in the same shape and memory of its
-        own; None where the library cannot, and nothing was written."""
+        own; None where the library cannot, and nothing was written. `between` is called once in each block, and may run
+        other forwards."""
         tokens = hidden_xTH.shape[-2]
         tapes, adaptable = (self._tapes, {}) if adapting is None else (self._stopping, self._adaptable)
-        if tokens not in tapes:
-            tapes[tokens] = self._write(tokens, adaptable)
-        tape = tapes[tokens]
+        if tokens in tapes:
+            tape = tapes[tokens]
+        else:
+            tape = self._on_the_line(tokens) if adapting is None else None
+            if tape is None and between is None and tokens <= TOKENS_MAX:
+                tape = self._write(tokens, adaptable)
+            if tokens <= TOKENS_MAX and (tape is not None or between is None):
+                tapes[tokens] = tape
         if tape is None or (adapting is not None and not tape.stops.issuperset(adapting.layers)):
             return None
         visits = self._visits(tape, tokens, batch)
@@ -467,13 +493,17 @@ class Tapes:
         hidden_xTH = hidden_xTH.contiguous()
         output_xTH = torch.empty_like(hidden_xTH)
         positions = batch.positions.buffer_info()[0]
-        bases = (hidden_xTH.data_ptr(), positions, self._arena.data_ptr(), output_xTH.data_ptr())
-        if tape.code is not None:
+        arena = self._arena_for(tape) if between is None else _arena(tape)  # others will use that of all meanwhile
+        bases = (hidden_xTH.data_ptr(), positions, arena.data_ptr(), output_xTH.data_ptr())
+        if tape.code is not None and between is None:
             self._library.run(tape.code, bases, visits)
             return output_xTH
-        tensors = (hidden_xTH, batch.positions_T, self._arena, output_xTH)
-        for part in tape.parts:
-            if isinstance(part, _Outside):
+        tensors = (hidden_xTH, batch.positions_T, arena, output_xTH)
+        for part in tape.parts if between is None else tape.slices:
+            if part is None:
+                assert between is not None
+                between()
+            elif isinstance(part, _Outside):
                 part.run(tensors)
             elif isinstance(part, _Adding):
                 assert adapting is not None
@@ -496,7 +526,7 @@ class Tapes:
             self._room, self._room_at = room.numpy().data, room.data_ptr()
         self._room[:size] = rows
         positions = batch.positions.buffer_info()[0]
-        bases = (self._room_at, positions, self._arena.data_ptr(), self._room_at + half)
+        bases = (self._room_at, positions, self._arena_for(tape).data_ptr(), self._room_at + half)
         self._library.run(tape.code, bases, visits)
         return memoryview(bytes(self._room[half : half + size]))
 
@@ -521,6 +551,40 @@ class Tapes:
         distance = (output_1TH.double() - expected_1TH.double()).norm()
         return bool(distance <= ERROR_MAX[hidden_1TH.dtype] * expected_1TH.double().norm())
 
+    def prepare(self) -> Iterator[None]:
+        """Write for some numbers of positions, in steps between which others may run: where each word is linear in how
+        many there are, nothing need be written for any other number."""
+        codes, arenas = [], []
+        for tokens in (ALIKE, 2 * ALIKE, 3 * ALIKE):
+            yield
+            tape = self._tapes[tokens] = self._write(tokens, {})
+            if tape is None or tape.code is None:
+                return
+            codes.append(tape.code)
+            arenas.append(tape.arena_bytes)
+        if len({code.shape for code in codes}) > 1:
+            return
+        slope = codes[1] - codes[0]
+        offsets = slope[:, _HEAD:].reshape(len(slope), -1, _OPERAND)[:, :, 1]
+        if torch.equal(codes[2] - codes[1], slope) and not ((slope % ALIKE).any() or (offsets % (4 * ALIKE)).any()):
+            assert tape is not None
+            self._line = replace(tape, parts=(), slices=(), code=None), codes[0], slope // ALIKE, arenas[:2]
+
+    def _on_the_line(self, tokens: int) -> _Tape | None:
+        """What would be written for several positions."""
+        if self._line is None or not 1 < tokens <= self._line[0].tokens_max:
+            return None
+        tape, code, slope, (bytes_once, bytes_twice) = self._line
+        more = tokens - ALIKE
+        code = code + slope * more
+        arena_bytes = bytes_once + -(-(bytes_twice - bytes_once) * more // ALIKE)
+        return replace(tape, parts=[code], slices=list(_slices(code)), code=code, arena_bytes=arena_bytes)
+
+    def _arena_for(self, tape: _Tape) -> Tensor:
+        if self._arena.numel() < tape.arena_bytes + ALIGNMENT:
+            self._arena = _arena(tape)
+        return self._arena
+
     def _write(self, tokens: int, adaptable: Mapping[int, Place]) -> _Tape | None:
         recordings = self._programs.recordings[tokens > 1]
         try:
@@ -528,12 +592,27 @@ class Tapes:
         except (NotFlat, RuntimeError) as error:  # the latter from torch, where a view of T positions is none
             logger.info("forwards of %d positions run as programs: %s", tokens, one_line(error))
             return None
-        if self._arena.numel() < written.arena_bytes + ALIGNMENT:
-            self._arena = torch.empty(written.arena_bytes + ALIGNMENT, dtype=torch.uint8)
         parts: list[Tensor | _Outside | _Adding] = []
         for inside, group in groupby(written.steps, lambda step: isinstance(step, np.ndarray)):
             steps: list[Any] = list(group)
             parts += [torch.from_numpy(np.stack(steps))] if inside else steps
         stops = frozenset(part.layer for part in parts if isinstance(part, _Adding))
         code = parts[0] if len(parts) == 1 and isinstance(parts[0], Tensor) else None
-        return _Tape(parts, written.uses, written.kept, stops, code)
+        slices = [piece for part in parts for piece in (_slices(part) if isinstance(part, Tensor) else [part])]
+        return _Tape(parts, slices, written.uses, written.kept, stops, code, written.arena_bytes, written.tokens_max)
+
+
+def _arena(tape: _Tape) -> Tensor:
+    return torch.empty(tape.arena_bytes + ALIGNMENT, dtype=torch.uint8)
+
+
+def _slices(code: Tensor) -> Iterator[Tensor | None]:
+    """Instructions up to each one that attends, of which every block has one, and None behind it."""
+    first = 0
+    for index, op in enumerate(code[:, 0].tolist()):
+        if op == OPS.index("attend"):
+            yield code[first : index + 1]
+            yield None
+            first = index + 1
+    if first < len(code):
+        yield code[first:]

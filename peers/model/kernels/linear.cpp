@@ -11,6 +11,7 @@
 #include <exception>
 #include <type_traits>
 
+#include "panels.h"
 #include "pool.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -31,7 +32,6 @@ struct Multiply {
     static Floats add(Floats total, Left x, Left w) { return total + x * w; }
 };
 #if defined(__AVX512BF16__)
-constexpr bool WIDENS = false;  // bfloat16 is multiplied as it is
 template <>
 struct Multiply<Bfloat, Bfloat> {
     static constexpr int STEP = 2 * LANES;
@@ -40,8 +40,6 @@ struct Multiply<Bfloat, Bfloat> {
     static Left right(const Bfloat *at) { return load<__m512bh>(at); }
     static Floats add(Floats total, Left x, Left w) { return (Floats)_mm512_dpbf16_ps((__m512)total, x, w); }
 };
-#else
-constexpr bool WIDENS = true;
 #endif
 
 // Weights in 4 bits (peers/model/kernels/packed.py): each group of GROUP has a scale and, with LEAST, a least weight.
@@ -331,48 +329,49 @@ void tiled_share(const void *what, size_t part, size_t parts) {
 }
 #endif
 
-// Many rows, where the processor multiplies float32 only: x is arranged so that the lanes of a vector are rows, and each
-// number of w meets PANEL of them. w is walked in runs that stay, widened, in the first-level cache for all panels of a
-// slice; sums of a run are added up, lest they grow far above what is added to them.
-constexpr size_t PANEL = 2 * LANES;
-// Faster from 12 rows on, but sums are added up in another order then: a token's should not depend on how many others,
-// of sessions or of an expert, are computed with it. So this is for pieces of prompts.
-constexpr size_t PANELLED_ROWS = 64;
-constexpr int WIDTH = LANES == 16 ? 12 : 6;      // columns of w, so that sums and inputs fill the registers
-constexpr size_t RUN = 256;
+// Many rows: w is walked in runs that stay, as the panels need them, in the first-level cache for all panels of a slice;
+// sums of a run are added up, lest they grow far above what is added to them.
+// In float32 faster from 12 rows on, but sums are added up in another order then: a token's should not depend on how many
+// others, of sessions or of an expert, are computed with it. So this is for pieces of prompts. In bfloat16, where torch is
+// as fast from there on, it is worth that.
+constexpr size_t PANELLED_ROWS[2] = {64, NUMBERS<Panelled<Bfloat>> == 2 ? 28 : 64};
+constexpr size_t RUN = 320;  // words
 constexpr size_t SLICE_PANELS_MIN = 4;
 
-// As panels of float32, [K, PANEL] each; rows that are not there are zero.
 template <class X>
 void panel_share(const void *what, size_t part, size_t parts) {
     const Job &job = *(const Job *)what;
-    const size_t panels = (job.M + PANEL - 1) / PANEL, K = job.K;
+    const size_t panels = (job.M + PANEL - 1) / PANEL, words = words_of<X>(job.K);
     for (size_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
-        const size_t rows = std::min(PANEL, job.M - panel * PANEL);
-        const X *x = (const X *)job.x + panel * PANEL * K;
-        float *into = (float *)job.y + panel * PANEL * K;
-        for (size_t k = 0; k < K; ++k, into += PANEL)
-            for (size_t row = 0; row < PANEL; ++row) into[row] = row < rows ? number(x[row * K + k]) : 0;
+        const size_t m = panel * PANEL;
+        panel_of((const X *)job.x + m * job.K, job.K, std::min(PANEL, job.M - m), job.K, (Word *)job.y + m * words);
     }
-}
-
-// `sums` grow by a run of `length` of a panel and of columns whose positions lie `stride` apart.
-template <int columns, int vectors>
-inline void multiply_panel(const float *x, const float *w, size_t length, size_t stride, Floats (*sums)[2]) {
-    Floats total[columns][vectors] = {};
-    for (size_t k = 0; k < length; ++k) {
-        Floats left[vectors];
-        for (int at = 0; at < vectors; ++at) left[at] = floats(x + k * PANEL + at * LANES);
-        for (int column = 0; column < columns; ++column)
-            for (int at = 0; at < vectors; ++at) total[column][at] += left[at] * w[column * stride + k];
-    }
-    for (int column = 0; column < columns; ++column)
-        for (int at = 0; at < vectors; ++at) sums[column][at] += total[column][at];
 }
 
 // Sums of outputs [n, n + columns) for `rows` rows, as they are asked for.
 template <int columns, class Y>
 inline void finish_panel(const Job &job, const Floats (*sums)[2], size_t n, size_t rows, Y *y) {
+#if defined(__AVX512F__)
+    if constexpr (columns > 1) {
+        float scales[LANES], biases[LANES];
+        for (int column = 0; column < columns; ++column) {
+            scales[column] = job.scale ? job.scale[n + column] : 1;
+            biases[column] = job.bias ? job.bias[n + column] : 0;
+        }
+        const Floats scale = floats(scales), bias = floats(biases);
+        for (size_t side = 0; side < rows; side += LANES) {
+            Floats square[LANES] = {};
+            for (int column = 0; column < columns; ++column) square[column] = sums[column][side / LANES];
+            turn(square);
+            for (size_t row = side; row < std::min<size_t>(rows, side + LANES); ++row) {
+                Y values[LANES];
+                store(values, square[row - side] * scale + bias);
+                std::memcpy(y + row * job.N, values, columns * sizeof(Y));
+            }
+        }
+        return;
+    }
+#endif
     Y values[columns][PANEL];
     for (int column = 0; column < columns; ++column) {
         const float scale = job.scale ? job.scale[n + column] : 1, bias = job.bias ? job.bias[n + column] : 0;
@@ -385,22 +384,31 @@ inline void finish_panel(const Job &job, const Floats (*sums)[2], size_t n, size
 // Rows [from, to) by columns [n, n + columns); `from`: of a whole panel.
 template <int columns, class W, class Y>
 void panelled(const Job &job, size_t n, size_t from, size_t to) {
+    using X = Panelled<Y>;
     static thread_local Aligned buffer;
-    const size_t panels = (to - from + PANEL - 1) / PANEL;
+    const size_t panels = (to - from + PANEL - 1) / PANEL, words = words_of<X>(job.K);
     buffer.assign(panels * columns * 2, Floats{});
     auto *sums = (Floats (*)[2])buffer.data();
-    alignas(64) float widened[columns * RUN];
-    for (size_t k = 0; k < job.K; k += RUN) {
-        const size_t length = std::min(RUN, job.K - k);
-        const float *w = widened;
-        if constexpr (std::is_same_v<W, float>) w = (const float *)job.w + n * job.K + k;
-        else unpack<float, W>(job, n, columns, k, k + length, widened);
-        const size_t stride = std::is_same_v<W, float> ? job.K : length;
+    alignas(64) Word near[columns * RUN];
+    const size_t runs = (words + RUN - 1) / RUN, run = ((words + runs - 1) / runs + GROUP - 1) / GROUP * GROUP;
+    for (size_t at = 0; at < words; at += run) {
+        const size_t length = std::min(run, words - at), k = at * NUMBERS<X>;
+        const Word *w = near;
+        size_t stride = RUN;
+        if constexpr (std::is_same_v<W, float>) w = (const Word *)job.w + n * job.K + k, stride = job.K;
+        else {
+            const size_t end = std::min(job.K, k + length * NUMBERS<X>);
+            for (int column = 0; column < columns; ++column) {
+                X *into = (X *)(near + column * RUN);
+                if (end - k < length * NUMBERS<X>) into[end - k] = X{};
+                unpack<X, W>(job, n + column, 1, k, end, into);
+            }
+        }
         for (size_t panel = 0; panel < panels; ++panel) {
-            const float *x = (const float *)job.x + (from + panel * PANEL) * job.K + k * PANEL;
+            const Word *x = (const Word *)job.x + (from + panel * PANEL) * words + at * PANEL;
             if (to - from - panel * PANEL > LANES)
-                multiply_panel<columns, 2>(x, w, length, stride, sums + panel * columns);
-            else multiply_panel<columns, 1>(x, w, length, stride, sums + panel * columns);
+                multiply_panel<X, columns, 2>(x, w, length, stride, 1, sums + panel * columns);
+            else multiply_panel<X, columns, 1>(x, w, length, stride, 1, sums + panel * columns);
         }
     }
     for (size_t panel = 0; panel < panels; ++panel) {
@@ -413,14 +421,16 @@ void panelled(const Job &job, size_t n, size_t from, size_t to) {
 template <class W, class Y>
 void panelled_share(const void *what, size_t part, size_t parts) {
     const Job &job = *(const Job *)what;
-    const size_t groups = (job.N + WIDTH - 1) / WIDTH;
+    const size_t groups = (job.N + WIDTH - 1) / WIDTH, row_bytes = words_of<Panelled<Y>>(job.K) * sizeof(Word);
     const size_t begin = groups * part / parts * WIDTH, end = std::min(job.N, groups * (part + 1) / parts * WIDTH);
-    const size_t slice = std::max(SLICE_BYTES / (job.K * sizeof(float)) / PANEL, SLICE_PANELS_MIN) * PANEL;
-    for (size_t m = 0; m < job.M; m += slice) {
-        const size_t to = std::min(job.M, m + slice);
+    const size_t panels = (job.M + PANEL - 1) / PANEL;
+    const size_t slices = (panels - 1) / std::max(SLICE_BYTES / row_bytes / PANEL, SLICE_PANELS_MIN) + 1;
+    for (size_t slice = 0, m = 0; slice < slices; ++slice) {
+        const size_t to = std::min(job.M, panels * (slice + 1) / slices * PANEL);
         size_t n = begin;
         for (; n + WIDTH <= end; n += WIDTH) panelled<WIDTH, W, Y>(job, n, m, to);
         for (; n < end; ++n) panelled<1, W, Y>(job, n, m, to);
+        m = to;
     }
 }
 
@@ -474,17 +484,17 @@ void hive_linear(void *pool, int inputs, int weights, const void *x, const void 
     }
 #endif
     static thread_local Aligned wide;
-    if (M >= PANELLED_ROWS && (inputs == 0 || WIDENS)) {
+    if (M >= PANELLED_ROWS[inputs]) {
         static constexpr hive::Work PANELS[2] = {panel_share<float>, panel_share<Bfloat>};
         static constexpr hive::Work PANELLED[2][4] = {
             {panelled_share<float, float>, panelled_share<int8_t, float>, panelled_share<Even, float>,
              panelled_share<Normal, float>},
             {panelled_share<Bfloat, Bfloat>, panelled_share<int8_t, Bfloat>, panelled_share<Even, Bfloat>,
              panelled_share<Normal, Bfloat>}};
-        const size_t panels = (M + PANEL - 1) / PANEL;
+        const size_t panels = (M + PANEL - 1) / PANEL, words = inputs == 0 ? K : words_of<Panelled<Bfloat>>(K);
         Job first = job;
-        first.y = aligned<float>(wide, panels * PANEL * K);
-        ((hive::Pool *)pool)->run(PANELS[inputs], &first, panels * PANEL * K * sizeof(float), panels);
+        first.y = aligned<Word>(wide, panels * PANEL * words);
+        ((hive::Pool *)pool)->run(PANELS[inputs], &first, panels * PANEL * words * sizeof(Word), panels);
         job.x = first.y;
         ((hive::Pool *)pool)->run(PANELLED[inputs][weights], &job, N * K * halves / 2, (N + WIDTH - 1) / WIDTH);
         return;

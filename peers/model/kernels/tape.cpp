@@ -54,7 +54,10 @@ const float *row_of(const Operand &operand, const char *at, int64_t count, float
         for (int64_t index = 0; index < count; ++index) room[index] = from[index * step];
     } else if (operand.dtype == BFLOAT16) {
         const Bfloat *from = (const Bfloat *)at;
-        for (int64_t index = 0; index < count; ++index) room[index] = number(from[index * step]);
+        int64_t index = 0;
+        if (step == 1)
+            for (; index + LANES <= count; index += LANES) store(room + index, floats(from + index));
+        for (; index < count; ++index) room[index] = number(from[index * step]);
     } else {
         const int64_t *from = (const int64_t *)at;
         for (int64_t index = 0; index < count; ++index) room[index] = float(from[index * step]);
@@ -77,11 +80,6 @@ void vectors(const float *x, float *y, int64_t count, Function function) {
         std::memcpy(y + at, &value, (count - at) * sizeof(float));
     }
 }
-inline Floats sigmoid(Floats x) {
-    Floats e = exponential(x < 0 ? x : -x), one = Floats{} + 1.0f;
-    return (x < 0 ? e : one) / (one + e);
-}
-inline Floats tanh_of(Floats x) { return sigmoid(x + x) * 2.0f - 1.0f; }
 
 float sum(const float *x, int64_t count) {
     Floats total[4] = {};
@@ -135,7 +133,21 @@ char *place(const Operand &operand, char *const *bases) {
     return operand.base < 0 ? (char *)operand.offset : bases[operand.base] + operand.offset;
 }
 
-void by_rows(const Instruction &code, char *const *bases, std::vector<float> &room) {
+struct Rows {
+    const Instruction &code;
+    char *const *bases;
+};
+
+int64_t rows_of(const Instruction &code) {
+    const int64_t *size = code.op == MEAN ? code.in[0].size : code.out.size;
+    return size[0] * size[1] * size[2];
+}
+
+// Part of an instruction's rows; no two of them write to the same place.
+void by_rows(const void *what, size_t part, size_t parts) {
+    thread_local std::vector<float> room;
+    const Instruction &code = ((const Rows *)what)->code;
+    char *const *bases = ((const Rows *)what)->bases;
     const bool mean = code.op == MEAN;
     const int64_t *size = mean ? code.in[0].size : code.out.size, count = size[3];
     room.resize(4 * count);
@@ -146,26 +158,34 @@ void by_rows(const Instruction &code, char *const *bases, std::vector<float> &ro
     char *const out = place(code.out, bases);
     char *in[3] = {};
     for (int index = 0; index < code.operands; ++index) in[index] = place(code.in[index], bases);
-    for (int64_t i = 0; i < size[0]; ++i)
-        for (int64_t j = 0; j < size[1]; ++j)
-            for (int64_t k = 0; k < size[2]; ++k) {
-                const auto at = [&](const Operand &operand, char *start) {
-                    const int64_t *stride = operand.stride;
-                    return start + (i * stride[0] + j * stride[1] + k * stride[2]) * int64_t(WIDTHS[operand.dtype]);
-                };
-                const float *rows[3] = {nullptr, scalar ? rooms[1] : nullptr, nullptr};
-                for (int index = 0; index < code.operands; ++index)
-                    rows[index] = row_of(code.in[index], at(code.in[index], in[index]), count, rooms[index]);
-                char *to = at(code.out, out);
-                const bool direct = code.out.dtype == FLOAT32 && (code.out.stride[3] == 1 || mean);
-                float *y = direct ? (float *)to : spare;
-                if (mean) *y = sum(rows[0], count) / count;
-                else compute(code, rows[0], rows[1], rows[2], y, count);
-                if (direct) continue;
-                for (int64_t x = 0; x < (mean ? 1 : count); ++x)
-                    if (code.out.dtype == BFLOAT16) store((Bfloat *)to + x * code.out.stride[3], y[x]);
-                    else store((float *)to + x * code.out.stride[3], y[x]);
-            }
+    const int64_t all = rows_of(code), begin = all * int64_t(part) / int64_t(parts);
+    int64_t i = begin / (size[1] * size[2]), j = begin / size[2] % size[1], k = begin % size[2];
+    for (int64_t left = all * int64_t(part + 1) / int64_t(parts) - begin; left; --left) {
+        const auto at = [&](const Operand &operand, char *start) {
+            const int64_t *stride = operand.stride;
+            return start + (i * stride[0] + j * stride[1] + k * stride[2]) * int64_t(WIDTHS[operand.dtype]);
+        };
+        const float *rows[3] = {nullptr, scalar ? rooms[1] : nullptr, nullptr};
+        for (int index = 0; index < code.operands; ++index)
+            rows[index] = row_of(code.in[index], at(code.in[index], in[index]), count, rooms[index]);
+        char *to = at(code.out, out);
+        if (++k == size[2]) {
+            k = 0;
+            if (++j == size[1]) j = 0, ++i;
+        }
+        const bool direct = code.out.dtype == FLOAT32 && (code.out.stride[3] == 1 || mean);
+        float *y = direct ? (float *)to : spare;
+        if (mean) *y = sum(rows[0], count) / count;
+        else compute(code, rows[0], rows[1], rows[2], y, count);
+        if (direct) continue;
+        const int64_t step = code.out.stride[3], values = mean ? 1 : count;
+        int64_t x = 0;
+        if (code.out.dtype == BFLOAT16 && step == 1)
+            for (; x + LANES <= values; x += LANES) store((Bfloat *)to + x, floats(y + x));
+        for (; x < values; ++x)
+            if (code.out.dtype == BFLOAT16) store((Bfloat *)to + x * step, y[x]);
+            else store((float *)to + x * step, y[x]);
+    }
 }
 
 // New keys or values of every head, [1, J, T, K], to their slots of a pool, [J, slots, K] with the given strides.
@@ -189,7 +209,6 @@ extern "C" {
 // Called by peers/model/kernels/pool.py. A negative base makes an operand's offset an address; visits: one per pattern
 // of attention and table of pages.
 void hive_run(void *pool, const void *instructions, int64_t count, char *const *bases, const void *visits) {
-    thread_local std::vector<float> room;
     for (const Instruction *code = (const Instruction *)instructions, *end = code + count; code < end; ++code) {
         const int64_t *extra = code->extra;
         switch (code->op) {
@@ -209,7 +228,11 @@ void hive_run(void *pool, const void *instructions, int64_t count, char *const *
                             values[0], values[1], float(code->numbers[0]), float(code->numbers[1]), seen.positions);
                 break;
             }
-            default: by_rows(*code, bases, room);
+            default: {
+                const Rows rows{*code, bases};
+                const size_t bytes = rows_of(*code) * code->out.size[3] * WIDTHS[code->out.dtype] * (1 + code->operands);
+                ((hive::Pool *)pool)->run(by_rows, &rows, bytes, rows_of(*code));
+            }
         }
     }
 }

@@ -38,31 +38,6 @@ struct Tiles {
     ~Tiles() { _tile_release(); }
 };
 
-// Rows and columns of 16 by 16 numbers of 32 bits change places.
-inline void turn(Floats *rows) {
-    __m512 pairs[SIDE], fours[SIDE];
-    for (size_t at = 0; at < SIDE; at += 2) {
-        pairs[at] = _mm512_unpacklo_ps((__m512)rows[at], (__m512)rows[at + 1]);
-        pairs[at + 1] = _mm512_unpackhi_ps((__m512)rows[at], (__m512)rows[at + 1]);
-    }
-    for (size_t at = 0; at < SIDE; at += 4)
-        for (size_t half = 0; half < 2; ++half) {
-            const __m512d left = (__m512d)pairs[at + half], right = (__m512d)pairs[at + half + 2];
-            fours[at + 2 * half] = (__m512)_mm512_unpacklo_pd(left, right);
-            fours[at + 2 * half + 1] = (__m512)_mm512_unpackhi_pd(left, right);
-        }
-    for (size_t at = 0; at < 4; ++at) {  // four lanes of 128 bits each hold a column of four rows
-        const __m512 even[2] = {_mm512_shuffle_f32x4(fours[at], fours[at + 4], 0x88),
-                                _mm512_shuffle_f32x4(fours[at + 8], fours[at + 12], 0x88)};
-        const __m512 odd[2] = {_mm512_shuffle_f32x4(fours[at], fours[at + 4], 0xdd),
-                               _mm512_shuffle_f32x4(fours[at + 8], fours[at + 12], 0xdd)};
-        rows[at] = (Floats)_mm512_shuffle_f32x4(even[0], even[1], 0x88);
-        rows[at + 4] = (Floats)_mm512_shuffle_f32x4(odd[0], odd[1], 0x88);
-        rows[at + 8] = (Floats)_mm512_shuffle_f32x4(even[0], even[1], 0xdd);
-        rows[at + 12] = (Floats)_mm512_shuffle_f32x4(odd[0], odd[1], 0xdd);
-    }
-}
-
 // 16 rows of x, of which `rows` are there, as the second tiles of all instructions along K, one after another.
 inline void arrange(const Bfloat *x, size_t rows, size_t K, Bfloat *into) {
     for (size_t k = 0; k < K; k += DEPTH, into += SIDE * DEPTH) {

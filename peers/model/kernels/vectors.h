@@ -159,6 +159,33 @@ inline void sums(const Floats *totals, float *result) {
     }
 }
 
+#if defined(__AVX512F__)
+// Rows and columns of 16 by 16 numbers of 32 bits change places.
+inline void turn(Floats *rows) {
+    __m512 pairs[LANES], fours[LANES];
+    for (int at = 0; at < LANES; at += 2) {
+        pairs[at] = _mm512_unpacklo_ps((__m512)rows[at], (__m512)rows[at + 1]);
+        pairs[at + 1] = _mm512_unpackhi_ps((__m512)rows[at], (__m512)rows[at + 1]);
+    }
+    for (int at = 0; at < LANES; at += 4)
+        for (int half = 0; half < 2; ++half) {
+            const __m512d left = (__m512d)pairs[at + half], right = (__m512d)pairs[at + half + 2];
+            fours[at + 2 * half] = (__m512)_mm512_unpacklo_pd(left, right);
+            fours[at + 2 * half + 1] = (__m512)_mm512_unpackhi_pd(left, right);
+        }
+    for (int at = 0; at < 4; ++at) {  // four lanes of 128 bits each hold a column of four rows
+        const __m512 even[2] = {_mm512_shuffle_f32x4(fours[at], fours[at + 4], 0x88),
+                                _mm512_shuffle_f32x4(fours[at + 8], fours[at + 12], 0x88)};
+        const __m512 odd[2] = {_mm512_shuffle_f32x4(fours[at], fours[at + 4], 0xdd),
+                               _mm512_shuffle_f32x4(fours[at + 8], fours[at + 12], 0xdd)};
+        rows[at] = (Floats)_mm512_shuffle_f32x4(even[0], even[1], 0x88);
+        rows[at + 4] = (Floats)_mm512_shuffle_f32x4(odd[0], odd[1], 0x88);
+        rows[at + 8] = (Floats)_mm512_shuffle_f32x4(even[0], even[1], 0xdd);
+        rows[at + 12] = (Floats)_mm512_shuffle_f32x4(odd[0], odd[1], 0xdd);
+    }
+}
+#endif
+
 // e^x to about 2e-7 for x <= 0, as Cephes' expf: 2^n times a polynomial of the rest.
 inline Floats exponential(Floats x) {
     const Floats low = Floats{} - 87.0f;
@@ -178,5 +205,11 @@ inline Floats exponential(Floats x) {
     auto power = ((bits - 0x4b400000) + 127) << 23;
     return y * load<Floats>((const float *)&power);
 }
+
+inline Floats sigmoid(Floats x) {
+    Floats e = exponential(x < 0 ? x : -x), one = Floats{} + 1.0f;
+    return (x < 0 ? e : one) / (one + e);
+}
+inline Floats tanh_of(Floats x) { return sigmoid(x + x) * 2.0f - 1.0f; }
 
 }  // namespace

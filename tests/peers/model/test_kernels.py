@@ -10,10 +10,12 @@ import platform
 import shutil
 import subprocess
 import threading
+from array import array
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from peers.model.kernels import FastLinear, accelerate, accelerating, build, experts, linear, pool_for
 from peers.model.kernels.build import NoLibrary
 from peers.model.kernels.packed import Format, PackedLinear, packed, whole
-from peers.model.kernels.pool import Pool
+from peers.model.kernels.pool import Pool, Visits
 from tests.helpers.families import FAMILIES, random_model
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -137,6 +139,22 @@ def test_what_other_processors_run_is_compiled_once_and_exact_too(
                 assert_exact(product_MN, input_MK, right_NK.to(dtype) if rows > 9 else right_NK, None)
                 unpacked_NK = pool.unpack(codes, scales, format_.value, inputs, dtype).float()
                 assert (unpacked_NK - right_NK).norm() <= ERROR[dtype] * right_NK.norm()
+        for tokens, slots, heads, K, V in ((1, 9, 4, 8, 16), (20, 20, 2, 24, 10), (150, 340, 6, 33, 70)):
+            q, k, v = (
+                torch.randn(1, rows, length, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+                for rows, length, width in ((heads, tokens, K), (2, slots, K), (2, slots, V))
+            )
+            out_THV = torch.empty(tokens, heads, V, dtype=dtype)
+            visits = Visits(array("q", (0, tokens, 0, 1)), array("q", (0, slots)), slots, array("q"))
+            pool.attend(q, k, v, out_THV, visits, 0.2, None, None)
+            right_HTV = F.scaled_dot_product_attention(
+                q[0].double(),
+                *(each[0].double().repeat_interleave(heads // 2, 0) for each in (k, v)),
+                attn_mask=torch.ones(tokens, slots).tril(slots - tokens) > 0,
+                scale=0.2,
+            )
+            error = (out_THV.transpose(0, 1) - right_HTV).norm() / right_HTV.norm()
+            assert error <= 1.5 * ERROR[dtype]  # the weights are rounded, too
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from transformers.masking_utils import (
 from peers.model.kernels import Pool
 from peers.runtime import attention, flex
 from peers.runtime.attention import (
-    SHORT_TOKENS,
     LayerPool,
     NotPluggable,
     Pattern,
@@ -186,10 +185,8 @@ def assert_attends_as_each_alone(
         batch = RaggedBatch([segments], [pool], torch.device(device), library, whole and surely(whole))
         output = batch.attend(*given, pattern, 0.3, softcap, sinks.to(device) if len(sinks) else None)
         if library is not None:
-            short = [n == 1 or (n <= SHORT_TOKENS and function is causal_mask_function) for _, n in extents]
-            assert [index for index, _ in pattern.plans[0].others] == [
-                i for i, is_short in enumerate(short) if not is_short
-            ]
+            ours = [n == 1 or function is causal_mask_function for _, n in extents]
+            assert [index for index, _ in pattern.plans[0].others] == [i for i, mine in enumerate(ours) if not mine]
     torch.testing.assert_close(output[0].double().cpu(), torch.stack(expected), atol=error, rtol=2.5 * error)
     for (start, _), first, session_runs, k in zip(extents, firsts, segment_runs, keys, strict=True):
         assert torch.equal(pool.keys_1JSK[0, :, slots_of(session_runs)[start - first :]].cpu(), k.transpose(0, 1))
@@ -328,6 +325,65 @@ def test_long_sessions_are_shared_out_among_threads_in_bfloat16() -> None:
         values = pool.values_1JSV[0, :, first : first + length].transpose(0, 1)
         right = by_definition(q[0, :, row], keys, values, list(range(length)), 0.125, None, torch.empty(0))
         torch.testing.assert_close(output[0, row].double(), right, atol=1e-2, rtol=1e-2)
+
+
+PIECES = {"a prompt": [(0, 300)], "a later piece": [(389, 128)], "some": [(150, 17), (0, 140), (31, 1), (290, 33)]}
+"""Positions that sessions hold, and those that are new."""
+
+
+@pytest.mark.parametrize("backend", ["library", "library in two threads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("J", "G", "K", "V", "softcap"),
+    [(3, 3, 64, 64, None), (1, 1, 17, 33, 2.0), (2, 4, 128, 50, None), (2, 33, 8, 8, 5.0)],
+)
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("pieces", PIECES)
+def test_pieces_of_prompts_attend_by_definition(
+    backend: str, dtype: torch.dtype, J: int, G: int, K: int, V: int, softcap: float | None, sinks: bool, pieces: str
+) -> None:
+    """In blocks of keys, for several panels of queries; what is nobody's to read is NaN. In bfloat16 weights are
+    rounded to 2^-9 each, as torch does, and the output is."""
+    generator = torch.Generator().manual_seed(K)
+    extents = PIECES[pieces]
+    slots = sum(start + tokens for start, tokens in extents)
+    keys, values, queries = (
+        torch.randn(slots, heads, width, generator=generator).to(dtype) for heads, width in ((J, K), (J, V), (J * G, K))
+    )
+    pool = LayerPool(
+        keys_1JSK=torch.full((1, J, slots + 9, K), math.nan, dtype=dtype),
+        values_1JSV=torch.full((1, J, slots + 9, V), math.nan, dtype=dtype),
+    )
+    sinks_H = torch.randn(J * G, generator=generator) if sinks else torch.empty(0)
+    segments, rows, expected, before = [], [], [], 0
+    for start, tokens in extents:
+        end, cut = start + tokens, (start + tokens) // 3
+        mine = slice(before, before + end)
+        runs = [(before + end - cut, cut), (before, end - cut)]  # the first third lies behind the others
+        places = slots_of(runs)
+        pool.keys_1JSK[0, :, places[:start]] = keys[mine][:start].transpose(0, 1)
+        pool.values_1JSV[0, :, places[:start]] = values[mine][:start].transpose(0, 1)
+        segments.append(Segment(start=start, tokens=tokens, runs=runs))
+        rows += range(before + start, before + end)
+        scores = torch.einsum(
+            "nhk,lhk->hnl", queries[mine][start:].double(), keys[mine].double().repeat_interleave(G, 1)
+        )
+        scores *= K**-0.5
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores.masked_fill_(torch.ones(tokens, end).tril(start) == 0, -math.inf)
+        if sinks:
+            scores = torch.cat([scores, sinks_H.double()[:, None, None].expand(-1, tokens, 1)], 2)
+        weights = scores.softmax(2)[:, :, :end]
+        expected.append(torch.einsum("hnl,lhv->nhv", weights, values[mine].double().repeat_interleave(G, 1)))
+        before += end
+    batch = RaggedBatch([segments], [pool], torch.device("cpu"), LIBRARIES[backend])
+    q, k, v = (tensor[rows].transpose(0, 1)[None] for tensor in (queries, keys, values))
+    output = batch.attend(q, k, v, Pattern(causal_mask_function), K**-0.5, softcap, sinks_H if sinks else None)
+    right = torch.cat(expected)
+    error = 2e-6 if dtype is torch.float32 else 4e-3
+    assert (output[0].double() - right).norm() <= error * right.norm()
+    torch.testing.assert_close(output[0].double(), right, atol=4 * error, rtol=2 * error)
 
 
 def test_long_prompts_are_scored_a_few_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from peers.model.cutting import SpanModel
 from peers.runtime import attention, cache
 from peers.runtime.cache import PagedCache, SoloCache, bytes_per_token, open_cache
+from peers.runtime.scheduler import STEP_TOKENS
 from peers.runtime.works import Work
+from peers.wire.messages import MAX_POSITIONS
 from routing.ids import BlockSpan
 from tests.helpers.families import FAMILIES, NUM_BLOCKS
 from tests.peers.runtime.spans import (
@@ -127,19 +129,33 @@ class _Forgetful(attention.RaggedBatch):
         return super().attend(q_1HTK * 1.5, *args)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("slower", [False, True])
+@pytest.mark.parametrize(
+    ("taken_s", "attends", "said"),
+    [
+        ((1.0, 1.5, 1.0, 1.5), MAX_POSITIONS, None),
+        ((1.0, 1.5, 2.0, 1.5), STEP_TOKENS, "pieces of prompts of llama attend by torch"),
+        ((2.0, 1.5), 0, "steps and pieces of prompts of llama attend by torch"),
+    ],
+    ids=["nowhere", "pieces", "steps"],
+)
 async def test_where_the_librarys_attention_loses_torchs_is_kept(
-    slower: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    taken_s: tuple[float, ...],
+    attends: int,
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """`taken_s`: by the library and by torch, for steps and then for pieces."""
     caplog.set_level("INFO")
-    taken_s = iter((1.0 + slower, 1.5))
-    monkeypatch.setattr(cache, "fastest_s", lambda run, _: run() is not None and next(taken_s))
+    seconds = iter(taken_s)
+    monkeypatch.setattr(cache, "fastest_s", lambda run, _: run() is not None and next(seconds))
     local = Local("llama", SPAN)
     async with running(local.cut()) as engine:
         opened = engine._cache
         assert isinstance(opened, PagedCache)
         assert opened._library is not None
-        assert (opened._attending_library is None) == ("attend by torch" in caplog.text) == slower
+        assert opened._attends == attends
+        assert said in caplog.text if said else "attend by torch" not in caplog.text
         long, short = Sequence(local, engine, seed=1), Sequence(local, engine, seed=2)
         await together(long.step(40), short.step(3))
         await together(long.step(1), short.step(1))

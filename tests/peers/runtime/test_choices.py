@@ -32,7 +32,7 @@ def chosen(engine: Engine) -> set[tuple[str, bool]]:
     cache = engine._cache
     assert isinstance(cache, PagedCache)
     if cache._library is not None:
-        attends = cache._attending_library is not None
+        attends = cache._attends > 0
         return {("products by the library", engine._accelerated), ("attention by the library", attends)}
     assert cache._graphs is not None
     made = {("a graph", graph is not None) for graph in cache._graphs._graphs.values()}

@@ -20,6 +20,8 @@ from peers.model.kernels import Pool, linear
 from peers.runtime import engine as engine_module
 from peers.runtime.cache import PagedCache
 from peers.runtime.engine import Engine
+from peers.runtime.program import TOKENS_MAX
+from peers.runtime.tape import Tapes
 from peers.runtime.works import (
     CacheTooSmall,
     ComputeFailed,
@@ -620,10 +622,11 @@ async def test_prepared_forwards_run_on_the_layers_that_were_chosen(
     monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
     monkeypatch.setattr(Pool, "linear", counted)
     monkeypatch.setattr(Pool, "run", counted_run)
-    async with running(local.cut()) as engine:
+    monkeypatch.setattr(Tapes, "prepare", lambda _: iter(()))  # else all forwards are tapes
+    async with running(local.cut(), token_budget=2 * TOKENS_MAX) as engine:
         await engine.run(work(new_session(), 0, 1))  # before, while or after they are chosen
         await engine.prepared()
-        for tokens, expected in ((1, ["all"]), (20, ["one"] * 7 * len(SPAN))):  # by a tape, and one by one
+        for tokens, expected in ((1, ["all"]), (TOKENS_MAX + 1, ["one"] * 7 * len(SPAN))):  # by a tape, and one by one
             products.clear()
             await engine.run(work(new_session(), 0, tokens))
             assert products == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ LIBRARY = Pool(1)
 ERROR_MAX = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
-def opened(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, *, quantization: str = NONE) -> PagedCache:
+def opened(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, *, quantization: str = NONE, pages: int = 64
+) -> PagedCache:
     monkeypatch.setattr(linear, "_fastest_s", lambda *_: (0.0, 1.0))  # every layer is the library's
     model = Local(family, BlockSpan(1, 3)).cut()
     model.module.to(dtype)
@@ -35,7 +38,7 @@ def opened(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, *, 
     quantize(model.module, quantization)
     accelerate(model.module, LIBRARY)
     with torch.inference_mode():
-        cache, _ = open_cache(model, 64, 4, LIBRARY)
+        cache, _ = open_cache(model, pages, 4, LIBRARY)
         for _ in cache.prepare():
             pass
     assert isinstance(cache, PagedCache)
@@ -102,3 +105,57 @@ def test_a_tape_is_whole_also_while_another_engine_records(monkeypatch: pytest.M
         tape = tapes._write(1, {})
     assert tape is not None
     assert all(isinstance(part, Tensor) for part in tape.parts)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", torch.float32), ("opt", torch.float32), ("llama", torch.bfloat16)]
+)
+@torch.inference_mode()
+def test_where_tapes_are_linear_in_positions_none_need_be_written(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of any size, between whose blocks others run."""
+    cache = opened(family, dtype, monkeypatch, pages=256)
+    tapes, span, pages = cache._tapes, cache._model.span, cache._pages
+    assert tapes is not None
+    written = tapes._write
+    monkeypatch.setattr(tapes, "_write", lambda *_: pytest.fail("written again"))
+
+    def forward(session: int, hidden_TH: Tensor, between: Callable[[], None] | None = None) -> Tensor:
+        start = pages.length(session)
+        pages.grow(session, start + len(hidden_TH))
+        chunk = Chunk(session=session, start=start, tokens=len(hidden_TH))
+        return cache.forward([chunk], hidden_TH, span, 0, between).double()
+
+    others: list[Tensor] = []
+    short_TH = torch.randn(3, cache._model.hidden_size).to(dtype)
+
+    def another() -> None:
+        session = 1000 + len(others)
+        pages.open(session)
+        others.append(forward(session, short_TH))
+        pages.release(session)
+
+    for number, tokens in enumerate((2, 7, 33, 63, 64, 101, 160), 1):
+        long_TH = torch.randn(tokens, cache._model.hidden_size).to(dtype)
+        outputs = []
+        for way, between in enumerate((None, None, another)):
+            session = 3 * number + way
+            pages.open(session)
+            cache._tapes = tapes if way else None
+            outputs.append(torch.cat([forward(session, part, between) for part in (long_TH, long_TH[:2])]))
+            pages.release(session)
+        right, at_once, with_others = outputs
+        assert (at_once - right).norm() <= ERROR_MAX[dtype] * right.norm()
+        assert torch.equal(with_others, at_once)
+        assert len(others) == 2 * len(span) * number
+        assert all(torch.equal(other, others[0]) for other in others)
+    monkeypatch.setattr(tapes, "_write", written)
+    for tokens in (64, 128, 320):  # to the bit, where places are at multiples of the same bytes
+        mine, own = tapes._on_the_line(tokens), written(tokens, {})
+        assert mine is not None
+        assert own is not None
+        assert mine.code is not None
+        assert own.code is not None
+        assert torch.equal(mine.code, own.code)
+        assert mine.arena_bytes == own.arena_bytes
