@@ -16,7 +16,7 @@ import copy
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from typing import NamedTuple, Protocol
@@ -260,7 +260,7 @@ class PagedCache:
         except NotFlat as error:
             logger.info("%s: short forwards run its own code: %s", model.config.model_type, error)
         else:
-            self._tapes = self._checked_tapes(self._programs)
+            self._tapes = yield from self._checked_tapes(self._programs)
             if self._tapes is not None:
                 yield from self._tapes.prepare()
             if self._recorder is not None:
@@ -309,20 +309,25 @@ class PagedCache:
             self._whole = whole
         logger.info("%s: sessions attend %s: %s", name, "at once" if self._whole else "one by one", times)
 
-    def _checked_tapes(self, programs: Programs) -> Tapes | None:
-        """Tapes, if they say the same as programs of a few tokens with a past, over a small cache of their own."""
+    def _checked_tapes(self, programs: Programs) -> Generator[None, None, Tapes | None]:
+        """Tapes, if they say over a small cache of their own what programs and torch's attention do, of a few tokens
+        with a past and of a piece for which no tape was written."""
         model, library = self._model, self._library
         if library is None:
             return None
         like_H = _random_hidden(model, 1)[0]
-        pools = self._pools_of(6)
+        past, piece = 8, min(40, model.max_positions - 8)
+        pools = self._pools_of(past + max(piece, 6))
         tapes = Tapes(programs, like_H, pools, library)
-        for start, sessions in ((0, 3), (1, 3), (1, 1)):
-            segments = [Segment(start=start, tokens=1, runs=[(2 * n, start + 1)]) for n in range(sessions)]
+        yield from tapes.prepare()
+        for start, sessions, tokens in ((0, 3, 1), (1, 3, 1), (1, 1, 1), (0, 1, past), (past, 1, piece)):
+            segments = [Segment(start=start, tokens=tokens, runs=[(2 * n, start + tokens)]) for n in range(sessions)]
             tables = [segments] * len(self._pages.windows)
-            batch, again = (RaggedBatch(tables, pools, model.device, library) for _ in range(2))
-            hidden_1TH = _random_hidden(model, sessions)[None]
-            if not tapes.agree(hidden_1TH, batch, programs(hidden_1TH, again.positions_T[None], again)):
+            batch, again = (RaggedBatch(tables, pools, model.device, each) for each in (library, None))
+            hidden_1TH = _random_hidden(model, sessions * tokens)[None]
+            yield
+            expected_1TH = programs(hidden_1TH, again.positions_T[None], again)
+            if not tapes.agree(hidden_1TH, batch, expected_1TH, needed=tokens == 1):
                 logger.info("%s: short forwards run as programs", model.config.model_type)
                 return None
         layers = dict(zip(model.span, model.layers(), strict=True))
@@ -492,6 +497,9 @@ def open_cache(
                 pages = PagePool(arrangement.pages(num_pages), page_size, arrangement.windows, slack)
                 own = model, arrangement, dtypes, pages, backend, recorder, adaptable, graph_bytes
                 attends = 0 if backend is None else _attends(backend, layers[0])
+                if attends is None:
+                    logger.error("the compiled attention is wrong on this machine; torch's is used")
+                    continue
                 if backend is not None and attends < MAX_POSITIONS:
                     what = "pieces of prompts" if attends else "steps and pieces of prompts"
                     logger.info("%s of %s attend by torch, which is faster here", what, model.config.model_type)
@@ -604,15 +612,18 @@ def _agrees(model: SpanModel, arrangement: Arrangement, dtypes: Sequence[torch.d
 
 
 @torch.inference_mode()
-def _attends(library: Pool, layer: LayerShape) -> int:
-    """Up to how many new positions of a session `library` attends in a layer as torch does, in no more time: none,
-    those of steps, or any."""
-    if not _pays(library, layer, STEPS):
-        return 0
-    return MAX_POSITIONS if _pays(library, layer, PIECES) else STEP_TOKENS
+def _attends(library: Pool, layer: LayerShape) -> int | None:
+    """Up to how many new positions of a session `library` attends in a layer in no more time than torch: none, those of
+    steps, or any; None where it does not say the same."""
+    if not (steps := _pays(library, layer, STEPS)):
+        return None if steps is None else 0
+    if (pieces := _pays(library, layer, PIECES)) is None:
+        return None
+    return MAX_POSITIONS if pieces else STEP_TOKENS
 
 
-def _pays(library: Pool, layer: LayerShape, sample: Sequence[tuple[int, int]]) -> bool:
+def _pays(library: Pool, layer: LayerShape, sample: Sequence[tuple[int, int]]) -> bool | None:
+    """Whether it takes no longer than torch; None where it says something else."""
     segments, slots = [], 0
     for start, tokens in sample:
         segments.append(Segment(start=start, tokens=tokens, runs=[(slots, start + tokens)]))
@@ -630,9 +641,8 @@ def _pays(library: Pool, layer: LayerShape, sample: Sequence[tuple[int, int]]) -
         return batch.attend(*given, Pattern(causal_mask_function), K**-0.5, None, None)
 
     right = attend(None).float()
-    if (attend(library).float() - right).norm() > DIFFERENCE * right.norm():
-        logger.error("the compiled attention is wrong on this machine; torch's is used")
-        return False
+    if not (attend(library).float() - right).norm() <= DIFFERENCE * right.norm():
+        return None
     library_s, torch_s = (fastest_s(functools.partial(attend, each), torch.device("cpu")) for each in (library, None))
     return library_s <= torch_s
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from peers.model.cutting import SpanModel
+from peers.model.kernels import Pool
 from peers.runtime import attention, cache
 from peers.runtime.cache import PagedCache, SoloCache, bytes_per_token, open_cache
 from peers.runtime.scheduler import STEP_TOKENS
@@ -122,6 +123,16 @@ def test_a_model_on_which_ragged_attention_is_wrong_runs_alone(
     monkeypatch.setattr(cache, "RaggedBatch", _Forgetful)
     assert isinstance(open_cache(span_of("llama"), 4, 4)[0], SoloCache)
     assert "sessions run alone" in caplog.text
+
+
+def test_a_compiled_attention_that_says_something_else_is_used_nowhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache, "_pays", lambda *_: None)
+    opened, _ = open_cache(span_of("llama"), 4, 4, library=Pool(1))
+    assert isinstance(opened, PagedCache)
+    assert opened._library is None
+    assert "the compiled attention is wrong" in caplog.text
 
 
 class _Forgetful(attention.RaggedBatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -95,12 +95,28 @@ def test_with_weights_in_fewer_bits_too(dtype: torch.dtype, quantization: str, m
     assert_same_with_and_without(opened("llama", dtype, monkeypatch, quantization=quantization), dtype, seed=2)
 
 
+@pytest.mark.parametrize(("family", "has_a_line"), [("llama", True), ("gpt-neox", False)])
+def test_where_the_librarys_activation_is_slow_with_many_numbers_pieces_do_not_go_by_tape(
+    family: str, has_a_line: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tapes = opened(family, torch.float32, monkeypatch)._tapes
+    assert tapes is not None
+    assert (tapes._line is not None) == has_a_line
+
+
 @torch.inference_mode()
 def test_a_tape_is_whole_also_while_another_engine_records(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = opened("llama", torch.float32, monkeypatch)
     assert cache._programs is not None
     with opaque.through(lambda product, _, *inputs: product(*inputs)):
-        tapes = cache._checked_tapes(cache._programs)
+        checking = cache._checked_tapes(cache._programs)
+        found = []
+
+        def keep() -> Iterator[None]:
+            found.append((yield from checking))
+
+        assert list(keep())
+        (tapes,) = found
         assert tapes is not None
         tape = tapes._write(1, {})
     assert tape is not None
