@@ -125,12 +125,12 @@ def test_route_shows_who_lost_and_the_best_way_without_each_peer(command: Comman
         done = command(*arguments, "--json")
         assert done.returncode == 0, done.stderr
         said = json.loads(done.stdout)
-        # Whether one peer or two are faster is the machine's affair: somebody loses, and whoever won can be replaced.
+        # Whether one peer or two are faster, and which, is the machine's affair: whoever won can be replaced.
+        assert len(said["hops"]) > 1 or len(said["candidates"][0]) > 1, "two hold everything"
         for hop, options, other in zip(said["hops"], said["candidates"], said["without"], strict=True):
             chosen, *losers = options
             assert chosen["chosen"]
             assert chosen["peer_id"] == hop["peer_id"]
-            assert losers
             assert all(chosen["route_ms"] <= loser["route_ms"] for loser in losers)
             assert hop["peer_id"] not in {taken["peer_id"] for taken in other["hops"]}
             assert [block for taken in other["hops"] for block in range(*taken["span"])] == list(range(30))
