@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 import torch
@@ -162,8 +162,6 @@ class RaggedBatch:
         self._library = library
         self._attends = attends
         self._whole = whole
-        self.between: Callable[[], None] | None = None
-        """Called behind the attention of every layer; it may run a forward of others."""
 
     @functools.cached_property
     def positions_T(self) -> Tensor:  # noqa: N802  # a tensor, named by its shape
@@ -176,21 +174,6 @@ class RaggedBatch:
         return [torch.frombuffer(slots, dtype=torch.long).to(self._device) for slots in self._slots]
 
     def attend(
-        self,
-        q_1HTK: Tensor,
-        k_1JTK: Tensor,
-        v_1JTV: Tensor,
-        pattern: Pattern,
-        scale: float,
-        softcap: float | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
-        out_1THV = self._attend(q_1HTK, k_1JTK, v_1JTV, pattern, scale, softcap, sinks_H)
-        if self.between is not None:
-            self.between()
-        return out_1THV
-
-    def _attend(
         self,
         q_1HTK: Tensor,
         k_1JTK: Tensor,
@@ -386,14 +369,15 @@ _active = threading.local()
 
 
 @contextmanager
-def attending(attender: Attender) -> Iterator[PassThrough]:
-    """Every forward of this thread inside the block attends through `attender`; pass it the yielded cache."""
-    outer = getattr(_active, "attender", None)
-    _active.attender = attender
+def attending(attender: Attender, behind: Callable[[], None] | None = None) -> Iterator[PassThrough]:
+    """Every forward of this thread inside the block attends through `attender`; pass it the yielded cache. `behind` is
+    called behind the attention of every layer, and may run a forward of others."""
+    outer = getattr(_active, "ways", None)
+    _active.ways = attender, behind
     try:
         yield PassThrough()
     finally:
-        _active.attender = outer
+        _active.ways = outer
 
 
 _HARMLESS = frozenset(
@@ -421,8 +405,11 @@ def ragged_attention(
     if unknown:
         raise NotPluggable(f"{type(module).__name__} passes {', '.join(unknown)} to its attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attender: Attender = _active.attender
-    return attender.attend(query, key, value, attention_mask, scale, softcap, s_aux), None
+    attender, behind = cast(tuple[Attender, Callable[[], None] | None], _active.ways)
+    output_1THV = attender.attend(query, key, value, attention_mask, scale, softcap, s_aux)
+    if behind is not None:
+        behind()
+    return output_1THV, None
 
 
 def ragged_mask(

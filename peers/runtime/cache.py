@@ -206,15 +206,15 @@ class PagedCache:
             output_TH = programs(hidden_TH[None], batch.positions_T[None], batch)[0]
         if output_TH is not None:
             return output_TH
-        batch.between = between if adapting is None else adapting.around(between)
-        with attending(batch) as cache, adapting or nullcontext():
+        between = between if adapting is None else adapting.around(between)
+        with attending(batch, between) as cache, adapting or nullcontext():
             return self._model.forward(
                 hidden_TH[None],
                 batch.positions_T[None],
                 span=span,
                 past_key_values=cache,
                 regime_length=regime_length,
-                between=batch.between,
+                between=between,
             )[0]
 
     def at_once(self, chunk: Chunk, rows: memoryview, span: BlockSpan, regime_length: int) -> memoryview | None:

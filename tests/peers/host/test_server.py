@@ -154,11 +154,8 @@ def test_a_peer_announces_what_its_forwards_take_lately_where_that_is_clearly_mo
         assert said.decode_s_per_block == cost.SLOWER_MAX * before.decode_s_per_block
         assert said.prefill_s_per_token_block == cost.SLOWER_MAX * before.prefill_s_per_token_block
 
-        async def measure() -> None:
-            await peer.measure_again()
-
         peer.probe = replace(peer.probe, decode_s_per_block=10.0)
-        swarm.thread.call(measure(), timeout_s=100)
+        swarm.thread.call(peer.measure_again(), timeout_s=100)
         assert peer.probe.block_cost != quick, "the faster probe's"
         assert peer.slower == 1.0, "what was before is forgotten"
         assert peer.presence.describe().decode_s_per_block == peer.probe.decode_s_per_block < 10.0
