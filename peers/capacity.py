@@ -249,6 +249,10 @@ def _limit_bytes(device: torch.device, devices: Sequence[torch.device], max_memo
 
 
 def _devices(names: str) -> tuple[torch.device, ...]:
+    """`auto`: every GPU of the kind of the first, which is the fastest kind; parts of the same size suit no others."""
+    if names == "auto" and torch.cuda.is_available():
+        kinds = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return tuple(torch.device("cuda", index) for index, kind in enumerate(kinds) if kind == kinds[0])
     devices = tuple(_device(name) for name in names.split(","))
     if len({device.type for device in devices}) > 1:
         raise CallerError(f"{names} are devices of different kinds", hint="use several of one kind: cuda:0,cuda:1")
@@ -259,8 +263,6 @@ def _devices(names: str) -> tuple[torch.device, ...]:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda:0")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if not _DEVICE.fullmatch(name):
         raise CallerError(f"unknown device {name!r}", hint="use auto, cpu, cuda, cuda:1, mps or cuda:0,cuda:1")

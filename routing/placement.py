@@ -40,6 +40,8 @@ ESCALATE_S: Final = 10.0
 """After each such time for which a gap has stayed open, one more peer may close it."""
 FAIR_HOP: Final = 2.0
 """A peer takes no more blocks than make its hop so many times as slow as the usual one, unless they are missing."""
+SHORTENED: Final = 0.8
+"""Of the blocks that a peer chose before it knew its speed; where more than that is fair, it keeps them all."""
 ASKED_PER_BLOCK: Final = 2
 """Holders of each block that a peer is about to leave; one that answers will do."""
 MAX_PARTS: Final = 2
@@ -75,27 +77,60 @@ def choose_span(
     """
     if max_blocks < 1:
         raise CallerError("not even one block fits into the memory of this peer", hint="allow it more memory")
-    counted = [
+    counted = _counted(announcements, num_blocks, now_s)
+    length = min(max_blocks, num_blocks)
+    if decode_s_per_block and counted:
+        missing = max(map(len, gaps(chain.from_iterable(a.spans for a in counted), num_blocks)), default=0)
+        length = min(length, max(1, missing, _fair_length(counted, decode_s_per_block)))
+    return _least_covered(counted, BlockSpan(0, num_blocks), num_blocks, length)
+
+
+def shorten(
+    announcements: Iterable[Announcement], mine: Announcement, now_s: float, decode_s_per_block: float
+) -> BlockSpan:
+    """What to serve of the one span that `mine` says, which was chosen before this peer knew its speed.
+
+    It is as `choose_span` would have chosen within these blocks, and all of them where that is nearly as long
+    (SHORTENED). Blocks that nobody else holds stay, and so does whatever lies between two of them. Of others that are
+    joining, which may do the same now, only those with smaller peer ids hold anything.
+    """
+    (span,) = mine.spans.parts
+    before = (a for a in announcements if a.state is not PeerState.JOINING or a.peer_id < mine.peer_id)
+    counted = _counted(before, mine.num_blocks, now_s)
+    if not counted:
+        return span
+    held = set(chain.from_iterable(chain.from_iterable(a.spans for a in counted)))
+    needed = [block for block in span if block not in held]
+    length = max(1, _fair_length(counted, decode_s_per_block), needed[-1] + 1 - needed[0] if needed else 0)
+    if length > SHORTENED * len(span):
+        return span
+    return _least_covered(counted, span, mine.num_blocks, length)
+
+
+def _counted(announcements: Iterable[Announcement], num_blocks: int, now_s: float) -> list[Announcement]:
+    return [
         a
         for a in announcements
         if now_s < a.expires_at_s + CLOCK_SLACK_S and a.state in _COUNTED and a.num_blocks == num_blocks and a.addresses
     ]
+
+
+def _fair_length(counted: Sequence[Announcement], decode_s_per_block: float) -> int:
+    return int(FAIR_HOP * _usual_hop_s(counted, decode_s_per_block) / decode_s_per_block)
+
+
+def _least_covered(counted: Sequence[Announcement], within: BlockSpan, num_blocks: int, length: int) -> BlockSpan:
     replication, throughput = [0] * num_blocks, _throughput(counted, num_blocks)
     for a in counted:
         for block in chain.from_iterable(a.spans):
             replication[block] += 1
         for block in a.intent or ():
             replication[block] += not any(block in span for span in a.spans)
-    length = min(max_blocks, num_blocks)
-    if decode_s_per_block and counted:
-        usual_s = _usual_hop_s(counted, decode_s_per_block)
-        missing = max(map(len, gaps(chain.from_iterable(a.spans for a in counted), num_blocks)), default=0)
-        length = min(length, max(1, missing, int(FAIR_HOP * usual_s / decode_s_per_block)))
-
     sums = list(accumulate(throughput, initial=0.0))
-    window = sorted(replication[:length])
-    best, best_start = (tuple(window), round(sums[length], 3)), 0
-    for start in range(1, num_blocks - length + 1):
+    first = within.start
+    window = sorted(replication[first : first + length])
+    best, best_start = (tuple(window), round(sums[first + length] - sums[first], 3)), first
+    for start in range(first + 1, within.end - length + 1):
         del window[bisect_left(window, replication[start - 1])]
         insort(window, replication[start + length - 1])
         found = (tuple(window), round(sums[start + length] - sums[start], 3))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 PREPARATION_S = 1.5
 """So long blocks whose speed is known wait to be as fast as that: where what was compiled is kept, they soon are."""
+Fit = Callable[[Probe], Awaitable[BlockSpans]]
+"""What to serve of the blocks that were loaded, now that this was measured of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,7 @@ class Running:
     plan: Plan
     """What was left of the one that was asked for, once a forward had been measured."""
     probe: Probe
+    spans: BlockSpans
     adapters: dict[bytes, Adapter | None]
     """Hosted ones by digest: what of each is of these blocks."""
 
@@ -76,19 +79,29 @@ class Blocks:
             awaited.over = True
 
     async def start(
-        self, spans: BlockSpans, plan: Plan, *, probe: Probe | None = None, progress: Progress | None = None
+        self,
+        spans: BlockSpans,
+        plan: Plan,
+        *,
+        probe: Probe | None = None,
+        fit: Fit | None = None,
+        progress: Progress | None = None,
     ) -> Running:
-        """Load the weights, start the engine, measure it unless that is known. Raises SwarmError."""
+        """Load the weights, start the engine, measure it unless that is known; after that `fit` may say that some of
+        the blocks will do. Raises SwarmError."""
         try:
-            return await self._start(spans, plan, probe, progress)
+            return await self._start(spans, plan, probe, fit, progress)
         except (torch.OutOfMemoryError, MemoryError) as error:
             problem: SwarmError = PeerTooSmall(f"there is no memory left for blocks {spans}: {one_line(error)}")
         except OSError as error:
             problem = _broken_disk(spans, error)
         raise problem  # out here: what was caught holds on to the weights that were loaded by then
 
-    async def _start(self, spans: BlockSpans, plan: Plan, probe: Probe | None, progress: Progress | None) -> Running:
+    async def _start(
+        self, spans: BlockSpans, plan: Plan, probe: Probe | None, fit: Fit | None, progress: Progress | None
+    ) -> Running:
         while True:
+            fitting = spans
             models = [
                 await asyncio.to_thread(
                     load_span,
@@ -112,20 +125,22 @@ class Blocks:
                     _check_adapter(engine, name, adapter)
                 if probe is None:
                     probe = await measure(engine, room_bytes=FORWARD_BYTES)
+                    fitting = spans if fit is None else await fit(probe)
                 else:
                     with suppress(TimeoutError):  # it goes on in the background
                         async with asyncio.timeout(PREPARATION_S):
                             await engine.prepared()
                 engine.set_token_budget(probe.token_budget)
-                final = plan.beside(probe.forward_bytes, blocks=spans)
-                if plan.cache_tokens <= final.cache_tokens:
+                final = plan.beside(probe.forward_bytes, blocks=fitting)
+                if fitting == spans and plan.cache_tokens <= final.cache_tokens:
                     trial.pop_all()
                     by_digest = {self.adapters[name].digest: adapter for name, adapter in adapters.items()}
-                    return Running(engine=engine, plan=plan, probe=probe, adapters=by_digest)
-            logger.warning("a forward takes %d MiB: starting again with less cache", probe.forward_bytes >> 20)
+                    return Running(engine=engine, plan=plan, probe=probe, spans=spans, adapters=by_digest)
+            if fitting == spans:
+                logger.warning("a forward takes %d MiB: starting again with less cache", probe.forward_bytes >> 20)
             del models, engines, engine
             gc.collect()  # these weights must be gone before they are loaded again, and models hold themselves
-            plan = final
+            plan, spans = final, fitting
 
     async def _engines(self, models: Sequence[SpanModel], config: EngineConfig) -> list[Engine]:
         """One for each; those on the CPU share its threads."""

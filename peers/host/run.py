@@ -127,7 +127,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             plan, probe, probed_in = await _plan(config, checkpoint, adapters.values(), threads)  # of what is free now
         peer.discovery.watch(checkpoint.model_id)
         alone = not config.initial_peers
-        speed = None if alone or config.blocks or config.num_blocks else await _speed(checkpoint, plan, probe, threads)
+        by_speed = not (alone or config.blocks or config.num_blocks)
+        speed = await _speed(checkpoint, plan, probe, threads) if by_speed else None
         spans = config.blocks or await peer.choose_span(checkpoint, plan, speed, alone=alone)
         max_blocks = plan.max_blocks
         plan = plan.beside(FORWARD_BYTES if probe is None else probe.forward_bytes, blocks=spans)
@@ -143,7 +144,9 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
             probe=probe,
             movable=config.blocks is None and not config.stay,
             max_blocks=max_blocks,
+            fit=by_speed,
         )
+        spans = peer.handler.served.spans
         if config.alone:
             stack.callback(garbage.spare_nothing)
             garbage.spare()

@@ -16,7 +16,7 @@ from peers import garbage
 from peers.capacity import Plan
 from peers.discovery import Discovery
 from peers.errors import PeerTooSmall
-from peers.host.blocks import Blocks
+from peers.host.blocks import Blocks, Fit
 from peers.host.events import Emit, Event
 from peers.host.presence import Presence
 from peers.model.catalog import Checkpoint
@@ -49,7 +49,7 @@ from peers.wire.messages import PROTOCOL_VERSION
 from routing.errors import SwarmError, Unavailable
 from routing.identity import SigningKey
 from routing.ids import BlockSpan, BlockSpans
-from routing.placement import MAX_PARTS, Move, before_me, choose_span, usable
+from routing.placement import MAX_PARTS, Move, before_me, choose_span, shorten, usable
 from routing.records import MAX_MODEL_NAME_CHARS, Announcement, HostedAdapter, PeerState
 from routing.router import Router
 from routing.store import RecordStore
@@ -165,17 +165,33 @@ class ServerPeer:
         probe: Probe | None = None,
         movable: bool = False,
         max_blocks: int | None = None,
+        fit: bool = False,
     ) -> None:
         """Load the weights, start the engine, measure it unless that is known. Raises SwarmError.
 
         `movable`: `rebalance` may load other blocks later, up to `max_blocks`; as many as `plan` allows by default.
+        `fit`: the one span was chosen by `choose_span`; should it be longer than is fair at the speed that is measured,
+        some of it is served.
         """
         config = EngineConfig(cache_tokens=plan.cache_tokens, threads=threads, share_prefixes=share_prefixes)
         if page_size is not None:
             config = replace(config, page_size=page_size)
         self._blocks = Blocks(checkpoint=checkpoint, config=config, adapters=self._adapters)
         self._max_blocks = (max_blocks or plan.max_blocks) if movable else 0
-        await self._run_blocks(spans, plan, probe=probe, progress=progress)
+        await self._run_blocks(spans, plan, probe=probe, fit=self._fit if fit else None, progress=progress)
+
+    async def _fit(self, probe: Probe) -> BlockSpans:
+        """What of its announced span this peer should serve at this speed; others hear of it."""
+        await self.discovery.refresh()
+        mine, now_s = self.presence.describe(), self.discovery.now_s()
+        others = [a for a in self.router.snapshot(now_s).of_model(mine.model) if a.peer_id != mine.peer_id]
+        spans = mine.spans
+        if not probe.disturbed:
+            spans = BlockSpans.of(shorten(usable(others, mine), mine, now_s, probe.decode_s_per_block))
+        if spans != mine.spans:
+            logger.info("blocks %s are too many at the speed that was measured: this peer serves %s", mine.spans, spans)
+            self.presence.join(spans)
+        return spans
 
     async def fetch(self, spans: BlockSpans) -> None:
         """What `move` needs for these blocks: room in memory, and files on this disk. Raises SwarmError."""
@@ -192,10 +208,16 @@ class ServerPeer:
         await self._run_blocks(spans, self._fitting(spans), probe=self.probe)
 
     async def _run_blocks(
-        self, spans: BlockSpans, plan: Plan, *, probe: Probe | None, progress: Progress | None = None
+        self,
+        spans: BlockSpans,
+        plan: Plan,
+        *,
+        probe: Probe | None,
+        fit: Fit | None = None,
+        progress: Progress | None = None,
     ) -> None:
         checkpoint = self._blocks.checkpoint
-        running = await self._blocks.start(spans, plan, probe=probe, progress=progress)
+        running = await self._blocks.start(spans, plan, probe=probe, fit=fit, progress=progress)
         self._engine_closer.push_async_callback(running.engine.stop)
         self.engine, self._plan, self.probe = running.engine, running.plan, running.probe
         model, stats = self.engine.model, self.engine.stats()
@@ -210,7 +232,7 @@ class ServerPeer:
                 lease_s=self._lease_s,
             )
         )
-        served = Served(model=checkpoint.model_id, spans=spans, hidden_size=model.hidden_size)
+        served = Served(model=checkpoint.model_id, spans=running.spans, hidden_size=model.hidden_size)
         if self._loaded:
             self.handler.settle(engine=self.engine, served=served, ledger=ledger)
         else:

@@ -135,6 +135,17 @@ def test_several_devices_share_the_blocks_and_the_memory() -> None:
     assert len(one.parts(BlockSpans.parse("3:4"))) == 1
 
 
+def test_by_itself_a_peer_takes_every_gpu_of_the_first_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ("large", "large", "small")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: kinds[index])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 << 30, 64 << 30))
+    plan = plan_capacity(CONFIG, num_blocks=2, dtype="float32")
+    assert plan.device_names == "cuda:0,cuda:1"
+    assert plan.share.blocks == (1, 1)
+
+
 def test_several_spans_are_cut_at_their_own_ends_and_between_devices() -> None:
     spans = BlockSpans.parse("0:1,2:4")
     alone = plan_capacity(CONFIG, device="cpu", max_memory_bytes=4 << 30, blocks=spans)

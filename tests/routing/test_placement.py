@@ -24,6 +24,7 @@ from routing.placement import (
     choose_move,
     choose_span,
     gives_way,
+    shorten,
     stands,
     to_ask,
 )
@@ -131,6 +132,50 @@ def test_a_slow_peer_takes_no_more_than_a_fair_hop_unless_blocks_are_missing() -
     assert len(choose_span(thirds, 30, 30, NOW_S, decode_s_per_block=0.004)) == 5
     assert len(choose_span(thirds, 30, 30, NOW_S, decode_s_per_block=9.0)) == 1
     assert str(choose_span(thirds[:2], 30, 30, NOW_S, decode_s_per_block=9.0)) == "20:30"
+
+
+@given(st.lists(st.tuples(st.integers(0, 11), st.integers(1, 12), st.booleans(), st.floats(0.001, 0.1)), max_size=8))
+def test_who_took_too_many_blocks_keeps_a_fair_part_and_what_nobody_else_has(
+    others: list[tuple[int, int, bool, float]],
+) -> None:
+    mine = announcement(peer(4), 1, 11, num_blocks=12, state=PeerState.JOINING)
+    peers = [
+        announcement(
+            peer(number if number < 4 else number + 1),
+            start,
+            min(12, start + length),
+            num_blocks=12,
+            decode_s_per_block=decode_s,
+            state=PeerState.ONLINE if online else PeerState.JOINING,
+        )
+        for number, (start, length, online, decode_s) in enumerate(others)
+    ]
+    shorter = shorten(peers, mine, NOW_S, 0.02)
+    assert shorter.start >= 1
+    assert shorter.end <= 11
+    sure = {
+        block for a in peers if a.state is PeerState.ONLINE or a.peer_id < mine.peer_id for block in a.spans.parts[0]
+    }
+    assert set(range(1, 11)) - sure <= set(shorter)
+    assert len(shorter) == 10 or len(shorter) <= 8, "it is worth loading again"
+    assert len(shorter) == 10 or len(shorter) >= max(1, len(set(range(1, 11)) - sure))
+
+
+def test_of_two_that_joined_together_one_keeps_what_both_could_leave() -> None:
+    online = [announcement(peer(n), 0, 6, num_blocks=12, decode_s_per_block=1e-6) for n in range(2)]
+    first, second = sorted(
+        (announcement(peer(n), 0, 12, num_blocks=12, state=PeerState.JOINING) for n in (2, 3)), key=lambda a: a.peer_id
+    )
+    assert str(shorten([*online, second], first, NOW_S, 1.0)) == "6:12"
+    assert len(shorten([*online, first], second, NOW_S, 1.0)) == 1
+
+
+def test_a_part_that_is_nearly_as_long_is_not_worth_loading_again() -> None:
+    usual = [announcement(peer(n), 0, 10, num_blocks=10, decode_s_per_block=0.001) for n in range(2)]
+    mine = announcement(peer(3), 0, 10, num_blocks=10, state=PeerState.JOINING)
+    for fair, length in ((20, 10), (9, 10), (8, 8), (3, 3), (0.5, 1)):
+        assert len(shorten(usual, mine, NOW_S, 0.02 / (fair + 0.001))) == length
+    assert shorten([], mine, NOW_S, 9.0) == mine.spans.parts[0], "there is no usual hop"
 
 
 def moved(peers: list[Announcement], number: int, open_for_s: float = 0.0) -> str | None:

@@ -115,7 +115,8 @@ def join(
         typer.Option(
             "--device",
             metavar="auto|cpu|cuda[:i]|mps",
-            help="Where to compute. Several share the blocks by their memory: cuda:0,cuda:1.",
+            help="Where to compute; auto takes all GPUs of the first one's kind. Several share the blocks by their "
+            "memory: cuda:0,cuda:1.",
         ),
     ] = "auto",
     listen: Listen = None,

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from peers.capacity import plan_capacity
+from peers.host import blocks as loaded_blocks
 from peers.host import server
 from peers.model.loading import load_config
 from peers.runtime import cost
+from peers.runtime.joined import AnyEngine
+from peers.runtime.probe import Probe
 from peers.runtime.works import Done, Work
 from peers.serving import announce
 from peers.transport import links
@@ -74,6 +77,44 @@ def test_a_peer_that_joins_counts_those_whom_its_clients_could_use(tmp_path: Pat
                 await node.close()
 
         assert str(swarm.thread.call(choose(), timeout_s=100)) == blocks, "the other has a private address"
+
+
+def test_a_peer_that_took_too_many_blocks_before_it_knew_its_speed_serves_some_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(FAMILIES["llama"], tmp_path / "tiny")
+    measure = loaded_blocks.measure
+
+    async def undisturbed(engine: AnyEngine, *, room_bytes: int) -> Probe:
+        return replace(await measure(engine, room_bytes=room_bytes), disturbed=False)
+
+    monkeypatch.setattr(loaded_blocks, "measure", undisturbed)
+    with MemorySwarm(tmp_path / "tiny", [(0, 1), (1, 3)], cache=tmp_path / "cache") as swarm:
+        plan = plan_capacity(load_config(swarm.checkpoint), dtype="float32", device="cpu", max_memory_bytes=8 << 30)
+
+        async def say_that_they_are_fast() -> None:
+            for peer in swarm.peers:
+                peer.probe = replace(peer.probe, decode_s_per_block=1e-9)
+                peer._offer()
+                await peer.presence.intend(None)
+
+        async def join() -> tuple[BlockSpans, BlockSpans, BlockSpans, int, int]:
+            node = MemoryNode(swarm.network, key := new_key())
+            peer = server.ServerPeer(node.transport, node.store, key=key, network="test")
+            try:
+                spans = await peer.choose_span(swarm.checkpoint, plan, None)
+                settled = plan.beside(0, blocks=spans)
+                await peer.load(swarm.checkpoint, spans, settled, threads=1, fit=True)
+                said = peer.presence.describe()
+                return spans, said.spans, peer.handler.served.spans, peer.engine.model.span.start, said.max_blocks
+            finally:
+                await peer.close()
+                await node.close()
+
+        swarm.thread.call(say_that_they_are_fast(), timeout_s=100)
+        chosen, said, served, start, max_blocks = swarm.thread.call(join(), timeout_s=100)
+        assert (str(chosen), str(said), str(served), start) == ("0:4", "3:4", "3:4", 3), "which nobody else has"
+        assert max_blocks == 0, "it was not said to be movable"
 
 
 def test_a_peer_announces_how_fast_it_sends_and_prompts_are_planned_for_the_rows_that_come_back(
