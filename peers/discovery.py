@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 
 from peers.errors import PeerSilent
@@ -43,6 +43,7 @@ MISSED_MAX = 2
 PING_SILENT_EVERY_S = READ_EVERY_S / 2
 """Of those that did not answer: at every look, however long this and the last one took to read."""
 PING_EVERY_S = 30.0
+PING_DOUBTED_EVERY_S = 1.0
 MAX_PINGS_PER_ROUND = 8
 
 
@@ -146,6 +147,13 @@ class Discovery:
         self._missed = {peer: missed for peer, missed in self._missed.items() if peer in known}
         due.sort(key=lambda peer: self._pinged_at_s.get(peer.peer_id, 0.0))
         await asyncio.gather(*(self._ping(peer) for peer in due[:MAX_PINGS_PER_ROUND]))
+
+    def doubt(self, peers: Container[PeerId]) -> None:
+        """The way to one of these seems to have become longer: ask them soon, not only when they are due."""
+        now_s = self._clock()
+        for peer in self.router.snapshot(now_s).peers:
+            if peer.peer_id in peers and now_s - self._pinged_at_s.get(peer.peer_id, 0.0) >= PING_DOUBTED_EVERY_S:
+                self._tasks.spawn(self._ping(peer), name=f"ping {peer.peer_id[-8:]}, which is in doubt")
 
     async def answering(self, peers: Sequence[Announcement], *, timeout_s: float) -> set[PeerId]:
         """Those that answer a ping now; all are asked at once."""

@@ -491,10 +491,10 @@ class SwarmRemote:
                 self._client.router.on_ended(core.session)
 
     def reconsider(self, session: LiveSession) -> None:
-        """Let go of the hop that took longest, between two steps and without blame, where another is clearly faster."""
+        """Let go of a hop, between two steps and without blame, where a step is clearly faster with another."""
         core = session.core
         if core is not None and (slowest := self._planner.to_leave(session, core)) is not None:
-            error = PeerUnreachable(f"{slowest} has become slow")
+            error = PeerUnreachable(f"{slowest}, or the way there, has become slow")
             logger.info("session %s: %s", core.session, error)
             self.perform(session, core.hop_leaves(slowest, core.epoch, error, answers=True))
 

@@ -76,7 +76,7 @@ class Planner:
         return [hop for hop in hops if hop is not None]
 
     def to_leave(self, session: LiveSession, core: SessionCore) -> PeerId | None:
-        """The hop that took longest, where a route without it is clearly faster and it is time to look for one."""
+        """The hop without which a route is clearly faster, where it is time to look for one."""
         loop_s, client, pace = asyncio.get_running_loop().time(), self._sessions.client, session.pace
         if core.route is None or core.state is not State.READY:
             return None
@@ -85,6 +85,7 @@ class Planner:
         if pace.slowed:
             session.reconsider_at_s = loop_s + min(RECONSIDER_S, RECONSIDER_S_MIN * 2.0 ** min(session.looks, 9))
             session.looks += 1
+            self._sessions.client.discovery.doubt({hop.peer_id for hop in core.route.hops})
         session.review_at_s = loop_s + next_review_s(loop_s - session.began_s)
         request, now_s = self._request(session, core.route, session.length), client.discovery.now_s()
         return hop_to_leave(client.router, request, pace.hops_s, now_s, step_s=pace.usual_s(1), slowed=pace.slowed)

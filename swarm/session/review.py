@@ -43,13 +43,22 @@ def next_review_s(age_s: float) -> float:
 def hop_to_leave(
     router: Router, request: RouteRequest, took_s: Mapping[PeerId, float], now_s: float, *, step_s: float, slowed: bool
 ) -> PeerId | None:
-    """The slowest hop of `request.previous`, if a step would take clearly less with another peer in its place; steps
-    take `step_s`, of that `took_s` waits and computation at each peer.
+    """A hop of `request.previous`, if a step would take clearly less with another peer in its place; steps take
+    `step_s`, of that `took_s` waits and computation at each peer. It is the one where most of that passes, or, where
+    steps have `slowed` and most of it passes nowhere, the one without which ways are shortest.
 
     `slowed`: steps took half or less before, so what they take now beside the slowest hop is known, estimates of ways
     and all, and stays; of the other peer only what it adds is estimated. Else estimates are compared with estimates:
     other things take time as well, with any peers, and what steps take says nothing of these.
     """
+    if slowed and 2 * sum(took_s.values()) < step_s:
+        return _lies_far(router, request, now_s, step_s=step_s)
+    return _computes_long(router, request, took_s, now_s, step_s=step_s, slowed=slowed)
+
+
+def _computes_long(
+    router: Router, request: RouteRequest, took_s: Mapping[PeerId, float], now_s: float, *, step_s: float, slowed: bool
+) -> PeerId | None:
     assert request.previous is not None
     gain = SLOWED_GAIN if slowed else CLEAR_GAIN
     if (total_s := sum(took_s.values())) > step_s:  # of one step, which took longer than they usually do
@@ -74,3 +83,23 @@ def hop_to_leave(
     if expected_s * gain >= step_s or any(hop.peer_id == slowest for hop in better.hops):
         return None
     return slowest
+
+
+def _lies_far(router: Router, request: RouteRequest, now_s: float, *, step_s: float) -> PeerId | None:
+    """Which way became long is not what steps tell: estimates, which hear of round trips, are compared."""
+    assert request.previous is not None
+    if (now_takes_s := router.route_s(request, now_s)) is None:
+        return None
+    enough_s = min(step_s, now_takes_s) / SLOWED_GAIN
+    best: PeerId | None = None
+    try:
+        if router.plan(replace(request, previous=None), now_s).cost_s >= enough_s:
+            return None  # whatever was left
+        for leaving in request.previous.hops:
+            others = tuple(hop for hop in request.previous.hops if hop != leaving)
+            better = router.plan(replace(request, keep=others, avoid=request.avoid | {leaving.peer_id}), now_s)
+            if better.cost_s < enough_s:
+                best, enough_s = leaving.peer_id, better.cost_s
+    except NoRoute:  # somebody is needed
+        return best
+    return best

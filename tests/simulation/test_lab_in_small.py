@@ -297,6 +297,30 @@ def test_prompts_of_one_client_share_what_is_under_way() -> None:
     run(work)
 
 
+@pytest.mark.parametrize("hop", [0, 1])
+def test_a_hop_to_which_the_way_becomes_long_is_left_within_seconds(hop: int) -> None:
+    async def work() -> None:
+        async with Twin(copies=2, compute_s=(0.02,)) as twin:
+            user, prompt = twin.user(), twin.prompt()
+            victim = PeerId("")
+            left_s: list[float] = []
+
+            def on_step(number: int) -> None:
+                nonlocal victim
+                if number == 100:
+                    victim = user.route[hop]
+                    twin.network.latency_s = lambda a, b: 0.25 if victim in (a, b) else 0.005
+                elif number > 100 and victim not in user.route and not left_s:
+                    left_s.append(user.times_s[-1] - user.times_s[99])
+
+            await asyncio.sleep(10)  # ways are measured by then
+            rows = await user.generate(prompt, 160, on_step=on_step)
+            assert torch.equal(rows, local(prompt, 160))
+            assert left_s[0] <= 10
+
+    run(work)
+
+
 @pytest.mark.parametrize("name", PROFILES)
 def test_an_answer_is_the_same_over_every_kind_of_link(name: str) -> None:
     async def work() -> None:

@@ -37,14 +37,14 @@ def test_a_review_plans_nothing_where_the_other_hops_alone_take_too_long(monkeyp
     request = replace(REQUEST, previous=router.plan(replace(REQUEST, avoid=frozenset({peer(2)})), NOW_S))
 
     def left(step_s: float) -> PeerId | None:
-        return hop_to_leave(router, request, {peer(0): 0.1, peer(1): 0.2}, NOW_S, step_s=step_s, slowed=slowed)
+        return hop_to_leave(router, request, {peer(0): 0.15, peer(1): 0.2}, NOW_S, step_s=step_s, slowed=slowed)
 
     slowed = False
     assert left(1.0) == peer(1)
     monkeypatch.setattr(router, "plan", None)
     assert left(0.3) is None, "the first hop takes 0.15 of them, and its way"
     slowed = True
-    assert left(0.6) is None, "two thirds of it pass without the hop"
+    assert left(0.65) is None, "two thirds of it pass without the hop"
 
 
 def test_looks_at_a_route_become_rarer() -> None:
@@ -83,6 +83,30 @@ def test_what_steps_take_beside_a_hop_that_became_slow_is_known_and_not_estimate
     assert router.plan(REQUEST, NOW_S).cost_s > 0.1 / 2
     assert hop_to_leave(router, request, took_s, NOW_S, step_s=0.1, slowed=True) == peer(1)
     assert hop_to_leave(router, request, took_s, NOW_S, step_s=0.1, slowed=False) is None
+
+
+def test_a_hop_to_which_the_way_became_long_is_left_once_that_was_measured() -> None:
+    router = Router()
+    router.on_announcements([announcement(peer(n), 15 * (n % 2), 15 * (n % 2) + 15) for n in range(4)], NOW_S)
+    request = replace(REQUEST, previous=router.plan(REQUEST, NOW_S))
+    assert request.previous is not None
+    near, far = (hop.peer_id for hop in request.previous.hops)
+    took_s = {near: 0.01, far: 0.01}
+
+    def left(slowed: bool) -> PeerId | None:
+        return hop_to_leave(router, request, took_s, NOW_S, step_s=0.6, slowed=slowed)
+
+    for number in range(4):
+        router.on_rtt(peer(number), 0.01, NOW_S)
+    assert left(slowed=True) is None, "nothing says by which way"
+    for _ in range(5):
+        router.on_rtt(far, 0.5, NOW_S)
+    assert left(slowed=True) == far
+    assert left(slowed=False) is None, "nothing was quicker before"
+    for _ in range(5):
+        for number in range(4):
+            router.on_rtt(peer(number), 0.5, NOW_S)
+    assert left(slowed=True) is None, "it is this node's own way"
 
 
 def test_what_passed_at_hops_is_the_mean_of_the_last_steps_and_prompts_do_not_count() -> None:
