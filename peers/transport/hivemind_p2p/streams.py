@@ -141,12 +141,9 @@ class HivemindTransport:
     async def _connect_again(self, peer: PeerId, addresses: Sequence[str], timeout_s: float) -> None:
         async with detours(peer, addresses) as found:
             await self._daemon.connect(peer, [*found.alive, *found.offered], timeout_s=timeout_s)
-            if not found.taken or self.has_streams(peer):
-                return  # streams that came in by a detour would end with it; so it stays
-            found.close()
-            offered = {address.removesuffix(f"/p2p/{peer}") for address in found.offered}
-            while not offered.isdisjoint(await self.observed_addresses(peer)):
-                pass  # until the daemon has seen its end
+        offered = {address.removesuffix(f"/p2p/{peer}") for address in found.offered}
+        while not offered.isdisjoint(await self.observed_addresses(peer)):
+            pass  # until the daemon has seen its end
         await self._daemon.connect(peer, found.alive, timeout_s=timeout_s)
 
     def _note_gone(self, peer: PeerId) -> None:

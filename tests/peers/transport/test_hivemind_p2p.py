@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import logging
 import os
-import random
 import resource
 import signal
 import socket
@@ -431,17 +430,10 @@ async def test_initial_peers_are_found_at_once_too(away: Away, offered: list[str
             await away.here.reconnect()
 
 
-async def test_a_detour_stays_while_streams_came_in_by_it(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with away.back():
-        pass
-    await away.put_off()
-    async with away.back():
-        monkeypatch.setattr(away.here.transport, "has_streams", lambda peer: True)
-        stream = await away.open()
-        away.still_put_off()
-        (observed,) = await away.here.transport.observed_addresses(away.peer)
-        assert f"{observed}/p2p/{away.peer}" not in away.addresses
-        assert await says(stream, random.Random(1).randbytes(3_000_000))
+async def test_a_peer_makes_no_connection_of_a_detour_that_the_daemon_has_one_of(away: Away) -> None:
+    async with away.back() as there, detours(away.peer, away.addresses) as found:
+        await away.here._daemon.connect(away.peer, found.offered, timeout_s=60)
+        assert await there.transport.observed_addresses(away.here.peer_id) == ()
 
 
 async def test_whoever_listens_where_a_peer_was_is_not_taken_for_it(away: Away) -> None:
