@@ -436,6 +436,24 @@ async def test_a_peer_makes_no_connection_of_a_detour_that_the_daemon_has_one_of
         assert await there.transport.observed_addresses(away.here.peer_id) == ()
 
 
+async def test_a_dial_that_crossed_one_of_the_peer_is_made_again(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = Daemon.connect
+    crossed = False
+
+    async def crossing(self: Daemon, peer: PeerId, addresses: Sequence[str], *, timeout_s: float) -> None:
+        nonlocal crossed
+        if not crossed and tuple(addresses) == away.addresses:
+            crossed = True
+            raise PeerUnreachable("unexpected handshake message of type *tls.clientHelloMsg")
+        await connect(self, peer, addresses, timeout_s=timeout_s)
+
+    monkeypatch.setattr(Daemon, "connect", crossing)
+    async with away.back():
+        away.here.transport._note_gone(away.peer)
+        assert await says(await away.open(), b"hello")
+    assert crossed
+
+
 async def test_whoever_listens_where_a_peer_was_is_not_taken_for_it(away: Away) -> None:
     async with away.back():
         pass
