@@ -139,15 +139,18 @@ class HivemindTransport:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _connect_again(self, peer: PeerId, addresses: Sequence[str], timeout_s: float) -> None:
-        async with detours(peer, addresses) as found:
-            await self._daemon.connect(peer, [*found.alive, *found.offered], timeout_s=timeout_s)
-            if not found.taken or self.has_streams(peer):
-                return  # streams that came in by a detour would end with it; so it stays
-            found.close()
+        for last in (False, True):
+            async with detours(peer, addresses) as found:
+                await self._daemon.connect(peer, [*found.alive, *found.offered], timeout_s=timeout_s)
             offered = {address.removesuffix(f"/p2p/{peer}") for address in found.offered}
             while not offered.isdisjoint(await self.observed_addresses(peer)):
                 pass  # until the daemon has seen its end
-        await self._daemon.connect(peer, found.alive, timeout_s=timeout_s)
+            try:
+                await self._daemon.connect(peer, found.alive, timeout_s=timeout_s)
+                return
+            except PeerUnreachable:
+                if last:
+                    raise  # else the peer, which was there just now, dialled too: its libp2p puts that off from now on
 
     def _note_gone(self, peer: PeerId) -> None:
         if peer not in self._gone and len(self._gone) >= _MAX_GONE:

@@ -23,6 +23,7 @@ from peers.host.events import Event
 from peers.host.presence import Presence
 from peers.host.run import run_bootstrap, run_peer
 from peers.model.cutting import SpanModel
+from peers.model.kernels.pool import pool_for
 from peers.model.loading import load_span
 from peers.runtime.engine import Engine
 from peers.runtime.probe import Probe
@@ -153,6 +154,7 @@ class Life:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pool_for(torch.device("cpu"), 1)  # compiled in time of its own, and once: not into the cache folder of each test
     monkeypatch.setenv("HIVESWARM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("peers.serving.announce.RECORD_RENEW_S", 0.5)
     monkeypatch.setattr(server, "LOOK_AROUND_S", 0.0)
