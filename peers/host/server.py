@@ -124,6 +124,8 @@ class ServerPeer:
         self._wish = Wish()
         self._changing = asyncio.Lock()
         """Held by whatever replaces the engine."""
+        self._measuring = False
+        """Whether `measure_again` has the engine in its hands."""
         self._absent = self._spared = False
         """Whether it has given its memory back; and whether collections passed that by."""
         DialBackService(self.links)
@@ -271,6 +273,7 @@ class ServerPeer:
 
     async def _measure(self, engine: AnyEngine) -> Probe | None:
         """None where this peer was paused meanwhile."""
+        self._measuring = True
         measuring = asyncio.ensure_future(measure(engine, room_bytes=0))
         pausing = asyncio.ensure_future(self._wish.paused.wait())
         try:
@@ -281,6 +284,7 @@ class ServerPeer:
                 task.cancel()
             await asyncio.gather(measuring, pausing, return_exceptions=True)
             engine.set_token_budget(self.probe.token_budget)
+            self._measuring = False
 
     def _wire(self, served: Served, ledger: Ledger[Delivery, Link], plan: Plan) -> None:
         """What stays for good, whichever blocks are served."""
@@ -385,8 +389,10 @@ class ServerPeer:
         up, where the owner does not want it any more by then."""
         async with self._changing:
             deadline_s = time.monotonic() + LEAVE_TIMEOUT_S
-            while self._wish.memory.is_set() and not self._quiet and time.monotonic() < deadline_s:  # noqa: ASYNC110
-                await asyncio.sleep(QUIET_LOOK_S)
+            while self._wish.memory.is_set() and time.monotonic() < deadline_s:
+                if self._quiet and not self._measuring:
+                    break
+                await asyncio.sleep(QUIET_LOOK_S)  # nobody tells
             if not self._wish.memory.is_set():
                 return False
             self._absent = True
@@ -499,6 +505,8 @@ class ServerPeer:
         await self.handler.settled(timeout_s=MOVE_DRAIN_TIMEOUT_S)  # what the engine failed as it stopped
         self.handler.leave_engine()
         del self.engine
+        for _ in range(8):  # whoever awaited that it be prepared lets go of it now, in turns of its own
+            await asyncio.sleep(0)
         spared = garbage.spare_nothing()
         gc.collect()  # the weights must be gone before others are loaded, and models hold themselves
         return spared
