@@ -81,6 +81,8 @@ class Plan:
     """Of host memory, for what came and was not computed yet."""
     graph_bytes: int = 0
     """Of each GPU's memory, for the CUDA graphs of each engine."""
+    max_memory_bytes: int | None = None
+    """What was asked for, on all devices together."""
 
     @property
     def max_blocks(self) -> int:
@@ -120,6 +122,12 @@ class Plan:
         """
         sizes = replace(self.request.sizes, forward_bytes=self.forwards * max(FORWARD_BYTES, forward_bytes))
         request = replace(self.request, sizes=sizes, blocks=blocks or self.request.blocks)
+        return replace(self, request=request, share=_share(request))
+
+    def within(self, limits_bytes: Sequence[int]) -> Plan:
+        """The same blocks with what the devices have free now, at most these limits. Raises PeerTooSmall."""
+        free_bytes = (_limit_bytes(device, self.devices, self.max_memory_bytes) for device in self.devices)
+        request = replace(self.request, limits_bytes=tuple(map(min, limits_bytes, free_bytes)))
         return replace(self, request=request, share=_share(request))
 
 
@@ -224,6 +232,7 @@ def plan_capacity(
         adapter_bytes=adapter_bytes,
         in_flight_bytes=in_flight_bytes,
         graph_bytes=graph_bytes,
+        max_memory_bytes=max_memory_bytes,
     )
 
 

@@ -29,7 +29,7 @@ from peers.runtime.joined import AnyEngine, JoinedEngine
 from peers.runtime.probe import Probe, measure
 from peers.runtime.works import EngineConfig
 from routing.errors import CallerError, SwarmError
-from routing.ids import BlockSpans
+from routing.ids import BlockSpan, BlockSpans
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Blocks:
 
         Raises SwarmError.
         """
-        awaited = _Awaited()
+        awaited = _Awaited(Silent())
         config = await asyncio.to_thread(load_config, self.checkpoint, device=device)
         try:
             for span in spans:
@@ -95,6 +95,10 @@ class Blocks:
             problem: SwarmError = PeerTooSmall(f"there is no memory left for blocks {spans}: {one_line(error)}")
         except OSError as error:
             problem = _broken_disk(spans, error)
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # which is how torch says MemoryError
+                raise
+            problem = PeerTooSmall(f"there is no memory left for blocks {spans}: {one_line(error)}")
         raise problem  # out here: what was caught holds on to the weights that were loaded by then
 
     async def _start(
@@ -102,18 +106,7 @@ class Blocks:
     ) -> Running:
         while True:
             fitting = spans
-            models = [
-                await asyncio.to_thread(
-                    load_span,
-                    self.checkpoint,
-                    part,
-                    dtype=plan.dtype,
-                    device=device,
-                    quantization=plan.quantization,
-                    progress=progress,
-                )
-                for device, part in plan.parts(spans)
-            ]
+            models = [await self._load(part, device, plan, progress) for device, part in plan.parts(spans)]
             config = replace(self.config, cache_tokens=plan.cache_tokens, graph_bytes=plan.graph_bytes)
             adapters = await asyncio.to_thread(self._read_adapters, spans)
             async with AsyncExitStack() as trial:
@@ -142,6 +135,28 @@ class Blocks:
             gc.collect()  # these weights must be gone before they are loaded again, and models hold themselves
             plan, spans = final, fitting
 
+    async def _load(self, part: BlockSpan, device: torch.device, plan: Plan, progress: Progress | None) -> SpanModel:
+        """Once cancelled, ends with the tensor that is read, and leaves nothing behind."""
+        awaited = _Awaited(progress or Silent())
+        loading = asyncio.ensure_future(
+            asyncio.to_thread(
+                load_span,
+                self.checkpoint,
+                part,
+                dtype=plan.dtype,
+                device=device,
+                quantization=plan.quantization,
+                progress=awaited,
+            )
+        )
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            awaited.over = True
+            await asyncio.wait([loading])
+            loading.exception()  # marked as seen
+            raise
+
     async def _engines(self, models: Sequence[SpanModel], config: EngineConfig) -> list[Engine]:
         """One for each; those on the CPU share its threads."""
         library = None
@@ -164,14 +179,23 @@ class _Abandoned(Exception):
     """In a thread whose result nobody awaits any more; told to nobody."""
 
 
-class _Awaited(Silent):
+class _Awaited:
     """Ends the work that it watches once that is `over`: a process that leaves would wait for its thread."""
 
-    over = False
+    def __init__(self, shown: Progress) -> None:
+        self.over = False
+        self._shown = shown
+
+    def start(self, label: str, total: int) -> None:
+        self._shown.start(label, total)
 
     def advance(self, n: int) -> None:
         if self.over:
             raise _Abandoned
+        self._shown.advance(n)
+
+    def done(self) -> None:
+        self._shown.done()
 
 
 def _broken_disk(spans: BlockSpans, error: OSError) -> CorruptCheckpoint:

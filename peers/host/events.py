@@ -7,11 +7,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from peers.capacity import Plan
+from peers.host.absence import AGAIN_S
+from peers.model.catalog import Checkpoint
 from peers.serving.comfort import Reason, clock_time
 from peers.serving.owner import Owner
 from peers.serving.reachability import RETRY_S, Verdict
 from peers.transport.links import Links
-from routing.errors import Unavailable
+from routing.errors import SwarmError, Unavailable
+from routing.ids import BlockSpans
 from routing.records import CLOCK_SLACK_S
 
 logger = logging.getLogger(__name__)
@@ -70,6 +74,15 @@ def comfort(owner: Owner) -> Event:
             return Event("paused", {"reason": "load", **percents, "resume_percent": gate.resume_percent})
         case None:
             return Event("resumed")
+
+
+def loading(checkpoint: Checkpoint, spans: BlockSpans, plan: Plan) -> Event:
+    format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
+    return Event("loading", {"model": checkpoint.name, **spans.as_fields(), **format_})
+
+
+def not_loaded(error: SwarmError) -> Event:
+    return Event("not_loaded", {"reason": str(error), "hint": error.hint, "again_s": AGAIN_S})
 
 
 async def watch_clock(links: Links, emit: Emit) -> None:

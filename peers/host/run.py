@@ -118,7 +118,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         )
         threads = torch.get_num_threads()
         plan, probe, probed_in = await _plan(config, checkpoint, adapters.values(), threads)
-        owner = Owner(Comfort(config.schedule, config.pause_on_load_percent), peer.pause, gpus=uuids_of(plan.devices))
+        comfort = Comfort(config.schedule, config.pause_on_load_percent)
+        owner = Owner(comfort, peer.pause, peer.give_back, gpus=uuids_of(plan.devices))
         if owner.comfort.watches:
             if not await _spared(owner, node, emit, stop):
                 await stack.aclose()
@@ -132,8 +133,7 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         spans = config.blocks or await peer.choose_span(checkpoint, plan, speed, alone=alone)
         max_blocks = plan.max_blocks
         plan = plan.beside(FORWARD_BYTES if probe is None else probe.forward_bytes, blocks=spans)
-        format_ = {"dtype": plan.dtype_name, "quantization": plan.quantization}
-        emit(Event("loading", {"model": checkpoint.name, **spans.as_fields(), **format_}))
+        emit(events.loading(checkpoint, spans, plan))
         await peer.load(
             checkpoint,
             spans,
@@ -168,7 +168,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
                     "model": checkpoint.name,
                     "model_id": checkpoint.model_id.hex,
                     **spans.as_fields(),
-                    **format_,
+                    "dtype": plan.dtype_name,
+                    "quantization": plan.quantization,
                     "device": plan.device_names,
                     "cache_tokens": peer.cache_tokens,
                     "decode_ms_per_block": round(peer.probe.decode_s_per_block * 1000, 3),
@@ -185,14 +186,14 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         )
         peer.tasks.spawn(reachability, name="reachability")
         peer.tasks.spawn(events.watch_clock(peer.links, emit), name="clock")
-        peer.tasks.spawn(owner.watch(lambda: emit(events.comfort(owner))), name="owner")
+        peer.tasks.spawn(owner.watch(lambda: _tell_comfort(owner, peer, emit)), name="owner")
+        giving_way = peer.tasks.spawn(peer.give_way(emit), name="give way")
         peer.tasks.spawn(peer.discovery.run(), name="discovery")
         peer.tasks.spawn(_measure_again(peer, probed_in), name="measure again")
         moving = peer.tasks.spawn(peer.rebalance(emit), name="rebalance")
         await _unless_ended(serving, stop.wait())
-        moving.cancel()
         emit(Event("draining"))
-        await peer.drain(timeout_s=DRAIN_TIMEOUT_S)
+        await asyncio.gather(_cancelled(moving), _cancelled(giving_way), peer.drain(timeout_s=DRAIN_TIMEOUT_S))
     emit(Event("stopped"))
 
 
@@ -208,6 +209,11 @@ async def _spared(owner: Owner, node: HivemindNode, emit: Emit, stop: asyncio.Ev
     finally:
         for task in tasks:
             await _cancelled(task)
+
+
+def _tell_comfort(owner: Owner, peer: ServerPeer, emit: Emit) -> None:
+    if owner.reason is not None or not peer.absent:  # else it says itself when its blocks are loaded again
+        emit(events.comfort(owner))
 
 
 async def _plan(

@@ -1,4 +1,4 @@
-"""One serving node: builds the parts, wires them, has them serve other blocks, takes them down in order."""
+"""One serving node: builds the parts, wires them, has them serve other blocks or none, takes them down in order."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
 
 from peers import garbage
 from peers.capacity import Plan
 from peers.discovery import Discovery
-from peers.errors import PeerTooSmall
+from peers.errors import Paused, PeerTooSmall
+from peers.host.absence import Absence, Wish
 from peers.host.blocks import Blocks, Fit
-from peers.host.events import Emit, Event
+from peers.host.events import Emit, Event, loading, not_loaded
 from peers.host.presence import Presence
 from peers.model.catalog import Checkpoint
 from peers.model.lora import AdapterFolder
@@ -25,12 +26,13 @@ from peers.model.progress import Progress
 from peers.model.storage import cache_folder
 from peers.runtime.cost import CLEARLY, slower
 from peers.runtime.joined import AnyEngine
+from peers.runtime.memory import give_back
 from peers.runtime.probe import Probe, measure
 from peers.runtime.rough import Speed
 from peers.runtime.works import EngineConfig, Sharing
 from peers.serving.adapters import AdapterLimits
 from peers.serving.admission import Admission, AdmissionLimits
-from peers.serving.handler import Handler, Served
+from peers.serving.handler import PAUSED_RETRY_S, Handler, Served
 from peers.serving.joining import settle
 from peers.serving.journal import Journal, JournalLimits
 from peers.serving.ledger import Ledger, LedgerLimits
@@ -40,7 +42,7 @@ from peers.serving.reachability import DialBackService
 from peers.serving.rebalance import Rebalance
 from peers.serving.shelves import TrainingLimits
 from peers.serving.spill import Disk
-from peers.serving.status import StatusReport
+from peers.serving.status import StatusReport, used_bytes
 from peers.serving.training import Training
 from peers.transport.base import Transport
 from peers.transport.links import Link, Links
@@ -59,8 +61,10 @@ logger = logging.getLogger(__name__)
 
 MOVE_DRAIN_TIMEOUT_S = 5.0
 """A step that takes longer is repeated elsewhere: somebody waits for the blocks to which this peer goes."""
+LEAVE_TIMEOUT_S = 20.0
+"""Clients that have not gone elsewhere by then begin anew there: somebody waits for the memory."""
 QUIET_LOOK_S = 1.0
-"""How often it is looked whether nobody is served, before this peer measures itself again."""
+"""How often it is looked whether nobody is served, before this peer measures itself again or gives memory back."""
 EXPECTED_POSITIONS = 512
 """Of a session before any was seen, where the cache has room for sixteen of them."""
 LOOK_AROUND_S = 3.0
@@ -106,6 +110,8 @@ class ServerPeer:
         self._blocks: Blocks
         self._plan: Plan
         """Of the blocks that are served."""
+        self._limits_bytes: tuple[int, ...] = ()
+        """Of what it was started with."""
         self._max_blocks = 0
         """That it may move to, if any."""
         self._status: StatusReport
@@ -114,9 +120,14 @@ class ServerPeer:
         self._loaded = False
         self._withdrawn: frozenset[str] = frozenset()
         """Addresses at which another node found nobody."""
-        self._engine_closer = AsyncExitStack()
         self._watching: asyncio.Task[None] | None = None
-        self._paused = asyncio.Event()
+        self._wish = Wish()
+        self._changing = asyncio.Lock()
+        """Held by whatever replaces the engine."""
+        self._measuring = False
+        """Whether `measure_again` has the engine in its hands."""
+        self._absent = self._spared = False
+        """Whether it has given its memory back; and whether collections passed that by."""
         DialBackService(self.links)
 
     async def choose_span(
@@ -178,6 +189,7 @@ class ServerPeer:
             config = replace(config, page_size=page_size)
         self._blocks = Blocks(checkpoint=checkpoint, config=config, adapters=self._adapters)
         self._max_blocks = (max_blocks or plan.max_blocks) if movable else 0
+        self._limits_bytes = plan.request.limits_bytes
         await self._run_blocks(spans, plan, probe=probe, fit=self._fit if fit else None, progress=progress)
 
     async def _fit(self, probe: Probe) -> BlockSpans:
@@ -218,7 +230,6 @@ class ServerPeer:
     ) -> None:
         checkpoint = self._blocks.checkpoint
         running = await self._blocks.start(spans, plan, probe=probe, fit=fit, progress=progress)
-        self._engine_closer.push_async_callback(running.engine.stop)
         self.engine, self._plan, self.probe = running.engine, running.plan, running.probe
         model, stats = self.engine.model, self.engine.stats()
         self.cache_tokens = stats.longest_tokens
@@ -256,12 +267,15 @@ class ServerPeer:
         """Once the engine is prepared and serves nobody, find out whether it is faster than was measured when other
         programs were busy, or it was not prepared yet, or than its last forwards; and announce that. Not while the
         owner wants the machine: who comes back meanwhile ends it. Raises SwarmError."""
-        engine = self.handler.engine
-        if engine is None:
-            return  # other blocks are being loaded
-        await engine.prepared()
-        while len(self.handler.ledger) or self._paused.is_set():  # noqa: ASYNC110  # nobody tells of the former
-            await asyncio.sleep(QUIET_LOOK_S)
+        while True:
+            engine = self.handler.engine
+            if engine is None:
+                return  # blocks will be loaded
+            await engine.prepared()
+            if self._quiet and not self._wish.paused.is_set():
+                break
+            del engine  # whose memory the owner may want meanwhile
+            await asyncio.sleep(QUIET_LOOK_S)  # nobody tells
         if self.handler.engine is not engine:
             return  # other blocks are served, or will be
         found = await self._measure(engine)
@@ -281,8 +295,9 @@ class ServerPeer:
 
     async def _measure(self, engine: AnyEngine) -> Probe | None:
         """None where this peer was paused meanwhile."""
+        self._measuring = True
         measuring = asyncio.ensure_future(measure(engine, room_bytes=0))
-        pausing = asyncio.ensure_future(self._paused.wait())
+        pausing = asyncio.ensure_future(self._wish.paused.wait())
         try:
             await asyncio.wait((measuring, pausing), return_when=asyncio.FIRST_COMPLETED)
             return None if pausing.done() else measuring.result()
@@ -291,6 +306,7 @@ class ServerPeer:
                 task.cancel()
             await asyncio.gather(measuring, pausing, return_exceptions=True)
             engine.set_token_budget(self.probe.token_budget)
+            self._measuring = False
 
     def _wire(self, served: Served, ledger: Ledger[Delivery, Link], plan: Plan) -> None:
         """What stays for good, whichever blocks are served."""
@@ -354,12 +370,84 @@ class ServerPeer:
 
     def pause(self, paused: bool) -> None:
         """Step back for the owner, or return, and announce it at once. Steps that run finish; sessions go elsewhere.
-        Before blocks are loaded there is nothing to step back from."""
-        (self._paused.set if paused else self._paused.clear)()
+        Before blocks are loaded there is nothing to step back from. Who has given memory back (`give_way`) stays paused
+        until the blocks are loaded again."""
+        self._wish.pause(paused)
+        if self._absent:
+            return
         if self._loaded:
             self.handler.pause(paused)
         if self.presence.state in (PeerState.ONLINE, PeerState.PAUSED):
             self.presence.serve(paused=paused)
+
+    def give_back(self) -> None:
+        """The owner, for whom this peer is paused, wants its memory as well, until the pause ends: see `give_way`."""
+        self._wish.give_back()
+
+    @property
+    def absent(self) -> bool:
+        """Whether it has given its memory back, and is paused also where its owner wants nothing any more."""
+        return self._absent
+
+    async def give_way(self, emit: Emit) -> None:
+        """Give the memory back whenever the owner wants it, and load the same blocks again once he does not, until
+        cancelled. What cannot be loaded is told, and tried again while the machine is spared."""
+
+        async def leave() -> bool:
+            before_bytes = used_bytes()
+            if left := await self._leave():
+                emit(Event("gave_back", {"mib": max(0, before_bytes - used_bytes()) >> 20}))
+            return left
+
+        async def come_back() -> None:
+            await self._come_back(emit)
+            if not self.handler.paused:
+                emit(Event("resumed"))
+
+        await Absence(self._wish, leave, come_back, lambda error: emit(not_loaded(error))).run()
+
+    async def _leave(self) -> bool:
+        """Free what it has loaded, once nobody is served or LEAVE_TIMEOUT_S have passed; False, and nothing was given
+        up, where the owner does not want it any more by then."""
+        async with self._changing:
+            deadline_s = time.monotonic() + LEAVE_TIMEOUT_S
+            while self._wish.memory.is_set() and time.monotonic() < deadline_s:
+                if self._quiet and not self._measuring:
+                    break
+                await asyncio.sleep(QUIET_LOOK_S)  # nobody tells
+            if not self._wish.memory.is_set():
+                return False
+            self._absent = True
+            self._spared = await self._unload()
+            give_back(())
+            self.presence.changed()
+            return True
+
+    async def _come_back(self, emit: Emit) -> None:
+        """Raises SwarmError, as when others have the memory now, or the disk is gone; then, and when this is cancelled,
+        it is where it was."""
+        async with self._changing:
+            spans = self.handler.served.spans
+            plan = self._plan.within(self._limits_bytes).beside(self.probe.forward_bytes, blocks=spans)
+            await self._blocks.fetch(spans, plan.devices[0])
+            emit(loading(self._blocks.checkpoint, spans, plan))
+            self.presence.join(spans)
+            try:
+                await self._run_blocks(spans, plan, probe=self.probe)
+            except (SwarmError, asyncio.CancelledError) as error:
+                error.with_traceback(None)  # which holds on to weights that were loaded by then
+                gc.collect()
+                give_back(())
+                if self.presence.state is PeerState.JOINING:  # else it leaves
+                    self.presence.serve(paused=True)
+                raise
+            self._absent = False
+            self.handler.pause(self._wish.paused.is_set())
+            self._go_on(spare=self._spared)
+
+    @property
+    def _quiet(self) -> bool:
+        return not (len(self.handler.ledger) or self.training.waiting_tokens)
 
     def withdraw(self, addresses: frozenset[str]) -> None:
         """These are announced no more, until they are not among those that are withdrawn: nobody is sent there. Without
@@ -409,35 +497,48 @@ class ServerPeer:
     async def move(self, spans: BlockSpans) -> None:
         """Serve other blocks instead, under the same identity, addresses and links; sessions here go elsewhere.
 
-        Raises SwarmError when they cannot be loaded; then it serves what it served before, and where it cannot do that
-        either, `serve` ends.
+        Raises Paused, and stays where it is, while the owner wants the machine; SwarmError when they cannot be loaded:
+        then it serves what it served before, and where it cannot do that either, `serve` ends.
         """
-        before = self.presence.describe().spans
-        await self.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)
+        async with self._changing:
+            if self._absent or self._wish.paused.is_set():
+                raise Paused("its owner needs the machine", retry_after_s=PAUSED_RETRY_S)
+            before = self.presence.describe().spans
+            await self.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)
+            spared = await self._unload()
+            try:
+                await self._settle(spans, spare=spared)
+            except SwarmError as error:
+                error.with_traceback(None)  # which holds on to weights that were loaded by then
+                gc.collect()
+                self._watching = self.tasks.spawn(self._settle(before, spare=spared), name="serve what was served")
+                await asyncio.wait([self._watching])
+                raise
+            self._status.moved = (before, time.monotonic())
+
+    async def _unload(self) -> bool:
+        """Nothing is left of the blocks that were served. Says whether collections passed them by."""
         self.handler.vacate()
         self.training.vacate()
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
-        await self._engine_closer.aclose()
-        await self.handler.drain(timeout_s=MOVE_DRAIN_TIMEOUT_S)  # what the engine failed as it stopped
+        await self.engine.stop()
+        await self.handler.settled(timeout_s=MOVE_DRAIN_TIMEOUT_S)  # what the engine failed as it stopped
         self.handler.leave_engine()
         del self.engine
+        for _ in range(8):  # whoever awaited that it be prepared lets go of it now, in turns of its own
+            await asyncio.sleep(0)
         spared = garbage.spare_nothing()
-        gc.collect()  # the weights of before must be gone before others are loaded, and models hold themselves
-        try:
-            await self._settle(spans, spare=spared)
-        except SwarmError as error:
-            error.with_traceback(None)  # which holds on to weights that were loaded by then
-            gc.collect()
-            self._watching = self.tasks.spawn(self._settle(before, spare=spared), name="serve what was served before")
-            await asyncio.wait([self._watching])
-            raise
-        self._status.moved = (before, time.monotonic())
+        gc.collect()  # the weights must be gone before others are loaded, and models hold themselves
+        return spared
 
     async def _settle(self, spans: BlockSpans, *, spare: bool) -> None:
         self.presence.join(spans)
         await self._reload(spans)
+        self._go_on(spare=spare)
+
+    def _go_on(self, *, spare: bool) -> None:
         if spare:
             garbage.spare()
         self._watching = self.tasks.spawn(self.engine.broken(), name="engine")
@@ -447,7 +548,8 @@ class ServerPeer:
         """End links and engine. The transport belongs to the caller."""
         await self.tasks.close()
         await self.links.close()
-        await self._engine_closer.aclose()
+        if hasattr(self, "engine"):  # also where somebody was about to stop it, and was cancelled
+            await self.engine.stop()
 
     def _static(
         self, checkpoint: Checkpoint, spans: BlockSpans, plan: Plan, decode_s: float, prefill_s: float

@@ -1,4 +1,5 @@
 """When a peer steps back for its owner: outside the hours that the owner gave, and while other programs want the CPU.
+And when it gives back what it holds of the memory, too.
 
 Decides. What the clock says and how busy other programs are is told by `owner`, which also acts.
 """
@@ -21,6 +22,11 @@ HALF_LIFE_S: Final = 15.0
 """Of the smoothing: a program that wakes up for a moment does not begin the wait anew."""
 RESUME_SHARE: Final = 0.75
 """Of the limit; what lies between this and the limit changes nothing."""
+GIVE_BACK_AFTER_S: Final = 120.0
+"""So long a pause may last before the memory goes back as well: most that other programs want of the CPU is over by
+then, and most disks give 20 GB of weights again in less."""
+LONG_MINUTES: Final = 10
+"""Hours that begin again no sooner are known to be worth it at once."""
 DAY_MINUTES: Final = 24 * 60
 _RANGE: Final = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)-(?:([01]?\d|2[0-3]):([0-5]\d)|24:00)", re.ASCII)
 
@@ -71,6 +77,10 @@ class Schedule:
         """The minute of the day at which the next range begins, looking from `minute` on."""
         return min((start for start, _ in self.ranges), key=lambda start: (start - minute) % DAY_MINUTES)
 
+    def closed_minutes(self, minute: int) -> int:
+        """From `minute` on until the next range begins; 0 within one."""
+        return 0 if self.is_open(minute) else (self.opens_at(minute) - minute) % DAY_MINUTES
+
 
 class LoadGate:
     """Guards against flapping: turns only when the load has been on the other side for a while."""
@@ -114,6 +124,11 @@ class Comfort:
     def __init__(self, schedule: Schedule | None = None, max_load_percent: float | None = None) -> None:
         self.schedule = schedule
         self.gate = None if max_load_percent is None else LoadGate(max_load_percent)
+        self.wants_memory = False
+        """Whether the owner should have the memory back, too, as of the last decision; once so, until there is no
+        reason any more."""
+        self._since_s: float | None = None
+        """When there began to be a reason."""
 
     @property
     def watches(self) -> bool:
@@ -129,9 +144,16 @@ class Comfort:
         """The reason to be paused now. `minute`: of the local day; `load_percent`: of other programs since the last
         call; `now_s`: on a monotonic clock. Of two reasons the schedule is named."""
         busy = self.gate is not None and self.gate.observe(load_percent, now_s)
-        if self.schedule is not None and not self.schedule.is_open(minute):
-            return Reason.SCHEDULE
-        return Reason.LOAD if busy else None
+        closed_minutes = 0 if self.schedule is None else self.schedule.closed_minutes(minute)
+        reason = Reason.SCHEDULE if closed_minutes else Reason.LOAD if busy else None
+        if reason is None:
+            self.wants_memory, self._since_s = False, None
+            return None
+        if self._since_s is None:
+            self._since_s = now_s
+        if closed_minutes >= LONG_MINUTES or now_s - self._since_s >= GIVE_BACK_AFTER_S:
+            self.wants_memory = True
+        return reason
 
 
 def clock_time(minute: int) -> str:

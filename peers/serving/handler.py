@@ -177,6 +177,10 @@ class Handler:
         gone elsewhere, at most for `timeout_s`."""
         self._draining = True
         self._hand_over(Refused("this peer is leaving", code=Code.DRAINING))
+        await self.settled(timeout_s=timeout_s)
+
+    async def settled(self, *, timeout_s: float) -> None:
+        """Wait until no session is here and no step runs, at most for `timeout_s`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while len(self.ledger):
@@ -207,7 +211,8 @@ class Handler:
             self._tasks.spawn(_tell(entry.owner_link, farewell), name=f"hand over {place}")
 
     def vacate(self) -> None:
-        """After `drain`, before other blocks are served: no session is known any more, and clients go elsewhere."""
+        """After `drain` or a pause, before the engine is left: no session is known any more, and clients go
+        elsewhere."""
         for place in self.ledger.expire(math.inf):
             self.release(place)
         self.adapters.clear()
@@ -215,10 +220,11 @@ class Handler:
     def leave_engine(self) -> None:
         """After `vacate` and the end of every step: let go of what it holds; until `settle`, everything is refused."""
         self._vacant = True
+        self.adapters.hosted = {}
         del self._engine
 
     def settle(self, *, engine: AnyEngine, served: Served, ledger: Ledger[Delivery, Link]) -> None:
-        """Serve other blocks from now on."""
+        """Serve these blocks from now on."""
         self._engine, self.served, self.ledger = engine, served, ledger
         self.speeds = StepEstimates()
         self._draining = self._vacant = False
@@ -231,7 +237,7 @@ class Handler:
 
     @property
     def engine(self) -> AnyEngine | None:
-        """None while other blocks are being loaded."""
+        """None while blocks are being loaded, or wait until the owner can spare the memory."""
         return None if self._vacant else self._engine
 
     # --- messages ---
@@ -587,7 +593,8 @@ class Handler:
         """Forget what the ledger does not know any more: the session's positions, and what was sent for them."""
         self.journal.release(place)
         self._spare_prefixes()
-        self._engine.release(place)
+        if not self._vacant:  # else a step ends whose client was slow to hear that it failed
+            self._engine.release(place)
         self._released.set()
 
     def _failure(self, error: SwarmError, session: bytes, block: int, epoch: int, step: int | None = None) -> Failed:

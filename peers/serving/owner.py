@@ -80,9 +80,17 @@ class OtherPrograms:
 
 
 class Owner:
-    """Looks every LOOK_S seconds and calls `pause` with the answer whenever it changes."""
+    """Looks every LOOK_S seconds and calls `pause` with the answer whenever it changes; and `give_back` when the peer
+    is paused and its memory is wanted, too, which ends with the pause."""
 
-    def __init__(self, comfort: Comfort, pause: Callable[[bool], None], *, gpus: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        comfort: Comfort,
+        pause: Callable[[bool], None],
+        give_back: Callable[[], None] = lambda: None,
+        *,
+        gpus: Sequence[str] = (),
+    ) -> None:
         """`gpus`: on which the peer computes, as `serving.gpus` names them; the owner may want these, too."""
         self.comfort = comfort
         self.reason: Reason | None = None
@@ -91,7 +99,7 @@ class Owner:
         """Of other programs, as seen last; always 0 where no limit makes it matter."""
         self.load_of = "the CPUs"
         """Or of a GPU, where they use more of that."""
-        self._pause = pause
+        self._pause, self._give_back = pause, give_back
         self._others = None if comfort.gate is None else OtherPrograms()
         self._others_on_gpus = OtherGpuPrograms(gpus) if gpus and comfort.gate is not None else None
 
@@ -105,10 +113,12 @@ class Owner:
         """Look once; True when the reason is another one now."""
         if self._others is not None:
             self.load_percent, self.load_of = await asyncio.to_thread(self._load)  # it looks at every process there is
-        before = self.reason
+        before, memory_before = self.reason, self.comfort.wants_memory
         self.reason = self.comfort.decide(minute=self.minute, load_percent=self.load_percent, now_s=time.monotonic())
         if (self.reason is None) != (before is None):
             self._pause(self.reason is not None)
+        if self.comfort.wants_memory and not memory_before:
+            self._give_back()
         return self.reason is not before
 
     def _load(self) -> tuple[float, str]:

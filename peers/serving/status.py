@@ -59,7 +59,7 @@ class StatusReport:
             free_pages=stats.free_pages if stats else 0,
             kept_pages=stats.kept_pages if stats else 0,
             memory_offered_bytes=self.memory_offered_bytes,
-            memory_used_bytes=_used_bytes(),
+            memory_used_bytes=used_bytes(),
             steps=sum(account.steps for account in accounts),
             tokens=sum(account.positions for account in accounts),
             refused=sum(account.refused for account in accounts),
@@ -77,7 +77,7 @@ class StatusReport:
         )
 
 
-def _used_bytes() -> int:
+def used_bytes() -> int:
     """Of this process, on the machine and on its devices."""
     used = int(psutil.Process().memory_info().rss)
     if torch.cuda.is_available():

@@ -162,6 +162,11 @@ def describe(event: Event) -> str:
             return f"serving blocks {_blocks(fields)}"
         case "paused":
             return f"paused: {_why_paused(fields)}"
+        case "gave_back":
+            return f"gave {fields['mib']:,} MiB of memory back; its blocks are loaded again after the pause"
+        case "not_loaded":
+            again = f"this peer tries again every {fields['again_s']:.0f} s"
+            return f"NOT serving again: {fields['reason']}\nwhat to do: {fields['hint']}; {again}"
         case "resumed":
             return "resumed: serving again"
         case "draining":

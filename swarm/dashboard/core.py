@@ -205,6 +205,8 @@ class Core:
             )
         elif was is not known.state is State.PAUSED:
             self._tell(EventKind.PAUSED, known, now_s, "pauses: its owner needs the machine")
+        elif was is State.PAUSED and known.state is State.JOINING:
+            self._tell(EventKind.RESUMED, known, now_s, "comes back, and loads its blocks again")
         elif was is State.PAUSED and known.state is State.ONLINE:
             self._tell(EventKind.RESUMED, known, now_s, "serves again")
 

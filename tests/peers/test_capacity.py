@@ -124,6 +124,28 @@ def test_a_large_forward_leaves_less_room_and_a_small_one_no_more_than_was_plann
         plan.beside(FORWARD_BYTES + (3 << 20))
 
 
+def test_later_a_peer_has_what_is_free_then_and_never_more_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "_free_bytes", lambda device: 4 << 30)
+    blocks = BlockSpans.parse("0:2")
+    plan = plan_capacity(CONFIG, device="cpu", blocks=blocks)
+    asked = plan_capacity(CONFIG, device="cpu", blocks=blocks, max_memory_bytes=3 << 30)
+    limits_bytes = plan.request.limits_bytes
+    assert plan.within(limits_bytes) == plan
+    monkeypatch.setattr(capacity, "_free_bytes", lambda device: 64 << 30)
+    assert plan.within(limits_bytes) == plan
+    monkeypatch.setattr(capacity, "_free_bytes", lambda device: 2 << 30)
+    less = plan.within(limits_bytes)
+    assert less.request.limits_bytes < limits_bytes
+    assert sum(less.request.limits_bytes) == int((2 << 30) * capacity.MEMORY_SHARE)
+    assert sum(asked.within(asked.request.limits_bytes).request.limits_bytes) == 2 << 30, "all of it, as was asked"
+    assert less.max_blocks == 2
+    monkeypatch.setattr(capacity, "_free_bytes", lambda device: 1 << 20)
+    with pytest.raises(PeerTooSmall):
+        plan.within(limits_bytes)
+    monkeypatch.setattr(capacity, "_free_bytes", lambda device: 4 << 30)
+    assert less.within(limits_bytes) == plan
+
+
 def test_several_devices_share_the_blocks_and_the_memory() -> None:
     plan = plan_capacity(CONFIG, device="cpu,cpu", max_memory_bytes=4 << 30, blocks=BlockSpans.parse("1:4"))
     assert [span for _, span in plan.parts(BlockSpans.parse("1:4"))] in (

@@ -354,6 +354,8 @@ def test_every_event_of_a_node_has_words() -> None:
         "clock_wrong": {"skew_s": -300.0, "hint": "set the clock"},
         "clock_right": {},
         "paused": {"reason": "schedule", "schedule": "22:00-08:00", "resumes_at": "22:00"},
+        "gave_back": {"mib": 12345},
+        "not_loaded": {"reason": "no room", "hint": "close something", "again_s": 30.0},
         "resumed": {},
         "moving": {"spans": [[4, 8]], "heals": True},
         "moved": {"spans": [[4, 8]]},
@@ -375,6 +377,9 @@ def test_every_event_of_a_node_has_words() -> None:
     assert words["moving"] == "moving to blocks 4:8, where blocks are missing"
     assert words["moved"] == "serving blocks 4:8"
     assert "outside 22:00-08:00; back at 22:00" in words["paused"]
+    assert "gave 12,345 MiB" in words["gave_back"]
+    assert "no room" in words["not_loaded"]
+    assert "close something; this peer tries again every 30 s" in words["not_loaded"]
     load = {"reason": "load", "load_percent": 83, "of": "a GPU", "limit_percent": 50.0, "resume_percent": 37.5}
     assert "use 83 % of a GPU, the limit is 50 %" in node.describe(Event("paused", dict(load)))
 

@@ -213,7 +213,8 @@ def join(
     blocks that nobody else holds; what was downloaded stays on disk. With --blocks or --stay it never moves.
 
     You come first: outside --schedule, and while other programs are above --pause-on-load, it takes no work, tells the
-    swarm so, and returns by itself; started then, it waits before it loads any weights.
+    swarm so, and returns by itself; started then, it waits before it loads any weights. Where that lasts ten minutes by
+    the schedule, or has lasted two, it gives its memory back, too, and loads the same blocks again afterwards.
     """
     with command(verbose=verbose, debug=debug):
         if exit_with_parent:

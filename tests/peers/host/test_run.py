@@ -195,10 +195,14 @@ async def test_outside_its_hours_a_peer_takes_nothing_from_its_owner_until_they_
         assert life.kinds[:4] == ["connected", "paused", "loading", "ready"]
         del life.events["paused"]
         at[0] = closes
-        await life.wait_for("paused")
+        await life.wait_for("gave_back")
         at[0] = opens
         await life.wait_for("resumed")
-    assert life.kinds[-2:] == ["draining", "stopped"]
+        del life.events["gave_back"]
+        at[0] = closes
+        await life.wait_for("gave_back")
+    told = [kind for kind in life.kinds[4:] if not kind.startswith("reach")]
+    assert told == ["paused", "gave_back", "loading", "resumed", "paused", "gave_back", "draining", "stopped"]
 
 
 async def test_a_peer_that_is_ended_before_its_hours_has_loaded_nothing(tmp_path: Path, tiny: Path) -> None:

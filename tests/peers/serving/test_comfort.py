@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from peers.serving.comfort import (
     DAY_MINUTES,
+    GIVE_BACK_AFTER_S,
+    LONG_MINUTES,
     PAUSE_AFTER_S,
     RESUME_AFTER_S,
     Comfort,
@@ -67,6 +69,7 @@ def test_a_schedule_reads_what_it_writes(schedule: Schedule) -> None:
 def test_it_opens_when_it_says_and_not_before(schedule: Schedule, minute: int) -> None:
     at = schedule.opens_at(minute)
     assert schedule.is_open(at)
+    assert schedule.closed_minutes(minute) == (0 if schedule.is_open(minute) else (at - minute) % DAY_MINUTES)
     if not schedule.is_open(minute):
         before = range((at - minute) % DAY_MINUTES)
         assert not any(schedule.is_open((minute + passed) % DAY_MINUTES) for passed in before)
@@ -152,6 +155,38 @@ def test_the_schedule_is_named_first_and_the_load_is_watched_meanwhile() -> None
     later = [comfort.decide(minute=night, load_percent=10.0, now_s=11.0 + s) for s in range(80)]
     assert later[0] is Reason.LOAD
     assert later[-1] is None
+
+
+@given(
+    SCHEDULES,
+    MINUTES,
+    st.lists(st.tuples(st.floats(0.1, 60.0), st.booleans()), max_size=40),
+)
+def test_memory_is_wanted_in_a_pause_that_is_or_will_be_long_until_it_ends(
+    schedule: Schedule, minute: int, looks: list[tuple[float, bool]]
+) -> None:
+    comfort, now_s = Comfort(schedule, 50.0), 0.0
+    since_s: float | None = None
+    wanted = False
+    for passed_s, busy in looks:
+        now_s += passed_s
+        at = (minute + int(now_s / 60)) % DAY_MINUTES
+        reason = comfort.decide(minute=at, load_percent=90.0 if busy else 10.0, now_s=now_s)
+        since_s = None if reason is None else now_s if since_s is None else since_s
+        long = since_s is not None and now_s - since_s >= GIVE_BACK_AFTER_S
+        known = schedule.closed_minutes(at) >= LONG_MINUTES
+        wanted = reason is not None and (wanted or long or known)
+        assert comfort.wants_memory == wanted
+
+
+def test_hours_that_begin_again_soon_and_a_load_that_is_soon_over_cost_no_memory() -> None:
+    comfort = Comfort(Schedule.parse("08:00-12:00,12:05-20:00"))
+    noon = 12 * 60
+    for minute, reason in ((noon - 1, None), (noon, Reason.SCHEDULE), (noon + 1, Reason.SCHEDULE), (noon + 5, None)):
+        assert comfort.decide(minute=minute, load_percent=0.0, now_s=60.0 * minute) is reason
+        assert not comfort.wants_memory
+    comfort.decide(minute=20 * 60, load_percent=0.0, now_s=60.0 * 20 * 60)
+    assert comfort.wants_memory, "it is known to be closed for twelve hours"
 
 
 def test_a_time_of_day_is_written_with_two_digits() -> None:

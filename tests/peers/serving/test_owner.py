@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from peers.serving import owner as module
-from peers.serving.comfort import PAUSE_AFTER_S, Comfort, Reason, Schedule
+from peers.serving.comfort import GIVE_BACK_AFTER_S, PAUSE_AFTER_S, Comfort, Reason, Schedule
 from peers.serving.owner import LOOK_S, MIN_BYTES_PER_S, NICE_MAX, OtherPrograms, Owner, check
 from routing.errors import CallerError
 
@@ -125,6 +125,30 @@ async def test_the_peer_hears_of_every_change_and_people_at_once_of_the_first() 
     owner.at = 8 * 60
     await asyncio.sleep(1.5 * LOOK_S)
     assert (heard, told) == ([True, False, True], [Reason.SCHEDULE, None, Reason.SCHEDULE])
+    watching.cancel()
+    await asyncio.wait([watching])
+
+
+@pytest.mark.looptime
+async def test_memory_is_wanted_once_in_each_pause_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=loop.time))
+    heard: list[bool | str] = []
+    owner = Times(Comfort(Schedule.parse("08:00-22:00"), 50.0), heard.append, lambda: heard.append("memory"))
+    busy_percent = [10.0]
+    monkeypatch.setattr(owner, "_others", SimpleNamespace(percent=lambda: busy_percent[0]))
+    watching = asyncio.create_task(owner.watch(lambda: None))
+    owner.at = 22 * 60
+    await asyncio.sleep(5 * LOOK_S)
+    assert heard == [True, "memory"]
+    owner.at = 8 * 60
+    await asyncio.sleep(5 * LOOK_S)
+    assert heard == [True, "memory", False]
+    busy_percent[0] = 90.0
+    await asyncio.sleep(PAUSE_AFTER_S + GIVE_BACK_AFTER_S - LOOK_S)
+    assert heard == [True, "memory", False, True]
+    await asyncio.sleep(3 * LOOK_S)
+    assert heard == [True, "memory", False, True, "memory"]
     watching.cancel()
     await asyncio.wait([watching])
 

@@ -107,6 +107,9 @@ def test_a_move_a_pause_and_a_return_from_it_are_told(watch: Watch) -> None:
     watch.see(watch.record(1, 0, 10), watch.record(2, 10, 30))
     assert kinds(watch.see(watch.record(1, state=PeerState.PAUSED))) == [EventKind.PAUSED, EventKind.GAP_OPENED]
     assert kinds(watch.see(watch.record(1))) == [EventKind.RESUMED, EventKind.GAP_HEALED]
+    assert kinds(watch.see(watch.record(1, state=PeerState.PAUSED))) == [EventKind.PAUSED, EventKind.GAP_OPENED]
+    assert kinds(watch.see(watch.record(1, state=PeerState.JOINING))) == [EventKind.RESUMED], "it loads its blocks"
+    assert kinds(watch.see(watch.record(1))) == [EventKind.GAP_HEALED]
     moved, opened = watch.see(watch.record(1, 5, 15))
     assert (moved.kind, moved.spans, moved.before) == (EventKind.MOVED, [(5, 15)], [(0, 10)])
     assert (opened.kind, opened.spans, opened.peer_id) == (EventKind.GAP_OPENED, [(0, 5)], None)
