@@ -146,19 +146,25 @@ class Discovery:
         self._pinged_at_s = {peer: at_s for peer, at_s in self._pinged_at_s.items() if peer in known}
         self._missed = {peer: missed for peer, missed in self._missed.items() if peer in known}
         due.sort(key=lambda peer: self._pinged_at_s.get(peer.peer_id, 0.0))
-        await asyncio.gather(*(self._ping(peer) for peer in due[:MAX_PINGS_PER_ROUND]))
+        await self._ping_all(due[:MAX_PINGS_PER_ROUND])
 
     def doubt(self, peers: Container[PeerId]) -> None:
         """The way to one of these seems to have become longer: ask them soon, not only when they are due."""
         now_s = self._clock()
-        for peer in self.router.snapshot(now_s).peers:
-            if peer.peer_id in peers and now_s - self._pinged_at_s.get(peer.peer_id, 0.0) >= PING_DOUBTED_EVERY_S:
-                self._tasks.spawn(self._ping(peer), name=f"ping {peer.peer_id[-8:]}, which is in doubt")
+        due = [
+            peer
+            for peer in self.router.snapshot(now_s).peers
+            if peer.peer_id in peers and now_s - self._pinged_at_s.get(peer.peer_id, 0.0) >= PING_DOUBTED_EVERY_S
+        ]
+        self._tasks.spawn(self._ping_all(due), name="ping those in doubt")
 
     async def answering(self, peers: Sequence[Announcement], *, timeout_s: float) -> set[PeerId]:
         """Those that answer a ping now; all are asked at once."""
         answers = await asyncio.gather(*(self._ping(peer, timeout_s=timeout_s) for peer in peers))
         return {peer.peer_id for peer, answers_now in zip(peers, answers, strict=True) if answers_now}
+
+    async def _ping_all(self, peers: Iterable[Announcement]) -> None:
+        await asyncio.gather(*(self._ping(peer) for peer in peers))
 
     async def _ping(self, peer: Announcement, *, timeout_s: float = PING_TIMEOUT_S, needed: bool = False) -> bool:
         """Whether it answers."""
