@@ -103,7 +103,7 @@ def test_graphs_have_a_part_of_a_gpu_of_which_every_span_has_its_own(monkeypatch
 
 
 def test_in_a_container_what_it_has_left_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "_CONTAINER", tmp_path)
+    monkeypatch.setattr("peers.platform.CONTAINER", tmp_path)
     unlimited = capacity._free_bytes(torch.device("cpu"))
     (tmp_path / "memory.max").write_text("900000000\n")
     (tmp_path / "memory.current").write_text("800000000\n")
