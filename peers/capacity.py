@@ -90,6 +90,11 @@ class Plan:
         return self.share.cache_tokens
 
     @property
+    def forward_bytes(self) -> int:
+        """Set aside, beside weights and pool, for each forward that may run."""
+        return self.request.sizes.forward_bytes // self.forwards
+
+    @property
     def dtype_name(self) -> str:
         return NAMES[self.dtype]
 

@@ -119,6 +119,7 @@ def test_a_large_forward_leaves_less_room_and_a_small_one_no_more_than_was_plann
     assert plan.beside(0) == plan.beside(FORWARD_BYTES) == plan
     beside = plan.beside(FORWARD_BYTES + (1 << 20))
     assert (beside.max_blocks, beside.cache_tokens) < (plan.max_blocks, plan.cache_tokens)
+    assert beside.forward_bytes == FORWARD_BYTES + (1 << 20)
     assert beside.beside(FORWARD_BYTES) == plan
     with pytest.raises(PeerTooSmall):
         plan.beside(FORWARD_BYTES + (3 << 20))
@@ -155,6 +156,7 @@ def test_several_spans_are_cut_at_their_own_ends_and_between_devices() -> None:
     assert sum(blocks, []) == [0, 2, 3]  # noqa: RUF017
     assert len(blocks) in (2, 3)
     joined = plan_capacity(CONFIG, device="cpu", max_memory_bytes=4 << 30, blocks=BlockSpans.parse("0:3"))
+    assert alone.forward_bytes == joined.forward_bytes == FORWARD_BYTES
     extra = alone.request.sizes.forward_bytes - joined.request.sizes.forward_bytes
     assert extra == FORWARD_BYTES, "each span's engine may run a forward at the same time"
 
