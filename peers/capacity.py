@@ -9,12 +9,12 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import psutil
 import torch
 from transformers import PretrainedConfig
 
+from peers import platform
 from peers.errors import PeerTooSmall
 from peers.model.cutting import max_positions
 from peers.model.lora import AdapterFolder
@@ -52,8 +52,6 @@ GRAPHS_SHARE = 1 / 32
 """Of what a peer may use of a GPU, for CUDA graphs of steps (`runtime.graphs`), of all of its engines together."""
 MEMORY_SHARE = 0.8
 """Of the memory that is free now, what a peer takes unless told otherwise."""
-_CONTAINER = Path("/sys/fs/cgroup")
-"""Where the kernel says what the container that this process may run in uses, and may use (cgroup v2)."""
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?", re.ASCII)
 
 
@@ -92,6 +90,11 @@ class Plan:
     @property
     def cache_tokens(self) -> int:
         return self.share.cache_tokens
+
+    @property
+    def forward_bytes(self) -> int:
+        """Set aside, beside weights and pool, for each forward that may run."""
+        return self.request.sizes.forward_bytes // self.forwards
 
     @property
     def dtype_name(self) -> str:
@@ -309,8 +312,8 @@ def _free_bytes(device: torch.device) -> int:
 def _container_bytes() -> int:
     """What the container has left, its file caches included; no limit where there is none."""
     try:
-        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
+        limit, used = (int((platform.CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (platform.CONTAINER / "memory.stat").read_text().splitlines())
         return limit - used + int(statistics["active_file"]) + int(statistics["inactive_file"])
     except (OSError, ValueError, KeyError):  # no container, or "max"
         return sys.maxsize

@@ -1,4 +1,5 @@
-"""Whether a node can run on this machine at all: found out before anything is downloaded; and how its threads wait.
+"""Whether a node can run on this machine at all: found out before anything is downloaded; and how many threads it
+should have, and how they wait.
 
 Knows what the node needs of the system. Imports only what every Python has, so that it can be asked before the rest.
 """
@@ -14,6 +15,8 @@ from pathlib import Path
 from peers.errors import UnsupportedPlatform
 
 SYSTEMS = ("Linux", "Darwin")
+CONTAINER = Path("/sys/fs/cgroup")
+"""Where the kernel says what the container that this process may run in uses, and may use (cgroup v2)."""
 
 
 def require_platform() -> None:
@@ -39,3 +42,23 @@ def let_threads_sleep() -> bool:
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return "OMP_WAIT_POLICY" in os.environ
+
+
+def container_cpus() -> int:
+    """How many CPUs the container's time is worth, rounded up; no limit where there is none. More threads than that
+    stand still together for the rest of each period."""
+    try:
+        quota_us, period_us = map(int, (CONTAINER / "cpu.max").read_text().split())
+        return -(-quota_us // period_us)
+    except (OSError, ValueError):  # no container, or "max"
+        return sys.maxsize
+
+
+def keep_to_quota() -> None:
+    """Have torch start no more threads than the container's time is worth, unless somebody has said how many.
+
+    Before anything imports torch, which goes by the CPUs that it sees.
+    """
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (cpus := container_cpus()) < seen:
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpus))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from peers.model.catalog import resolve
 from peers.model.progress import Progress
+from peers.platform import container_cpus
 from swarm import SwarmModelForCausalLM
 from swarm.answers import Sampling, answer, encode_chat, load_tokenizer
 from swarm.testing import LocalPeer, LocalSwarm, model_folder
@@ -35,8 +36,9 @@ def run(
     checkpoint = resolve(MODEL)
     say(f"starting an entry node and {len(SPANS)} peers, each a process of its own (about 20 s) …")
     started_s = time.monotonic()
+    cpus = min(os.cpu_count() or 2, container_cpus())
     # one session keeps one peer busy at a time, so each may use half of the cores
-    with LocalSwarm(MODEL, SPANS, dtype="auto", threads=max(1, (os.cpu_count() or 2) // 2)) as swarm:
+    with LocalSwarm(MODEL, SPANS, dtype="auto", threads=max(1, cpus // 2)) as swarm:
         for peer in swarm.peers:
             say(f"  {_name(peer)} serves blocks {peer.span} (process {peer.pid})")
         say(f"healthy after {time.monotonic() - started_s:.0f} s; join it from elsewhere with {swarm.invite}")

@@ -53,6 +53,7 @@ class PeerConfig(NodeOptions):
     """This process is for nothing else: collections of garbage pass by what it has loaded (`peers.garbage`)."""
     max_memory_bytes: int | None = None
     threads: int | None = None
+    """None: torch's choice, but no more than the container that this process may run in has time for."""
     cache_tokens: int | None = None
     nice: int | None = None
     """Priority of this process, 0 (usual) to 19 (only what others leave)."""

@@ -27,6 +27,7 @@ from peers.model.lora import AdapterFolder, open_adapter
 from peers.model.progress import Progress
 from peers.model.storage import cache_folder
 from peers.model.support import examine
+from peers.platform import container_cpus
 from peers.runtime.probe import Probe
 from peers.runtime.probe_cache import probe_file, recall, remember
 from peers.runtime.rough import Speed, rough_speed
@@ -95,8 +96,8 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
     }
     if config.nice is not None:
         be_nice(config.nice)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)  # of whatever thread reads or packs weights, too
+    threads = config.threads or min(torch.get_num_threads(), container_cpus())
+    torch.set_num_threads(threads)  # of whatever thread reads or packs weights, too
     async with AsyncExitStack() as stack:
         node, key = await start_node(config, stack)
         peer = ServerPeer(
@@ -116,7 +117,6 @@ async def run_peer(config: PeerConfig, *, emit: Emit, stop: asyncio.Event, progr
         checkpoint = await asyncio.to_thread(
             resolve, config.model, token=config.token, progress=progress, accept=check_folder
         )
-        threads = torch.get_num_threads()
         plan, probe, probed_in = await _plan(config, checkpoint, adapters.values(), threads)
         comfort = Comfort(config.schedule, config.pause_on_load_percent)
         owner = Owner(comfort, peer.pause, peer.give_back, gpus=uuids_of(plan.devices))

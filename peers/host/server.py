@@ -265,8 +265,9 @@ class ServerPeer:
 
     async def measure_again(self) -> None:
         """Once the engine is prepared and serves nobody, find out whether it is faster than was measured when other
-        programs were busy, or it was not prepared yet, or than its last forwards; and announce that. Not while the
-        owner wants the machine: who comes back meanwhile ends it. Raises SwarmError."""
+        programs were busy, or it was not prepared yet, or than its last forwards, and whether its forwards may be
+        larger; and announce that. Not while the owner wants the machine: who comes back meanwhile ends it. Raises
+        SwarmError."""
         while True:
             engine = self.handler.engine
             if engine is None:
@@ -285,9 +286,11 @@ class ServerPeer:
                 decode_s_per_block=min(found.decode_s_per_block, self.probe.decode_s_per_block),
                 prefill_s_per_token_block=min(found.prefill_s_per_token_block, self.probe.prefill_s_per_token_block),
                 block_cost=min(found, self.probe, key=lambda probe: probe.decode_s_per_block).block_cost,
+                token_budget=max(found.token_budget, self.probe.token_budget),
                 forward_bytes=max(found.forward_bytes, self.probe.forward_bytes),
                 disturbed=found.disturbed,
             )
+            engine.set_token_budget(self.probe.token_budget)
             if found.decode_s_per_block < CLEARLY * self.probe.decode_s_per_block:
                 engine.forget_lately()
             self._offer()
@@ -296,7 +299,7 @@ class ServerPeer:
     async def _measure(self, engine: AnyEngine) -> Probe | None:
         """None where this peer was paused meanwhile."""
         self._measuring = True
-        measuring = asyncio.ensure_future(measure(engine, room_bytes=0))
+        measuring = asyncio.ensure_future(measure(engine, room_bytes=self._plan.forward_bytes))
         pausing = asyncio.ensure_future(self._wish.paused.wait())
         try:
             await asyncio.wait((measuring, pausing), return_when=asyncio.FIRST_COMPLETED)

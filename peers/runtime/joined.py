@@ -56,6 +56,7 @@ class JoinedEngine:
         self._engines = tuple(engines)
         self._lives: dict[SessionKey, object] = {}
         """A token for each session; another one when it begins again after a release."""
+        self._prefix_hits = self._prefix_tokens = 0
 
     @property
     def config(self) -> EngineConfig:
@@ -100,6 +101,8 @@ class JoinedEngine:
         assert session not in self._lives
         held = min(engine.open(session, owner, part, keys, adapter) for engine, part in self.parts(span))
         self._admit(session, owner)
+        self._prefix_hits += held > 0  # an engine cannot tell: it has not every session, and others may keep less
+        self._prefix_tokens += held
         return held
 
     async def run(self, work: Work) -> Done:
@@ -179,8 +182,8 @@ class JoinedEngine:
             pages=sum(stats.pages for stats in all_stats),
             free_pages=sum(stats.free_pages for stats in all_stats),
             kept_pages=sum(stats.kept_pages for stats in all_stats),
-            prefix_hits=sum(stats.prefix_hits for stats in all_stats),
-            prefix_tokens=sum(stats.prefix_tokens for stats in all_stats),
+            prefix_hits=self._prefix_hits,
+            prefix_tokens=self._prefix_tokens,
         )
 
     def counts(self) -> EngineCounts:

@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 
-from peers.platform import let_threads_sleep, require_platform
+from peers.platform import keep_to_quota, let_threads_sleep, require_platform
 from routing.errors import SwarmError
 
 
@@ -21,6 +21,7 @@ def main() -> None:
     except SwarmError as error:
         sys.exit(f"error: {error}\nhint: {error.hint}")
     let_threads_sleep()
+    keep_to_quota()
     # what torch and transformers are made of stays: looking for garbage among it takes a seventh of their import
     gc.set_threshold(10_000)
     from swarm.cli import signals  # which, as the rest, another platform may not be able to import

@@ -103,7 +103,7 @@ def test_graphs_have_a_part_of_a_gpu_of_which_every_span_has_its_own(monkeypatch
 
 
 def test_in_a_container_what_it_has_left_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "_CONTAINER", tmp_path)
+    monkeypatch.setattr("peers.platform.CONTAINER", tmp_path)
     unlimited = capacity._free_bytes(torch.device("cpu"))
     (tmp_path / "memory.max").write_text("900000000\n")
     (tmp_path / "memory.current").write_text("800000000\n")
@@ -119,6 +119,7 @@ def test_a_large_forward_leaves_less_room_and_a_small_one_no_more_than_was_plann
     assert plan.beside(0) == plan.beside(FORWARD_BYTES) == plan
     beside = plan.beside(FORWARD_BYTES + (1 << 20))
     assert (beside.max_blocks, beside.cache_tokens) < (plan.max_blocks, plan.cache_tokens)
+    assert beside.forward_bytes == FORWARD_BYTES + (1 << 20)
     assert beside.beside(FORWARD_BYTES) == plan
     with pytest.raises(PeerTooSmall):
         plan.beside(FORWARD_BYTES + (3 << 20))
@@ -177,6 +178,7 @@ def test_several_spans_are_cut_at_their_own_ends_and_between_devices() -> None:
     assert sum(blocks, []) == [0, 2, 3]  # noqa: RUF017
     assert len(blocks) in (2, 3)
     joined = plan_capacity(CONFIG, device="cpu", max_memory_bytes=4 << 30, blocks=BlockSpans.parse("0:3"))
+    assert alone.forward_bytes == joined.forward_bytes == FORWARD_BYTES
     extra = alone.request.sizes.forward_bytes - joined.request.sizes.forward_bytes
     assert extra == FORWARD_BYTES, "each span's engine may run a forward at the same time"
 

@@ -17,7 +17,7 @@ from peers import host
 from peers.errors import UnsupportedPlatform
 from peers.host.config import PeerConfig
 from peers.host.run import run_peer
-from peers.platform import let_threads_sleep, require_platform
+from peers.platform import container_cpus, keep_to_quota, let_threads_sleep, require_platform
 from routing.errors import CallerError
 
 WITHOUT_UNIX = """
@@ -101,6 +101,40 @@ def test_threads_sleep_unless_somebody_says_otherwise_or_torch_is_there_already(
     monkeypatch.setattr(os, "environ", {} if asked is None else {"OMP_WAIT_POLICY": asked})
     assert let_threads_sleep() is (policy is not None)
     assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
+@pytest.mark.parametrize(
+    ("said", "cpus"),
+    [
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),
+        ("1000 100000\n", 1),
+        ("max 100000\n", sys.maxsize),
+        ("", sys.maxsize),
+        (None, sys.maxsize),
+    ],
+)
+def test_a_container_has_the_cpus_that_its_quota_is_worth(
+    said: str | None, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peers.platform.CONTAINER", tmp_path)
+    if said is not None:
+        (tmp_path / "cpu.max").write_text(said)
+    assert container_cpus() == cpus
+
+
+@pytest.mark.parametrize(
+    ("cpus", "asked", "threads"), [(64, None, "2"), (64, "8", "8"), (2, None, None), (1, None, None)]
+)
+def test_torch_is_told_of_a_quota_below_the_cpus_that_it_sees_unless_somebody_says_otherwise(
+    cpus: int, asked: str | None, threads: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text("200000 100000\n")
+    monkeypatch.setattr("peers.platform.CONTAINER", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)), raising=False)
+    monkeypatch.setattr(os, "environ", {} if asked is None else {"OMP_NUM_THREADS": asked})
+    keep_to_quota()
+    assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
 async def test_a_peer_whose_threads_spin_says_so_at_its_start(

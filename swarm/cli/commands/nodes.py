@@ -128,7 +128,10 @@ def join(
         typer.Option("--max-memory", metavar="SIZE", help="Use no more than, e.g., 6GB. Default: 80 % of free."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, max=4096, help="CPU threads. Default: torch's choice.")
+        int | None,
+        typer.Option(
+            "--threads", min=1, max=4096, help="CPU threads. Default: torch's choice, within the container's."
+        ),
     ] = None,
     cache_tokens: Annotated[
         int | None,

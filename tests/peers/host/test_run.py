@@ -273,6 +273,29 @@ async def test_weights_are_read_with_no_more_threads_than_are_given(
     assert seen == [given]
 
 
+async def test_by_itself_a_peer_has_no_more_threads_than_its_container_has_time_for(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = torch.get_num_threads(), []
+    load = server.ServerPeer.load
+
+    async def noting(*arguments: Any, **options: Any) -> None:
+        seen.append((options["threads"], torch.get_num_threads()))
+        await load(*arguments, **options)
+
+    monkeypatch.setattr(server.ServerPeer, "load", noting)
+    monkeypatch.setattr("peers.platform.CONTAINER", tmp_path)
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    try:
+        for threads, given in ((3, None), (1, None), (3, 3)):
+            torch.set_num_threads(threads)
+            async with Life(peer(tmp_path, model=str(tiny), cache_tokens=256, threads=given)) as life:
+                await life.wait_for("ready")
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(2, 2), (1, 1), (3, 3)]
+
+
 async def test_a_forward_that_takes_more_than_was_set_aside_leaves_less_cache_from_the_first_start_on(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

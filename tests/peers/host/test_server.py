@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peers.capacity import plan_capacity
+from peers.capacity import FORWARD_BYTES, plan_capacity
 from peers.host import blocks as loaded_blocks
 from peers.host import server
 from peers.model.loading import load_config
@@ -176,6 +176,30 @@ def test_a_peer_that_was_disturbed_measures_itself_again_when_it_serves_nobody_a
         said = peer.presence.describe()
         assert (said.prefill_s_per_token_block, peer.engine.config.token_budget) == (0.0, budget)
         assert 0 < said.decode_s_per_block == peer.probe.decode_s_per_block * peer.slower < 10.0
+
+
+def test_forwards_become_larger_where_they_could_not_be_measured_before_the_engine_was_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(FAMILIES["llama"], tmp_path / "tiny")
+    rooms: list[int] = []
+    with MemorySwarm(tmp_path / "tiny", [(0, NUM_BLOCKS)], cache=tmp_path / "cache") as swarm:
+        (peer,) = swarm.peers
+        peer.probe = replace(peer.probe, disturbed=True, forward_bytes=0)
+        small, large = replace(peer.probe, token_budget=512), replace(peer.probe, token_budget=1024, forward_bytes=9)
+        left = iter((large, small))
+
+        async def measured(engine: AnyEngine, *, room_bytes: int) -> Probe:
+            rooms.append(room_bytes)
+            engine.set_token_budget(2048)  # as it tries what is too large
+            return replace(next(left), disturbed=False)
+
+        monkeypatch.setattr(server, "measure", measured)
+        for _ in range(2):  # what was found is not lost where less is found later
+            swarm.thread.call(peer.measure_again(), timeout_s=100)
+            assert (peer.probe.token_budget, peer.probe.forward_bytes, peer.probe.disturbed) == (1024, 9, False)
+            assert peer.engine.config.token_budget == 1024
+        assert rooms == [FORWARD_BYTES] * 2, "as at its start: the plan has it set aside"
 
 
 def test_a_peer_announces_what_its_forwards_take_lately_where_that_is_clearly_more_than_was_measured(

@@ -135,7 +135,24 @@ async def test_a_prefix_is_as_long_as_every_device_keeps_it() -> None:
         rest = await engine.run(work(second, held, 160 - held, hidden=work(first, 0, 160).hidden[held:]))
         torch.testing.assert_close(rest.hidden, alone.hidden[held:])
         stats = engine.stats()
-        assert (stats.prefix_hits, stats.prefix_tokens) == (len(PARTS), len(PARTS) * held), "each of its own blocks"
+        assert (stats.prefix_hits, stats.prefix_tokens) == (1, held), "on however many devices"
+
+
+async def test_a_session_began_with_a_prefix_where_all_that_have_its_blocks_kept_it() -> None:
+    local, keys = Local("llama", SPAN), [bytes([n]) * 16 for n in range(2)]
+    async with joined(local, page_size=16) as engine:
+
+        async def begin(span: BlockSpan) -> bool:
+            session, before = new_session(), engine.stats()
+            held = engine.open(session, ALICE, span, keys)
+            await engine.run(work(session, held, 160 - held, span=span))
+            engine.release(session)
+            stats = engine.stats()
+            assert stats.prefix_tokens - before.prefix_tokens == held
+            return bool(stats.prefix_hits - before.prefix_hits)
+
+        first, second = PARTS
+        assert [await begin(span) for span in (first, SPAN, SPAN, first, second)] == [False, False, True, True, True]
 
 
 async def test_the_oldest_session_is_the_same_everywhere_so_all_end_in_a_pool_that_holds_one(local: Local) -> None:
