@@ -193,6 +193,8 @@ class Inbox:
                     if core.believes(peer, sender):
                         self._driver.blame(sender, unusable)
                     actions = core.unusable(peer, sender, epoch, unusable)
+            case Code.UNREACHABLE:
+                return  # from there, for a standby that was let go of meanwhile
             case Code.INTERNAL:
                 self._driver.lose(session, peer, Refused(text, code=message.code))
                 return

@@ -194,6 +194,18 @@ def test_the_only_holder_that_declined_once_is_asked_again(
     assert remote.traffic.rebuilds == 1
 
 
+def test_a_hop_that_cannot_reach_a_standby_that_is_gone_keeps_its_session(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    swarm.add_peer(0, 2)
+    model, ids = swarm.model(), prompt()
+    remote = model._remote_layers.remote
+    late = AtToken(5, lambda: say(swarm, remote.route, 0, Code.UNREACHABLE))
+    assert torch.equal(generate(model, ids, stopping_criteria=[late]), generate(local, ids))
+    assert (remote.traffic.rebuilds, remote.traffic.failures[Code.UNREACHABLE]) == (0, 1)
+
+
 def test_a_trace_shows_every_step_at_every_hop_and_the_failover(
     make_swarm: Callable[..., MemorySwarm], local: Any, tmp_path: Path
 ) -> None:
