@@ -8,6 +8,7 @@ stalls or forgets. The driver performs the actions and reports what happened.
     routing   route_ready                        opening   Release of what is left out; OpenHops (next epoch)
     routing   route_ready, nothing pending       idle
     routing   no_route                           failed    Release, Fail
+    routing   no_route, some had refused         routing   NeedRoute: they may be asked again
     routing, waiting  result of the route before           StepDone
     opening   opened by the last missing hop     ready     Skip what every hop holds already; SendStep: replay of what
                                                            some hop lacks before the pending steps, then these under
@@ -33,6 +34,8 @@ stalls or forgets. The driver performs the actions and reports what happened.
     idle, routing  hop leaves                              Release of that hop
     on route  hop forgot, journal lost, stalled  routing   NeedRoute; idle when nothing is pending
     on route  no progress for too long           failed    Release, Fail
+    on route  unusable to one hop                routing   Release of that hop, NeedRoute; idle when nothing is pending
+    on route  unusable to another, from client   failed    Release, Fail
     any live  given up                           failed    Release, Fail
     any       close                              closed    Release
 
@@ -40,6 +43,11 @@ On route are opening, ready and pausing. Whatever else comes changes no state, a
 No progress is too many attempts, or too long a wait for room. Standbys have a table of their own (`standby`). Every
 step is answered once: results of an older epoch or of an unknown step are ignored. Attempts and waiting are counted
 between two results that the caller asked for, so a session ends within its budget or makes progress.
+
+*Refusals.* Who refused is avoided, but not for ever: it may have moved, and be the only one that has other blocks by
+now. Where there is no route without those who refused, or a session lets go of everything for want of room, they may
+be asked again; once between two results, as most reasons stay. A hop to which what it was sent is unusable may be wrong
+itself: it is done without, and believed once another one says the same of the same sender, or there is no other.
 
 *Repair.* A hop that fails is let go of, and only its blocks are planned anew. The others are opened again under the
 next epoch and keep what they hold, as far as no pending step undoes it (`_sure_until`). Each says what it holds and how
@@ -193,6 +201,12 @@ class SessionCore:
         """Whether hops may go on with what they hold."""
         self._forgot = False
         self._avoid: set[PeerId] = set()
+        """Peers that refused."""
+        self._pardoned = False
+        """Whether such were asked again since the last result."""
+        self._doubted: dict[PeerId | None, PeerId | None] = {}
+        """Senders, None for this client, of whom a hop said since then that what they send is unusable, and who did;
+        None where there was no route without it."""
         self._given = False
         """Whether the caller has had outputs."""
         self._waited_s = 0.0
@@ -242,6 +256,10 @@ class SessionCore:
     def unborn(self) -> bool:
         """True for a fork whose first step is not answered: its parent must not be released yet."""
         return self._parent is not None
+
+    def believes(self, peer: PeerId, sender: PeerId | None) -> bool:
+        """Whether `peer` is believed, should it say that what `sender` sent it is unusable."""
+        return self._on_route(peer) and self._doubted.get(sender, peer) != peer
 
     def uses(self, peer: PeerId) -> bool:
         """Whether `peer` was opened for this session and not released."""
@@ -354,7 +372,12 @@ class SessionCore:
         return actions + [self._open_standby(standby, min(sure, standby.reach)) for standby in self._standbys]
 
     def no_route(self, error: SwarmError) -> list[Action]:
-        return self._fail(error) if self.state is State.ROUTING else []
+        if self.state is not State.ROUTING:
+            return []
+        if not self._pardon():
+            return self._fail(error)
+        self._doubted = dict.fromkeys(self._doubted)
+        return self._need_route()
 
     def opened(self, peer: PeerId, start: int, epoch: int, held: int = 0, journal: int = 0) -> list[Action]:
         """The hop at `peer` that begins with block `start` holds the first `held` positions of what it was offered or
@@ -392,6 +415,8 @@ class SessionCore:
             self._trusts = True
             self._waited_s = 0.0
             self._full.clear()
+            self._pardoned = False
+            self._doubted.clear()
             self._steps.answered(step)
             self._given = self._given or answered.want_from < answered.count
             actions.append(StepDone(answered))
@@ -463,11 +488,20 @@ class SessionCore:
         return self._fail(error) if self.alive else []
 
     def refused(self, peer: PeerId, epoch: int, error: SwarmError) -> list[Action]:
-        """`peer` declines for a reason that waiting does not cure: the session goes elsewhere."""
+        """`peer` declines for a reason that waiting does not cure soon: the session goes elsewhere, if it can."""
         if epoch != self.epoch or not self._on_route(peer):
             return []
         self._avoid.add(peer)
         return self._lose_standbys(peer) + self._rebuild(error)
+
+    def unusable(self, peer: PeerId, sender: PeerId | None, epoch: int, error: SwarmError) -> list[Action]:
+        """`peer` cannot use what the hop `sender` sent it, or where that is None this client."""
+        if epoch != self.epoch or not self._on_route(peer):
+            return []
+        if not self.believes(peer, sender):
+            self._doubted[sender] = peer
+            return self.refused(peer, epoch, error)
+        return self._fail(error) if sender is None else self.hop_lost(sender, error)
 
     def busy(
         self, peer: PeerId, epoch: int, retry_after_s: float, error: SwarmError, *, preempted: bool
@@ -497,6 +531,7 @@ class SessionCore:
                 self._full[peer] = delay_s
             return self._do_without({peer})
         self._full.clear()
+        self._pardon()
         actions = self._release()
         self.state = State.WAITING
         return [*actions, Wait(delay_s)]
@@ -646,8 +681,17 @@ class SessionCore:
         kept = [hop for hop in self._installed if hop.peer_id not in gone]
         taken = {hop.span.start for hop in kept}
         kept += [hop for hop in self.standby_hops if hop.span.start not in taken]
-        patience_s = self.config.gap_patience_s if self._given or self.unborn else None
+        lasting = self._pardoned or not self._avoid  # else there may be a route with those who refused
+        patience_s = self.config.gap_patience_s if lasting and (self._given or self.unborn) else None
         return [NeedRoute(frozenset(self._avoid), tuple(sorted(kept, key=lambda hop: hop.span.start)), patience_s)]
+
+    def _pardon(self) -> bool:
+        """Whether peers that refused are no longer avoided, so that there may be a route now."""
+        if self._pardoned or not self._avoid:
+            return False
+        self._pardoned = True
+        self._avoid.clear()
+        return True
 
     def _rebuild(self, error: SwarmError, route: Route | None = None) -> list[Action]:
         """With `route`, over the same hops, which forget the session when it is opened there again."""

@@ -186,10 +186,15 @@ class Inbox:
                 actions = core.behind_window(epoch, Refused(text, code=message.code))
             case Code.MALFORMED:
                 if not at or message.step is None:  # with an open comes nothing but the client's own
-                    actions = core.give_up(ProtocolError(text, hint="the values given to the model are not usable"))
-                else:  # what the hop before it sent is not usable
-                    self._driver.lose(session, route.hops[at - 1].peer_id, ProtocolError(text))
-                    return
+                    unusable = ProtocolError(text, hint="the values given to the model are not usable")
+                    actions = core.unusable(peer, None, epoch, unusable)
+                else:
+                    sender, unusable = route.hops[at - 1].peer_id, ProtocolError(text)
+                    if core.believes(peer, sender):
+                        self._driver.blame(sender, unusable)
+                    actions = core.unusable(peer, sender, epoch, unusable)
+            case Code.UNREACHABLE:
+                return  # from there, for a standby that was let go of meanwhile
             case Code.INTERNAL:
                 self._driver.lose(session, peer, Refused(text, code=message.code))
                 return

@@ -19,6 +19,7 @@ import torch
 from transformers import StoppingCriteria
 
 from peers import discovery
+from peers.errors import ProtocolError
 from peers.transport import links
 from peers.wire.messages import Code, Failed, Urgency
 from routing.errors import CallerError, NoRoute, Unavailable
@@ -129,6 +130,80 @@ def test_a_hop_speaks_for_no_other_than_the_one_behind_it(
     assert remote.route == used[0]
     assert (remote.traffic.rebuilds, sum(remote.traffic.failures.values())) == (0, 0)
     assert router._reputation.backed_off(swarm.thread.client.discovery.now_s()) == {}
+
+
+def say(swarm: MemorySwarm, route: Route, at: int, code: str) -> None:
+    """A hop of the only session's route declines a step of it."""
+    hop = route.hops[at]
+    handler = next(peer.handler for peer in swarm.peers if peer.presence.describe().peer_id == hop.peer_id)
+
+    async def send() -> None:
+        (entry,) = handler.ledger.entries()
+        place: dict[str, Any] = {"session": entry.place.session.raw, "block": hop.span.start, "epoch": entry.epoch}
+        await entry.owner_link.send(Failed(peer=hop.peer_id, code=code, message="so it says", step=1, **place))
+
+    swarm.thread.call(send())
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_one_hop_that_says_that_what_it_is_sent_is_unusable_is_done_without_and_nobody_is_blamed(
+    make_swarm: Callable[..., MemorySwarm], local: Any, at: int
+) -> None:
+    spans = [(0, 2), (2, NUM_BLOCKS)]
+    swarm = make_swarm(spans)
+    model = swarm.model()
+    swarm.add_peer(*spans[at])
+    remote, router = model._remote_layers.remote, swarm.thread.client.router
+    ids, used = prompt(), list[Route]()
+
+    def complain() -> None:
+        used.append(remote.route)
+        say(swarm, remote.route, at, Code.MALFORMED)
+
+    assert torch.equal(generate(model, ids, stopping_criteria=[AtToken(5, complain)]), generate(local, ids))
+    stays = 1 - at
+    assert remote.route.hops[at].peer_id != used[0].hops[at].peer_id
+    assert remote.route.hops[stays] == used[0].hops[stays]
+    assert router._reputation.backed_off(swarm.thread.client.discovery.now_s()) == {}
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_values_that_are_not_finite_are_said_to_be_unusable_whether_one_hop_could_say_so_or_two(
+    make_swarm: Callable[..., MemorySwarm], copies: int
+) -> None:
+    swarm = make_swarm([*[(0, 2)] * copies, (2, NUM_BLOCKS)])
+    model = swarm.model()
+    embeds = model.get_input_embeddings()(prompt()) * float("nan")
+    with impatient(), pytest.raises(ProtocolError, match="not finite") as raised:
+        model(inputs_embeds=embeds)
+    assert raised.value.hint == "the values given to the model are not usable"
+    assert model._remote_layers.remote.traffic.failures[Code.MALFORMED] == 2
+    assert swarm.eventually_settled()
+
+
+@pytest.mark.parametrize("code", [Code.WRONG_MODEL, Code.MALFORMED, "of a later version"])
+def test_the_only_holder_that_declined_once_is_asked_again(
+    make_swarm: Callable[..., MemorySwarm], local: Any, code: str
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    model, ids = swarm.model(), prompt()
+    remote = model._remote_layers.remote
+    decline = AtToken(5, lambda: say(swarm, remote.route, 1, code))
+    with impatient():
+        assert torch.equal(generate(model, ids, stopping_criteria=[decline]), generate(local, ids))
+    assert remote.traffic.rebuilds == 1
+
+
+def test_a_hop_that_cannot_reach_a_standby_that_is_gone_keeps_its_session(
+    make_swarm: Callable[..., MemorySwarm], local: Any
+) -> None:
+    swarm = make_swarm([(0, 2), (2, NUM_BLOCKS)])
+    swarm.add_peer(0, 2)
+    model, ids = swarm.model(), prompt()
+    remote = model._remote_layers.remote
+    late = AtToken(5, lambda: say(swarm, remote.route, 0, Code.UNREACHABLE))
+    assert torch.equal(generate(model, ids, stopping_criteria=[late]), generate(local, ids))
+    assert (remote.traffic.rebuilds, remote.traffic.failures[Code.UNREACHABLE]) == (0, 1)
 
 
 def test_a_trace_shows_every_step_at_every_hop_and_the_failover(

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from peers.errors import Busy, PeerUnreachable, Refused
+from peers.errors import Busy, PeerUnreachable, ProtocolError, Refused
 from peers.wire.messages import MAX_UNDER_WAY, UNDER_WAY_BYTES, Code
 from routing.errors import NoRoute, SwarmError
 from routing.ids import BlockSpan, PeerId, SessionId, StepId
@@ -52,6 +52,8 @@ SESSION, CHILD = SessionId(b"s" * 16), SessionId(b"c" * 16)
 LOST = PeerUnreachable("gone")
 FULL = Busy("full", retry_after_s=0.5)
 FORGOT = Refused("who?", code=Code.UNKNOWN_SESSION)
+UNUSABLE = ProtocolError("not finite")
+NOBODY = NoRoute("all are avoided")
 
 
 def route(*peers: PeerId) -> Route:
@@ -415,8 +417,9 @@ def test_one_wait_is_bounded_whatever_a_hop_asks_for_and_all_together_by_patienc
         lambda core: core.stalled(LOST),
         lambda core: core.forgotten(1, LOST),
         lambda core: core.refused(Q, 1, LOST),
+        lambda core: core.unusable(Q, P, 1, LOST),
     ],
-    ids=["lost", "stalled", "forgotten", "refused"],
+    ids=["lost", "stalled", "forgotten", "refused", "unusable"],
 )
 @pytest.mark.parametrize("state", [State.OPENING, State.READY, State.PAUSING])
 def test_whatever_breaks_a_route_leads_to_another_one(
@@ -477,12 +480,103 @@ def test_an_idle_session_that_loses_its_route_looks_for_another_with_its_next_st
     assert kinds(core.submit(3, 1, 0)[1]) == [NeedRoute]
 
 
-def test_a_peer_that_declined_is_avoided_from_then_on_and_a_stranger_does_not_matter() -> None:
+def test_a_peer_that_declined_is_avoided_and_a_stranger_does_not_matter() -> None:
     core = ready()
     core.submit(1, 1, 0)
     assert core.refused(R, 1, LOST) == core.hop_lost(R, LOST) == core.refused(Q, 0, LOST) == []
     assert core.forgotten(0, FORGOT) == core.busy(Q, 0, 1.0, FULL, preempted=True) == []
-    assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}), route(P).hops, PATIENT_S)
+    assert core.unusable(R, P, 1, LOST) == core.unusable(Q, P, 0, LOST) == []
+    assert core.refused(Q, 1, LOST)[-1] == NeedRoute(frozenset({Q}), route(P).hops)
+
+
+def test_where_there_is_no_route_without_those_who_declined_they_are_asked_again_once_between_two_results() -> None:
+    """One that moved a moment ago may be the only one that has other blocks."""
+    core = ready()
+    core.submit(1, 1, 0)
+    core.refused(Q, 1, LOST)
+    core.route_ready(route(P, R))
+    assert core.refused(P, 2, LOST)[-1] == NeedRoute(frozenset({P, Q}), route(P, R).hops[1:]), "nobody waits for long"
+    assert core.no_route(NOBODY) == [NeedRoute(frozenset(), route(P, R).hops[1:], PATIENT_S)]
+    core.route_ready(route(Q, R))
+    again = core.refused(Q, 3, LOST)
+    assert again[-1] == NeedRoute(frozenset({Q}), route(P, R).hops[1:], PATIENT_S), "now others are what is left"
+    core.route_ready(route(P, R))
+    for replay in sent(opened(core)):
+        core.result(replay.step, 4)
+    assert core.pending == ()
+    core.submit(2, 1, 0)
+    core.hop_lost(P, LOST)
+    assert kinds(core.no_route(NOBODY)) == [NeedRoute], "somebody answered meanwhile"
+    assert core.no_route(NOBODY) == [Release(route(P, R).hops[1:]), Fail(NOBODY)]
+
+
+@pytest.mark.parametrize(("peers", "asked", "error"), [(1, 2, NOBODY), (3, 6, NOBODY), (20, 13, FORGOT)])
+def test_a_session_that_everybody_declines_ends(peers: int, asked: int, error: SwarmError) -> None:
+    core, count = SessionCore(SESSION, SessionConfig()), 0
+    _, actions = core.submit(0, 1, 0)
+    while isinstance(need := actions[-1], NeedRoute):
+        if others := {PeerId(str(number)) for number in range(peers)} - need.avoid:
+            core.route_ready(route(min(others)))
+            actions, count = core.refused(min(others), core.epoch, FORGOT), count + 1
+        else:
+            actions = core.no_route(NOBODY)
+    assert (actions[-1], count) == (Fail(error), asked)
+
+
+def test_a_session_that_lets_go_of_everything_for_want_of_room_asks_those_again_who_declined() -> None:
+    core = ready(positions=4)
+    core.submit(4, 1, 0)
+    core.refused(Q, 1, LOST)
+    core.route_ready(route(P, R))
+    assert kinds(core.busy(R, 2, 5.0, FULL, preempted=True)) == [Release, Wait]
+    assert core.timer() == [NeedRoute(frozenset(), (), PATIENT_S)]
+
+
+def test_a_hop_that_says_twice_that_what_it_was_sent_is_unusable_is_not_believed_where_another_has_no_room() -> None:
+    core = ready(positions=4)
+    core.submit(4, 1, 0)
+    core.unusable(P, None, 1, UNUSABLE)
+    core.route_ready(route(R, Q))
+    core.busy(R, 2, 5.0, FULL, preempted=True)
+    core.timer()
+    core.route_ready(route(P, Q))
+    assert core.unusable(P, None, 3, UNUSABLE)[-1] == NeedRoute(frozenset({P}), route(P, Q).hops[1:], PATIENT_S)
+
+
+@pytest.mark.parametrize("again", [P, R], ids=["the same, as nobody else is there", "another"])
+def test_what_the_client_sent_is_unusable_once_two_hops_say_so_or_one_that_is_asked_again(again: PeerId) -> None:
+    core = ready(positions=4)
+    core.submit(4, 1, 0)
+    assert core.unusable(P, None, 1, UNUSABLE)[-1] == NeedRoute(frozenset({P}), route(P, Q).hops[1:])
+    assert core.unusable(P, None, 1, UNUSABLE) == [], "of a step that was under way, too"
+    if again is P:
+        core.no_route(NOBODY)
+    core.route_ready(route(again, Q))
+    replay, _ = sent(opened(core, 0, 4))
+    core.result(replay.step, 2)
+    assert core.unusable(again, None, 2, UNUSABLE)[-1] == Fail(UNUSABLE), "that a replay was usable says nothing"
+
+
+def test_hops_that_say_so_of_what_others_can_use_end_no_session() -> None:
+    core = ready()
+    for first, (broken, following) in enumerate(itertools.pairwise([P, R, P, R]), 1):
+        core.submit(first, 1, 0)
+        core.unusable(broken, None, core.epoch, UNUSABLE)
+        core.route_ready(route(following, Q))
+        answers = [core.result(again.step, core.epoch) for again in sent(opened(core))]
+        assert kinds(answers[-1]) == [StepDone]
+
+
+def test_what_a_hop_sent_is_unusable_once_two_hops_behind_it_say_so() -> None:
+    core = ready(positions=4)
+    core.submit(4, 1, 0)
+    assert not core.believes(Q, P)
+    assert core.unusable(Q, P, 1, UNUSABLE)[-1] == NeedRoute(frozenset({Q}), route(P).hops)
+    assert not core.believes(Q, P), "of a route that is over"
+    core.route_ready(route(P, R))
+    assert (core.believes(R, P), core.believes(R, None)) == (True, False)
+    assert core.unusable(R, P, 2, UNUSABLE)[:1] == [Release(route(P).hops)]
+    assert core.uses(R)
 
 
 def test_a_session_without_progress_fails_after_its_attempts_also_when_every_replay_succeeds() -> None:
@@ -689,9 +783,11 @@ def test_a_parent_whose_route_is_not_settled_does_not_lend_it() -> None:
 ON_ROUTE = {State.OPENING, State.READY, State.PAUSING}
 LIVE = set(State) - {State.FAILED, State.CLOSED}
 STATES = {"on route": ON_ROUTE, "any live": LIVE, "any": set(State)}
-NEWS = ("hop_lost", "hop_leaves", "refused", "forgotten", "journal_lost", "stalled", "behind_window", "busy")
+DECLINED = ("refused", "unusable", "forgotten", "journal_lost", "behind_window", "busy")
+NEWS = ("hop_lost", "hop_leaves", "stalled", *DECLINED)
 EVENTS = {
     "route_ready, nothing pending": ("route_ready",),
+    "no_route, some had refused": ("no_route",),
     "result of the route before": ("result",),
     "opened by the last missing hop": ("opened",),
     "no room: preempted, or busy when": ("busy",),
@@ -704,6 +800,8 @@ EVENTS = {
     "hop lost, refused, leaves": ("hop_lost", "refused", "hop_leaves"),
     "hop leaves": ("hop_leaves",),
     "hop forgot, journal lost, stalled": ("forgotten", "journal_lost", "stalled"),
+    "unusable to one hop": ("unusable",),
+    "unusable to another, from client": ("unusable",),
     "no progress for too long": (*NEWS, "result", "timer"),
     "given up": ("give_up",),
 }
@@ -772,8 +870,10 @@ def whatever(rng: random.Random, core: SessionCore) -> None:
             core.busy(peer, epoch, rng.choice([0.1, 0.1, 4.0]), FULL, preempted=rng.random() < 0.1)
         case 18 | 19:
             core.timer()
-        case 20:
+        case 20 if rng.random() < 0.5:
             core.refused(peer, epoch, FORGOT)
+        case 20:
+            core.unusable(peer, rng.choice([None, P, Q]), epoch, UNUSABLE)
         case 21:
             core.behind_window(epoch, FORGOT)
         case 22:
@@ -905,6 +1005,8 @@ class Owner:
     lacking: tuple[int, tuple[Hop, ...]] = (0, ())
     """In which epoch a standby was asked for, for which hops."""
     routes_without_answer: int = 0
+    complaints: set[PeerId] = field(default_factory=set)
+    """Who could not use what was sent from here, since the last answer; CLIENT where there was no route without."""
     waited_s: float = 0.0
     failure: SwarmError | None = None
     pace: Pace = field(default_factory=Pace)
@@ -948,6 +1050,12 @@ class World:
         self.leaving: set[PeerId] = set()
         self.busy: set[PeerId] = set()
         """Refuse the next step, or open, with "busy"."""
+        self.moved: set[PeerId] = set()
+        """Refuse every session, of which nobody has heard yet."""
+        self.broken: set[PeerId] = set()
+        """Can use nothing that they are sent."""
+        self.asked_again = 0
+        """Plans with peers that had refused, as there was no route without them."""
         self.owners: dict[SessionId, Owner] = {}
         self.channels: dict[Channel, deque[Message]] = {}
         self.deferred: list[tuple[str, SessionId, PeerId | None]] = []
@@ -1034,8 +1142,8 @@ class World:
             self.deferred.append(("lost", session, peer))
 
     def revive(self, peer: PeerId) -> None:
-        self.dead.discard(peer)
-        self.stopped.discard(peer)
+        for trouble in (self.dead, self.stopped, self.moved, self.broken):
+            trouble.discard(peer)
 
     def forget(self, peer: PeerId) -> None:
         for session in self.hops[peer]:
@@ -1060,6 +1168,12 @@ class World:
         self.leaving.add(peer)
         for session, held in self.hops[peer].items():
             self._reply(peer, Message("leaves", session, held.epoch, peer))
+
+    def move(self, peer: PeerId) -> None:
+        self.moved.add(peer)
+
+    def damage(self, peer: PeerId) -> None:
+        self.broken.add(peer)
 
     def evict(self, peer: PeerId) -> None:
         """The peer has no room for its journals."""
@@ -1120,6 +1234,8 @@ class World:
         self.dead.clear()
         self.leaving.clear()
         self.stopped.clear()
+        self.moved.clear()
+        self.broken.clear()
         for _ in range(20_000):
             if events := self.num_events():
                 self.fire(choose(events))
@@ -1257,7 +1373,8 @@ class World:
                     assert owner.waited_s <= CONFIG.busy_patience_s
                     self.deferred.append(("timer", core.session, None))
                 case Fail(error):
-                    assert isinstance(error, NoRoute) or core.attempts > CONFIG.max_attempts or isinstance(error, Busy)
+                    spent = core.attempts > CONFIG.max_attempts or (error is UNUSABLE and len(owner.complaints) > 1)
+                    assert isinstance(error, NoRoute | Busy) or spent
                     owner.failure = error
                     self._end(owner)
 
@@ -1298,7 +1415,11 @@ class World:
             gone = self.dead | self.leaving | owner.core._avoid | owner.core._lost
             alive = [peer for peer in PEERS if peer[0] == span and peer not in gone]
             if not alive:
-                return owner.core.no_route(NoRoute(f"nobody serves {span}"))
+                actions = owner.core.no_route(NoRoute(f"nobody serves {span}"))
+                if owner.core.alive:
+                    self.asked_again += 1
+                    owner.complaints.add(CLIENT)
+                return actions
             hops.append(alive[self._routes % len(alive)])
         return owner.core.route_ready(route(*hops))
 
@@ -1329,7 +1450,7 @@ class World:
         elif message.kind == "open":
             if held is not None and epoch <= held.epoch:
                 answer("forgot")  # stale
-            elif peer in self.leaving:
+            elif peer in self.leaving | self.moved:
                 answer("refused")
             elif peer in self.busy:
                 self.busy.discard(peer)
@@ -1365,6 +1486,9 @@ class World:
             answer("forgot")  # stale
         elif step.step in held.answers:
             self._pass_on(peer, held, held.answers[step.step])
+        elif peer in self.broken:
+            self._disturb(owner)
+            answer("unusable")
         elif peer in self.busy:
             self.busy.discard(peer)
             self._disturb(owner)
@@ -1454,6 +1578,12 @@ class World:
                 self._perform(owner, core.hop_leaves(peer, epoch, FORGOT, answers=True))
             case "refused":
                 self._perform(owner, core.refused(peer, epoch, FORGOT))
+            case "unusable":
+                sender = core.route.hops[start - 1].peer_id if core.route is not None and start else None
+                actions = core.unusable(peer, sender, epoch, UNUSABLE)
+                if actions and sender is None:
+                    owner.complaints.add(peer)
+                self._perform(owner, actions)
             case "busy" | "preempted":
                 preempted = message.kind == "preempted"
                 self._perform(owner, core.busy(peer, epoch, 0.5, FULL, preempted=preempted))
@@ -1476,6 +1606,7 @@ class World:
             assert message.digests == digests, "every hop held the right positions"
             self._answer(owner, action.step)
             owner.routes_without_answer, owner.waited_s = 0, 0.0
+            owner.complaints.clear()
         self._perform(owner, [action for action in actions if not isinstance(action, StepDone)])
 
 
@@ -1554,6 +1685,8 @@ def fault(rng: random.Random, world: World) -> None:
             "preempt",
             "leave",
             "evict",
+            "move",
+            "damage",
             "duplicate",
             "drop",
             "drop",
@@ -1571,6 +1704,10 @@ def fault(rng: random.Random, world: World) -> None:
             world.busy.add(peer)
         case "evict":
             world.evict(peer)
+        case "move" if len(world.moved) < 3:
+            world.move(peer)
+        case "damage" if len(world.broken) < 2:
+            world.damage(peer)
         case "preempt" if world.hops[peer]:
             world.preempt(peer, rng.choice(list(world.hops[peer])))
         case "leave" if len(world.leaving) < 2:
@@ -1593,7 +1730,7 @@ PARTS = 4
 @pytest.mark.parametrize("part", [None] if "SEED" in os.environ else range(PARTS))
 def test_every_seed_answers_every_step_once_and_leaves_nothing_open(part: int | None, changes: set[str]) -> None:
     seeds = [int(os.environ["SEED"])] if part is None else range(part, SEEDS, PARTS)
-    failed = answered = skipped = replays = replayed = given_up = fed = switched = 0
+    failed = answered = skipped = replays = replayed = given_up = fed = switched = asked_again = 0
     for seed in seeds:
         try:
             world = simulate(seed)
@@ -1607,9 +1744,10 @@ def test_every_seed_answers_every_step_once_and_leaves_nothing_open(part: int | 
         given_up += world.given_up
         fed += world.fed
         switched += world.switched
+        asked_again += world.asked_again
     assert sorted(changes.difference(*written().values())) == [], "not in the table"
     assert answered > failed, "the world is so bad that it proves nothing"
-    assert (skipped and replays and replayed and given_up and fed and switched) or part is None
+    assert all([skipped, replays, replayed, given_up, fed, switched, asked_again]) or part is None
 
 
 def test_the_same_seed_tells_the_same_story() -> None:
@@ -1672,7 +1810,7 @@ class SessionMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.world.wait(seconds)
 
-    @rule(peer=peers, what=st.sampled_from(["die", "stop", "revive", "forget", "evict", "leave"]))
+    @rule(peer=peers, what=st.sampled_from(["die", "stop", "revive", "forget", "evict", "leave", "move", "damage"]))
     def a_peer(self, peer: PeerId, what: str) -> None:
         getattr(self.world, what)(peer)
 
