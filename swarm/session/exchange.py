@@ -77,6 +77,8 @@ class MicroBatch:
     """Which one of the batch its first is."""
     jumps: Jumps
     stretches: list[Stretch] = field(default_factory=list)
+    accusers: set[PeerId] = field(default_factory=set)
+    """Peers that say that what they were sent of it is malformed."""
 
     @property
     def tokens(self) -> int:
