@@ -140,6 +140,10 @@ class Router:
         """The peer did what was asked of it."""
         self._reputation.on_success(peer, now_s)
 
+    def record_of(self, peer: PeerId) -> Announcement | None:
+        """What the peer announced last, which may be over."""
+        return self._directory.record_of(peer)
+
     def snapshot(self, now_s: float) -> Snapshot:
         """Everybody who is live now, of every model."""
         return self._directory.snapshot(now_s)

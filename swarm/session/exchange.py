@@ -31,6 +31,8 @@ from swarm.session.uploads import Uploads
 LOOK_S = 2.0
 """While an answer is awaited, its peer is pinged so often."""
 PING_TIMEOUT_S = 4.0
+"""A peer that does not answer that is given up. However long steps take, its loop answers while they are computed; and
+however short they are, that does not say how long a ping waits behind an adapter on a slow line."""
 FIRST_PATIENCE_S = 120.0
 """For an answer, before any was heard; afterwards `PATIENCE` times as long as it should take, but not less than
 `LEAST_PATIENCE_S`."""
@@ -77,6 +79,8 @@ class MicroBatch:
     """Which one of the batch its first is."""
     jumps: Jumps
     stretches: list[Stretch] = field(default_factory=list)
+    accusers: set[PeerId] = field(default_factory=set)
+    """Peers that say that what they were sent of it is malformed."""
 
     @property
     def tokens(self) -> int:

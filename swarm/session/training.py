@@ -24,7 +24,9 @@ What a peer does to a step, and what follows:
 | says `forgotten` (backward) | is sent again to it, with the input |
 | dies, is silent, fails, sends what is no answer (NaN, wrong shape) | goes to others; it is left alone for a while |
 | owes an adapter's gradient that does not come, or comes with other steps' | goes to others once more, for that |
-| refuses (`no_training`, `wrong_model`, …), pauses, leaves | goes to others, without blame |
+| refuses (`no_training`, …), pauses, leaves | goes to others, without blame |
+| says `malformed` | goes to others, and is believed once another peer says the same, or where there is none |
+| has other blocks by now (`wrong_model`) | goes where new records say; to it again once it announces anew |
 | takes far longer than the others of its route | is waited for; the next batches go to others, where there are any |
 
 Where others divide the blocks differently, a backward begins with the forward through them, from the kept input.
@@ -136,6 +138,8 @@ class TrainingRoute:
         self._lost_at_s = -math.inf
         self._refused: dict[PeerId, float] = {}
         """Likewise those that do not train, or not this."""
+        self._stale: dict[PeerId, int] = {}
+        """Peers that do not serve what they announced, and the sequence of that record: the next one may be true."""
         self._review_at_s = 0.0
 
     # --- any thread ---
@@ -283,10 +287,15 @@ class TrainingRoute:
     # --- inside the loop: one micro-batch ---
 
     async def _through(
-        self, batch: MicroBatch, blocks: BlockSpan, rows_TH: torch.Tensor, keep: bool
+        self,
+        batch: MicroBatch,
+        blocks: BlockSpan,
+        rows_TH: torch.Tensor,
+        keep: bool,
+        last: SwarmError | None = None,
     ) -> tuple[torch.Tensor, list[Stretch]]:
-        """Forward through `blocks`, by whomever."""
-        at, stretches, trouble = blocks.start, list[Stretch](), _Trouble(self.config.patience_s)
+        """Forward through `blocks`, by whomever; `last`: why it is done again."""
+        at, stretches, trouble = blocks.start, list[Stretch](), self._trouble(batch, last)
         while at < blocks.end:
             hop, span = await self._hop(at, blocks.end, trouble)
             stretch = Stretch(hop, span, secrets.token_bytes(16), rows_TH)
@@ -298,7 +307,7 @@ class TrainingRoute:
             self.traffic.forwards += 1
             stretches.append(stretch)
             rows_TH, at = output_TH, span.end
-            trouble = _Trouble(self.config.patience_s)
+            trouble = self._trouble(batch)
         return rows_TH, stretches
 
     async def _back(
@@ -338,7 +347,7 @@ class TrainingRoute:
                 try:
                     await self._exchange.settle(own, added)
                 except SwarmError as error:
-                    await self._failed(own.hop, error, _Trouble(self.config.patience_s))
+                    await self._failed(own.hop, error, _Trouble(self.config.patience_s, set()))
                 await _all([again(owed) for owed in own.owed.values()])
         finally:
             for own in sums.values():
@@ -355,7 +364,7 @@ class TrainingRoute:
         own: Sum | None,
         added: torch.Tensor | None,
     ) -> torch.Tensor:
-        trouble, again, collect = _Trouble(self.config.patience_s), False, False
+        trouble, again, collect = self._trouble(batch), False, False
         if own is not None:
             own.unasked, own.asked = own.unasked - 1, own.asked + 1
             collect = own.asked % MAX_SUMMED == 0
@@ -368,17 +377,22 @@ class TrainingRoute:
                     self.traffic.resent += 1
                     again = True
                 elif not await self._failed(stretch.hop, error, trouble):
-                    return await self._elsewhere(batch, stretch, gradient_TH, added)
+                    return await self._elsewhere(batch, stretch, gradient_TH, added, trouble.last)
             else:
                 self.traffic.backwards += 1
                 return given_TH
 
     async def _elsewhere(
-        self, batch: MicroBatch, stretch: Stretch, gradient_TH: torch.Tensor, added: torch.Tensor | None
+        self,
+        batch: MicroBatch,
+        stretch: Stretch,
+        gradient_TH: torch.Tensor,
+        added: torch.Tensor | None,
+        last: SwarmError | None = None,
     ) -> torch.Tensor:
         """By somebody else, or several: what goes in there is known, what passes between them is not."""
         self.traffic.rerouted += 1
-        _, others = await self._through(batch, stretch.span, stretch.input_TH, keep=True)
+        _, others = await self._through(batch, stretch.span, stretch.input_TH, True, last)
         try:
             (given_TH,) = await self._back([(batch, others, gradient_TH)], added)
             return given_TH
@@ -394,13 +408,28 @@ class TrainingRoute:
             for shunned in (self._lost, self._refused):
                 for peer in [peer for peer, until_s in shunned.items() if until_s <= now_s]:
                     del shunned[peer]
-            avoid = frozenset((*self._lost, *self._refused))
-            if self._route is None or any(hop.peer_id in avoid for hop in self._route.hops):
+            for peer in [peer for peer, sequence in self._stale.items() if self._sequence(peer) != sequence]:
+                del self._stale[peer]
+            avoid = self._avoided
+            if self._route is None or any(hop.peer_id in avoid or self._moved(hop) for hop in self._route.hops):
                 self._route = None
                 self._route = await self._client.discovery.route(self._request(avoid))
                 self._exchange.block_s.clear()
                 self._review_at_s = now_s + REVIEW_S
             return self._route
+
+    @property
+    def _avoided(self) -> frozenset[PeerId]:
+        return frozenset((*self._lost, *self._refused, *self._stale))
+
+    def _sequence(self, peer: PeerId) -> int | None:
+        record = self._client.router.record_of(peer)
+        return None if record is None else record.sequence
+
+    def _moved(self, hop: Hop) -> bool:
+        """Whether the peer announced since that it serves other blocks."""
+        record = self._client.router.record_of(hop.peer_id)
+        return record is not None and not (record.model == self._model.model and record.spans.covers(hop.span))
 
     def _request(self, avoid: frozenset[PeerId]) -> RouteRequest:
         return RouteRequest(
@@ -425,8 +454,7 @@ class TrainingRoute:
             return
         slowest = paces[-1][1]
         with contextlib.suppress(NoRoute):
-            avoid = frozenset((*self._lost, *self._refused, slowest))
-            self._client.router.plan(self._request(avoid), self._client.discovery.now_s())
+            self._client.router.plan(self._request(self._avoided | {slowest}), self._client.discovery.now_s())
             logger.info("training: %s has become slow", slowest)
             self._lost[slowest] = now_s + AVOID_S
 
@@ -437,6 +465,7 @@ class TrainingRoute:
                 route = await self._planned()
             except NoRoute as error:
                 if asyncio.get_running_loop().time() - self._lost_at_s > self.config.patience_s:
+                    self._believe(trouble)
                     raise trouble.last or error from None  # nobody was lost who could be back: all refuse
                 trouble.check(error)
                 self._lost.clear()  # those who failed may be back before anybody else comes
@@ -472,8 +501,19 @@ class TrainingRoute:
                     self._uploads.forget(link)
                 await asyncio.sleep(RETRY_S)
                 return True
-            case Refused() if error.code == Code.MALFORMED:  # what it was sent, it says; others would say the same
-                raise error
+            case Refused() if error.code == Code.WRONG_MODEL:
+                self.traffic.failures[error.code] += 1
+                self._lost_at_s = loop_s  # with its next record there may be a route
+                await self._look_again(hop)
+                return False
+            case Refused() if error.code == Code.MALFORMED:
+                self.traffic.failures[error.code] += 1
+                self._refused[hop.peer_id] = loop_s + AVOID_S
+                trouble.accusers.add(hop.peer_id)
+                if len(trouble.accusers) > 1:  # others would say the same
+                    self._believe(trouble)
+                    raise error
+                return False
             case Refused() if error.code != Code.INTERNAL:
                 self.traffic.failures[error.code] += 1
                 self._refused[hop.peer_id] = loop_s + REFUSED_S
@@ -486,6 +526,22 @@ class TrainingRoute:
         self._lost[hop.peer_id], self._lost_at_s = loop_s + AVOID_S, loop_s
         return False
 
+    async def _look_again(self, hop: Hop) -> None:
+        """The peer says that it does not serve these blocks: plan by what is announced now."""
+        if self._route is not None and hop in self._route.hops:
+            self._route = None
+        if not self._moved(hop) and (sequence := self._sequence(hop.peer_id)) is not None:
+            self._stale[hop.peer_id] = sequence
+        await self._client.discovery.refresh()
+
+    def _believe(self, trouble: _Trouble) -> None:
+        """What peers were sent is malformed: nothing is held against those who said so."""
+        for peer in trouble.accusers:
+            self._refused.pop(peer, None)
+
+    def _trouble(self, batch: MicroBatch, last: SwarmError | None = None) -> _Trouble:
+        return _Trouble(self.config.patience_s, batch.accusers, last)
+
     def _needed_links(self) -> Iterator[Link]:
         yield from self._exchange.links()
         for hop in () if self._route is None else self._route.hops:  # they keep what backwards will need
@@ -496,8 +552,10 @@ class TrainingRoute:
 class _Trouble:
     """How long one step may go without headway."""
 
-    def __init__(self, patience_s: float) -> None:
-        self.last: SwarmError | None = None
+    def __init__(self, patience_s: float, accusers: set[PeerId], last: SwarmError | None = None) -> None:
+        """`accusers`: who says that what they were sent is malformed; `last`: what the step met before."""
+        self.last = last
+        self.accusers = accusers
         self._deadline_s = asyncio.get_running_loop().time() + patience_s
 
     def check(self, error: SwarmError) -> None:
