@@ -128,10 +128,18 @@ class Plan:
         return replace(self, request=request, share=_share(request))
 
     def within(self, limits_bytes: Sequence[int]) -> Plan:
-        """The same blocks with what the devices have free now, at most these limits. Raises PeerTooSmall."""
-        free_bytes = (_limit_bytes(device, self.devices, self.max_memory_bytes) for device in self.devices)
-        request = replace(self.request, limits_bytes=tuple(map(min, limits_bytes, free_bytes)))
-        return replace(self, request=request, share=_share(request))
+        """The same blocks with what the devices have free now, at most these limits; where they do not fit beside the
+        usual reserve, which was kept once, without it. Raises PeerTooSmall."""
+
+        def of(share: float) -> Plan:
+            free_bytes = (_limit_bytes(device, self.devices, self.max_memory_bytes, share) for device in self.devices)
+            request = replace(self.request, limits_bytes=tuple(map(min, limits_bytes, free_bytes)))
+            return replace(self, request=request, share=_share(request))
+
+        try:
+            return of(MEMORY_SHARE)
+        except PeerTooSmall:
+            return of(1.0)
 
 
 def check_options(*, dtype: str, device: str, cache_tokens: int | None, quantization: str = NONE) -> None:
@@ -252,11 +260,14 @@ def _share(request: Request) -> Share:
     return share
 
 
-def _limit_bytes(device: torch.device, devices: Sequence[torch.device], max_memory_bytes: int | None) -> int:
-    """What this one of `devices`, of which the CPU may be several, may use; together they may use the maximum."""
+def _limit_bytes(
+    device: torch.device, devices: Sequence[torch.device], max_memory_bytes: int | None, share: float = MEMORY_SHARE
+) -> int:
+    """What this one of `devices`, of which the CPU may be several, may use; together they may use the maximum, or this
+    share of what is free."""
     free_bytes = _free_bytes(device) // devices.count(device)
     if max_memory_bytes is None:
-        return int(free_bytes * MEMORY_SHARE)
+        return int(free_bytes * share)
     return min(max_memory_bytes // len(devices), free_bytes)
 
 

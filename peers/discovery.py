@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 
@@ -66,6 +67,8 @@ class Discovery:
         self._clock = clock
         self._watched: set[ModelId] = set()
         self._pinged_at_s: dict[PeerId, float] = {}
+        self._pinging: Counter[PeerId] = Counter()
+        """Pings that wait for an answer."""
         self._missed: dict[PeerId, int] = {}
         """How many pings in a row each has not answered."""
         self._asked: set[PeerId] = set()
@@ -154,7 +157,9 @@ class Discovery:
         due = [
             peer
             for peer in self.router.snapshot(now_s).peers
-            if peer.peer_id in peers and now_s - self._pinged_at_s.get(peer.peer_id, 0.0) >= PING_DOUBTED_EVERY_S
+            if peer.peer_id in peers
+            and peer.peer_id not in self._pinging
+            and now_s - self._pinged_at_s.get(peer.peer_id, 0.0) >= PING_DOUBTED_EVERY_S
         ]
         self._tasks.spawn(self._ping_all(due), name="ping those in doubt")
 
@@ -169,6 +174,7 @@ class Discovery:
     async def _ping(self, peer: Announcement, *, timeout_s: float = PING_TIMEOUT_S, needed: bool = False) -> bool:
         """Whether it answers."""
         self._pinged_at_s[peer.peer_id] = self._clock()
+        self._pinging[peer.peer_id] += 1
         try:
             rtt_s, _ = await self._links.ping(peer.peer_id, peer.addresses, timeout_s=timeout_s)
         except Unavailable as error:  # of this node, out of descriptors for example: no fault of the peer's
@@ -185,6 +191,8 @@ class Discovery:
             self._missed.pop(peer.peer_id, None)
             self.router.on_rtt(peer.peer_id, rtt_s, self._clock(), needed=needed)
             return True
+        finally:
+            self._pinging -= Counter([peer.peer_id])
         return False
 
     async def _look_again(self, model: ModelId, delay_s: float) -> None:

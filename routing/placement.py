@@ -11,7 +11,7 @@ import hashlib
 import statistics
 from bisect import bisect_left, insort
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, takewhile
 from typing import Final
 
@@ -92,11 +92,16 @@ def shorten(
 
     It is as `choose_span` would have chosen within these blocks, and all of them where that is nearly as long
     (SHORTENED). Blocks that nobody else holds stay, and so does whatever lies between two of them. Of others that are
-    joining, which may do the same now, only those with smaller peer ids hold anything.
+    joining, which may do the same now, only those with smaller peer ids that have settled hold anything; and nobody
+    holds yet what it only intends to.
     """
     (span,) = mine.spans.parts
-    before = (a for a in announcements if a.state is not PeerState.JOINING or a.peer_id < mine.peer_id)
-    counted = _counted(before, mine.num_blocks, now_s)
+    sure = (
+        replace(a, intent=None)
+        for a in announcements
+        if a.state is not PeerState.JOINING or (a.intent is None and a.peer_id < mine.peer_id)
+    )
+    counted = _counted(sure, mine.num_blocks, now_s)
     if not counted:
         return span
     held = set(chain.from_iterable(chain.from_iterable(a.spans for a in counted)))

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 PREPARATION_S = 1.5
 """So long blocks whose speed is known wait to be as fast as that: where what was compiled is kept, they soon are."""
+_NO_MEMORY = "can't allocate memory", "out of memory", "ALLOC_FAILED"
+"""How torch says MemoryError, of which it has several kinds."""
 Fit = Callable[[Probe], Awaitable[BlockSpans]]
 """What to serve of the blocks that were loaded, now that this was measured of them."""
 
@@ -96,7 +98,7 @@ class Blocks:
         except OSError as error:
             problem = _broken_disk(spans, error)
         except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # which is how torch says MemoryError
+            if not any(words in str(error) for words in _NO_MEMORY):
                 raise
             problem = PeerTooSmall(f"there is no memory left for blocks {spans}: {one_line(error)}")
         raise problem  # out here: what was caught holds on to the weights that were loaded by then

@@ -63,6 +63,8 @@ MOVE_DRAIN_TIMEOUT_S = 5.0
 """A step that takes longer is repeated elsewhere: somebody waits for the blocks to which this peer goes."""
 LEAVE_TIMEOUT_S = 20.0
 """Clients that have not gone elsewhere by then begin anew there: somebody waits for the memory."""
+UNLOAD_TIMEOUT_S = 60.0
+"""Of the engine's thread, which may wait for a compiler; weights are gone only after its end."""
 QUIET_LOOK_S = 1.0
 """How often it is looked whether nobody is served, before this peer measures itself again or gives memory back."""
 EXPECTED_POSITIONS = 512
@@ -255,7 +257,15 @@ class ServerPeer:
     def _offer(self) -> None:
         speeds = self.probe.decode_s_per_block, self.probe.prefill_s_per_token_block
         said = self._static(self._blocks.checkpoint, self.handler.served.spans, self._plan, *speeds)
-        self.presence.offer(replace(said, max_blocks=self._max_blocks))
+        self.presence.offer(replace(said, max_blocks=min(self._max_blocks, self._most_blocks())))
+
+    def _most_blocks(self) -> int:
+        """That it could serve instead of these: fewer than at the start where it came back to less memory."""
+        held = self.handler.served.spans.num_blocks
+        if self._plan.request.limits_bytes == self._limits_bytes:
+            return max(held, self._max_blocks)
+        plan = replace(self._plan, request=replace(self._plan.request, blocks=None))
+        return max(held, plan.beside(self.probe.forward_bytes).max_blocks)
 
     @property
     def slower(self) -> float:
@@ -421,7 +431,7 @@ class ServerPeer:
             if not self._wish.memory.is_set():
                 return False
             self._absent = True
-            self._spared = await self._unload()
+            self._spared = await self._unload(deadline_s=UNLOAD_TIMEOUT_S)
             give_back(())
             self.presence.changed()
             return True
@@ -519,14 +529,15 @@ class ServerPeer:
                 raise
             self._status.moved = (before, time.monotonic())
 
-    async def _unload(self) -> bool:
+    async def _unload(self, *, deadline_s: float = 10.0) -> bool:
         """Nothing is left of the blocks that were served. Says whether collections passed them by."""
         self.handler.vacate()
         self.training.vacate()
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
-        await self.engine.stop()
+        await self.engine.stop(deadline_s=deadline_s)
+        self.training.vacate()  # also what came of its last forwards
         await self.handler.settled(timeout_s=MOVE_DRAIN_TIMEOUT_S)  # what the engine failed as it stopped
         self.handler.leave_engine()
         del self.engine

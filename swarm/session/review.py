@@ -95,11 +95,14 @@ def _lies_far(router: Router, request: RouteRequest, now_s: float, *, step_s: fl
     try:
         if router.plan(replace(request, previous=None), now_s).cost_s >= enough_s:
             return None  # whatever was left
-        for leaving in request.previous.hops:
-            others = tuple(hop for hop in request.previous.hops if hop != leaving)
+    except NoRoute:
+        return None
+    for leaving in request.previous.hops:
+        others = tuple(hop for hop in request.previous.hops if hop != leaving)
+        try:
             better = router.plan(replace(request, keep=others, avoid=request.avoid | {leaving.peer_id}), now_s)
-            if better.cost_s < enough_s:
-                best, enough_s = leaving.peer_id, better.cost_s
-    except NoRoute:  # somebody is needed
-        return best
+        except NoRoute:  # it alone has its blocks
+            continue
+        if better.cost_s < enough_s:
+            best, enough_s = leaving.peer_id, better.cost_s
     return best

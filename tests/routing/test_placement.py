@@ -161,6 +161,21 @@ def test_who_took_too_many_blocks_keeps_a_fair_part_and_what_nobody_else_has(
     assert len(shorter) == 10 or len(shorter) >= max(1, len(set(range(1, 11)) - sure))
 
 
+def test_who_only_intends_to_hold_blocks_or_has_not_settled_holds_nothing() -> None:
+    mine = announcement(peer(4), 0, 12, num_blocks=12, state=PeerState.JOINING)
+    online = [
+        announcement(peer(1), 6, 7, num_blocks=12, intent=BlockSpan(2, 11)),
+        announcement(peer(2), 0, 9, num_blocks=12, intent=BlockSpan(2, 11)),
+        announcement(peer(3), 11, 12, num_blocks=12),
+    ]
+    assert set(shorten(online, mine, NOW_S, 9.0)) >= {9, 10}
+    smaller = peer(0)
+    assert smaller < mine.peer_id
+    for intent, held in ((None, True), (BlockSpan(0, 12), False)):
+        joining = announcement(smaller, 0, 12, num_blocks=12, state=PeerState.JOINING, intent=intent)
+        assert (len(shorten([online[2], joining], mine, NOW_S, 9.0)) < 11) == held
+
+
 def test_of_two_that_joined_together_one_keeps_what_both_could_leave() -> None:
     online = [announcement(peer(n), 0, 6, num_blocks=12, decode_s_per_block=1e-6) for n in range(2)]
     first, second = sorted(

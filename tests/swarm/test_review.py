@@ -109,6 +109,22 @@ def test_a_hop_to_which_the_way_became_long_is_left_once_that_was_measured() -> 
     assert left(slowed=True) is None, "it is this node's own way"
 
 
+@pytest.mark.parametrize("far", [0, 1])
+def test_a_hop_whose_way_became_long_is_left_also_beside_one_that_alone_has_its_blocks(far: int) -> None:
+    router = Router()
+    spans = [(0, 15), (15, 30)]
+    router.on_announcements(
+        [announcement(peer(n), *spans[n]) for n in range(2)] + [announcement(peer(2), *spans[far])], NOW_S
+    )
+    request = replace(REQUEST, previous=router.plan(replace(REQUEST, avoid=frozenset({peer(2)})), NOW_S))
+    for number in range(3):
+        router.on_rtt(peer(number), 0.01, NOW_S)
+    for _ in range(5):
+        router.on_rtt(peer(far), 0.5, NOW_S)
+    took_s = {peer(0): 0.01, peer(1): 0.01}
+    assert hop_to_leave(router, request, took_s, NOW_S, step_s=0.6, slowed=True) == peer(far)
+
+
 def test_what_passed_at_hops_is_the_mean_of_the_last_steps_and_prompts_do_not_count() -> None:
     pace = Pace()
     pace.answered(1, 0.1)
