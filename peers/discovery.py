@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from peers.errors import PeerSilent
@@ -151,15 +151,14 @@ class Discovery:
         due.sort(key=lambda peer: self._pinged_at_s.get(peer.peer_id, 0.0))
         await self._ping_all(due[:MAX_PINGS_PER_ROUND])
 
-    def doubt(self, peers: Container[PeerId]) -> None:
+    def doubt(self, peers: Iterable[PeerId]) -> None:
         """The way to one of these seems to have become longer: ask them soon, not only when they are due."""
-        now_s = self._clock()
+        before_s = self._clock() - PING_DOUBTED_EVERY_S
         due = [
-            peer
-            for peer in self.router.snapshot(now_s).peers
-            if peer.peer_id in peers
-            and peer.peer_id not in self._pinging
-            and now_s - self._pinged_at_s.get(peer.peer_id, 0.0) >= PING_DOUBTED_EVERY_S
+            record
+            for peer in peers
+            if peer not in self._pinging and self._pinged_at_s.get(peer, 0.0) <= before_s
+            if (record := self.router.record_of(peer)) is not None
         ]
         self._tasks.spawn(self._ping_all(due), name="ping those in doubt")
 

@@ -257,15 +257,14 @@ class ServerPeer:
     def _offer(self) -> None:
         speeds = self.probe.decode_s_per_block, self.probe.prefill_s_per_token_block
         said = self._static(self._blocks.checkpoint, self.handler.served.spans, self._plan, *speeds)
-        self.presence.offer(replace(said, max_blocks=min(self._max_blocks, self._most_blocks())))
+        self.presence.offer(replace(said, max_blocks=self._most_blocks()))
 
     def _most_blocks(self) -> int:
-        """That it could serve instead of these: fewer than at the start where it came back to less memory."""
-        held = self.handler.served.spans.num_blocks
+        """That it may move to, if any: fewer than at the start where it came back to less memory."""
         if self._plan.request.limits_bytes == self._limits_bytes:
-            return max(held, self._max_blocks)
-        plan = replace(self._plan, request=replace(self._plan.request, blocks=None))
-        return max(held, plan.beside(self.probe.forward_bytes).max_blocks)
+            return self._max_blocks
+        plan = replace(self._plan, request=replace(self._plan.request, blocks=None)).beside(self.probe.forward_bytes)
+        return min(self._max_blocks, max(plan.max_blocks, self.handler.served.spans.num_blocks))
 
     @property
     def slower(self) -> float:
